@@ -1,0 +1,8 @@
+"""`python -m kangaroo_jax JOB` is `kangaroo JOB`."""
+
+import sys
+
+from kangaroo_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

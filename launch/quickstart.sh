@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From a fresh clone to a small Kangaroo that answers questions about videos it has never seen:
+#
+#   ./launch/quickstart.sh [--workdir=DIR] [--seed=N] [--ablate]
+#
+# Makes a virtual environment where none is active, installs the package, and runs `kangaroo quickstart`
+# with the arguments given. Run it again to go on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+enter_environment quickstart
+exec kangaroo quickstart "$@"

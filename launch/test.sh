@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Lint, format check, types and tests, on the CPU:
+#
+#   ./launch/test.sh [--slow] [pytest's arguments]
+#
+# Makes a virtual environment where none is active and installs what is needed. --slow runs the slow tests
+# too, as CI does. Comparisons with PyTorch need KANGAROO_TEST_TORCH=1 (or CI=true), which installs it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+packages=()
+if [[ "${KANGAROO_TEST_TORCH:-}" == 1 || "${CI:-}" == true ]]; then
+  packages=(torch==2.13.0 transformers)
+fi
+enter_environment dev ${packages[@]+"${packages[@]}"}
+
+ruff check .
+ruff format --check .
+mypy
+exec env JAX_PLATFORMS=cpu python -m pytest "$@"
