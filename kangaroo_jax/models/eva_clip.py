@@ -1,0 +1,185 @@
+"""The vision encoder: EVA-02 as used by EVA-CLIP (Fang et al. 2023, Sun et al. 2023)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.attention import attention
+from kangaroo_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    parameter,
+    rotary_2d,
+    rotate_pairs,
+    truncated_normal,
+)
+from kangaroo_jax.models.stack import keep, run_layers, stack_layers
+from kangaroo_jax.sharding import constrain
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, for RGB from 0 to 1
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+ACTIVATION = ("frames", None, "activation")
+
+
+class Attention(nnx.Module):
+    """Full self-attention over a frame's patches and CLS, with a LayerNorm before the output projection."""
+
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        d, n = config.width, config.heads
+        h = d // n
+        axes = ("vision_embed", "vision_heads", "head_dim")
+        options = dict(rngs=rngs, param_dtype=param_dtype)
+        self.query = Linear((d,), (n, h), axes, bias=True, **options)
+        self.key = Linear((d,), (n, h), axes, bias=False, **options)
+        self.value = Linear((d,), (n, h), axes, bias=True, **options)
+        self.norm = LayerNorm(d, eps=config.norm_eps, **options)
+        scale = (2 * config.depth) ** -0.5
+        self.out = Linear((d,), (d,), ("vision_heads", "vision_embed"), bias=True, scale=scale, **options)
+        self.implementation = implementation
+
+    def __call__(self, x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+        """x [frames, 1 + P, D], CLS first -> the same shape."""
+        query = keep(rotate_pairs(self.query(x), *rotary), "query")
+        key = keep(rotate_pairs(self.key(x), *rotary), "key")
+        value = keep(self.value(x), "value")
+        y = attention(query, key, value, segment_ids=None, causal=False, implementation=self.implementation)
+        return self.out(self.norm(keep(y, "context").reshape(x.shape)))
+
+
+class MLP(nnx.Module):
+    """SwiGLU with a LayerNorm on the hidden activations: down(norm(silu(gate(x)) * up(x)))."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        d, i = config.width, config.mlp_width
+        options = dict(rngs=rngs, param_dtype=param_dtype)
+        self.gate = Linear((d,), (i,), ("vision_embed", "vision_mlp"), bias=True, **options)
+        self.up = Linear((d,), (i,), ("vision_embed", "vision_mlp"), bias=True, **options)
+        self.norm = LayerNorm(i, eps=config.norm_eps, **options)
+        scale = (2 * config.depth) ** -0.5
+        self.down = Linear((i,), (d,), ("vision_mlp", "vision_embed"), bias=True, scale=scale, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [frames, 1 + P, D] -> the same shape."""
+        return self.down(self.norm(jax.nn.silu(self.gate(x)) * self.up(x)))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer of the encoder."""
+
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        options = dict(rngs=rngs, param_dtype=param_dtype)
+        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
+        self.attention = Attention(config, implementation=implementation, **options)
+        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
+        self.mlp = MLP(config, **options)
+
+    def __call__(self, x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+        """x [frames, 1 + P, D] -> the same shape."""
+        x = constrain(x + self.attention(self.attention_norm(x), rotary), ACTIVATION)
+        return constrain(x + self.mlp(self.mlp_norm(x)), ACTIVATION)
+
+
+class EvaClip(nnx.Module):
+    """The encoder for square frames whose side is a multiple of the patch. `config` is the model's `vision` section.
+
+    Raises ValueError for a width that its heads do not divide.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str | jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        scan: bool = True,
+        attention: str = "auto",
+    ):
+        d, p = config.width, config.patch_size
+        if d % config.heads:
+            raise ValueError(f"vision width {d} does not divide by its {config.heads} heads")
+        options = dict(rngs=rngs, param_dtype=param_dtype)
+        self.patch_embedding = Linear((p * p * 3,), (d,), ("patch", "vision_embed"), bias=True, **options)
+        init = truncated_normal(0.02)
+        self.cls_token = parameter(init, (d,), ("vision_embed",), rngs=rngs, dtype=param_dtype)
+        self.position_embedding = parameter(
+            init, (1 + config.pos_embed_grid**2, d), ("patch", "vision_embed"), rngs=rngs, dtype=param_dtype
+        )
+        self.blocks = stack_layers(
+            lambda rngs: Block(config, implementation=attention, rngs=rngs, param_dtype=param_dtype),
+            config.depth,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(d, eps=config.norm_eps, **options)
+        self.patch_size, self.pos_embed_grid, self.head_dim = p, config.pos_embed_grid, d // config.heads
+        self.rope_theta, self.rope_reference_grid = config.rope_theta, config.rope_reference_grid
+        self.output_norm, self.remat = config.output_norm, config.remat
+        self.scan, self.dtype = scan, jnp.dtype(dtype)
+
+    def __call__(self, frames: jax.Array) -> jax.Array:
+        """frames uint8[n, S, S, 3] -> patch tokens [n, P, D], CLS dropped, normalised where `output_norm` says so."""
+        x = self.tokens(normalise(frames))
+        return (self.norm(x) if self.output_norm else x)[:, 1:]
+
+    def tokens(self, pixels: jax.Array) -> jax.Array:
+        """pixels float[n, S, S, 3], already normalised -> [n, 1 + P, D] before the final norm, CLS first.
+
+        Raises UserError where the side of the frames is no multiple of the patch.
+        """
+        x = self.patch_embedding(self._patches(pixels.astype(self.dtype)))
+        grid = pixels.shape[1] // self.patch_size
+        cls = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([cls, x], axis=1) + self.positions(grid).astype(self.dtype)
+        cos, sin = rotary_2d(grid, self.head_dim, self.rope_theta, self.rope_reference_grid)
+        cos, sin = np.pad(cos, ((1, 0), (0, 0)), constant_values=1.0), np.pad(sin, ((1, 0), (0, 0)))  # CLS stays
+
+        def step(block: Block, x: jax.Array, index: jax.Array) -> jax.Array:
+            return block(x, (cos, sin))
+
+        return run_layers(self.blocks, step, constrain(x, ACTIVATION), scan=self.scan, remat=self.remat)
+
+    def positions(self, grid: int) -> jax.Array:
+        """The position embedding [1 + grid^2, D], resized (bicubic, antialiased) from the stored grid; CLS kept."""
+        stored = self.position_embedding[...]
+        if grid == self.pos_embed_grid:
+            return stored
+        matrix = jnp.asarray(resize_matrix(self.pos_embed_grid, grid))
+        return jnp.concatenate([stored[:1], (matrix @ stored[1:].astype(jnp.float32)).astype(stored.dtype)])
+
+    def _patches(self, pixels: jax.Array) -> jax.Array:
+        """[n, S, S, 3] -> [n, P, patch * patch * 3], row by row."""
+        n, side, _, channels = pixels.shape
+        if side % self.patch_size:
+            raise UserError(f"frames of {side} pixels: choose data.image_size as a multiple of {self.patch_size}")
+        grid = side // self.patch_size
+        x = pixels.reshape(n, grid, self.patch_size, grid, self.patch_size, channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, grid * grid, -1)
+
+
+def normalise(frames: jax.Array) -> jax.Array:
+    """frames uint8[..., 3] in RGB -> float32, with CLIP's mean and deviation."""
+    scale, offset = 1 / (255 * np.asarray(PIXEL_STD)), np.asarray(PIXEL_MEAN) / np.asarray(PIXEL_STD)
+    return frames.astype(jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)
+
+
+@functools.cache
+def resize_matrix(source: int, target: int) -> np.ndarray:
+    """float32[target^2, source^2]: bicubic resize of a square grid, as torch does it with antialias.
+
+    Keys' cubic kernel with a = -0.5, pixel centres at half integers, widened by the ratio where the
+    grid shrinks; weights of a pixel near the border are normalised over what lies inside.
+    """
+    scale = source / target
+    support = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    distance = np.abs((np.arange(source) + 0.5 - centres[:, None]) / support)
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1.0
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4.0 * distance + 2.0
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.kron(weights, weights).astype(np.float32)

@@ -1,0 +1,112 @@
+"""The whole model, read like the architecture figure of Kangaroo (arXiv 2408.15542).
+
+frames -> ViT -> + time -> 3D patchify -> projector -> vision tokens, which stand among the text -> decoder
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.models.eva_clip import EvaClip
+from kangaroo_jax.models.layers import parameter, truncated_normal
+from kangaroo_jax.models.llama import Llama
+from kangaroo_jax.models.losses import chunked_cross_entropy
+from kangaroo_jax.models.patchify import Patchify, Projector, time_encoding
+from kangaroo_jax.sharding import constrain
+
+MARKS = ("vi_start", "eof", "eov", "vi_end")  # rows of special_embedding, in this order
+
+
+def frames_per_group(config: Any) -> int:
+    """How many frames stand behind one group of vision tokens: what the patchify joins, 1 where it is bypassed."""
+    return config.patchify.kernel[0] if config.patchify.enabled else 1
+
+
+def tokens_per_group(config: Any, image_size: int) -> int:
+    """Vision tokens of one temporal group of frames of `image_size` pixels."""
+    grid = image_size // config.vision.patch_size
+    _, rows, columns = config.patchify.kernel if config.patchify.enabled else (1, 1, 1)
+    return (grid // rows) * (grid // columns)
+
+
+def count_parameters(config: Any) -> dict[str, int]:
+    """Parameters of each part of the model (and their `total`), counted without allocating any."""
+    model = nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0)))
+    counts: dict[str, int] = {}
+    for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        part = str(path[0])
+        counts[part] = counts.get(part, 0) + int(np.prod(weight.shape))
+    return {**counts, "total": sum(counts.values())}
+
+
+class Kangaroo(nnx.Module):
+    """Vision encoder, temporal position encoding, patchify, projector and decoder; `config` is `config.model`.
+
+    Weights are `param_dtype`; the computation runs in `config.dtype`, to which weights are cast where used.
+    """
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+        vision, llm = config.vision, config.llm
+        options = dict(rngs=rngs, param_dtype=param_dtype)
+        shared = dict(dtype=config.dtype, scan=config.scan, attention=config.attention, **options)
+        self.vision = EvaClip(vision, **shared)
+        self.patchify = Patchify(config.patchify, vision.width, **options)  # there also where it is bypassed
+        self.projector = Projector(config.projector, vision.width, llm.width, **options)
+        self.llm = Llama(llm, **shared)
+        self.special_embedding = parameter(
+            truncated_normal(llm.width**-0.5), (len(MARKS), llm.width), (None, "embed"), rngs=rngs, dtype=param_dtype
+        )
+        self.special_ids = tuple(getattr(config.special_ids, name) for name in MARKS)
+        self.joins_frames = config.patchify.enabled
+        self.time_theta = config.tpe.theta if config.tpe.enabled else None
+
+    def encode(self, frames: jax.Array, frame_times: jax.Array) -> jax.Array:
+        """frames uint8[B, F, S, S, 3], frame_times float32[B, F] in seconds -> vision tokens [B, R, D].
+
+        Raises UserError where S is no multiple of the patch, or F none of the frames a group.
+        """
+        b, f, *picture = frames.shape
+        x = self.vision(constrain(frames.reshape(b * f, *picture), ("frames", None, None, None)))
+        grid, width = picture[0] // self.vision.patch_size, x.shape[-1]
+        if self.time_theta is not None:
+            time = time_encoding(frame_times.reshape(b * f), width, self.time_theta)
+            x = x + time[:, None].astype(x.dtype)
+        x = x.reshape(b, f, grid, grid, width)
+        if self.joins_frames:
+            x = self.patchify(x)
+        x = self.projector(x)
+        return x.reshape(b, -1, x.shape[-1])
+
+    def embed(self, tokens: jax.Array, vision_index: jax.Array, vision: jax.Array | None) -> jax.Array:
+        """tokens and vision_index int32[B, T], vision [B, R, D] or None -> embeddings [B, T, D].
+
+        Where vision_index is not -1 the vision token of that row stands; the four marks around a video
+        have embeddings of their own, which train even where the decoder is frozen.
+        """
+        x = self.llm.embed(tokens)
+        for row, mark in enumerate(self.special_ids):
+            x = jnp.where((tokens == mark)[..., None], self.special_embedding[...][row].astype(x.dtype), x)
+        if vision is None:
+            return x
+        rows = jnp.take_along_axis(vision, jnp.maximum(vision_index, 0)[..., None], axis=1)
+        return jnp.where((vision_index >= 0)[..., None], rows.astype(x.dtype), x)
+
+    def hidden(self, batch: PackedBatch) -> jax.Array:
+        """The decoder's states [B, T, D] after its final norm."""
+        vision = self.encode(batch.frames, batch.frame_times) if batch.frames.shape[1] else None
+        x = self.embed(batch.tokens, batch.vision_index, vision)
+        return self.llm(x, batch.segment_ids, batch.positions)[0]
+
+    def logits(self, batch: PackedBatch) -> jax.Array:
+        """float32[B, T, V]; all of them at once, so for small batches only."""
+        return self.llm.unembed(self.hidden(batch))
+
+    def loss(self, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+        """(sum of weight * cross-entropy, sum of weights), float32 scalars."""
+        hidden = self.hidden(batch)
+        head = self.llm.head.kernel[...]
+        return chunked_cross_entropy(hidden, head, batch.targets, batch.weights, chunk=self.llm.loss_chunk)

@@ -1,0 +1,134 @@
+"""What more than one model uses: parameters, linear maps, norms and rotary position embeddings."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+
+
+def truncated_normal(std: float) -> jax.nn.initializers.Initializer:
+    """Normal of standard deviation `std`, cut at two deviations (and widened to make up for the cut)."""
+    return jax.nn.initializers.truncated_normal(std / 0.87962566103423978, lower=-2.0, upper=2.0)
+
+
+def constant(value: float) -> jax.nn.initializers.Initializer:
+    """Every element is `value`."""
+    return jax.nn.initializers.constant(value)
+
+
+def parameter(
+    init: Callable[..., jax.Array], shape: Sequence[int], axes: Axes, *, rngs: nnx.Rngs, dtype: jnp.dtype
+) -> nnx.Param:
+    """A weight with a logical name for every dimension; ValueError where their numbers differ."""
+    if len(shape) != len(axes):
+        raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} logical axes, not {axes}")
+    return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """y[..., outputs] = sum over inputs of x[..., inputs] * kernel[inputs, outputs] (+ bias[outputs]).
+
+    `inputs` and `outputs` may each be several dimensions, for example D -> (N, H). The kernel starts
+    as a truncated normal of deviation `scale / sqrt(fan in)`, the bias as zeros; both are cast to the
+    dtype of x where they are used.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        axes: Axes,
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype,
+        scale: float = 1.0,
+    ):
+        init = truncated_normal(scale / float(np.prod(inputs)) ** 0.5)
+        self.kernel = parameter(init, (*inputs, *outputs), axes, rngs=rngs, dtype=param_dtype)
+        if bias:
+            self.bias = parameter(constant(0.0), outputs, axes[len(inputs) :], rngs=rngs, dtype=param_dtype)
+        self.has_bias = bias
+        self.contracted = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., inputs] -> [..., outputs] in the dtype of x."""
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016), computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        self.scale = parameter(constant(1.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
+        self.bias = parameter(constant(0.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        self.scale = parameter(constant(1.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_1d(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of Llama's rotary embedding (Su et al. 2021).
+
+    positions int32[B, T] -> two float32[B, T, H/2] arrays; the angle of pair i is position / theta^(2i / H).
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_2d(grid: int, head_dim: int, theta: float, reference_grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of EVA-02's rotary embedding of a square grid of P = grid^2 patches.
+
+    Two float32[P, H/2] arrays: H/4 pairs turn with the row, then H/4 with the column. Positions run
+    from 0 to `reference_grid` whatever the grid, so that a larger image stays in the trained range.
+    Raises ValueError where the head width is no multiple of four.
+    """
+    if head_dim % 4:
+        raise ValueError(f"2D rotary embedding: head width {head_dim} must be a multiple of 4")
+    half = head_dim // 2
+    frequencies = theta ** -(np.arange(0, half, 2) / half)
+    angles = np.outer(np.arange(grid) / grid * reference_grid, frequencies)
+    rows = np.broadcast_to(angles[:, None], (grid, grid, half // 2))
+    columns = np.broadcast_to(angles[None, :], (grid, grid, half // 2))
+    table = np.concatenate([rows, columns], axis=-1).reshape(grid * grid, half)
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the pairs (i, i + H/2) of x [B, T, N, H] by cos and sin [B, T, H/2] (Llama as on Hugging Face)."""
+    cos, sin = (jnp.expand_dims(table, -2).astype(x.dtype) for table in (cos, sin))
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the neighbours (2i, 2i + 1) of x [B, P, N, H] by cos and sin [P, H/2] (EVA-02)."""
+    cos, sin = (jnp.expand_dims(table, -2).astype(x.dtype) for table in (cos, sin))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)

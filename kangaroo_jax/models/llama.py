@@ -1,0 +1,195 @@
+"""The decoder: Llama 3 (Dubey et al. 2024), with and without a key-value cache."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kangaroo_jax.models.attention import attention
+from kangaroo_jax.models.layers import Linear, RMSNorm, parameter, rotary_1d, rotate_half, truncated_normal
+from kangaroo_jax.models.stack import keep, run_layers, stack_layers
+from kangaroo_jax.sharding import constrain
+
+ACTIVATION = ("batch", "tokens", "activation")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far, in C slots a row."""
+
+    keys: jax.Array  # [L, B, C, K, H]
+    values: jax.Array  # [L, B, C, K, H]
+    positions: jax.Array  # int32[B, C]; -1 where the slot is empty
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A cache together with where the tokens of this call go in it."""
+
+    cache: Cache
+    positions: jax.Array  # int32[B, T] of the new tokens
+    slots: jax.Array  # int32[B, T]
+
+    def write(self, index: jax.Array, key: jax.Array, value: jax.Array) -> "Memory":
+        """Store key and value [B, T, K, H] of layer `index` in the slots; those beyond the capacity are dropped."""
+        place = (index, jnp.arange(key.shape[0])[:, None], self.slots)
+        keys = self.cache.keys.at[place].set(key.astype(self.cache.keys.dtype), mode="drop")
+        values = self.cache.values.at[place].set(value.astype(self.cache.values.dtype), mode="drop")
+        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, keys=keys, values=values))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key-value heads and rotary positions."""
+
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        d, n, k, h = config.width, config.heads, config.kv_heads, config.head_dim
+        options = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
+        self.query = Linear((d,), (n, h), ("embed", "heads", "head_dim"), **options)
+        self.key = Linear((d,), (k, h), ("embed", "kv_heads", "head_dim"), **options)
+        self.value = Linear((d,), (k, h), ("embed", "kv_heads", "head_dim"), **options)
+        scale = (2 * config.depth) ** -0.5
+        self.out = Linear((n, h), (d,), ("heads", "head_dim", "embed"), scale=scale, **options)
+        self.implementation = implementation
+
+    def __call__(self, x, rotary, segment_ids, memory, index):
+        """x [B, T, D] -> ([B, T, D], memory with the new keys and values of layer `index`)."""
+        query = keep(rotate_half(self.query(x), *rotary), "query")
+        key = keep(rotate_half(self.key(x), *rotary), "key")
+        value = keep(self.value(x), "value")
+        query = constrain(query, ("batch", "tokens", "activation_heads", "activation"))
+        if memory is None:
+            y = attention(
+                query,
+                key,
+                value,
+                segment_ids=(segment_ids, segment_ids),
+                causal=True,
+                implementation=self.implementation,
+            )
+        else:
+            memory = memory.write(index, key, value)
+            keys, values = memory.cache.keys[index], memory.cache.values[index]
+            y = attention(
+                query,
+                keys.astype(query.dtype),
+                values.astype(query.dtype),
+                segment_ids=(jnp.ones_like(segment_ids), (memory.cache.positions >= 0).astype(jnp.int32)),
+                causal=True,
+                positions=(memory.positions, memory.cache.positions),
+            )
+        return self.out(keep(y, "context")), memory
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        d, i = config.width, config.mlp_width
+        options = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
+        self.gate = Linear((d,), (i,), ("embed", "mlp"), **options)
+        self.up = Linear((d,), (i,), ("embed", "mlp"), **options)
+        self.down = Linear((i,), (d,), ("mlp", "embed"), scale=(2 * config.depth) ** -0.5, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain(hidden, ("batch", "tokens", "activation_mlp")))
+
+
+class Layer(nnx.Module):
+    """One pre-norm layer of the decoder."""
+
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        norm = dict(eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.attention_norm = RMSNorm(config.width, **norm)
+        self.attention = Attention(config, implementation=implementation, rngs=rngs, param_dtype=param_dtype)
+        self.mlp_norm = RMSNorm(config.width, **norm)
+        self.mlp = MLP(config, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(self, x, rotary, segment_ids, memory, index):
+        """x [B, T, D] -> ([B, T, D], memory)."""
+        y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory, index)
+        x = constrain(x + y, ACTIVATION)
+        return constrain(x + self.mlp(self.mlp_norm(x)), ACTIVATION), memory
+
+
+class Llama(nnx.Module):
+    """Token embedding, the layers, the final norm and an untied head. `config` is the model's `llm` section.
+
+    Raises UserError, when called, for an attention implementation that does not run here.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str | jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        scan: bool = True,
+        attention: str = "auto",
+    ):
+        d, v = config.width, config.vocab_size
+        init = truncated_normal(d**-0.5)
+        self.embedding = parameter(init, (v, d), ("vocab", "embed"), rngs=rngs, dtype=param_dtype)
+        self.layers = stack_layers(
+            lambda rngs: Layer(config, implementation=attention, rngs=rngs, param_dtype=param_dtype),
+            config.depth,
+            rngs=rngs,
+        )
+        self.norm = RMSNorm(d, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.head = Linear((d,), (v,), ("embed", "vocab"), bias=False, rngs=rngs, param_dtype=param_dtype)
+        self.depth, self.kv_heads, self.head_dim = config.depth, config.kv_heads, config.head_dim
+        self.rope_theta, self.remat, self.loss_chunk = config.rope_theta, config.remat, config.loss_chunk
+        self.scan, self.dtype = scan, jnp.dtype(dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens int32[B, T] -> embeddings [B, T, D] in the computation's dtype."""
+        return constrain(self.embedding[...][tokens].astype(self.dtype), ACTIVATION)
+
+    def __call__(
+        self,
+        embeddings: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        slots: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """embeddings [B, T, D], segment_ids, positions int32[B, T] -> (hidden [B, T, D] after the final norm, cache).
+
+        Without a cache attention is causal by index and stays inside a segment. With one, every row is
+        a single sample: token (b, t) is written at slot `slots[b, t]` (dropped where that is C or more,
+        which is what padding wants) and sees every filled slot whose position is not after its own.
+        Raises ValueError for a cache without slots.
+        """
+        if (cache is None) != (slots is None):
+            raise ValueError("a cache and the slots of the new tokens go together")
+        rotary = rotary_1d(positions, self.head_dim, self.rope_theta)
+        memory = None
+        if cache is not None:
+            rows = jnp.arange(positions.shape[0])[:, None]
+            seen = cache.positions.at[rows, slots].set(positions, mode="drop")
+            memory = Memory(dataclasses.replace(cache, positions=seen), positions, slots)
+
+        def step(layer: Layer, carry: tuple[jax.Array, Memory | None], index: jax.Array):
+            x, memory = carry
+            return layer(x, rotary, segment_ids, memory, index)
+
+        x = constrain(embeddings.astype(self.dtype), ACTIVATION)
+        x, memory = run_layers(self.layers, step, (x, memory), scan=self.scan, remat=self.remat)
+        return self.norm(x), memory.cache if memory is not None else None
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits float32[..., V]."""
+        kernel = self.head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, capacity: int, dtype: str | jnp.dtype | None = None) -> Cache:
+        """An empty cache of `capacity` slots a row; `dtype` defaults to the computation's."""
+        shape = (self.depth, batch, capacity, self.kv_heads, self.head_dim)
+        empty = jnp.zeros(shape, dtype or self.dtype)
+        return Cache(empty, empty, jnp.full((batch, capacity), -1, jnp.int32))

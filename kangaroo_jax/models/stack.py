@@ -1,0 +1,73 @@
+"""Equal layers, their weights stacked on a leading axis, run one after another by `jax.lax.scan`."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+Carry = TypeVar("Carry")
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+# What the forward pass of a layer keeps for the backward pass; the rest is computed again.
+#   none     keeps everything                        (fastest, most memory)
+#   dots     keeps the result of every matrix product with a weight
+#   minimal  keeps what is dear to compute again: the activations marked with `keep`, which are the
+#            attention's inputs, output and the MLP's hidden activations
+#   full     keeps only the layer's input            (slowest, least memory)
+KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")
+REMAT_POLICIES: dict[str, Callable[..., object] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def keep(x: jax.Array, name: str) -> jax.Array:
+    """Mark an activation that the remat policy `minimal` keeps. Raises ValueError for a name not in KEPT_NAMES."""
+    if name not in KEPT_NAMES:
+        raise ValueError(f"activation {name!r}: one of {', '.join(KEPT_NAMES)}")
+    return checkpoint_name(x, name)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, *, rngs: nnx.Rngs) -> Layer:
+    """`depth` layers, each with its own random key, as one layer whose weights have a leading axis "layers"."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    weights = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(params=key))))(jax.random.split(rngs.params(), depth))
+    stacked = nnx.merge(graph, weights)
+    for _, weight in nnx.to_flat_state(nnx.state(stacked)):
+        weight.set_metadata(axes=("layers", *weight.axes))
+    nnx.update(stacked, weights)
+    return stacked
+
+
+def run_layers(
+    layers: Layer,
+    step: Callable[[Layer, Carry, jax.Array], Carry],
+    carry: Carry,
+    *,
+    scan: bool,
+    remat: str,
+) -> Carry:
+    """carry = step(layer, carry, index of the layer) through all stacked `layers`.
+
+    `scan=False` unrolls the loop (for debugging: longer to compile). `remat` is a name in
+    REMAT_POLICIES; KeyError for another.
+    """
+    graph, weights = nnx.split(layers)
+    depth = jax.tree.leaves(weights)[0].shape[0]
+
+    def body(carry: Carry, layer: tuple[nnx.State, jax.Array]) -> tuple[Carry, None]:
+        weights, index = layer
+        return step(nnx.merge(graph, weights), carry, index), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(body, carry, (weights, jnp.arange(depth)))[0]
+    for index in range(depth):
+        carry, _ = body(carry, (jax.tree.map(lambda weight: weight[index], weights), jnp.asarray(index)))  # noqa: B023
+    return carry

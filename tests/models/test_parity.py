@@ -1,0 +1,96 @@
+"""The models give what timm, transformers and torch give from the same weights (tests/fixtures)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import from_fixtures
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    """Largest absolute difference, relative to the expected output's largest value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", ["case56", "case112"])
+def test_vision_encoder_before_and_after_the_norm(case):
+    model, cases = from_fixtures.eva()
+    pixels = cases[f"{case}.pixels"].transpose(0, 2, 3, 1)
+    tokens = jax.jit(model.tokens)(pixels)
+    assert_close(tokens[:, 1:], cases[f"{case}.patch_tokens_before_norm"])
+    assert_close(model.norm(tokens), cases[f"{case}.tokens_after_norm"])
+
+
+def test_position_embedding_is_resized_as_timm_does():
+    model, cases = from_fixtures.eva()
+    assert_close(model.positions(8)[None], cases["case112.pos_embed_resized"])
+    assert model.positions(4) is model.position_embedding[...] or np.array_equal(
+        model.positions(4), model.position_embedding[...]
+    )
+
+
+def test_llama_logits_from_ids_and_from_embeddings():
+    model, cases = from_fixtures.llama()
+
+    @jax.jit
+    def logits(embeddings):
+        positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
+        return model.unembed(model(embeddings, jnp.ones_like(positions), positions)[0])
+
+    assert_close(logits(model.embed(cases["ids"])), cases["logits"])
+    assert_close(logits(jnp.asarray(cases["embeds"])), cases["logits_from_embeds"])
+
+
+def test_greedy_tokens_without_a_cache():
+    model, cases = from_fixtures.llama()
+    expected = cases["greedy_ids"]
+    ids = np.zeros_like(expected)
+    ids[:, :37] = expected[:, :37]
+    positions = np.arange(ids.shape[1])[None]
+    step = jax.jit(lambda ids: model.unembed(model(model.embed(ids), jnp.ones_like(ids), positions)[0]))
+    for t in range(37, ids.shape[1]):
+        ids[:, t] = np.argmax(step(ids)[:, t - 1], axis=-1)
+    np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_greedy_tokens_through_the_cache_with_a_right_padded_prompt(scan):
+    model, cases = from_fixtures.llama(scan=scan)
+    expected, prompt, padded, capacity = cases["greedy_ids"], 37, 48, 64
+    ids = np.zeros((1, padded), np.int32)
+    ids[:, :prompt] = expected[:, :prompt]
+    real = np.arange(padded)[None] < prompt
+    slots = np.where(real, np.arange(padded), capacity)
+
+    @jax.jit
+    def step(ids, segment_ids, positions, cache, slots):
+        hidden, cache = model(model.embed(ids), segment_ids, positions, cache, slots)
+        return jnp.argmax(model.unembed(hidden), axis=-1), cache
+
+    best, cache = step(ids, real.astype(np.int32), np.where(real, np.arange(padded), 0), model.init_cache(1, 64), slots)
+    tokens = [int(best[0, prompt - 1])]
+    for t in range(prompt, expected.shape[1] - 1):
+        now = np.full((1, 1), t)
+        best, cache = step(np.asarray([[tokens[-1]]]), np.ones((1, 1), np.int32), now, cache, now)
+        tokens.append(int(best[0, 0]))
+    np.testing.assert_array_equal(tokens, expected[0, prompt:])
+
+
+def test_patchify_and_projector():
+    patchify, projector, cases = from_fixtures.patchify_and_projector()
+    patchified = patchify(cases["features"])
+    assert_close(patchified, cases["patchified"])
+    assert_close(projector(patchified), cases["projected"])
+
+
+def test_an_unmapped_or_missing_weight_raises():
+    model, _ = from_fixtures.llama()
+    weights, _, _ = from_fixtures.read("llama_tiny")
+    with pytest.raises(KeyError, match="maps to no parameter"):
+        from_fixtures.load(model, {**weights, "model.rotary": weights["lm_head.weight"]}, from_fixtures.LLAMA_NAMES)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(KeyError, match="layers/mlp/up/kernel"):
+        from_fixtures.load(model, weights, from_fixtures.LLAMA_NAMES)
