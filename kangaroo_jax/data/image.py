@@ -1,0 +1,93 @@
+"""Pixels of still images, and the letterbox that images and video frames share."""
+
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from kangaroo_jax.conventions import UserError
+
+MAX_PIXELS = 178_956_970  # of a still image; PIL's own limit against decompression bombs
+_BACKGROUND = (255, 255, 255)  # behind transparent pixels
+
+
+def letterbox(image: np.ndarray | Image.Image, side: int, *, aspect: float | None = None) -> np.ndarray:
+    """Resize the longest side to `side` pixels and centre the image on black: uint8[S, S, 3].
+
+    Bicubic and antialiased (PIL), in uint8, as Kangaroo's inputs are thought to be made (inferred).
+
+    Args:
+        image: RGB, uint8[height, width, 3] or a PIL image of mode RGB.
+        side: S, pixels.
+        aspect: width over height as displayed, where pixels are not square.
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    width, height = image.size
+    if aspect is None:
+        aspect = width / height
+    if aspect >= 1:
+        size = (side, max(1, round(side / aspect)))
+    else:
+        size = (max(1, round(side * aspect)), side)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    if size == (side, side):
+        return np.array(image)
+    canvas = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    canvas[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    return canvas
+
+
+def load_image(path: str | Path, image_size: int) -> np.ndarray:
+    """Read a JPEG, PNG, WebP or other still image, letterboxed: uint8[S, S, 3], RGB.
+
+    EXIF orientation is applied, transparency is laid on white, of an animation the first frame is taken.
+
+    Raises:
+        UserError: the file is missing, empty, too large or no readable image.
+    """
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UserError(f"{path}: {image.width}x{image.height} pixels is too large an image")
+                return letterbox(_to_rgb(ImageOps.exif_transpose(image)), image_size)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{path}: too large an image (more than {MAX_PIXELS:,} pixels)") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image that can be read; give a JPEG, PNG or WebP file") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # of damaged files
+        raise UserError(f"{path}: cannot read the image ({' '.join(str(error).split())})") from None
+
+
+def check_file(path: str | Path) -> None:
+    """Raise a UserError that says what is wrong if `path` is not a file with something in it."""
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise UserError(
+            f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
+        ) from None
+    if file.is_dir():
+        raise UserError(f"{path}: this is a folder, not a media file")
+    if size == 0:
+        raise UserError(f"{path}: the file is empty (0 bytes)")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; 16-bit greys are scaled, not clipped; transparency is laid on white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")

@@ -1,0 +1,327 @@
+"""Text to token ids and back: three kinds of tokenizer behind one face.
+
+    kind            file                            read by
+    llama3_json     tokenizer.json                  `tokenizers`
+    llama3_tiktoken tokenizer.model (base64 ranks)  `tiktoken`
+    sentencepiece   *.model                         `sentencepiece`
+
+Text never becomes a special token: whatever a user or a data set writes, `<|eot_id|>` and `<video>`
+included, is spelled out in ordinary pieces. Special tokens are placed by id, by the chat template alone.
+"""
+
+import base64
+import binascii
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from kangaroo_jax.conventions import UserError
+
+SPECIAL_NAMES = {
+    "bos": "<|begin_of_text|>",
+    "eos": "<|end_of_text|>",
+    "start_header": "<|start_header_id|>",
+    "end_header": "<|end_header_id|>",
+    "eot": "<|eot_id|>",
+    "vi_start": "<vi_start>",
+    "eof": "<eof>",
+    "eov": "<eov>",
+    "vi_end": "<vi_end>",
+    "vision": "<vision>",
+}
+# Ids of a SentencePiece model of ours; unknown is 0.
+SENTENCEPIECE_IDS = {
+    "bos": 1,
+    "eos": 2,
+    "start_header": 3,
+    "end_header": 4,
+    "eot": 5,
+    "vi_start": 6,
+    "eof": 7,
+    "eov": 8,
+    "vi_end": 9,
+    "vision": 10,
+}
+# Llama-3's own specials, as offsets from the number of ordinary tokens (128,000), and the reserved ones
+# that Kangaroo renames. 128006, 128007 and 128009 belong to the chat template, so that the placeholder,
+# which never reaches the embedding, takes the first reserved id above them in Llama 3 and in 3.1.
+LLAMA3_OFFSETS = {
+    "bos": 0,
+    "eos": 1,
+    "start_header": 6,
+    "end_header": 7,
+    "eot": 9,
+    "vi_start": 2,
+    "eof": 3,
+    "eov": 4,
+    "vi_end": 5,
+    "vision": 11,
+}
+LLAMA3_SPECIALS = 256
+# How Llama-3 cuts text before the merges (the model's published tokenizer.json and reference encoder).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tiktoken recurses on long runs: text is cut where this many characters of one sort (blank or not) follow.
+_LONGEST_TEXT = 400_000
+_LONGEST_RUN = 25_000
+_SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """One face for every kind. Ids are ints in 0..vocab_size-1.
+
+    `vision` is the id of the placeholder that stands where a vision token will be; it is never embedded.
+    """
+
+    kind: str
+    vocab_size: int
+    bos: int
+    eos: int
+    eot: int
+    start_header: int
+    end_header: int
+    vi_start: int
+    eof: int
+    eov: int
+    vi_end: int
+    vision: int
+    _encode: Callable[[str], list[int]] = dataclasses.field(repr=False)
+    _decode: Callable[[list[int]], str] = dataclasses.field(repr=False)
+    _special: Mapping[int, str] = dataclasses.field(repr=False)
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        """The ids that end an answer: end of text and end of turn."""
+        return (self.eos, self.eot)
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids; special tokens in it are spelled out. No token is added at either end."""
+        return self._encode(text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
+        return self._decode([int(i) for i in ids if int(i) not in self._special])
+
+    def name(self, token: int) -> str | None:
+        """The name of a special token, None for an ordinary one."""
+        return self._special.get(int(token))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer file, or a folder that holds tokenizer.json or tokenizer.model; the kind is found out.
+
+    Raises:
+        UserError: the file is missing, of no known kind, or without the special tokens needed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: no tokenizer.json or tokenizer.model in this folder")
+        path = found[0]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
+    if data.lstrip()[:1] == b"{":
+        return _from_json(path, data)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return _from_ranks(path, data)
+    return _from_sentencepiece(path, data)
+
+
+# -------------------------------------------------------------------------- tokenizer.json
+
+
+def _from_json(path: Path, data: bytes) -> Tokenizer:
+    """`tokenizers`. The added tokens are taken out of the reader, so that text cannot spell them."""
+    import tokenizers
+
+    try:
+        spec = json.loads(data)
+        special = {int(entry["id"]): str(entry["content"]) for entry in spec["added_tokens"]}
+        spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        reader = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the package raises bare Exception
+        raise UserError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
+    by_name = {name: token for token, name in special.items()}
+    ordinary = reader.get_vocab_size()
+    ids = {}
+    for role, name in SPECIAL_NAMES.items():
+        reserved = ordinary + LLAMA3_OFFSETS[role]
+        if name in by_name:
+            ids[role] = by_name[name]
+        elif role in ("vi_start", "eof", "eov", "vi_end", "vision") and reserved in special:
+            ids[role] = reserved
+        else:
+            raise UserError(f"{path}: no {name} among its added tokens; give the tokenizer of a Llama-3 model")
+    return Tokenizer(
+        kind="llama3_json",
+        vocab_size=max(ordinary, *(token + 1 for token in special)),
+        **ids,
+        _encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
+        _decode=lambda tokens: reader.decode(tokens, skip_special_tokens=False),
+        _special=special,
+    )
+
+
+# ------------------------------------------------------------------- tokenizer.model, Llama 3
+
+
+def _from_ranks(path: Path, data: bytes) -> Tokenizer:
+    """tiktoken: a line of base64 bytes and a rank for each ordinary token; the specials follow them."""
+    import tiktoken
+
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(f"{path}, line {number}: expected base64 bytes and a rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{path}: ranks are not 0 to {len(ranks) - 1}, each once; the file is damaged or cut short")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{path}: no rank for {len(missing)} of the 256 single bytes; the file is damaged")
+    coder = tiktoken.Encoding(
+        name=path.stem, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
+    )
+    special = {len(ranks) + i: f"<|special_{i}|>" for i in range(LLAMA3_SPECIALS)}
+    ids = {role: len(ranks) + offset for role, offset in LLAMA3_OFFSETS.items()}
+    special.update({token: SPECIAL_NAMES[role] for role, token in ids.items()})
+    return Tokenizer(
+        kind="llama3_tiktoken",
+        vocab_size=len(ranks) + LLAMA3_SPECIALS,
+        **ids,
+        _encode=lambda text: [i for part in _short_parts(text) for i in coder.encode_ordinary(part)],
+        _decode=lambda tokens: coder.decode(tokens, errors="replace"),
+        _special=special,
+    )
+
+
+_RUNS = re.compile(rf"(?:\S{{1,{_LONGEST_RUN}}}|\s{{1,{_LONGEST_RUN}}})")
+
+
+def _short_parts(text: str) -> Iterable[str]:
+    """Cut text where tiktoken would run out of stack: every 400,000 characters, and inside very long runs."""
+    for begin in range(0, len(text), _LONGEST_TEXT):
+        part = text[begin : begin + _LONGEST_TEXT]
+        start = end = 0
+        blank = None
+        for run in _RUNS.finditer(part):
+            is_blank = run.group()[0].isspace()
+            if is_blank == blank:  # the same run goes on: it was too long
+                yield part[start:end]
+                start = end
+            blank, end = is_blank, run.end()
+        yield part[start:]
+
+
+# ---------------------------------------------------------------------------- SentencePiece
+
+
+def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
+    """SentencePiece with byte fallback and our special ids, as `train_sentencepiece` makes it."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(data)
+    except Exception:  # RuntimeError, with a line of C++
+        raise UserError(
+            f"{path}: neither a tokenizer.json nor a tiktoken or SentencePiece model; is it the right file?"
+        ) from None
+    for role, token in SENTENCEPIECE_IDS.items():
+        if token >= model.GetPieceSize() or model.IdToPiece(token) != SPECIAL_NAMES[role]:
+            raise UserError(
+                f"{path}: token {token} is not {SPECIAL_NAMES[role]}; make the model with train_sentencepiece"
+            )
+    mark = model.PieceToId([f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()])
+    if model.unk_id() in mark:
+        raise UserError(f"{path}: no byte fallback; make the model with train_sentencepiece")
+
+    def encode(text: str) -> list[int]:
+        head, *rest = text.split(_SPACE_MARK)  # the sign itself goes by its bytes, or it would become a space
+        ids = model.EncodeAsIds(head)
+        for part in rest:
+            ids += mark + model.EncodeAsIds(part)
+        return ids
+
+    return Tokenizer(
+        kind="sentencepiece",
+        vocab_size=model.GetPieceSize(),
+        **SENTENCEPIECE_IDS,
+        _encode=encode,
+        _decode=model.DecodeIds,
+        _special={0: "<unk>", **{token: SPECIAL_NAMES[role] for role, token in SENTENCEPIECE_IDS.items()}},
+    )
+
+
+def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> Path:
+    """Train a byte-pair SentencePiece model on `texts` and write it to `path`. Same texts, same file.
+
+    Text survives encoding and decoding unchanged, whatever Unicode it holds: no normalisation, no added
+    or dropped spaces, bytes for what has no piece. Each digit is a piece of its own. Characters get a
+    piece by frequency, at most half of what the bytes and specials leave of the vocabulary.
+
+    Raises:
+        UserError: `texts` give too few different pieces for `vocab_size`, or it leaves no room.
+    """
+    import sentencepiece
+
+    path = Path(path)
+    lines = [line for text in texts for line in re.split(r"[\r\n\t]+", text) if line.strip()]
+    room = vocab_size - 256 - 1 - len(SENTENCEPIECE_IDS)
+    if room < 16:
+        raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens take {vocab_size - room}")
+    counts = Counter(char for line in lines for char in line)
+    frequent = sorted(counts, key=lambda char: (-counts[char], char))
+    if rare := "".join(frequent[room // 2 :]):  # these go by their bytes
+        lines = [part for line in lines for part in re.split(f"[{re.escape(rare)}]+", line) if part.strip()]
+    names = {token: SPECIAL_NAMES[role] for role, token in SENTENCEPIECE_IDS.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(lines),
+                model_writer=file,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                byte_fallback=True,
+                split_digits=True,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                bos_piece=names[1],
+                eos_piece=names[2],
+                control_symbols=[names[i] for i in range(3, len(names) + 1)],
+                num_threads=1,
+                input_sentence_size=0,
+                max_sentence_length=1 << 20,
+                minloglevel=2,
+            )
+    except (RuntimeError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot train {vocab_size} tokens on {sum(counts.values())} characters ({_one_line(error)}); "
+            "give more text or a smaller vocab_size"
+        ) from None
+    temporary.replace(path)
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
