@@ -1,0 +1,21 @@
+"""Text warm-up of a tiny decoder: stands in for the pretrained Llama-3, which does not exist at this size.
+
+No part of Kangaroo: `kangaroo quickstart` runs it before the five stages.
+"""
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config import lock, stage_config
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    """The stage's config for a model preset."""
+    c = stage_config(preset)
+    c.stage = "stage0_text_warmup"
+    c.model.patchify.enabled = False
+    c.data.update(image_size=24, min_frames=1, max_frames=1, long_min_frames=1, long_max_frames=1)
+    c.data.update(tokens_per_pack=512, frames_per_pack=0, packs_per_batch=8, max_sample_tokens=512)
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.trainable = (("llm/.*", 1.0), (".*", None))
+    c.train.steps = 1000
+    return lock(c)

@@ -1,0 +1,22 @@
+"""Stage 4, instruction tuning: everything trains, 16 to 64 frames at 448 pixels (paper section 3)."""
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config import lock, stage_config
+
+
+def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
+    """The stage's config for a model preset."""
+    c = stage_config(preset)
+    c.stage = "stage4_instruct"
+    c.data.update(image_size=448, min_frames=16, max_frames=64, long_min_frames=16, long_max_frames=64)
+    c.data.update(max_sample_tokens=10_240, tokens_per_pack=10_240, frames_per_pack=64, packs_per_batch=128)
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.trainable = (("vision/.*", 0.2), (".*", 1.0))
+    c.train.steps = 8_200  # 2.24M conversations
+    if preset != "kangaroo_8b":
+        c.data.update(image_size=48, tokens_per_pack=768, frames_per_pack=64, packs_per_batch=4)
+        c.optimizer.learning_rate = 1e-3
+        c.optimizer.trainable = ((".*", 1.0),)
+        c.train.steps = 500
+    return lock(c)

@@ -1,0 +1,21 @@
+"""Stage 5, long video tuning: ViT frozen, 64 to 160 frames of long videos mixed with short ones (paper section 3)."""
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config import lock, stage_config
+
+
+def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
+    """The stage's config for a model preset."""
+    c = stage_config(preset)
+    c.stage = "stage5_long_video"
+    c.data.update(image_size=448, min_frames=16, max_frames=64, long_min_frames=64, long_max_frames=160)
+    c.data.update(max_sample_tokens=22_528, tokens_per_pack=22_528, frames_per_pack=160, packs_per_batch=64)
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
+    c.train.steps = 6_700  # 700K conversations
+    if preset != "kangaroo_8b":
+        c.data.update(image_size=48, tokens_per_pack=1024, frames_per_pack=160, packs_per_batch=2)
+        c.optimizer.learning_rate = 1e-3
+        c.train.steps = 400
+    return lock(c)

@@ -1,0 +1,104 @@
+"""The stages one after another, each from the last one's weights; restartable at any point in any stage."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config_files import load_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training.loop import Tell, train, write_json
+
+STAGES = (
+    "stage1_image_pretrain",
+    "stage2_video_pretrain",
+    "stage3_refine",
+    "stage4_instruct",
+    "stage5_long_video",
+)
+
+AfterStage = Callable[[str, ConfigDict, Path], None]
+Adjust = Callable[[str, ConfigDict], None]
+
+
+def run(
+    preset: str,
+    workdir: str | Path,
+    *,
+    data: str | Path,
+    tokenizer: str | Path,
+    stages: Sequence[str] = STAGES,
+    init_from: str | Path = "",
+    overrides: Mapping[str, Any] | None = None,
+    adjust: Adjust | None = None,
+    after_stage: AfterStage | None = None,
+    tell: Tell = print,
+) -> list[dict[str, Any]]:
+    """Run `stages` in order; a finished one is not run again, one cut off goes on from its last checkpoint.
+
+    Args:
+        preset: a preset of `config.PRESETS`.
+        workdir: every stage gets a folder of its name here.
+        data: folder of `stage1.jsonl` ... `stage5.jsonl` (the number is that of the stage's name) and their media.
+        tokenizer: the tokenizer's file.
+        stages: names of files in `configs/`.
+        init_from: checkpoint that the first of them starts from; "" is a fresh start.
+        overrides: config keys ("optimizer.learning_rate") set in every stage.
+        adjust: called with a stage's name and config before it runs, to change what an override cannot.
+        after_stage: called once a stage, after it is done: (name, config, stage folder).
+        tell: prints a line.
+
+    Returns:
+        For each stage its record (`done.json`): name, steps, seconds, useful_token_share.
+
+    Raises:
+        UserError: for missing data, an unknown override, or a checkpoint that does not fit.
+    """
+    workdir, previous, records = Path(workdir), str(init_from), []
+    for name in stages:
+        folder = workdir / name
+        config = stage(name, preset, data=data, tokenizer=tokenizer, init_from=previous, overrides=overrides)
+        if adjust is not None:
+            adjust(name, config)
+        if not (folder / "done.json").exists():
+            result = train(config, folder, tell=tell)
+            record = {
+                "name": name,
+                "steps": result.steps,
+                "seconds": round(result.seconds, 1),
+                "useful_token_share": round(result.useful_token_share, 4),
+            }
+            write_json(folder / "done.json", record)
+        if after_stage is not None:
+            after_stage(name, config, folder)
+        records.append(json.loads((folder / "done.json").read_text(encoding="utf-8")))
+        previous = str(folder)
+    return records
+
+
+def stage(
+    name: str,
+    preset: str,
+    *,
+    data: str | Path,
+    tokenizer: str | Path,
+    init_from: str,
+    overrides: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """The config of a stage with its data, tokenizer and first weights filled in. Raises UserError."""
+    config = load_config(f"{name}:{preset}")
+    number = name.removeprefix("stage").split("_", 1)[0]
+    annotations = Path(data) / f"stage{number}.jsonl"
+    if not annotations.is_file():
+        raise UserError(f"{annotations}: no such file; --data is a folder with stage1.jsonl ... stage5.jsonl")
+    config.data.train = (str(annotations),)
+    config.data.tokenizer = str(tokenizer)
+    config.init_from = init_from
+    for key, value in (overrides or {}).items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except KeyError as error:
+            raise UserError(f"config.{key}: no such key ({error})") from error
+    return config

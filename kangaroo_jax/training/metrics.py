@@ -1,0 +1,103 @@
+"""What a step reports: a line for people, JSONL always, TensorBoard where asked for."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class MetricLog:
+    """`metrics.jsonl` of a stage: one line a step, in order, none twice even after a restart."""
+
+    def __init__(self, stage_dir: Path, *, tensorboard: bool = False) -> None:
+        """Appends to `stage_dir/metrics.jsonl`; `tensorboard` also writes event files (package tensorboard)."""
+        self.path = Path(stage_dir) / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        self._clock = time.perf_counter()
+        self._events = None
+        if tensorboard:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self._events, self._protos = EventFileWriter(str(stage_dir)), (event_pb2, summary_pb2)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`: a run restored at `step` writes them again."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        self._file.close()
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one step's values, and the `seconds` since the step before."""
+        now = time.perf_counter()
+        values = {**values, "seconds": round(now - self._clock, 4)}
+        self._clock = now
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
+            event_pb2, summary_pb2 = self._protos
+            scalars = [(k, v) for k, v in values.items() if isinstance(v, int | float)]
+            summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in scalars])
+            self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system (before a checkpoint counts as done)."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss` for people."""
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class Progress:
+    """Rates over the steps since the last printed line, and the time left."""
+
+    def __init__(self, stage: str, steps: int, tell: Callable[[str], None]) -> None:
+        """`tell` prints a line; `steps` is the stage's last step."""
+        self._stage, self._steps, self._tell = stage, steps, tell
+        self._clock = self._begin = time.perf_counter()
+        self._first: int | None = None
+        self._sums = {"steps": 0, "tokens": 0, "frames": 0, "places": 0, "wait": 0.0}
+
+    def add(self, *, tokens: int, frames: int, places: int, wait: float) -> None:
+        """One step: useful tokens and frames, token places (B * T), seconds spent waiting for data."""
+        for key, value in (("steps", 1), ("tokens", tokens), ("frames", frames), ("places", places), ("wait", wait)):
+            self._sums[key] += value
+
+    def line(self, step: int, metrics: dict[str, float], skipped: int) -> None:
+        """Print the line of `step` and begin a new window."""
+        now = time.perf_counter()
+        seconds = max(now - self._clock, 1e-9)
+        s = self._sums
+        left = (self._steps - step) * seconds / max(s["steps"], 1)
+        self._tell(
+            f"{self._stage} {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
+            f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.1e}  "
+            f"{s['tokens'] / seconds:,.0f} tok/s  {s['frames'] / seconds:,.0f} frames/s  "
+            f"useful {100 * s['tokens'] / max(s['places'], 1):.0f}%  wait {100 * s['wait'] / seconds:.0f}%  "
+            f"{'skipped ' + str(skipped) + '  ' if skipped else ''}ETA {duration(left)}"
+        )
+        self._clock = now
+        self._sums = dict.fromkeys(s, 0)

@@ -1,0 +1,61 @@
+"""AdamW with a rate for each group of parameters, given by one list of (regex, multiplier)."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from kangaroo_jax.training.parameters import Params, multiplier
+
+# Biases, norms and embeddings of position are not decayed (the usual rule; inferred for Kangaroo).
+NO_DECAY = re.compile(r".*(bias|scale|norm|pos_embed|cls_token|special_embedding).*")
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then cosine to `final_fraction` of it at the last of `steps`."""
+    warmup = max(1, math.ceil(config.warmup_fraction * steps))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / warmup,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def decayed(paths: Iterable[str]) -> dict[str, bool]:
+    """Which parameters weight decay touches."""
+    return {path: not NO_DECAY.fullmatch(path) for path in paths}
+
+
+def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
+    """Clip by the global norm, Adam, decoupled weight decay, then each parameter's own rate.
+
+    Args:
+        config: `config.optimizer`.
+        steps: length of the schedule.
+        params: the trainable parameters; every one must match a rule of `config.trainable`.
+    """
+    rates = {path: multiplier(path, config.trainable) for path in params}
+
+    def scale_each(
+        updates: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        del params
+        return {path: update * rates[path] for path, update in updates.items()}, state
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed(params)),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), scale_each),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )
+
+
+def count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -1,0 +1,222 @@
+"""Training for real: it learns, it restarts bit for bit after kill -9, it says what is wrong in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training import checkpoint, curriculum
+from kangaroo_jax.training.loop import initial_state, train
+from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+from kangaroo_jax.training.step import make_train_step
+
+
+def small_stage(name: str, corpus: Path, steps: int, **kwargs):
+    config = curriculum.stage(
+        name, "tiny", data=corpus, tokenizer=corpus / "tokenizer.model", init_from=kwargs.pop("init_from", "")
+    )
+    config.data.update(packs_per_batch=1, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
+    config.train.update(steps=steps, checkpoint_every=3, log_every=2, mesh=(1, 1, 1, 1))
+    config.model.vision.depth = config.model.llm.depth = 1
+    for key, value in kwargs.items():
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The meshes of these tests are of one device."""
+    from kangaroo_jax.training import loop
+
+    make_mesh = loop.make_mesh
+    monkeypatch.setattr(loop, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+
+
+def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
+    config = small_stage("stage4_instruct", corpus, 30)
+    lines: list[str] = []
+    result = train(config, tmp_path, tell=lines.append)
+    log = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in log] == list(range(1, 31))
+    assert np.mean([line["loss"] for line in log[-5:]]) < 0.7 * log[0]["loss"]
+    assert 0 < result.useful_token_share <= 1
+    for name in ("config.json", "first_batch.txt", "first_batch.png", "tokenizer.model"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert any("tok/s" in line and "ETA" in line for line in lines)
+    model, loaded, tokenizer = checkpoint.load_for_inference(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert tokenizer == tmp_path / "tokenizer.model"
+
+
+def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, tmp_path):
+    config = small_stage("stage1_image_pretrain", corpus, 3)
+    binding = checkpoint.abstract_model(config.model)
+    with jax.sharding.Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "context", "tensor")
+    ) as mesh:
+        before = initial_state(config, binding, mesh)
+    assert all(v.dtype == jnp.bfloat16 for v in before.frozen.values())
+    assert all(v.dtype == jnp.float32 for v in before.params.values())
+    assert {k.split("/")[0] for k in before.params} == {"vision", "projector", "special_embedding"}
+    trained_names = {str(path) for path, _ in jax.tree_util.tree_flatten_with_path(before.opt_state)[0]}
+    assert not any("llm/" in name for name in trained_names)
+    frozen = {k: np.asarray(v) for k, v in before.frozen.items()}
+    params = {k: np.asarray(v) for k, v in before.params.items()}
+    train(config, tmp_path, tell=lambda _: None)
+    after = checkpoint.load_params(tmp_path, binding)
+    for name, value in frozen.items():
+        np.testing.assert_array_equal(np.asarray(after[name]), value, err_msg=name)
+    moved = [name for name, value in params.items() if not np.array_equal(np.asarray(after[name]), value)]
+    assert "special_embedding" in moved and any(name.startswith("projector") for name in moved)
+
+
+def test_gradients_of_frozen_parts_are_not_computed(corpus):
+    """The jitted step has no output, and so no work, for a frozen weight's gradient: count its matmuls."""
+    everything = small_stage("stage4_instruct", corpus, 3)
+    frozen = small_stage("stage5_long_video", corpus, 3, **{"data.long_max_frames": 16, "data.long_min_frames": 16})
+    flops = []
+    for config in (everything, frozen):
+        binding = checkpoint.abstract_model(config.model)
+        config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=16)
+        config.train.mesh = (1, 1, 1, 1)
+        from kangaroo_jax.training import loop
+
+        state = initial_state(config, binding, loop.make_mesh((1, 1, 1, 1)))
+        optimizer = make_optimizer(config.optimizer, 3, state.params)
+        step = make_train_step(binding, optimizer, make_schedule(config.optimizer, 3))
+        flops.append(step.lower(state, empty_batch(config)).compile().cost_analysis()["flops"])
+    assert flops[1] < 0.6 * flops[0]
+
+
+def empty_batch(config):
+    from kangaroo_jax.conventions import PackedBatch
+
+    b, t, f, s = 1, config.data.tokens_per_pack, config.data.frames_per_pack, config.data.image_size
+    ints = jnp.zeros((b, t), jnp.int32)
+    return PackedBatch(
+        tokens=ints,
+        segment_ids=ints,
+        positions=ints,
+        targets=ints,
+        weights=jnp.zeros((b, t), jnp.float32),
+        frames=jnp.zeros((b, f, s, s, 3), jnp.uint8),
+        frame_times=jnp.zeros((b, f), jnp.float32),
+        frame_groups=jnp.zeros((b, f), jnp.int32),
+        vision_index=ints - 1,
+    )
+
+
+RUN = """
+    import os, sys
+    os.environ["XLA_FLAGS"] = ""
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    from pathlib import Path
+    from kangaroo_jax.training import curriculum
+    corpus, workdir = Path(sys.argv[1]), sys.argv[2]
+
+    def adjust(name, config):
+        config.data.update(packs_per_batch=1, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
+        config.data.update(long_max_frames=16, long_min_frames=16)
+        config.train.update(steps=8, checkpoint_every=3, log_every=1)
+        config.model.vision.depth = config.model.llm.depth = 1
+
+    curriculum.run("tiny", workdir, data=corpus, tokenizer=corpus / "tokenizer.model", adjust=adjust,
+                   stages=("stage1_image_pretrain", "stage3_refine", "stage5_long_video"),
+                   tell=lambda line: print(line, flush=True))
+"""
+
+
+def start_curriculum(corpus: Path, workdir: Path) -> subprocess.Popen:
+    code = textwrap.dedent(RUN)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(corpus), str(workdir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_no_loss_and_no_sample(corpus, tmp_path):
+    straight = start_curriculum(corpus, tmp_path / "straight")
+    output, _ = straight.communicate(timeout=600)
+    assert straight.returncode == 0, output
+    random = np.random.default_rng(0)
+    kills = 0
+    workdir = tmp_path / "killed"
+    while True:
+        process = start_curriculum(corpus, workdir)
+        if kills < 3:
+            wanted = int(random.integers(2, 7))  # so many step lines later it dies
+            for line in process.stdout:
+                wanted -= "tok/s" in line
+                if wanted == 0:
+                    break
+            time.sleep(float(random.uniform(0, 0.2)))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        break
+    for stage in ("stage1_image_pretrain", "stage3_refine", "stage5_long_video"):
+        want = read_metrics(tmp_path / "straight" / stage / "metrics.jsonl")
+        have = read_metrics(workdir / stage / "metrics.jsonl")
+        assert [line["step"] for line in have] == list(range(1, 9))
+        for a, b in zip(want, have, strict=True):
+            assert a["loss"] == b["loss"] and a["samples"] == b["samples"], (stage, a["step"])
+
+
+def test_missing_checkpoint_and_checkpoint_of_another_size_are_one_line(corpus, tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        train(small_stage("stage4_instruct", corpus, 2, init_from=str(tmp_path / "none")), tmp_path / "a", tell=print)
+    train(small_stage("stage4_instruct", corpus, 2), tmp_path / "small", tell=lambda _: None)
+    wider = small_stage("stage5_long_video", corpus, 2, init_from=str(tmp_path / "small"))
+    wider.model.llm.mlp_width = 256
+    with pytest.raises(UserError, match=r"tensor llm/\S*mlp\S* has shape .* the config wants") as error:
+        train(wider, tmp_path / "b", tell=lambda _: None)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_tokenizer_and_missing_data_are_one_line(corpus, tmp_path):
+    config = small_stage("stage4_instruct", corpus, 2)
+    config.model.special_ids.eof = 100
+    with pytest.raises(UserError, match=r"<eof> is 7, but config.model.special_ids.eof is 100"):
+        train(config, tmp_path, tell=print)
+    with pytest.raises(UserError, match=r"stage2.jsonl: no such file"):
+        curriculum.stage("stage2_video_pretrain", "tiny", data=tmp_path, tokenizer="x", init_from="")
+    with pytest.raises(UserError, match="learning_rat"):
+        curriculum.stage(
+            "stage4_instruct", "tiny", data=corpus, tokenizer="x", init_from="", overrides={"optimizer.learning_rat": 1}
+        )
+
+
+def test_metrics_file_survives_a_cut_line(tmp_path):
+    from kangaroo_jax.training.metrics import MetricLog
+
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    log = MetricLog(tmp_path)
+    log.rewind(2)
+    log.write(3, {"loss": 9.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["loss"] == 9.0

@@ -1,0 +1,57 @@
+"""AdamW against the published formula, the schedule, decay and the rates of groups."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
+
+
+def optimizer_config(**changes):
+    config = stage_config("tiny").optimizer
+    config.update(**changes)
+    return config
+
+
+def test_schedule_warms_up_to_the_peak_and_ends_at_the_final_fraction():
+    schedule = make_schedule(optimizer_config(learning_rate=2.0, warmup_fraction=0.1, final_fraction=0.1), 100)
+    assert np.isclose(schedule(10), 2.0)
+    assert schedule(0) > 0
+    assert np.isclose(schedule(100), 0.2)
+    assert np.isclose(schedule(55), 0.2 + 1.8 * 0.5)
+
+
+def test_update_is_adamw_with_each_groups_rate():
+    """Loshchilov & Hutter, algorithm 2, first step: m/(1-b1)=g, v/(1-b2)=g^2, so Adam's part is sign(g)."""
+    config = optimizer_config(
+        learning_rate=0.1,
+        warmup_fraction=0.0,
+        weight_decay=0.5,
+        clip_norm=1e9,
+        trainable=(("slow/.*", 0.25), (".*", 1.0)),
+    )
+    params = {"fast/kernel": jnp.array([2.0, -4.0]), "slow/kernel": jnp.array([2.0]), "fast/bias": jnp.array([3.0])}
+    grads = {"fast/kernel": jnp.array([1.0, -3.0]), "slow/kernel": jnp.array([5.0]), "fast/bias": jnp.array([-1.0])}
+    optimizer = make_optimizer(config, 10, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    rate = float(make_schedule(config, 10)(0))
+    np.testing.assert_allclose(updates["fast/kernel"], [-rate * (1 + 1.0), -rate * (-1 - 2.0)], rtol=1e-5)
+    np.testing.assert_allclose(updates["slow/kernel"], [-0.25 * rate * (1 + 1.0)], rtol=1e-5)
+    np.testing.assert_allclose(updates["fast/bias"], [rate], rtol=1e-5)  # no decay
+
+
+def test_clipping_is_by_the_global_norm():
+    config = optimizer_config(clip_norm=1.0, weight_decay=0.0)
+    params = {"a/kernel": jnp.zeros(1), "b/kernel": jnp.zeros(1)}
+    big = {"a/kernel": jnp.array([300.0]), "b/kernel": jnp.array([400.0])}
+    small = {"a/kernel": jnp.array([0.6]), "b/kernel": jnp.array([0.8])}
+    optimizer = make_optimizer(config, 10, params)
+    _, one = optimizer.update(big, optimizer.init(params), params)
+    _, two = optimizer.update(small, optimizer.init(params), params)
+    np.testing.assert_allclose(optax.tree.get(one, "mu")["a/kernel"], optax.tree.get(two, "mu")["a/kernel"], rtol=1e-5)
+
+
+def test_norms_and_biases_are_not_decayed():
+    flags = decayed(["llm/layers/attention_norm/scale", "vision/blocks/mlp/w1/bias", "llm/layers/mlp/up/kernel"])
+    assert list(flags.values()) == [False, False, True]
