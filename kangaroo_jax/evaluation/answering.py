@@ -1,0 +1,84 @@
+"""Held-out questions answered by generation, and what share is right."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.data.conversation import read_conversations
+from kangaroo_jax.evaluation.scoring import is_correct, score
+from kangaroo_jax.inference.chat import Kangaroo
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Records of evaluation files, each with its `split`, `prediction` and whether it is `correct`."""
+
+    records: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return {"metrics": self.metrics(), "by_kind": self.by_kind(), "records": list(self.records)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Answers":
+        """What `to_json` gave."""
+        return cls(tuple(value["records"]))
+
+    def share(self, **wanted: str) -> float:
+        """Share of right answers among records with these values (`split`, `format`, `language`, ...)."""
+        chosen = [r["correct"] for r in self.records if all(r[key] == value for key, value in wanted.items())]
+        return sum(chosen) / max(len(chosen), 1)
+
+    def metrics(self) -> dict[str, float]:
+        """Shares of right answers; `open_exact`, `en_mcq` and `zh_mcq` are of the short clips."""
+        return {
+            "image_mcq": self.share(split="image", format="mcq"),
+            "short_mcq": self.share(split="short", format="mcq"),
+            "long_mcq": self.share(split="long", format="mcq"),
+            "open_exact": self.share(split="short", format="open"),
+            "long_open_exact": self.share(split="long", format="open"),
+            "en_mcq": self.share(split="short", format="mcq", language="en"),
+            "zh_mcq": self.share(split="short", format="mcq", language="zh"),
+        }
+
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """`split/kind` -> accuracy and count of its multiple-choice questions."""
+        table = {}
+        for split in dict.fromkeys(r["split"] for r in self.records):
+            rows = [r for r in self.records if r["split"] == split]
+            for name, entry in score(rows, [r["prediction"] for r in rows])["by_kind"].items():
+                if name.startswith("mcq/"):
+                    table[f"{split}/{name.removeprefix('mcq/')}"] = {k: entry[k] for k in ("accuracy", "count")}
+        return table
+
+
+def evaluate(
+    checkpoint: str | Path,
+    files: Mapping[str, Path],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    tell: Callable[[str], None] = print,
+) -> Answers:
+    """Answer the questions of `files` (split -> JSONL) with a checkpoint, greedily, and mark the answers.
+
+    Each record is a LLaVA conversation that ends with the true answer, and has `answer`, `options`,
+    `format`, `question_kind` and `language`. Frames are sampled as in the stage that wrote the checkpoint.
+
+    Raises:
+        UserError: the checkpoint or a medium cannot be read.
+    """
+    model = Kangaroo.load(checkpoint)
+    marked = []
+    for split, path in files.items():
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        questions = [conversation.split_answer()[0] for conversation in read_conversations([path])]
+        predictions = model.answer_many(questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        for record, prediction in zip(records, predictions, strict=True):
+            correct = is_correct(record, prediction)
+            marked.append({**record, "split": split, "prediction": prediction, "correct": correct})
+        right = sum(r["correct"] for r in marked if r["split"] == split)
+        tell(f"answered {len(records)} {split} questions, {right} right")
+    return Answers(tuple(marked))

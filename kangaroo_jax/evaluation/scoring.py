@@ -1,0 +1,126 @@
+"""Scoring of generated answers: the letter of a multiple-choice answer, exact match of an open one, and shares.
+
+The rules are the usual ones of video benchmarks: the model generates text, the letter is read out of it, and
+an answer without a letter is wrong.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+
+LETTERS = "ABCDEFGHIJ"
+
+# "A red ring" and "I see": an article or pronoun, not a letter; "A or B" and "A is right" are letters.
+_WORD_NOT_LETTER = r"(?!(?<=[AI])\s+(?!or\b|and\b|is\b|because\b)[a-z])"
+_STATED = (
+    r"(?:(?i:\b(?:answer|option|choice))\s*(?i:is\b|would\s+be\b)?|答案\s*(?:是|为)?|选项?|选择)\s*:?\s*[(\[*\"']*"
+)
+
+
+def extract_letter(text: str, choices: str = "ABCD") -> str:
+    """The option letter that an answer gives, upper case, or "" where it gives none or more than one.
+
+    Read in this order; the first rule that finds a letter decides:
+
+    1. the answer is the letter, or begins with it and a mark: `B`, `(b)`, `B. blue`, `B、蓝色`, full width too;
+    2. the letter follows words like `the answer is`, `option`, `答案是`, `选`; the last such letter counts;
+    3. exactly one of the letters stands alone, in upper case, somewhere in the text: `It is red (C)`.
+
+    The article in `A red ring` is no letter. Raises ValueError where `choices` is empty or not of letters.
+    """
+    if not choices.isalpha() or not choices.isascii():
+        raise ValueError(f"choices must be letters, not {choices!r}")
+    plain = unicodedata.normalize("NFKC", text).strip()
+    upper, lower = choices.upper(), choices.lower()
+    first = re.match(rf"[(\[*\"'`\s]*([{upper}{lower}])[*\"'`]*\s*(?:[)\].,:;!?。、\n]|$)", plain)
+    if first:
+        return first[1].upper()
+    letter = rf"(?:([{upper}])(?![A-Za-z']){_WORD_NOT_LETTER}|([{lower}])(?=\s*(?:[)\].,;!?。、]|$)))"
+    stated = re.findall(_STATED + letter, plain)
+    if stated:
+        return "".join(stated[-1]).upper()
+    alone = set(re.findall(rf"(?<![A-Za-z0-9'])([{upper}])(?![A-Za-z0-9']){_WORD_NOT_LETTER}", plain))
+    return alone.pop() if len(alone) == 1 else ""
+
+
+def normalise(text: str) -> str:
+    """Text as `exact_match` compares it.
+
+    Full-width forms become plain ones (NFKC), case is folded, punctuation goes (but a point, comma or minus
+    inside a number stays), and so does a leading `a`, `an` or `the`; spaces become one, and none beside Chinese.
+    """
+    plain = re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold())
+    plain = re.sub(r"(?<!\d)[.,]|[.,](?!\d)", " ", plain)  # not inside a number
+    plain = re.sub(r"(?<=\S)-|-(?!\d)", " ", plain)  # not a minus
+    words = "".join(c if c in ".,-" or unicodedata.category(c)[0] not in "PZC" else " " for c in plain).split()
+    if len(words) > 1 and words[0] in ("a", "an", "the"):
+        words = words[1:]
+    return re.sub(r"\s*([\u3400-\u9fff])\s*", r"\1", " ".join(words))
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether an open answer is the expected one after `normalise`."""
+    return normalise(prediction) == normalise(answer)
+
+
+def is_correct(record: Mapping, prediction: str) -> bool:
+    """Whether a generated answer to an evaluation record is right.
+
+    A record with `options` is multiple choice and its `answer` a letter; one without is open.
+    """
+    options = record.get("options") or ()
+    if options:
+        return extract_letter(prediction, LETTERS[: len(options)]) == record["answer"]
+    return exact_match(prediction, record["answer"])
+
+
+def score(records: Sequence[Mapping], predictions: Sequence[str]) -> dict:
+    """Accuracies of generated answers to evaluation records.
+
+    Records have `answer`, `options` (empty for open questions), `format` ("mcq" or "open"), `question_kind` and
+    `language`. Returns `{"all", "by_format", "by_kind", "by_language", "by_language_format"}`: each entry of the
+    last four maps a name (`zh_mcq` in the last; `mcq/colour` in `by_kind`) to the same small table as "all":
+    `accuracy` and `chance` from 0 to 1 (chance is 1 / options, 0 for an open question), `count`, and `no_letter`,
+    the count of multiple-choice answers from which no letter could be read. An empty list gives accuracy 0.
+
+    Raises ValueError where the two lists differ in length.
+    """
+    if len(records) != len(predictions):
+        raise ValueError(f"{len(records)} records but {len(predictions)} predictions")
+    rows = [_row(record, prediction) for record, prediction in zip(records, predictions, strict=True)]
+    return {
+        "all": _table(rows),
+        "by_format": _group(rows, lambda r: r["format"]),
+        "by_kind": _group(rows, lambda r: f"{r['format']}/{r['kind']}"),
+        "by_language": _group(rows, lambda r: r["language"]),
+        "by_language_format": _group(rows, lambda r: f"{r['language']}_{r['format']}"),
+    }
+
+
+def _row(record: Mapping, prediction: str) -> dict:
+    options = record.get("options") or ()
+    return {
+        "format": record["format"],
+        "kind": record["question_kind"],
+        "language": record["language"],
+        "correct": is_correct(record, prediction),
+        "chance": 1 / len(options) if options else 0.0,
+        "no_letter": bool(options) and not extract_letter(prediction, LETTERS[: len(options)]),
+    }
+
+
+def _group(rows: Sequence[dict], key: Callable[[dict], str]) -> dict[str, dict]:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return {name: _table(groups[name]) for name in sorted(groups)}
+
+
+def _table(rows: Sequence[dict]) -> dict:
+    count = max(len(rows), 1)
+    return {
+        "accuracy": sum(r["correct"] for r in rows) / count,
+        "chance": sum(r["chance"] for r in rows) / count,
+        "count": len(rows),
+        "no_letter": sum(r["no_letter"] for r in rows),
+    }

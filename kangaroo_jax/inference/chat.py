@@ -1,0 +1,309 @@
+"""Talk with a trained model about videos and images.
+
+kangaroo = Kangaroo.load("runs/quickstart")
+answer, history = kangaroo.chat(video="a.mp4", query="What happens?")
+answer, history = kangaroo.chat(query="And then?", history=history)
+"""
+
+import collections
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags
+from kangaroo_jax.data.loader import batch_from_recipes
+from kangaroo_jax.data.sample import Recipe, render_prompt
+from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kangaroo_jax.data.video import probe
+from kangaroo_jax.inference.generate import Generator, Prompts, bucket
+from kangaroo_jax.inference.sampling import Sampling
+from kangaroo_jax.models import kangaroo as models
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+History = list[dict[str, Any]]
+VIDEOS_REMEMBERED = 4  # whose vision tokens stay on the device for the next round
+
+
+class Kangaroo:
+    """A model, its tokenizer and the frame sampling that it was trained with."""
+
+    def __init__(self, model: models.Kangaroo, config: ConfigDict, tokenizer: Tokenizer) -> None:
+        """`config` is that of the stage which trained the model; see `load`."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self._generator = Generator(model)
+        self._frames_per_group = models.frames_per_group(config.model)
+        self._tokens_per_group = models.tokens_per_group(config.model, config.data.image_size)
+        self._seen: collections.OrderedDict[Any, jax.Array | None] = collections.OrderedDict()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Kangaroo":
+        """Load what training wrote: a curriculum's folder (its last stage), a stage's, or one checkpoint.
+
+        Raises:
+            UserError: there is no checkpoint or tokenizer, or it is of another model than its config.
+        """
+        from kangaroo_jax.training.checkpoint import load_for_inference
+
+        model, config, tokenizer = load_for_inference(path)
+        return cls(model, config, load_tokenizer(tokenizer))
+
+    def chat(
+        self,
+        video: str | Path | None = None,
+        image: str | Path | None = None,
+        query: str = "",
+        history: History | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.9,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> tuple[str, History]:
+        """Answer a query about a video, an image, both, or what the history is about.
+
+        Args:
+            video, image: files. They stand before the query, or where it says `<video>` and `<image>`.
+            query: what to ask.
+            history: what the last round returned (JSON-able); its videos need not be given again.
+            temperature: 0 always takes the likeliest token.
+            top_p: draw among the likeliest tokens that have this probability together.
+            max_new_tokens: longest answer.
+            seed: of the drawing.
+            start, end: seconds of the video to look at.
+
+        Returns:
+            The answer, and the history with this round in it.
+
+        Raises:
+            UserError: the query is empty, a file cannot be read, or a value is out of range.
+        """
+        turns = [*(history or []), ask(query, video, image, start, end)]
+        sampling = Sampling(temperature, top_p, seed)
+        pieces = self.stream(turns, sampling, max_new_tokens=max_new_tokens, every=max_new_tokens)
+        answer = "".join(pieces).strip()
+        return answer, [*turns, {"role": "assistant", "text": answer}]
+
+    def stream(
+        self, turns: History, sampling: Sampling | None = None, *, max_new_tokens: int = 512, every: int = 1
+    ) -> Iterator[str]:
+        """The answer to the last of `turns` (a history and what `ask` returns) in pieces of `every` tokens.
+
+        A piece never ends inside a character. Raises UserError, see `chat`.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
+        recipe = self.recipe(conversation(turns))
+        stream = self._generator.stream(
+            Prompts.from_recipes([recipe], 1, bucket(len(recipe.tokens))),
+            self._vision(recipe),
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            sampling=sampling,
+            every=every,
+        )
+        text = shown = ""
+        for (ids,) in stream:
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd") and text.startswith(shown):  # bytes of a whole character
+                yield text[len(shown) :]
+                shown = text
+        yield text[len(shown) :]
+
+    def answer_many(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """The answers to many questions, in their order; greedy by default.
+
+        Each conversation ends with the user's turn (`Conversation.split_answer`). Questions of like size
+        are answered together, `batch_size` at a time, while the next ones' frames are decoded.
+
+        Raises:
+            UserError: a file cannot be read; the message names it.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            recipes = list(pool.map(self.recipe, conversations))
+        order = sorted(range(len(recipes)), key=lambda i: (recipes[i].frames, len(recipes[i].tokens)))
+        groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        batches = _one_ahead(self._batch, [[recipes[i] for i in group] for group in groups])
+        answers = [""] * len(recipes)
+        for group, batch in zip(groups, batches, strict=True):
+            ids = self._generator.generate(
+                batch, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids, sampling=sampling
+            )
+            for i, answer in zip(group, ids, strict=False):  # the batch may end in empty rows
+                answers[i] = self.tokenizer.decode(answer).strip()
+        return answers
+
+    def recipe(self, conversation: Conversation) -> Recipe:
+        """The prompt of a conversation that ends with the user's turn. Raises UserError."""
+        return render_prompt(
+            conversation, self.tokenizer, self.config.data, self._frames_per_group, self._tokens_per_group
+        )
+
+    def _batch(self, recipes: Sequence[Recipe]) -> PackedBatch:
+        """One recipe a row, in few different shapes; empty rows at the end make the number of rows a power of two."""
+        batch = batch_from_recipes(
+            recipes,
+            tokens=bucket(max(len(recipe.tokens) for recipe in recipes)),
+            frames=max(recipe.frames for recipe in recipes),
+            image_size=self.config.data.image_size,
+            num_threads=os.cpu_count() or 1,
+        )
+        missing = (1 << (len(recipes) - 1).bit_length()) - len(recipes)
+        return jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), batch)
+
+    def _vision(self, recipe: Recipe) -> jax.Array | None:
+        """The vision tokens of a prompt's media, remembered for the rounds to come."""
+        if not recipe.media:
+            return None
+        key = tuple((ref, os.stat(ref.path).st_mtime_ns) for ref in recipe.media)
+        if key not in self._seen:
+            batch = self._batch([recipe])
+            vision = self._generator.encode(np.asarray(batch.frames), np.asarray(batch.frame_times))
+            self._seen[key] = vision
+        self._seen.move_to_end(key)
+        while len(self._seen) > VIDEOS_REMEMBERED:
+            self._seen.popitem(last=False)
+        return self._seen[key]
+
+
+def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """function(item) for each, where the next one is under way in a thread while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            following = thread.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+# ---------------------------------------------------------------------------------- history
+
+
+def ask(
+    query: str,
+    video: str | Path | None = None,
+    image: str | Path | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> dict[str, Any]:
+    """A turn of the user, as it stands in a history. Raises UserError, also for files that cannot be opened."""
+    if not query.strip():
+        raise UserError("the query is empty: say what to ask")
+    media: list[dict[str, Any]] = []
+    for kind, path in (("video", video), ("image", image)):
+        if path is not None and (found := probe(path).kind) != kind:
+            raise UserError(f"{path}: this is a file of the kind {found}; give it as {found}")
+    if video is not None:
+        media.append({"kind": "video", "path": str(video), "start": start, "end": end})
+    elif start is not None or end is not None:
+        raise UserError("start and end belong to a video, and none is given")
+    if image is not None:
+        media.append({"kind": "image", "path": str(image)})
+    wanted = count_tags([Turn("user", query)])
+    if not wanted:
+        query = "".join(f"<{medium['kind']}>\n" for medium in media) + query
+    elif sorted(wanted) != sorted(medium["kind"] for medium in media):
+        raise UserError(f"the query has the tags {', '.join(wanted)}, but {len(media)} files are given with it")
+    else:
+        media.sort(key=lambda medium: wanted.index(medium["kind"]))
+    return {"role": "user", "text": query, "media": media}
+
+
+def conversation(turns: History) -> Conversation:
+    """A history and the new turn as the data pipeline wants it. Raises UserError where it is no history."""
+    fields = {field.name for field in dataclasses.fields(Media)}
+    spoken, media = [], []
+    for number, turn in enumerate(turns):
+        try:
+            role, text, refs = turn["role"], turn["text"], turn.get("media") or []
+            media += [Media(**ref) for ref in refs if set(ref) <= fields]
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f"history: turn {number + 1} is none of those that chat returns") from None
+        if role != ("user", "assistant")[number % 2]:
+            raise UserError(f"history: turn {number + 1} is the {role}'s; user and assistant take turns")
+        spoken.append(Turn(role, text))
+    if count_tags(spoken) != [medium.kind for medium in media]:
+        raise UserError("history: the tags in its turns and the media that it names do not match")
+    return Conversation("chat", tuple(spoken), tuple(media))
+
+
+# ----------------------------------------------------------------------------- command line
+
+
+def chat_main(
+    checkpoint: str | Path,
+    *,
+    query: str | None = None,
+    video: str | None = None,
+    image: str | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    temperature: float = 0.0,
+    top_p: float = 0.9,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    lines: Iterable[str] | None = None,
+) -> None:
+    """`kangaroo chat`: one answer where there is a query, else a conversation, both to standard output.
+
+    `lines` is what the user says, round by round: by default what is typed; an empty line ends. The media
+    go with the first. The other arguments are those of `Kangaroo.load` and `Kangaroo.chat`.
+
+    Raises:
+        UserError: see there. What can be checked is checked before the model is loaded.
+    """
+    sampling = Sampling(temperature, top_p, seed)
+    media: dict[str, Any] = dict(video=video, image=image, start=start, end=end)
+    ask(query if query is not None else "?", **media)
+    kangaroo = Kangaroo.load(checkpoint)
+    turns: History = []
+    for line in [query] if query is not None else lines if lines is not None else _typed():
+        if not line.strip():
+            return
+        turns.append(ask(line, **(media if not turns else {})))
+        answer = _say(kangaroo.stream(turns, sampling, max_new_tokens=max_new_tokens))
+        turns.append({"role": "assistant", "text": answer})
+
+
+def _say(pieces: Iterator[str]) -> str:
+    """Print pieces of an answer as they come; returns the whole."""
+    answer = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        answer += piece
+    print(flush=True)
+    return answer
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at a prompt, until the end of the input."""
+    if sys.stdin.isatty():
+        print("Ask about it; an empty line ends.")
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return

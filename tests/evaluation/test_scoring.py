@@ -1,0 +1,110 @@
+import pytest
+
+from kangaroo_jax.evaluation.scoring import exact_match, extract_letter, is_correct, normalise, score
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("B", "B"),
+        (" b\n", "B"),
+        ("(c)", "C"),
+        ("**D**", "D"),
+        ("Ｂ", "B"),
+        ("（Ａ）", "A"),
+        ("B. blue", "B"),
+        ("B: blue, not A", "B"),
+        ("B、蓝色", "B"),
+        ("C\nbecause it moves", "C"),
+        ("B blue", "B"),
+        ("The answer is C.", "C"),
+        ("The correct answer is: (d)", "D"),
+        ("The answer is B because it moves", "B"),
+        ("Option A is wrong. The answer is B", "B"),
+        ("答案是C", "C"),
+        ("正确答案：D。", "D"),
+        ("我选 B", "B"),
+        ("选项A", "A"),
+        ("It is a red ring (C)", "C"),
+        ("A red ring, so (D)", "D"),
+        ("A red ring", ""),
+        ("A or B", ""),
+        ("I cannot answer a question", ""),
+        ("red", ""),
+        ("Bad", ""),
+        ("", ""),
+        ("E", ""),
+        ("红色", ""),
+    ],
+)
+def test_letter(text, letter):
+    assert extract_letter(text) == letter
+
+
+def test_letter_of_other_choices():
+    assert extract_letter("E", "ABCDE") == "E"
+    assert extract_letter("I see two of them", "ABCDEFGHI") == ""
+    with pytest.raises(ValueError, match="letters"):
+        extract_letter("A", "")
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, same",
+    [
+        ("Red.", "red", True),
+        ("a red  ring", "red ring", True),
+        ("8 Seconds", "8 seconds", True),
+        ("８秒。", "8秒", True),
+        ("8 秒", "8秒", True),
+        ("红色 的 环形", "红色的环形", True),
+        ("left-hand", "left hand", True),
+        ("-7", "7", False),
+        ("3.5", "35", False),
+        ("3.5.", "3.5", True),
+        ("1,000", "1000", False),
+        ("red", "blue", False),
+        ("", "red", False),
+        ("a", "a", True),
+    ],
+)
+def test_exact_match(prediction, answer, same):
+    assert exact_match(prediction, answer) is same
+
+
+def test_normalise_is_idempotent():
+    for text in ("The Ring’s  colour!", "第 10 秒，红色。", "-3.5 m", "A"):
+        assert normalise(normalise(text)) == normalise(text)
+
+
+def _record(answer, options, kind, language):
+    style = "mcq" if options else "open"
+    return {"answer": answer, "options": options, "format": style, "question_kind": kind, "language": language}
+
+
+def test_score_counts_every_group():
+    four = ["red", "blue", "green", "white"]
+    records = [
+        _record("A", four, "colour", "en"),
+        _record("B", four, "colour", "zh"),
+        _record("C", four[:2] + ["x", "y"], "what", "en"),
+        _record("red", [], "colour", "en"),
+        _record("红色", [], "colour", "zh"),
+    ]
+    result = score(records, ["A. red", "no idea", "D", "Red", "蓝色"])
+    assert result["all"]["count"] == 5 and result["all"]["accuracy"] == pytest.approx(2 / 5)
+    assert result["by_format"]["mcq"] == {"accuracy": 1 / 3, "chance": 0.25, "count": 3, "no_letter": 1}
+    assert result["by_format"]["open"]["accuracy"] == 0.5 and result["by_format"]["open"]["chance"] == 0
+    assert result["by_kind"]["mcq/colour"]["accuracy"] == 0.5
+    assert result["by_language"]["zh"]["accuracy"] == 0
+    assert result["by_language_format"]["en_mcq"]["count"] == 2
+
+
+def test_score_of_nothing_and_of_unequal_lists():
+    assert score([], [])["all"] == {"accuracy": 0, "chance": 0, "count": 0, "no_letter": 0}
+    with pytest.raises(ValueError, match="1 records but 0"):
+        score([_record("A", ["x", "y"], "what", "en")], [])
+
+
+def test_two_options_read_only_two_letters():
+    assert is_correct(_record("B", ["yes", "no"], "what", "en"), "B")
+    assert not is_correct(_record("B", ["yes", "no"], "what", "en"), "C")

@@ -1,0 +1,203 @@
+"""Chat about real files with a small random model: what is said does not matter, that it is said right does."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kangaroo_jax.config import to_plain
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.conversation import Conversation, Media, Turn
+from kangaroo_jax.inference import chat as chat_module
+from kangaroo_jax.inference.chat import Kangaroo, ask, chat_main, conversation
+from kangaroo_jax.inference.sampling import Sampling
+from kangaroo_jax.training.checkpoint import Checkpoints, abstract_model, keep_tokenizer
+from kangaroo_jax.training.step import TrainState
+
+SHORT = dict(max_new_tokens=12)
+
+
+@pytest.fixture
+def encodings(kangaroo, monkeypatch) -> list[int]:
+    """Frames of each video that the ViT has looked at so far."""
+    seen: list[int] = []
+    encode = kangaroo._generator.encode
+    monkeypatch.setattr(
+        kangaroo._generator, "encode", lambda frames, times: seen.append(frames.shape[1]) or encode(frames, times)
+    )
+    return seen
+
+
+def test_rounds_need_no_video_again_and_look_at_it_once(kangaroo, media, encodings):
+    answer, history = kangaroo.chat(video=media / "a.mp4", query="What moves?", **SHORT)
+    assert [turn["role"] for turn in history] == ["user", "assistant"] and history[1]["text"] == answer
+    history = json.loads(json.dumps(history))
+    second, longer = kangaroo.chat(query="Which way?", history=history, **SHORT)
+    assert len(longer) == 4 and len(history) == 2 and encodings == [4]
+    blind, _ = kangaroo.chat(
+        query="Which way?", history=[{**history[0], "text": "What moves?", "media": []}, history[1]]
+    )
+    again, _ = kangaroo.chat(video=media / "b.mp4", query="What moves?", **SHORT)
+    assert blind != second and again != answer and encodings == [4, 6]
+
+
+def test_a_changed_file_is_looked_at_again_and_few_are_remembered(kangaroo, media, encodings, tmp_path, monkeypatch):
+    video = tmp_path / "v.mp4"
+    video.write_bytes((media / "a.mp4").read_bytes())
+    first, _ = kangaroo.chat(video=video, query="What moves?", **SHORT)
+    video.write_bytes((media / "b.mp4").read_bytes())
+    second, _ = kangaroo.chat(video=video, query="What moves?", **SHORT)
+    assert first != second and encodings == [4, 6]
+    monkeypatch.setattr(chat_module, "VIDEOS_REMEMBERED", 1)
+    kangaroo.chat(image=media / "c.jpg", query="?", **SHORT)
+    assert len(kangaroo._seen) == 1
+
+
+def test_the_prompt_is_that_of_training(kangaroo, media):
+    t = kangaroo.tokenizer
+    recipe = kangaroo.recipe(conversation([ask("What moves?", video=media / "a.mp4")]))
+    group = [t.vision] * 1  # a group of two frames of 2 x 2 patches is one token
+    body = [t.vi_start, *group, t.eof, *group, t.eov, t.vi_end, *t.encode("\nWhat moves?"), t.eot]
+    user = [t.start_header, *t.encode("user"), t.end_header, *t.encode("\n\n")]
+    assistant = [t.start_header, *t.encode("assistant"), t.end_header, *t.encode("\n\n")]
+    assert recipe.tokens.tolist() == [t.bos, *user, *body, *assistant]
+
+
+def test_start_and_end_choose_a_part_of_the_video(kangaroo, media):
+    whole = kangaroo.recipe(conversation([ask("?", video=media / "b.mp4")]))
+    part = kangaroo.recipe(conversation([ask("?", video=media / "b.mp4", start=2.0, end=4.0)]))
+    assert whole.frames == 6 and part.frames == 2
+    assert part.media[0].start == 2.0 and max(part.media[0].times) < 2.0
+
+
+def test_video_and_image_stand_where_the_query_says(kangaroo, media):
+    files = dict(video=media / "a.mp4", image=media / "c.jpg")
+    assert [m["kind"] for m in ask("Same?", **files)["media"]] == ["video", "image"]
+    turn = ask("Is <image> in <video>?", **files)
+    assert [m["kind"] for m in turn["media"]] == ["image", "video"] and turn["text"] == "Is <image> in <video>?"
+    assert kangaroo.recipe(conversation([turn])).frames == 2 + 4
+    with pytest.raises(UserError, match="the query has the tags video, but 0 files"):
+        ask("What is in <video>?")
+
+
+def test_streamed_pieces_are_the_answer(kangaroo, media):
+    turns = [ask("What moves?", video=media / "a.mp4")]
+    for seed in range(2):
+        sampling = Sampling(temperature=2.0, top_p=1.0, seed=seed)
+        pieces = list(kangaroo.stream(turns, sampling, max_new_tokens=20))
+        answer, _ = kangaroo.chat(
+            video=media / "a.mp4", query="What moves?", temperature=2.0, top_p=1.0, seed=seed, max_new_tokens=20
+        )
+        assert "".join(pieces).strip() == answer
+
+
+def test_a_character_of_several_tokens_is_never_shown_half(kangaroo, monkeypatch):
+    t = kangaroo.tokenizer
+    ids = t.encode("a 🦘 b")
+    assert len(ids) > 5
+    steps = [[ids[:n]] for n in range(1, len(ids) + 1)]
+    monkeypatch.setattr(kangaroo._generator, "stream", lambda *args, **kwargs: iter(steps))
+    pieces = list(kangaroo.stream([ask("?")]))
+    assert "".join(pieces) == "a 🦘 b" and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_answer_many_is_chat_for_each_whatever_the_order_and_batch(kangaroo, media):
+    questions = [
+        ("<video>\nWhat moves?", [Media("video", str(media / "b.mp4"))]),
+        ("What is red?", []),
+        ("<image>\nWhich way does the square move?", [Media("image", str(media / "c.jpg"))]),
+        ("<video>\nWhich way?", [Media("video", str(media / "a.mp4"), start=1.0)]),
+        ("<video>\n视频里有什么?", [Media("video", str(media / "a.mp4"))]),
+    ]
+    asked = [Conversation(str(i), (Turn("user", text),), tuple(files)) for i, (text, files) in enumerate(questions)]
+    answers = kangaroo.answer_many(asked, max_new_tokens=12, batch_size=4)
+    assert len(set(answers)) > 1
+    for answer, (text, files) in zip(answers, questions, strict=True):
+        file = {medium.kind: medium.path for medium in files}
+        start = files[0].start if files else None
+        alone, _ = kangaroo.chat(query=text, start=start, **file, **SHORT)
+        assert answer == alone
+    assert kangaroo.answer_many([]) == []
+
+
+def test_bad_input_is_one_line(kangaroo, media):
+    video = media / "a.mp4"
+    turns = [ask("What?", video=video), {"role": "assistant", "text": "A."}]
+    cases = {
+        "the query is empty": dict(query=" "),
+        "none.mp4: ": dict(query="?", video=media / "none.mp4"),
+        "notes.txt: not a readable video": dict(query="?", video=media / "notes.txt"),
+        "give it as image": dict(query="?", video=media / "c.jpg"),
+        "give it as video": dict(query="?", image=video),
+        "start and end belong to a video": dict(query="?", start=1.0),
+        "no video between start 9": dict(query="?", video=video, start=9.0),
+        "temperature": dict(query="?", temperature=-1.0),
+        "top_p": dict(query="?", top_p=0.0),
+        "max_new_tokens": dict(query="?", max_new_tokens=0),
+        "turn 1 is none of those": dict(query="?", history=["What?"]),
+        "turn 2 is the user's": dict(query="?", history=turns[:1]),
+        "do not match": dict(query="?", history=[{**turns[0], "media": []}, turns[1]]),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(UserError) as error:
+            kangaroo.chat(**arguments)
+        assert message in str(error.value) and "\n" not in str(error.value), message
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, make_micro_config, media, random_model):
+    """What training would have written: a stage's folder."""
+    folder = tmp_path_factory.mktemp("stage5_long_video")
+    config = make_micro_config()
+    config.model.llm.vocab_size = 300
+    params = abstract_model(config.model).flatten(random_model)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(TrainState(jnp.int32(7), params, {}, {}), b"{}", to_plain(config))
+    checkpoints.close()
+    keep_tokenizer(media / "tokenizer.model", folder)
+    return folder
+
+
+def test_a_loaded_checkpoint_says_the_same(kangaroo, checkpoint, media, capsys):
+    options = dict(video=media / "a.mp4", query="What moves?", max_new_tokens=8)
+    loaded = Kangaroo.load(checkpoint)
+    assert loaded.config.model.llm.vocab_size == 300
+    answer, history = kangaroo.chat(**options)
+    assert loaded.chat(**options)[0] == answer
+    chat_main(checkpoint, **{**options, "video": str(media / "a.mp4")})
+    assert capsys.readouterr().out.strip() == answer
+    follow, _ = kangaroo.chat(query="And?", history=history, max_new_tokens=8)
+    chat_main(checkpoint, video=str(media / "a.mp4"), lines=["What moves?", "And?", "", "no"], max_new_tokens=8)
+    assert [line.strip() for line in capsys.readouterr().out.split("\n") if line.strip()] == [
+        line.strip() for line in f"{answer}\n{follow}".split("\n") if line.strip()
+    ]
+
+
+def test_nothing_is_loaded_for_a_video_that_is_missing(media, tmp_path):
+    with pytest.raises(UserError, match=r"none\.mp4"):
+        chat_main(tmp_path / "no_checkpoint", video=str(media / "none.mp4"))
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        chat_main(tmp_path / "no_checkpoint", video=str(media / "a.mp4"))
+
+
+def test_what_is_typed_ends_with_the_input(monkeypatch, capsys):
+    lines = iter(["What?"])
+
+    def typed(prompt: str) -> str:
+        print(prompt, end="")
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(chat_module._typed()) == ["What?"]
+    assert capsys.readouterr().out == "> > \n"
+
+
+def test_numbers_of_the_frames_reach_the_model(kangaroo, media):
+    """The seconds of the frames, not their places, are encoded."""
+    recipe = kangaroo.recipe(conversation([ask("?", video=media / "b.mp4")]))
+    batch = kangaroo._batch([recipe])
+    np.testing.assert_allclose(batch.frame_times[0], np.arange(6) + 0.5, atol=0.26)
