@@ -1,0 +1,427 @@
+"""The corpus of the quickstart: real JPEG and H.264 files with captions, questions and conversations.
+
+`make_corpus(folder, seed, scale)` writes into `folder`
+
+    media/images, media/short, media/long       training media, and the same three under media/held_out
+    stage0.jsonl                                text only: notes in place of videos (stands in for Llama-3)
+    stage1.jsonl ... stage5.jsonl               LLaVA records of the five stages
+    eval_image.jsonl, eval_short.jsonl, eval_long.jsonl   held-out media, one question a record
+    manifest.json                               settings and counts; it is written last
+
+The text warm-up names every combination of thing and colour, as any pretrained decoder would know them; the
+combinations held out are of pixels. The same seed and scale give the same records and the same pixels.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.tools.corpus_draw import split_scans, write_image, write_video
+from kangaroo_jax.tools.corpus_scenes import Scene, SceneMaker
+from kangaroo_jax.tools.corpus_text import (
+    LANGUAGES,
+    LETTERS,
+    REQUESTS,
+    Fact,
+    Question,
+    ask,
+    caption,
+    chinese_words,
+    dense_caption,
+    facts,
+    note,
+)
+
+FORMAT = 1  # of the files; raise it when the same settings begin to give other records
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """How much of what. Counts are for scale 1; shares are from 0 to 1; kinds have relative weights."""
+
+    # Media
+    images: int = 4000
+    shorts: int = 1500
+    longs: int = 300
+    held_images: int = 60
+    held_shorts: int = 120
+    held_longs: int = 60
+    short_fps: int = 8
+    long_fps: int = 4
+    image_kinds: tuple[tuple[str, float], ...] = (("image", 4), ("image_count", 1))
+    short_kinds: tuple[tuple[str, float], ...] = (
+        ("still", 2),
+        ("count", 2),
+        ("move", 3),
+        ("order", 4),
+        ("recolour", 1),
+        ("transform", 1),
+        ("appear", 1),
+        ("disappear", 1),
+    )
+    # Conversations
+    rounds: int = 4  # questions about one video in one conversation, at most
+    multiple_choice: float = 0.6  # share of the questions; the others are open
+    describe_last: float = 0.25  # share of instruction conversations that end with a description
+    stage4_per_short: int = 4  # conversations of a short clip in stage 4; languages take turns
+    stage4_images: int = 1500  # images with a conversation in stage 4
+    stage5_per_long: int = 10
+    stage5_shorts: int = 1500  # conversations of stage 4 repeated in stage 5
+    # Text warm-up
+    warmup: int = 36_000
+    warmup_image: float = 0.15
+    warmup_long: float = 0.25
+    warmup_caption: float = 0.15  # share asked for a caption, for times, and the rest questions
+    warmup_dense: float = 0.15
+    # Evaluation: questions in both languages together
+    eval_image: tuple[int, int] = (80, 40)  # multiple choice, open
+    eval_short: tuple[int, int] = (400, 200)
+    eval_long: tuple[int, int] = (160, 80)
+
+    def scaled(self, scale: float) -> "Mixture":
+        """The same mixture with every count multiplied, never below a handful."""
+        media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
+        records = ("stage4_images", "stage5_shorts", "warmup")
+        counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
+        for name in ("eval_image", "eval_short", "eval_long"):
+            counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
+        return dataclasses.replace(self, **counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Where the files of a finished corpus are. Records name their media relative to `folder`."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def warmup(self) -> Path:
+        """Text-only conversations of the warm-up: `stage0.jsonl`."""
+        return self.folder / "stage0.jsonl"
+
+    @property
+    def stages(self) -> tuple[Path, ...]:
+        """Records of stages 1 to 5."""
+        return tuple(self.folder / f"stage{i}.jsonl" for i in range(1, 6))
+
+    @property
+    def eval_files(self) -> dict[str, Path]:
+        """Held-out questions on `image`, `short` and `long` media."""
+        return {name: self.folder / f"eval_{name}.jsonl" for name in ("image", "short", "long")}
+
+    def chat_examples(self) -> list[tuple[str, Path, list[str]]]:
+        """(title, held-out video, questions) of a chat about a short and one about a long video.
+
+        The questions begin in English and end in Chinese.
+        """
+        short = ["Describe the video.", "What comes first?", "How long is the video?", "最后出现什么？"]
+        long = ["What comes first?", "What comes last?", "How long is the video?", "按时间描述视频。"]
+        examples = []
+        for title, name, questions in (("A short video", "short", short), ("A long video", "long", long)):
+            records = read_records(self.eval_files[name])
+            fitting = [r for r in records if r["question_kind"] == "last"] or records
+            examples.append((title, self.folder / fitting[0]["video"], questions))
+        return examples
+
+    def texts_for_tokenizer(self, limit: int = 6000) -> Iterator[str]:
+        """Text for a SentencePiece model: turns of the first `limit` records of each stage, cut into words.
+
+        Words stand alone as well as in their sentences, and Chinese only alone, so that no piece spans two words.
+        """
+        english: set[str] = set()
+        for path in (self.warmup, *self.stages):
+            with path.open(encoding="utf-8") as lines:
+                for _, line in zip(range(limit), lines, strict=False):
+                    for turn in json.loads(line)["conversations"]:
+                        text = turn["value"].replace("<video>\n", "").replace("<image>\n", "")
+                        if text.isascii():
+                            english.update(re.findall("[A-Za-z]+", text))
+                            yield text
+        for _ in range(limit // 10):
+            yield from ("user", "assistant", "system", *sorted(english), *chinese_words())
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSONL file of this corpus."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_corpus(
+    folder: str | Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    *,
+    mixture: Mixture | None = None,
+    processes: int = 2,
+    tell: Callable[[str], None] = print,
+) -> Corpus:
+    """Write the corpus into `folder`, or find the finished one there.
+
+    `scale` multiplies every count. Media are drawn in `processes` processes (1 draws in this one). The files
+    stand in a temporary folder until all are written. Raises UserError where `folder` holds a corpus of other
+    settings, or other files.
+    """
+    plan = (mixture or Mixture()).scaled(scale)
+    settings = dict(format=FORMAT, seed=seed, mixture=json.loads(json.dumps(dataclasses.asdict(plan))))
+    folder = Path(folder)
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        found = json.loads(manifest.read_text())
+        if found["settings"] != settings:
+            raise UserError(
+                f"{folder}: a corpus of other settings (seed or counts); remove it or choose another folder"
+            )
+        return Corpus(folder, found)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds files that are no finished corpus; remove it or choose another folder")
+    start, temporary = time.monotonic(), folder.with_name(folder.name + ".partial")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    media = _plan_media(plan, seed)
+    _draw_all(media, temporary, processes, plan, lambda: _write_records(plan, seed, media, temporary), tell)
+    counts = {p.name: len(read_records(p)) for p in sorted(temporary.glob("*.jsonl"))}
+    counts.update({name: len(scenes) for name, scenes in media.items()})
+    made = dict(settings=settings, counts=counts, seconds=round(time.monotonic() - start, 1))
+    (temporary / "manifest.json").write_text(json.dumps(made, indent=1) + "\n")
+    temporary.replace(folder)
+    tell(f"corpus: {len(media)} folders of media and {sum(counts.values())} files and records in {made['seconds']} s")
+    return Corpus(folder, made)
+
+
+# ---------------------------------------------------------------------------------------------- media
+
+
+def _plan_media(plan: Mixture, seed: int) -> dict[str, list[Scene]]:
+    """Scenes of each folder of media; the number of a scene is the name of its file."""
+    scans = split_scans()
+    folders = {
+        "images": ("train", plan.images, plan.image_kinds),
+        "short": ("train", plan.shorts, plan.short_kinds),
+        "long": ("train", plan.longs, (("long", 1.0),)),
+        "held_out/images": ("eval", plan.held_images, plan.image_kinds),
+        "held_out/short": ("eval", plan.held_shorts, plan.short_kinds),
+        "held_out/long": ("eval", plan.held_longs, (("long", 1.0),)),
+    }
+    media = {}
+    for folder, (split, count, kinds) in folders.items():
+        maker = SceneMaker(split, scans[split], random.Random(f"{seed}/{folder}"))
+        media[folder] = [maker.make(kind) for kind in _spread(kinds, count)]
+    return media
+
+
+def _spread(weights: Sequence[tuple[str, float]], count: int) -> list[str]:
+    """`count` names in the proportions of their weights, evenly interleaved."""
+    total, given = sum(w for _, w in weights), dict.fromkeys((name for name, _ in weights), 0)
+    order = []
+    for i in range(1, count + 1):
+        name = max(weights, key=lambda pair: pair[1] / total * i - given[pair[0]])[0]
+        given[name] += 1
+        order.append(name)
+    return order
+
+
+def media_name(folder: str, number: int) -> str:
+    """Path of a medium relative to the corpus."""
+    return f"media/{folder}/{number:05d}.{'jpg' if folder.endswith('images') else 'mp4'}"
+
+
+def _draw(work: Sequence[tuple[Scene, str, int]]) -> int:
+    """Write some media; one call of a worker process. Returns how many."""
+    for scene, path, fps in work:
+        if scene.seconds:
+            write_video(scene, Path(path), fps)
+        else:
+            write_image(scene, Path(path))
+    return len(work)
+
+
+def _draw_all(
+    media: dict[str, list[Scene]],
+    root: Path,
+    processes: int,
+    plan: Mixture,
+    meanwhile: Callable[[], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Write all media in `processes` processes, while this one writes the text."""
+    work = []
+    for folder, scenes in media.items():
+        (root / "media" / folder).mkdir(parents=True)
+        fps = plan.long_fps if folder.endswith("long") else plan.short_fps
+        work += [(scene, str(root / media_name(folder, i)), fps) for i, scene in enumerate(scenes)]
+    tell(f"corpus: writing {len(work)} images and videos")
+    if processes == 1:
+        _draw(work)
+        meanwhile()
+        return
+    parts = [work[i : i + 50] for i in range(0, len(work), 50)]
+    parts.reverse()  # the long videos first, so that the processes end together
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = [pool.submit(_draw, part) for part in parts]
+        meanwhile()
+        for future in futures:
+            future.result()
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> dict:
+    """A LLaVA record of (question, answer) turns; the medium's tag begins the first question."""
+    key = "image" if medium.endswith("jpg") else "video"
+    conversations = []
+    for i, (question, answer) in enumerate(turns):
+        tag = f"<{key}>\n" if medium and not i else ""
+        conversations.append({"from": "human", "value": tag + question})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
+
+
+def _describe(scene: Scene, language: str, dense: bool) -> tuple[str, str]:
+    request = "dense" if dense else "video" if scene.seconds else "image"
+    told = dense_caption(scene, language) if dense else caption(scene, language)
+    return REQUESTS[request][LANGUAGES.index(language)], told
+
+
+def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
+    """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
+    found = facts(scene)
+    chosen = rng.sample(found, min(plan.rounds, len(found)))
+    asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
+    turns = [(q.text, q.answer) for q in asked]
+    if rng.random() < plan.describe_last:
+        turns.append(_describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
+    return turns
+
+
+def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
+    """Text-only conversations whose first turn begins with the note of a scene never drawn."""
+    rng = random.Random(f"{seed}/warmup")
+    maker = SceneMaker("any", split_scans()["train"], rng)  # words of every combination, as any text would have them
+    kinds, weights = zip(*plan.short_kinds, strict=True)
+    for i in range(plan.warmup):
+        share, language = rng.random(), LANGUAGES[i % 2]
+        if share < plan.warmup_image:
+            kind = rng.choice(("image", "image_count"))
+        elif share < plan.warmup_image + plan.warmup_long:
+            kind = "long"
+        else:
+            kind = rng.choices(kinds, weights)[0]
+        scene, task = maker.make(kind), rng.random()
+        if task < plan.warmup_caption + plan.warmup_dense:
+            turns = [_describe(scene, language, bool(scene.seconds) and task >= plan.warmup_caption)]
+        else:
+            turns = _questions(scene, language, plan, rng)
+        turns[0] = (note(scene, language) + "\n" + turns[0][0], turns[0][1])
+        yield _record(f"warmup-{i:06d}", turns)
+
+
+def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict]:
+    for i, scene in enumerate(media[folder]):
+        for language in LANGUAGES:
+            name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
+            yield _record(name, [_describe(scene, language, dense)], media_name(folder, i))
+
+
+def _instructions(
+    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: Mixture, rng: random.Random
+) -> Iterator[dict]:
+    """`each` conversations on each of the first `count` media of a folder; languages take turns."""
+    for i, scene in enumerate(media[folder][:count]):
+        for k in range(each):
+            language = LANGUAGES[(i + k) % 2]
+            turns = _questions(scene, language, plan, rng)
+            yield _record(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
+
+
+def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
+    rng = random.Random(f"{seed}/records")
+    short = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
+    images = list(_instructions(media, "images", plan.stage4_images, 1, plan, rng))
+    long = list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
+    stages = [
+        list(_captions(media, "images", dense=False)),
+        list(_captions(media, "short", dense=False)),
+        list(_captions(media, "short", dense=True)),
+        short + images,
+        long + list(_captions(media, "long", dense=True)) + rng.sample(short, min(plan.stage5_shorts, len(short))),
+    ]
+    for i, records in enumerate(stages, 1):
+        rng.shuffle(records)
+        _write(root / f"stage{i}.jsonl", records)
+    _write(root / "stage0.jsonl", _warmup_records(plan, seed))
+    for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
+        folder = f"held_out/{folder}"
+        counts = getattr(plan, f"eval_{name}")
+        _write(root / f"eval_{name}.jsonl", _evaluation(media[folder], folder, counts, seed))
+
+
+def _write(path: Path, records: Iterable[dict]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def _evaluation(scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int) -> list[dict]:
+    """Questions on held-out media: kinds take turns, letters are balanced, each is asked in both languages.
+
+    The two languages of a question have the same options in the same order. Questions on one medium stand
+    together, so that its vision tokens can be shared.
+    """
+    rng = random.Random(f"{seed}/{folder}/evaluation")
+    chosen: list[tuple[int, Fact, str, str]] = []
+    for style, count in zip(("mcq", "open"), counts, strict=True):
+        letters = [LETTERS[i % 4] for i in range(count // 2)]
+        rng.shuffle(letters)
+        for (number, fact), letter in zip(_by_turns(scenes, rng), letters, strict=False):
+            chosen.append((number, fact, style, letter if style == "mcq" else ""))
+    records: list[dict] = []
+    for number, fact, style, letter in sorted(chosen, key=lambda c: c[0]):
+        options_seed = rng.getrandbits(32)
+        for language in LANGUAGES:
+            question = ask(fact, language, random.Random(options_seed), letter)
+            record = _record(f"{folder}-{number:05d}-q{len(records):04d}-{language}", [], media_name(folder, number))
+            records.append(_evaluation_record(record, question, style, scenes[number]))
+    return records
+
+
+def _by_turns(scenes: Sequence[Scene], rng: random.Random) -> Iterator[tuple[int, Fact]]:
+    """(number of the scene, fact), each once, in random order but one of every kind in turn."""
+    by_kind: dict[str, list[tuple[int, Fact]]] = {}
+    for number, scene in enumerate(scenes):
+        for fact in facts(scene):
+            by_kind.setdefault(fact.kind, []).append((number, fact))
+    for entries in by_kind.values():
+        rng.shuffle(entries)
+    while by_kind:
+        for kind in sorted(by_kind):
+            yield by_kind[kind].pop()
+            if not by_kind[kind]:
+                del by_kind[kind]
+
+
+def _evaluation_record(record: dict, question: Question, style: str, scene: Scene) -> dict:
+    key = "image" if "image" in record else "video"
+    turns = _record("", [(question.text, question.answer)], record[key])["conversations"]
+    return record | {
+        "conversations": turns,
+        "question_kind": question.kind,
+        "format": style,
+        "language": question.language,
+        "answer": question.answer,
+        "options": list(question.options),
+        "scene_kind": scene.kind,
+    }

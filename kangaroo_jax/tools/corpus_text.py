@@ -1,0 +1,290 @@
+"""Words about scenes of the generated corpus: captions, questions, and written notes, in English and Chinese.
+
+Phrases are few and fixed, because a decoder of a million weights must learn them in minutes. A *note* is a
+scene written out moment by moment, in the order in which the tokens of its video would come; in the text
+warm-up it stands where the video will stand later.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from kangaroo_jax.tools.corpus_scenes import (
+    CANVAS,
+    COLOURS,
+    DIRECTIONS,
+    LONG_SECONDS,
+    MARK,
+    SHORT_SECONDS,
+    THINGS,
+    Event,
+    Scene,
+)
+
+LANGUAGES = ("en", "zh")
+LETTERS = "ABCD"
+COUNTS = ("one", "two", "three", "four")
+HAPPENINGS = ("appears", "disappears", "moves", "changes")
+
+CHINESE = {
+    **dict(zip(COLOURS, ("红色", "绿色", "蓝色", "黄色", "白色", "紫色"), strict=True)),
+    **dict(circle="圆形", square="方形", triangle="三角形", cross="十字形", ring="环形"),
+    **dict(left="左", right="右", up="上", down="下", top="上", bottom="下", middle="中"),
+    **dict(one="一个", two="两个", three="三个", four="四个"),
+    **dict(appears="出现", disappears="消失", moves="移动", changes="变化"),
+}
+
+# Chinese phrases are cut into words by "|", which is for the tokenizer and never shown.
+_QUESTIONS = {
+    "what": ("What is it?", "这|是|什么|？"),
+    "colour": ("What colour is it?", "它|是|什么|颜色|？"),
+    "colour_of": ("What colour is the {0}?", "{0}|是|什么|颜色|？"),
+    "direction": ("Which way does it move?", "它|向|哪边|移动|？"),
+    "count": ("How many are there?", "有|几个|？"),
+    "happens": ("What does it do?", "它|怎么了|？"),
+    "first": ("What comes first?", "先|出现|什么|？"),
+    "last": ("What comes last?", "最后|出现|什么|？"),
+    "change": ("What does it become?", "它|变成|什么|？"),
+    "second_t": ("What is seen at second {0}?", "第|{0}|秒|看到|什么|？"),
+    "duration": ("How long is the video?", "视频|有|多长|？"),
+}
+_REQUESTS = {
+    "image": ("Describe the image.", "描述|图片|。"),
+    "video": ("Describe the video.", "描述|视频|。"),
+    "dense": ("Describe the video with times.", "按|时间|描述|视频|。"),
+}
+_OTHER_CHINESE = ("结束", "没有", "然后", "变成", "秒", "向", "，", "：", "。", "、")
+QUESTIONS = {key: (en, zh.replace("|", "")) for key, (en, zh) in _QUESTIONS.items()}
+REQUESTS = {key: (en, zh.replace("|", "")) for key, (en, zh) in _REQUESTS.items()}
+
+
+def chinese_words() -> list[str]:
+    """Every Chinese word of the corpus, once."""
+    phrases = (zh for _, zh in (*_QUESTIONS.values(), *_REQUESTS.values()))
+    found = {w for phrase in phrases for w in phrase.split("|") if w != "{0}"}
+    return sorted(found.union(CHINESE.values(), _OTHER_CHINESE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """Something true of a scene that can be asked.
+
+    `kind` is what results are counted by, `question` the key of the wording, `about` what it asks of,
+    `answer` and `others` (at least three wrong answers, the first ones preferred) are words in English or
+    whole seconds.
+    """
+
+    kind: str
+    question: str
+    about: str | int
+    answer: str | int
+    others: tuple[str | int, ...]
+    preferred: int = 0  # this many of `others` are always among the options
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question as put to the model. `answer` is the letter where there are `options`, else the words."""
+
+    kind: str
+    language: str
+    text: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+
+def word(key: str | int, language: str) -> str:
+    """A word of the corpus in a language; a whole number is a length in seconds."""
+    if isinstance(key, int):
+        return f"{key} seconds" if language == "en" else f"{key}秒"
+    return key if language == "en" else CHINESE.get(key, key)
+
+
+# ---------------------------------------------------------------------------------------------- facts
+
+
+def _fact(
+    kind: str,
+    answer: str | int,
+    pool: Sequence[str | int],
+    *,
+    near: Sequence[str] = (),
+    question: str = "",
+    about: str | int = "",
+) -> Fact:
+    others = [key for key in near if key != answer]
+    rest = [key for key in pool if key != answer and key not in others]
+    return Fact(kind, question or kind, about, answer, (*others, *rest), len(others))
+
+
+def _duration(scene: Scene) -> Fact:
+    """Options of a length are far apart: at least 4 seconds for short videos, 20 for long ones."""
+    short = [s for s in SHORT_SECONDS if (s - scene.seconds) % 4 == 0]
+    return _fact("duration", scene.seconds, LONG_SECONDS if scene.kind == "long" else short)
+
+
+def _one_thing(event: Event) -> list[Fact]:
+    return [_fact("what", event.thing.name, THINGS), _fact("colour", event.thing.colour, COLOURS)]
+
+
+def _many_things(scene: Scene) -> list[Fact]:
+    """Facts of a scene whose things come one after another."""
+    names = [e.thing.name for e in scene.events]
+    colours = [e.thing.colour for e in scene.events]
+    facts = [_fact("first", names[0], THINGS, near=names), _fact("last", names[-1], THINGS, near=names)]
+    for event in scene.events:
+        moment = middle_second(scene, event)
+        facts.append(_fact("second_t", event.thing.name, THINGS, near=names, about=moment))
+        facts.append(
+            _fact("colour", event.thing.colour, COLOURS, near=colours, question="colour_of", about=event.thing.name)
+        )
+    return facts
+
+
+def middle_second(scene: Scene, event: Event) -> int:
+    """A whole second well inside an event, and one of those in the note; the mark of an event of a long video."""
+    if scene.kind == "long":
+        return -int(-event.start // MARK) * MARK
+    step = note_step(scene)
+    return int(event.start + event.end) // 2 // step * step
+
+
+def facts(scene: Scene) -> list[Fact]:
+    """All that may be asked about a scene."""
+    first, last = scene.events[0], scene.events[-1]
+    found: list[Fact] = []
+    if scene.kind == "order" or (scene.kind == "long" and len(scene.events) > 1):
+        found += _many_things(scene)
+    elif scene.kind == "recolour":
+        found += [_fact("what", first.thing.name, THINGS)]
+        found += [_fact("change", last.thing.colour, COLOURS, near=[first.thing.colour])]
+    elif scene.kind == "transform":
+        found += [_fact("change", last.thing.name, THINGS, near=[first.thing.name])]
+    else:
+        found += _one_thing(first)
+    if scene.kind == "count":
+        found += [_fact("count", COUNTS[len(scene.events) - 1], COUNTS)]
+    if scene.kind == "move":
+        found += [_fact("direction", scene.direction, DIRECTIONS)]
+    happening = dict(
+        move="moves", recolour="changes", transform="changes", appear="appears", disappear="disappears"
+    ).get(scene.kind)
+    if happening:
+        found += [_fact("happens", happening, HAPPENINGS)]
+    if scene.seconds:
+        found += [_duration(scene)]
+    return found
+
+
+def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
+    """Put a fact as a multiple-choice question whose answer is `letter` (one of "ABCD", "?" for any), else open."""
+    about = str(fact.about) if isinstance(fact.about, int) else word(fact.about, language)
+    text = QUESTIONS[fact.question][LANGUAGES.index(language)].format(about)
+    if not letter:
+        return Question(fact.kind, language, text, word(fact.answer, language))
+    near, far = fact.others[: fact.preferred][:3], fact.others[fact.preferred :]
+    keys = [*near, *rng.sample(far, 3 - len(near))]
+    rng.shuffle(keys)
+    place = rng.randrange(4) if letter == "?" else LETTERS.index(letter)
+    keys.insert(place, fact.answer)
+    options = tuple(word(key, language) for key in keys)
+    dot = ". " if language == "en" else "、"
+    lines = [text, *(f"{mark}{dot}{option}" for mark, option in zip(LETTERS, options, strict=True))]
+    return Question(fact.kind, language, "\n".join(lines), LETTERS[place], options)
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+
+def _named(event: Event, language: str, article: bool = True) -> str:
+    thing, colour = word(event.thing.name, language), word(event.thing.colour, language)
+    if language == "en":
+        return f"a {colour} {thing}" if article else f"{colour} {thing}"
+    return f"一个{colour}{thing}" if article else f"{colour}{thing}"
+
+
+def _counted(scene: Scene, language: str) -> str:
+    """Several things alike: `three red circles`."""
+    event, count = scene.events[0], word(COUNTS[len(scene.events) - 1], language)
+    name = _named(event, language, article=False)
+    if language == "zh":
+        return count + name
+    plural = "" if len(scene.events) == 1 else "es" if name.endswith("cross") else "s"
+    return f"{count} {name}{plural}"
+
+
+def caption(scene: Scene, language: str) -> str:
+    """One sentence on what is seen or happens, with no times."""
+    first, last = scene.events[0], scene.events[-1]
+    en = language == "en"
+    if scene.kind == "count":
+        return _counted(scene, language)
+    if scene.kind in ("order", "long"):
+        return (", then " if en else "，然后").join(_named(e, language) for e in scene.events)
+    told = _named(first, language)
+    if scene.kind == "move":
+        return f"{told} moves {scene.direction}" if en else f"{told}向{word(scene.direction, language)}移动"
+    if scene.kind == "recolour":
+        return f"{told} becomes {last.thing.colour}" if en else f"{told}变成{word(last.thing.colour, language)}"
+    if scene.kind == "transform":
+        return f"{told} becomes {_named(last, language)}" if en else f"{told}变成{_named(last, language)}"
+    if scene.kind in ("appear", "disappear"):
+        return f"{told} {scene.kind}s" if en else told + word(scene.kind + "s", language)
+    return told
+
+
+def dense_caption(scene: Scene, language: str) -> str:
+    """What is seen from which second on, and the length: `0 s: red 7. 4 s: blue circle. 8 s: end.`
+
+    Of a long video the marks: `40 s: red 7. 90 s: blue ring. 110 s: end.`
+    """
+    en = language == "en"
+    parts: list[tuple[int, str]] = []
+    if scene.kind == "count":
+        parts.append((0, _counted(scene, language)))
+    elif scene.kind == "long":
+        parts += [(middle_second(scene, e), _named(e, language, False)) for e in scene.events]
+    else:
+        moves = (f" moves {scene.direction}" if en else f"向{word(scene.direction, language)}移动") * bool(
+            scene.direction
+        )
+        nothing = "nothing" if en else "没有"
+        if scene.events[0].start > 0:
+            parts.append((0, nothing))
+        parts += [(int(e.start), _named(e, language, False) + moves) for e in scene.events]
+        if scene.events[-1].end < scene.seconds:
+            parts.append((int(scene.events[-1].end), nothing))
+    parts.append((scene.seconds, "end" if en else "结束"))
+    return " ".join(f"{t} s: {what}." for t, what in parts) if en else "".join(f"{t}秒：{w}。" for t, w in parts)
+
+
+# ---------------------------------------------------------------------------------------------- notes
+
+
+def _place(event: Event, seconds: float, language: str) -> str:
+    x, y = event.at(seconds)
+    column = ("left", "", "right")[min(int(3 * x / CANVAS), 2)]
+    row = ("top", "", "bottom")[min(int(3 * y / CANVAS), 2)]
+    words = [word(w, language) for w in (row, column) if w] or [word("middle", language)]
+    return " ".join(words) if language == "en" else "".join(reversed(words))
+
+
+def note_step(scene: Scene) -> int:
+    """Seconds from one line of a note to the next."""
+    if scene.kind == "long":
+        return MARK
+    if scene.kind == "count":
+        return max(scene.seconds // 2, 1)
+    return 2 if scene.seconds >= 8 else 1
+
+
+def note(scene: Scene, language: str) -> str:
+    """The scene moment by moment, one line each: second, colour, thing, place. An image is one line with no second."""
+    en = language == "en"
+    lines = []
+    for second in range(0, scene.seconds + 1, note_step(scene)):
+        moment = min(second, scene.seconds - 1e-3) if scene.seconds else 0
+        seen = [_named(e, language, False) + " " * en + _place(e, moment, language) for e in scene.seen(moment)]
+        told = (", " if en else "，").join(seen) or ("nothing" if en else "没有")
+        lines.append(told if not scene.seconds else f"{second} s: {told}" if en else f"{second}秒：{told}")
+    return "\n".join(lines)

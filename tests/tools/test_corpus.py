@@ -1,0 +1,255 @@
+import collections
+import dataclasses
+import json
+import random
+
+import av
+import numpy as np
+import pytest
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.tools.corpus import Mixture, make_corpus, read_records
+from kangaroo_jax.tools.corpus_draw import RGB, Painter, load_scans, split_scans
+from kangaroo_jax.tools.corpus_scenes import (
+    CANVAS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    THINGS,
+    SceneMaker,
+    held_colour,
+    held_direction,
+)
+from kangaroo_jax.tools.corpus_text import ask, caption, chinese_words, dense_caption, facts, middle_second, note
+
+KINDS = ("image", "image_count", "still", "count", "move", "order")
+KINDS += ("recolour", "transform", "appear", "disappear", "long")
+TINY = dataclasses.replace(
+    Mixture(),
+    images=16,
+    shorts=13,
+    longs=2,
+    held_images=6,
+    held_shorts=13,
+    held_longs=3,
+    warmup=60,
+    stage4_images=5,
+    stage5_shorts=8,
+    short_fps=2,
+    long_fps=1,
+    eval_image=(8, 8),
+    eval_short=(48, 24),
+    eval_long=(16, 8),
+)
+
+
+def scenes(split, kind, count=60, seed=0):
+    maker = SceneMaker(split, split_scans()["eval" if split == "eval" else "train"], random.Random(seed))
+    return [maker.make(kind) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("work") / "corpus", 3, mixture=TINY, processes=1, tell=lambda line: None)
+
+
+def test_scans_of_the_splits_are_disjoint_and_of_their_digit():
+    split, (_, target) = split_scans(), load_scans()
+    for digit in "0123456789":
+        train, held = set(split["train"][digit]), set(split["eval"][digit])
+        assert not train & held and len(train) > 3 * len(held) > 60
+        assert {int(target[i]) for i in train | held} == {int(digit)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_shows_no_held_out_combination(kind):
+    for scene in scenes("train", kind):
+        for event in scene.events:
+            assert event.thing.colour != held_colour(event.thing.name)
+            assert scene.direction != held_direction(event.thing.name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_shows_only_what_was_never_trained_on(kind):
+    """Digits are held-out scans; of the shapes of a scene at least one has its held-out colour."""
+    held = {i for scans in split_scans()["eval"].values() for i in scans}
+    for scene in scenes("eval", kind):
+        things = [e.thing for e in scene.events]
+        assert all(t.scan in held for t in things if t.name not in SHAPES)
+        shapes = [t for t in things if t.name in SHAPES]
+        assert not shapes or len(shapes) < len(things) or any(t.colour == held_colour(t.name) for t in shapes)
+
+
+def test_every_colour_and_direction_is_trained_on_with_most_things():
+    held = collections.Counter(held_colour(name) for name in THINGS)
+    assert set(held) == set(COLOURS) and max(held.values()) <= 3
+    assert {held_direction(name) for name in THINGS} == set(DIRECTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_events_lie_in_the_scene_and_on_the_canvas(kind):
+    for scene in scenes("train", kind):
+        assert all(0 <= e.start <= e.end <= scene.seconds for e in scene.events)
+        assert all(0 < v < CANVAS for e in scene.events for v in (e.x0, e.y0, e.x1, e.y1))
+        if kind in ("order", "transform", "long"):
+            assert len({e.thing.name for e in scene.events}) == len(scene.events)
+            assert len({e.thing.colour for e in scene.events}) == len(scene.events)
+        if kind in ("order", "long"):
+            for event in scene.events:
+                assert scene.seen(middle_second(scene, event)) == (event,)
+
+
+def test_long_events_last_6_to_8_seconds_and_stand_apart():
+    for scene in scenes("train", "long"):
+        assert 65 <= scene.seconds <= 160
+        assert all(6 <= e.end - e.start <= 8 for e in scene.events)
+        for a, b in zip(scene.events, scene.events[1:], strict=False):
+            assert b.start - a.end >= 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_questions_are_answerable_from_the_words(kind, language):
+    rng = random.Random(1)
+    for scene in scenes("any", kind, 20):
+        told = note(scene, language)
+        for fact in facts(scene):
+            choice, short = ask(fact, language, rng, "?"), ask(fact, language, rng)
+            assert len(set(choice.options)) == 4 and choice.options["ABCD".index(choice.answer)] == short.answer
+            assert not short.options and choice.text.startswith(short.text)
+            if fact.kind in ("what", "colour", "first", "last", "second_t", "change"):
+                assert short.answer in told
+
+
+def test_words_of_known_scenes():
+    scene = next(s for s in scenes("any", "order") if len(s.events) == 2)
+    first, last = (e.thing for e in scene.events)
+    cut = int(scene.events[1].start)
+    assert caption(scene, "en") == f"a {first.colour} {first.name}, then a {last.colour} {last.name}"
+    expected = f"0 s: {first.colour} {first.name}. {cut} s: {last.colour} {last.name}. {scene.seconds} s: end."
+    assert dense_caption(scene, "en") == expected
+    by_question = {(f.question, f.about): f.answer for f in facts(scene)}
+    assert by_question["first", ""] == first.name and by_question["last", ""] == last.name
+    assert by_question["colour_of", last.name] == last.colour
+    assert by_question["duration", ""] == scene.seconds
+    count = scenes("any", "count", 1)[0]
+    assert len(note(count, "en").splitlines()[0].split(",")) == len(count.events)
+
+
+def test_letters_of_a_question_are_uniform():
+    fact, rng = facts(scenes("any", "move", 1)[0])[0], random.Random(0)
+    letters = collections.Counter(ask(fact, "en", rng, "?").answer for _ in range(800))
+    assert all(150 < letters[letter] < 250 for letter in "ABCD")
+    assert ask(fact, "en", rng, "C").answer == "C"
+
+
+def test_chinese_words_cut_every_chinese_text():
+    words = sorted(chinese_words(), key=len, reverse=True)
+    for kind in KINDS:
+        for scene in scenes("any", kind, 5):
+            text = note(scene, "zh") + caption(scene, "zh") + dense_caption(scene, "zh")
+            for w in words:
+                text = text.replace(w, " ")
+            assert text.isascii(), text
+
+
+def test_pictures_show_the_colours_named():
+    scene = scenes("train", "still", 1)[0]
+    frame = Painter(scene).frame(0).astype(int)
+    event = scene.events[0]
+    brightest = frame.reshape(-1, 3)[np.abs(frame - scene.background).sum(-1).argmax()]
+    assert np.abs(brightest - RGB[event.thing.colour]).max() < 12
+    assert np.abs(frame[:4].mean() - scene.background) < 2 or event.y0 - event.size / 2 < 4
+
+
+def test_counted_things_stand_apart():
+    for scene in scenes("train", "count", 20):
+        centres = [(e.x0, e.y0) for e in scene.events]
+        for i, a in enumerate(centres):
+            assert all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > 25 for b in centres[:i])
+
+
+def test_files_of_the_corpus(corpus):
+    counts = corpus.manifest["counts"]
+    for path in (corpus.warmup, *corpus.stages, *corpus.eval_files.values()):
+        records = read_records(path)
+        assert len(records) == counts[path.name] > 0
+        assert len({r["id"] for r in records}) == len(records)
+        for record in records:
+            tags = sum(t["value"].count(f"<{k}>") for t in record["conversations"] for k in ("image", "video"))
+            medium = record.get("image") or record.get("video")
+            assert tags == bool(medium) and (medium is None or (corpus.folder / medium).stat().st_size > 500)
+            assert [t["from"] for t in record["conversations"]] == ["human", "gpt"] * (
+                len(record["conversations"]) // 2
+            )
+    assert len(read_records(corpus.warmup)) == 60
+    assert any(len(r["conversations"]) >= 4 for r in read_records(corpus.stages[3]))
+
+
+def test_no_training_record_names_held_out_media(corpus):
+    for path in corpus.stages:
+        assert "held_out" not in path.read_text()
+    for path in corpus.eval_files.values():
+        assert all("held_out" in (r.get("video") or r["image"]) for r in read_records(path))
+
+
+def test_videos_are_h264_of_the_length_told(corpus):
+    for name in ("short", "long"):
+        for record in read_records(corpus.eval_files[name]):
+            if record["question_kind"] != "duration" or record["format"] != "open":
+                continue
+            with av.open(str(corpus.folder / record["video"])) as container:
+                stream = container.streams.video[0]
+                assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            fps = TINY.long_fps if name == "long" else TINY.short_fps
+            assert frames[0].shape == (CANVAS, CANVAS, 3)
+            assert record["answer"] in (f"{len(frames) // fps} seconds", f"{len(frames) // fps}秒")
+
+
+def test_evaluation_is_balanced_and_the_same_in_both_languages(corpus):
+    records = read_records(corpus.eval_files["short"])
+    choice = [r for r in records if r["format"] == "mcq"]
+    assert len(choice) == 48 and len(records) == 72
+    assert collections.Counter(r["answer"] for r in choice) == dict.fromkeys("ABCD", 12)
+    assert len({r["question_kind"] for r in choice}) == 10
+    for english, chinese in zip(records[::2], records[1::2], strict=True):
+        assert (english["language"], chinese["language"]) == ("en", "zh")
+        assert english["video"] == chinese["video"] and english["question_kind"] == chinese["question_kind"]
+        assert english["format"] == chinese["format"] and len(english["options"]) == len(chinese["options"])
+        assert not english["options"] or english["answer"] == chinese["answer"]
+
+
+def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
+    again = make_corpus(tmp_path / "again", 3, mixture=TINY, processes=2, tell=lambda line: None)
+    files = sorted(p.relative_to(corpus.folder) for p in corpus.folder.rglob("*.*") if p.name != "manifest.json")
+    assert files == sorted(p.relative_to(again.folder) for p in again.folder.rglob("*.*") if p.name != "manifest.json")
+    assert all((corpus.folder / f).read_bytes() == (again.folder / f).read_bytes() for f in files)
+
+
+def test_a_finished_corpus_is_reused_and_others_are_refused(corpus, tmp_path):
+    before = corpus.stages[0].stat().st_mtime_ns
+    again = make_corpus(corpus.folder, 3, mixture=TINY, processes=1, tell=lambda line: None)
+    assert again == corpus and corpus.stages[0].stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="other settings"):
+        make_corpus(corpus.folder, 4, mixture=TINY, tell=lambda line: None)
+    (tmp_path / "mine.txt").write_text("not a corpus")
+    with pytest.raises(UserError, match="holds files"):
+        make_corpus(tmp_path, 3, mixture=TINY, tell=lambda line: None)
+
+
+def test_an_interrupted_corpus_is_begun_anew(tmp_path):
+    partial = tmp_path / "corpus.partial"
+    partial.mkdir()
+    (partial / "stage1.jsonl").write_text("cut o")
+    little = dataclasses.replace(TINY, images=4, shorts=4, held_shorts=9, longs=1, held_longs=1)
+    corpus = make_corpus(tmp_path / "corpus", 0, mixture=little, processes=1, tell=lambda line: None)
+    assert not partial.exists() and json.loads((corpus.folder / "manifest.json").read_text())["settings"]["seed"] == 0
+
+
+def test_chat_examples_and_tokenizer_text(corpus):
+    for title, video, questions in corpus.chat_examples():
+        assert title and video.is_file() and len(questions) >= 2
+    texts = list(corpus.texts_for_tokenizer(limit=20))
+    assert "红色" in texts and "circle" in texts
+    assert not any("<video>" in t or "<image>" in t for t in texts)
