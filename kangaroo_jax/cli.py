@@ -20,6 +20,7 @@ Kangaroo, a video-language model for long videos, in JAX.
 
 jobs:
 """
+CONFIG_KEY = "--config."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,11 @@ def _workdir(values: "flags.FlagValues") -> Path:
 # ---------------------------------------------------------------------------------- config
 
 
+def _not_of_config(rest: Sequence[str]) -> list[str]:
+    """Flags that set no key of a config."""
+    return [flag for flag in rest if flag.startswith("--") and not flag.startswith(CONFIG_KEY)]
+
+
 def _override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: list[str]) -> dict[str, Any]:
     """Set the `--config.KEY=VALUE` of `rest` in `config`; returns them by key. Raises UserError for anything else."""
     from absl import flags
@@ -147,9 +153,9 @@ def _override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: 
 
     keys = list(config_keys(config))
     for argument in rest:
-        if argument.startswith(("--config.", "-config.")):
-            key = argument.partition("config.")[2].partition("=")[0]
-            if key.partition("[")[0] not in keys:  # an element of a tuple is KEY[0]
+        if argument.startswith(CONFIG_KEY):
+            key = argument.removeprefix(CONFIG_KEY).partition("=")[0]
+            if key not in keys:
                 raise UserError(f"{job}: the config has no key {key!r}{nearest(key, keys)}")
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=[job, *rest])
@@ -173,6 +179,7 @@ def _define_train(values: "flags.FlagValues") -> None:
 def _run_train(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.config_files import load_config
 
+    _no_more("train", values, _not_of_config(rest))
     _required("train", values, "config", "workdir")
     config = load_config(values.config)
     _override("train", values, config, rest)
@@ -200,6 +207,7 @@ def _run_curriculum(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.config_files import nearest
     from kangaroo_jax.conventions import UserError
 
+    _no_more("curriculum", values, _not_of_config(rest))
     _required("curriculum", values, "workdir", "data", "tokenizer")
     preset = values.preset
     if preset not in PRESETS:

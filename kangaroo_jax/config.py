@@ -71,7 +71,7 @@ def model_config(preset: str) -> ConfigDict:
         c.dtype = "float32"
         v.update(patch_size=8, width=96, depth=4, heads=3, mlp_width=256, remat="none")
         v.update(pos_embed_grid=6, rope_reference_grid=6)
-        m.update(vocab_size=640, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384)
+        m.update(vocab_size=640, width=64, depth=4, heads=4, kv_heads=2, head_dim=16, mlp_width=192)
         m.update(rope_theta=10_000.0, remat="none", loss_chunk=512)
         c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
     return c

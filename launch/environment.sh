@@ -5,9 +5,10 @@
 enter_environment() {
   local extras="$1" stamp digest
   shift
+  export PATH # bash has a default of its own, which in an empty environment Python would not see
   if [[ -z "${VIRTUAL_ENV:-}" ]]; then
     export VIRTUAL_ENV="$PWD/.venv"
-    if [[ ! -x "$VIRTUAL_ENV/bin/python" ]]; then
+    if [[ ! -x "$VIRTUAL_ENV/bin/pip" ]]; then # what venv installs last
       local python="${PYTHON:-python3}"
       if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         echo "kangaroo: $("$python" --version 2>&1) is too old: install Python 3.11 or newer, or name one in PYTHON" >&2

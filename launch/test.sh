@@ -15,7 +15,9 @@ if [[ "${KANGAROO_TEST_TORCH:-}" == 1 || "${CI:-}" == true ]]; then
 fi
 enter_environment dev ${packages[@]+"${packages[@]}"}
 
-ruff check .
-ruff format --check .
-mypy
-exec env JAX_PLATFORMS=cpu python -m pytest "$@"
+status=0 # every check runs, whatever the ones before it say
+ruff check . || status=1
+ruff format --check . || status=1
+mypy || status=1
+JAX_PLATFORMS=cpu python -m pytest "$@" || status=1
+exit "$status"

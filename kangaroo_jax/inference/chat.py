@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags
-from kangaroo_jax.data.loader import batch_from_recipes
-from kangaroo_jax.data.sample import Recipe, render_prompt
+from kangaroo_jax.data.decode import ThreadDecoder
+from kangaroo_jax.data.sample import MediaRef, Recipe, render_prompt
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.data.video import probe
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
@@ -31,6 +31,7 @@ from kangaroo_jax.models import kangaroo as models
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 History = list[dict[str, Any]]
+MediaOfOne = tuple[MediaRef, ...]  # what one prompt looks at
 VIDEOS_REMEMBERED = 4  # whose vision tokens stay on the device for the next round
 
 
@@ -44,7 +45,8 @@ class Kangaroo:
         self._generator = Generator(model)
         self._frames_per_group = models.frames_per_group(config.model)
         self._tokens_per_group = models.tokens_per_group(config.model, config.data.image_size)
-        self._seen: collections.OrderedDict[Any, jax.Array | None] = collections.OrderedDict()
+        self._decoder = ThreadDecoder(os.cpu_count() or 1)
+        self._seen: collections.OrderedDict[Any, jax.Array] = collections.OrderedDict()
 
     @classmethod
     def load(cls, path: str | Path) -> "Kangaroo":
@@ -107,8 +109,8 @@ class Kangaroo:
             raise UserError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
         recipe = self.recipe(conversation(turns))
         stream = self._generator.stream(
-            Prompts.from_recipes([recipe], 1, bucket(len(recipe.tokens))),
-            self._vision(recipe),
+            Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens))),
+            self._vision(recipe.media),
             max_new_tokens=max_new_tokens,
             stop_ids=self.tokenizer.stop_ids,
             sampling=sampling,
@@ -132,21 +134,30 @@ class Kangaroo:
     ) -> list[str]:
         """The answers to many questions, in their order; greedy by default.
 
-        Each conversation ends with the user's turn (`Conversation.split_answer`). Questions of like size
-        are answered together, `batch_size` at a time, while the next ones' frames are decoded.
+        Each conversation ends with the user's turn (`Conversation.split_answer`). Questions of like size are
+        answered together, `batch_size` at a time, while the next ones' frames are decoded; media that several
+        of them ask about are decoded and looked at once.
 
         Raises:
             UserError: a file cannot be read; the message names it.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             recipes = list(pool.map(self.recipe, conversations))
-        order = sorted(range(len(recipes)), key=lambda i: (recipes[i].frames, len(recipes[i].tokens)))
+        order = sorted(range(len(recipes)), key=lambda i: _size(recipes[i]))
         groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        batches = _one_ahead(self._batch, [[recipes[i] for i in group] for group in groups])
+        decoded = _one_ahead(self._decode, [_media_of(recipes[i] for i in group) for group in groups])
         answers = [""] * len(recipes)
-        for group, batch in zip(groups, batches, strict=True):
+        for group, (frames, times, first_rows) in zip(groups, decoded, strict=True):
+            batch = [recipes[i] for i in group]
+            prompts = Prompts.from_recipes(
+                batch,
+                tokens=bucket(max(len(recipe.tokens) for recipe in batch)),
+                first_rows=[first_rows[recipe.media] for recipe in batch],
+                rows=min(batch_size, bucket(len(recipes), smallest=1)),
+            )
+            vision = self._generator.encode(frames, times) if len(frames) else None
             ids = self._generator.generate(
-                batch, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids, sampling=sampling
+                prompts, vision, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids, sampling=sampling
             )
             for i, answer in zip(group, ids, strict=False):  # the batch may end in empty rows
                 answers[i] = self.tokenizer.decode(answer).strip()
@@ -158,31 +169,47 @@ class Kangaroo:
             conversation, self.tokenizer, self.config.data, self._frames_per_group, self._tokens_per_group
         )
 
-    def _batch(self, recipes: Sequence[Recipe]) -> PackedBatch:
-        """One recipe a row, in few different shapes; empty rows at the end make the number of rows a power of two."""
-        batch = batch_from_recipes(
-            recipes,
-            tokens=bucket(max(len(recipe.tokens) for recipe in recipes)),
-            frames=max(recipe.frames for recipe in recipes),
-            image_size=self.config.data.image_size,
-            num_threads=os.cpu_count() or 1,
-        )
-        missing = (1 << (len(recipes) - 1).bit_length()) - len(recipes)
-        return jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), batch)
+    def _decode(self, media: Sequence[MediaOfOne]) -> tuple[np.ndarray, np.ndarray, dict[MediaOfOne, int]]:
+        """Decode the media of prompts, each once.
 
-    def _vision(self, recipe: Recipe) -> jax.Array | None:
+        Returns frames uint8[F, S, S, 3], their seconds float32[F], and the vision row at which each begins.
+        Raises UserError.
+        """
+        side = self.config.data.image_size
+        frames, times, first_rows, row = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros(0)], {}, 0
+        refs = [ref for one in media for ref in one]
+        for outcome in self._decoder.decode(refs, side):
+            if isinstance(outcome, UserError):
+                raise outcome
+            frames.append(outcome.pixels)
+            times.append(outcome.times)
+        for one in media:
+            first_rows[one] = row
+            row += sum(len(ref.times) for ref in one) // self._frames_per_group * self._tokens_per_group
+        return np.concatenate(frames), np.concatenate(times).astype(np.float32), first_rows
+
+    def _vision(self, media: MediaOfOne) -> jax.Array | None:
         """The vision tokens of a prompt's media, remembered for the rounds to come."""
-        if not recipe.media:
+        if not media:
             return None
-        key = tuple((ref, os.stat(ref.path).st_mtime_ns) for ref in recipe.media)
+        key = tuple((ref, os.stat(ref.path).st_mtime_ns) for ref in media)
         if key not in self._seen:
-            batch = self._batch([recipe])
-            vision = self._generator.encode(np.asarray(batch.frames), np.asarray(batch.frame_times))
-            self._seen[key] = vision
+            frames, times, _ = self._decode([media])
+            self._seen[key] = self._generator.encode(frames, times)
         self._seen.move_to_end(key)
         while len(self._seen) > VIDEOS_REMEMBERED:
             self._seen.popitem(last=False)
         return self._seen[key]
+
+
+def _size(recipe: Recipe) -> tuple[int, list[str], int]:
+    """Sorts prompts so that those of like size, and of them those about the same files, are neighbours."""
+    return recipe.frames, [ref.path for ref in recipe.media], len(recipe.tokens)
+
+
+def _media_of(recipes: Iterable[Recipe]) -> list[MediaOfOne]:
+    """What the recipes look at, each once, in order."""
+    return list(dict.fromkeys(recipe.media for recipe in recipes))
 
 
 def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

@@ -1,8 +1,8 @@
 """Generation with a key-value cache: vision once, prompts once (ragged, in one batch), then token by token.
 
-The three parts are pure functions, jitted for a few sizes only: token counts, frames and answers are
-rounded up to buckets. Rows are padded on the right, and padding never enters the cache, so that a prompt
-gets the same answer alone and among others.
+The parts are pure functions, jitted for a few sizes only: frames and tokens are rounded up to buckets.
+Rows are padded on the right, and padding never enters the cache, so that a prompt gets the same answer
+alone and among others.
 """
 
 import dataclasses
@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kangaroo_jax.conventions import Array, PackedBatch
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.data.sample import Recipe
 from kangaroo_jax.inference.sampling import Sampling, sample
 from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.models.llama import Cache
 
-FRAMES_AT_A_TIME = 16  # that the ViT sees in one call, of each row
+# The ViT sees as many frames at a time as have this many patches, but no more than that many frames.
+PATCHES_AT_A_TIME, FRAMES_AT_A_TIME = 16_384, 64
+# The decoder reads so many tokens of a prompt at a time: the attention's scores are [B, N, this, T], where T
+# may be 24,576. On a CPU they should also fit its cache (1024 tokens, 16 rows, tiny: 2.1 s, and 3.3 s with 512).
+TOKENS_AT_A_TIME, TOKENS_AT_A_TIME_CPU = 512, 128
 NO_TOKEN = -1
 
 
@@ -30,25 +34,30 @@ class Prompts:
     """One prompt a row, padded on the right."""
 
     tokens: Array  # int32[B, T]
-    vision_index: Array  # int32[B, T]; the vision row that stands here, -1 for text
+    vision_index: Array  # int32[B, T]; the vision row that stands here, -1 for text; rows may share them
     lengths: Array  # int32[B]; 0 for an empty row, which gets an empty answer
 
     @classmethod
-    def from_batch(cls, batch: PackedBatch) -> "Prompts":
-        """Those of a batch with one sample a row (`data.loader.batch_from_recipes`)."""
-        lengths = np.count_nonzero(np.asarray(batch.segment_ids), axis=1).astype(np.int32)
-        return cls(batch.tokens, batch.vision_index, lengths)
+    def from_recipes(
+        cls, recipes: Sequence[Recipe], *, tokens: int, first_rows: Sequence[int] | None = None, rows: int = 0
+    ) -> "Prompts":
+        """The prompts of recipes.
 
-    @classmethod
-    def from_recipes(cls, recipes: Sequence[Recipe], rows: int, tokens: int) -> "Prompts":
-        """Those of recipes, without their pixels: B = `rows`, T = `tokens`."""
+        Args:
+            recipes: what `data.sample.render_prompt` makes.
+            tokens: T.
+            first_rows: the vision row at which the media of each recipe begin; 0 by default.
+            rows: B, if more than there are recipes.
+        """
+        rows = max(rows, len(recipes))
         padded = np.zeros((rows, tokens), np.int32)
         vision_index = np.full((rows, tokens), -1, np.int32)
         lengths = np.zeros(rows, np.int32)
         for row, recipe in enumerate(recipes):
             n = lengths[row] = len(recipe.tokens)
+            first = first_rows[row] if first_rows is not None else 0
             padded[row, :n] = recipe.tokens
-            vision_index[row, :n] = np.where(recipe.is_vision, np.cumsum(recipe.is_vision) - 1, -1)
+            vision_index[row, :n] = np.where(recipe.is_vision, first + np.cumsum(recipe.is_vision) - 1, -1)
         return cls(padded, vision_index, lengths)
 
 
@@ -82,32 +91,26 @@ class Generator:
     def __init__(self, model: Kangaroo) -> None:
         """Splits the model, once."""
         self._graph, self._weights = nnx.split(model)
+        self._patch_size = model.vision.patch_size
         self._frames_per_group = model.patchify.kernel_size[0] if model.joins_frames else 1
 
-    def encode(self, frames: np.ndarray, frame_times: np.ndarray) -> jax.Array | None:
-        """frames uint8[B, F, S, S, 3] and their seconds float32[B, F] -> vision tokens [B, R, D]; None where F is 0.
+    def encode(self, frames: np.ndarray, times: np.ndarray) -> jax.Array:
+        """frames uint8[F, S, S, 3] and their seconds float32[F] -> vision tokens [R, D].
 
-        F is a multiple of the frames that the patchify joins. R is that of F rounded up to a bucket. The ViT
-        sees a fixed number of frames at a time, so that it is compiled once whatever F is, and its
-        activations stay small.
+        F is a multiple of the frames that the patchify joins; the frames may be of several media, which never
+        share a group. R is that of F rounded up. The ViT sees a fixed number of frames at a time, so that it
+        is compiled once whatever F is, and its activations stay small.
         """
-        rows, count = frames.shape[:2]
-        if not count:
-            return None
-        groups = count // self._frames_per_group
-        chunk = min(max(1, FRAMES_AT_A_TIME // self._frames_per_group), bucket(groups, smallest=1))
-        total = chunk if groups <= chunk else bucket(groups, smallest=2 * chunk)
-        size = chunk * self._frames_per_group
+        k, (count, side) = self._frames_per_group, frames.shape[:2]
+        frames_at_a_time = min(FRAMES_AT_A_TIME, PATCHES_AT_A_TIME // (side // self._patch_size) ** 2)
+        size = k * min(max(1, frames_at_a_time // k), bucket(count // k, smallest=1))
         pieces = []
         for start in range(0, count, size):
-            part, times = frames[:, start : start + size], frame_times[:, start : start + size]
-            short = size - part.shape[1]
-            part = np.pad(part, ((0, 0), (0, short), (0, 0), (0, 0), (0, 0)))
-            pieces.append(_encode(self._graph, self._weights, part, np.pad(times, ((0, 0), (0, short)))))
-        if missing := total // chunk - len(pieces):
-            _, length, width = pieces[0].shape
-            pieces.append(jnp.zeros((rows, missing * length, width), pieces[0].dtype))
-        return jnp.concatenate(pieces, axis=1)
+            part, seconds = frames[start : start + size], times[start : start + size]
+            short = size - len(part)
+            part, seconds = np.pad(part, ((0, short), (0, 0), (0, 0), (0, 0))), np.pad(seconds, (0, short))
+            pieces.append(_encode(self._graph, self._weights, part, seconds))
+        return jnp.concatenate(pieces)
 
     def stream(
         self,
@@ -123,7 +126,7 @@ class Generator:
 
         Args:
             prompts: one a row; T is best a bucket.
-            vision: what `encode` gave, None for prompts without.
+            vision: what `encode` gave, [R, D]; None for prompts without media.
             max_new_tokens: longest answer.
             stop_ids: tokens that end an answer; they are not part of it.
             sampling: the default is greedy.
@@ -138,7 +141,8 @@ class Generator:
             np.asarray(stop_ids, np.int32),
         )
         room = bucket(max_new_tokens, smallest=64)
-        decoding = _prefill(self._graph, self._weights, prompts, vision, choice, room)
+        rows = None if vision is None else _place(vision, prompts.vision_index)
+        decoding = _prefill(self._graph, self._weights, prompts, rows, choice, room)
         while True:
             step, done = jax.device_get((decoding.step, decoding.done))
             finished = step >= max_new_tokens or done.all()
@@ -151,16 +155,16 @@ class Generator:
 
     def generate(
         self,
-        batch: PackedBatch,
+        prompts: Prompts,
+        vision: jax.Array | None,
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """The answer of each row of a batch that has one prompt a row; see `stream`."""
-        vision = self.encode(np.asarray(batch.frames), np.asarray(batch.frame_times))
+        """The whole answers; see `stream`."""
         *_, answers = self.stream(
-            Prompts.from_batch(batch),
+            prompts,
             vision,
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
@@ -184,8 +188,14 @@ def bucket(size: int, *, smallest: int = 128) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graph: nnx.GraphDef, weights: nnx.State, frames: jax.Array, frame_times: jax.Array) -> jax.Array:
-    return nnx.merge(graph, weights).encode(frames, frame_times)
+def _encode(graph: nnx.GraphDef, weights: nnx.State, frames: jax.Array, times: jax.Array) -> jax.Array:
+    return nnx.merge(graph, weights).encode(frames[None], times[None])[0]
+
+
+@jax.jit
+def _place(vision: jax.Array, index: jax.Array) -> jax.Array:
+    """vision [R, D], index int32[B, T] -> [B, T, D]. Apart, so that R means no new compilation of the rest."""
+    return vision[jnp.maximum(index, 0)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -197,24 +207,35 @@ def _prefill(
     choice: Choice,
     room: int,
 ) -> Decoding:
-    """Read the prompts into a new cache and choose the first token of each answer."""
+    """Read the prompts into a new cache, some tokens at a time, and choose the first token of each answer.
+
+    vision [B, T, D]: what `_place` put where a prompt wants vision tokens.
+    """
     model: Kangaroo = nnx.merge(graph, weights)
-    tokens, vision_index, lengths = map(jnp.asarray, (prompts.tokens, prompts.vision_index, prompts.lengths))
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     rows, length = tokens.shape
-    capacity = length + room
-    place = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    filled = place < lengths[:, None]
-    embeddings = model.embed(tokens, vision_index, vision)
-    hidden, cache = model.llm(
-        embeddings,
-        segment_ids=filled.astype(jnp.int32),
-        positions=place,
-        cache=model.llm.init_cache(rows, capacity),
-        slots=jnp.where(filled, place, capacity),
-    )
-    assert cache is not None
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    logits = model.llm.unembed(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    capacity, chunk = length + room, _chunk(length)
+    embeddings = model.embed(tokens, jnp.where(prompts.vision_index < 0, -1, jnp.arange(length)), vision)
+
+    def read(number: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+        cache, last = carry
+        start = number * chunk
+        place = jnp.broadcast_to(start + jnp.arange(chunk), (rows, chunk))
+        filled = place < lengths[:, None]
+        hidden, grown = model.llm(
+            jax.lax.dynamic_slice_in_dim(embeddings, start, chunk, axis=1),
+            segment_ids=filled.astype(jnp.int32),
+            positions=place,
+            cache=cache,
+            slots=jnp.where(filled, place, capacity),
+        )
+        assert grown is not None
+        end = lengths - 1 - start  # where in this chunk the prompt ends, if it does
+        state = jnp.take_along_axis(hidden, jnp.clip(end, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        return grown, jnp.where(((end >= 0) & (end < chunk))[:, None], state, last)
+
+    empty = (model.llm.init_cache(rows, capacity), jnp.zeros((rows, embeddings.shape[-1]), embeddings.dtype))
+    cache, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, empty)
     decoding = Decoding(
         cache=cache,
         lengths=lengths,
@@ -223,7 +244,15 @@ def _prefill(
         answers=jnp.full((rows, room), NO_TOKEN, jnp.int32),
         step=jnp.int32(0),
     )
-    return _choose(decoding, logits, choice)
+    return _choose(decoding, model.llm.unembed(last), choice)
+
+
+def _chunk(length: int) -> int:
+    """Tokens of a prompt of `length` (a bucket) to read at a time."""
+    chunk, most = length, TOKENS_AT_A_TIME_CPU if jax.default_backend() == "cpu" else TOKENS_AT_A_TIME
+    while chunk > most and chunk % 2 == 0:
+        chunk //= 2
+    return chunk
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -1,15 +1,26 @@
 """Attention with segments: one entry, several implementations, each of which honours segments or refuses."""
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.stack import keep
 
 IMPLEMENTATIONS = ("auto", "xla_chunked", "splash", "cudnn")
-QUERY_CHUNK = 128
-MASKED = -1e30  # finite, so that a row in which everything is masked gives no NaN
+CHUNK = 128  # queries (of every head) whose scores exist at a time
+STRIPES = 8  # causal attention by index: so many ranges of queries, each with only the keys that it can see
+MASKED = -1e30  # finite, so that a query that sees nothing gives no NaN
+
+
+class Labels(NamedTuple):
+    """What tells who sees whom, int32[B, T] for queries and int32[B, S] for keys; None where it plays no part."""
+
+    segments: jax.Array | None
+    positions: jax.Array | None
 
 
 def attention(
@@ -27,51 +38,170 @@ def attention(
     query [B, T, N, H], key and value [B, S, K, H] -> [B, T, N, H], where N is a multiple of K and query
     head n reads key-value head n // (N / K). `segment_ids`, of the queries int32[B, T] and of the keys
     int32[B, S], must be given: a query sees only keys of its own segment; None says that every row is
-    one segment with no padding. `causal` hides keys that come later: by index (then T = S), or, where
+    one segment without padding. `causal` hides keys that come later: by index (then T = S), or, where
     `positions` (int32[B, T], int32[B, S]) are given, by position. Softmax is computed in float32.
 
-    Raises UserError for an unknown implementation, and for one that would not honour the segments.
+    Raises UserError for an unknown implementation, and for one that does not run here or would not
+    honour the segments; ValueError where the shapes do not fit.
     """
-    function = _choose(implementation, segment_ids)
-    return function(query, key, value, segment_ids, causal, positions)
+    if query.shape[2] % key.shape[2] or key.shape != value.shape:
+        raise ValueError(f"attention of query {query.shape}, key {key.shape}, value {value.shape}")
+    by_index = causal and positions is None
+    if by_index and query.shape[1] != key.shape[1]:
+        raise ValueError(f"causal by index: {query.shape[1]} queries need as many keys, not {key.shape[1]}")
+    queries, keys = (
+        Labels(segment_ids[i] if segment_ids else None, positions[i] if positions and causal else None) for i in (0, 1)
+    )
+    return _choose(implementation)(query, key, value, queries, keys, by_index)
 
 
-def _choose(implementation: str, segment_ids: tuple[jax.Array, jax.Array] | None) -> Callable[..., jax.Array]:
+def _choose(implementation: str) -> Callable[..., jax.Array]:
     if implementation in ("auto", "xla_chunked"):
-        return _xla_chunked
+        return xla_chunked
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention {implementation!r} is unknown: set model.attention to one of {IMPLEMENTATIONS}")
-    raise UserError(f"attention {implementation!r} is not available on this device: set model.attention to xla_chunked")
+    raise UserError(f"attention {implementation!r} does not run on this device: set model.attention to xla_chunked")
 
 
-def _xla_chunked(query, key, value, segment_ids, causal, positions):
-    batch, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, width) * width**-0.5
-    chunk = min(QUERY_CHUNK, length) if causal and positions is None else length
-    outputs = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        end = stop if causal and positions is None else key.shape[1]
-        scores = jnp.einsum("btkgh,bskh->bkgts", query[:, start:stop], key[:, :end], preferred_element_type=jnp.float32)
-        mask = _mask(start, stop, end, segment_ids, causal, positions)
-        if mask is not None:
-            scores = jnp.where(mask[:, None, None], scores, MASKED)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        outputs.append(jnp.einsum("bkgts,bskh->btkgh", probabilities, value[:, :end]))
-    output = jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
-    return output.reshape(batch, length, heads, width)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def xla_chunked(
+    query: jax.Array, key: jax.Array, value: jax.Array, queries: Labels, keys: Labels, by_index: bool
+) -> jax.Array:
+    """Attention in plain XLA, for any device: scores exist for CHUNK queries at a time, forward and backward.
+
+    Shapes as in `attention`. `by_index` is causal by index. The backward computes the scores again, as
+    FlashAttention does (Dao et al. 2022); products are arranged so that no matrix of scores is ever
+    transposed, which is what costs time on a CPU.
+    """
+    return _forward(query, key, value, queries, keys, by_index)[0]
 
 
-def _mask(start, stop, end, segment_ids, causal, positions):
-    """bool[B or 1, t, s] of the queries start..stop and keys 0..end: True where the query sees the key."""
-    mask = None
-    if segment_ids is not None:
-        mask = segment_ids[0][:, start:stop, None] == segment_ids[1][:, None, :end]
-    if causal:
-        if positions is not None:
-            seen = positions[1][:, None, :end] <= positions[0][:, start:stop, None]
-        else:
-            seen = (jnp.arange(end) <= jnp.arange(start, stop)[:, None])[None]
-        mask = seen if mask is None else mask & seen
-    return mask
+def _forward(query, key, value, queries, keys, by_index):
+    plan = _Plan(query.shape, key.shape, by_index)
+    scale = query.shape[-1] ** -0.5
+    key_bkhs, value_bksh = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+
+    def chunk(end, _, part):
+        query, labels = part
+        scores = plan.scores(query, key_bkhs[..., :end], labels, plan.key_labels(keys, end))
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        output = jnp.einsum("bktgs,bksh->bktgh", weights.astype(value.dtype), value_bksh[:, :, :end])
+        return None, ((output / total).astype(value.dtype), (largest + jnp.log(total))[..., 0])
+
+    parts = (plan.split(query * scale), plan.split_labels(queries))
+    _, (output, statistics) = plan.run(chunk, lambda end: None, parts)
+    output, statistics = keep(plan.join(output), "context"), keep(statistics, "attention_statistics")
+    return output, (query, key, value, queries, keys, output, statistics)
+
+
+def _backward(by_index, residuals, d_output):
+    query, key, value, queries, keys, output, statistics = residuals
+    plan = _Plan(query.shape, key.shape, by_index)
+    scale = query.shape[-1] ** -0.5
+    key_bksh, key_bkhs, value_bkhs = key.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
+
+    def chunk(end, sums, part):
+        query, labels, output, d_output, statistics = part
+        scores = plan.scores(query, key_bkhs[..., :end], labels, plan.key_labels(keys, end))
+        weights = jnp.exp(scores - statistics[..., None])
+        expected = jnp.sum(output.astype(jnp.float32) * d_output.astype(jnp.float32), axis=-1, keepdims=True)
+        d_weights = jnp.einsum("bktgh,bkhs->bktgs", d_output, value_bkhs[..., :end], preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - expected)).astype(query.dtype)
+        d_query = jnp.einsum("bktgs,bksh->bktgh", d_scores, key_bksh[:, :, :end])
+        d_key = jnp.einsum("bktgh,bktgs->bkhs", query, d_scores, preferred_element_type=jnp.float32)
+        d_value = jnp.einsum(
+            "bktgh,bktgs->bkhs", d_output, weights.astype(d_output.dtype), preferred_element_type=jnp.float32
+        )
+        return (sums[0] + d_key, sums[1] + d_value), d_query
+
+    zeros = lambda end: (jnp.zeros((*key_bkhs.shape[:3], end), jnp.float32),) * 2  # noqa: E731
+    parts = (
+        plan.split(query * scale),
+        plan.split_labels(queries),
+        plan.split(output),
+        plan.split(d_output),
+        statistics,
+    )
+    sums, d_query = plan.run(chunk, zeros, parts)
+    d_key, d_value = (
+        sum(jnp.pad(part, [(0, 0)] * 3 + [(0, key.shape[1] - part.shape[3])]) for part in stripes)
+        for stripes in zip(*sums, strict=True)
+    )
+    d_key, d_value = (x.transpose(0, 3, 1, 2).astype(key.dtype) for x in (d_key, d_value))
+    return (plan.join(d_query) * scale).astype(query.dtype), d_key, d_value, None, None
+
+
+xla_chunked.defvjp(_forward, _backward)
+
+
+class _Plan:
+    """How the queries are cut: into chunks c of t queries, and stripes of chunks that share a range of keys."""
+
+    def __init__(self, query_shape, key_shape, by_index):
+        self.batch, self.length, self.heads, self.width = query_shape
+        self.keys, self.kv_heads = key_shape[1:3]
+        self.count = -(-self.length // CHUNK)
+        self.chunk = -(-self.length // self.count)
+        self.by_index = by_index
+        step = -(-self.count // STRIPES) if by_index else self.count
+        self.stripes = [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
+
+    def split(self, x):
+        """[B, T, N, H] -> [c, B, K, t, N / K, H], padded with zeros at the end."""
+        x = jnp.pad(x, [(0, 0), (0, self.count * self.chunk - self.length), (0, 0), (0, 0)])
+        x = x.reshape(self.batch, self.count, self.chunk, self.kv_heads, -1, self.width)
+        return x.transpose(1, 0, 3, 2, 4, 5)
+
+    def join(self, x):
+        """The inverse of `split`."""
+        x = x.transpose(1, 0, 3, 2, 4, 5).reshape(self.batch, -1, self.heads, self.width)
+        return x[:, : self.length]
+
+    def split_labels(self, labels):
+        """Labels of the queries, each [c, B or 1, t]."""
+        positions = labels.positions
+        if self.by_index:
+            positions = jnp.arange(self.length, dtype=jnp.int32)[None]
+        return Labels(*(self._split_row(x) for x in (labels.segments, positions)))
+
+    def _split_row(self, x):
+        if x is None:
+            return None
+        x = jnp.pad(x, [(0, 0), (0, self.count * self.chunk - self.length)])
+        return x.reshape(x.shape[0], self.count, self.chunk).swapaxes(0, 1)
+
+    def key_labels(self, labels, end):
+        """Labels of the first `end` keys, each [B or 1, s]."""
+        positions = jnp.arange(self.keys, dtype=jnp.int32)[None] if self.by_index else labels.positions
+        return Labels(*(None if x is None else x[:, :end] for x in (labels.segments, positions)))
+
+    def scores(self, query, key, queries, keys):
+        """query [B, K, t, g, H], key [B, K, H, s] -> float32[B, K, t, g, s], MASKED where the key is not seen."""
+        scores = jnp.einsum("bktgh,bkhs->bktgs", query, key, preferred_element_type=jnp.float32)
+        seen = None
+        if queries.segments is not None:
+            seen = queries.segments[:, :, None] == keys.segments[:, None, :]
+        if queries.positions is not None:
+            earlier = keys.positions[:, None, :] <= queries.positions[:, :, None]
+            seen = earlier if seen is None else seen & earlier
+        return scores if seen is None else jnp.where(seen[:, None, :, None, :], scores, MASKED)
+
+    def run(self, chunk, initial, parts):
+        """chunk(end, carry, part) -> (carry, result) over the chunks of each stripe.
+
+        Returns the last carry of every stripe and the results, [c, ...].
+        """
+        carries, results = [], []
+        for first, last in self.stripes:
+            end = min(last * self.chunk, self.keys) if self.by_index else self.keys
+            step, carry = functools.partial(chunk, end), initial(end)
+            if last - first == 1:
+                carry, result = step(carry, jax.tree.map(lambda x: x[first], parts))  # noqa: B023
+                result = jax.tree.map(lambda x: x[None], result)
+            else:
+                carry, result = jax.lax.scan(step, carry, jax.tree.map(lambda x: x[first:last], parts))  # noqa: B023
+            carries.append(carry)
+            results.append(result)
+        return carries, jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *results)

@@ -123,16 +123,18 @@ class EvaClip(nnx.Module):
 
     def __call__(self, frames: jax.Array) -> jax.Array:
         """frames uint8[n, S, S, 3] -> patch tokens [n, P, D], CLS dropped, normalised where `output_norm` says so."""
-        x = self.tokens(normalise(frames))
+        x = self.tokens(frames)
         return (self.norm(x) if self.output_norm else x)[:, 1:]
 
-    def tokens(self, pixels: jax.Array) -> jax.Array:
-        """pixels float[n, S, S, 3], already normalised -> [n, 1 + P, D] before the final norm, CLS first.
+    def tokens(self, frames: jax.Array) -> jax.Array:
+        """frames uint8[n, S, S, 3], or float with `normalise` done -> [n, 1 + P, D] before the final norm, CLS first.
 
         Raises UserError where the side of the frames is no multiple of the patch.
         """
-        x = self.patch_embedding(self._patches(pixels.astype(self.dtype)))
-        grid = pixels.shape[1] // self.patch_size
+        patches = self._patches(frames)
+        patches = normalise(patches) if frames.dtype == jnp.uint8 else patches
+        x = self.patch_embedding(patches.reshape(*patches.shape[:2], -1).astype(self.dtype))
+        grid = frames.shape[1] // self.patch_size
         cls = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self.positions(grid).astype(self.dtype)
         cos, sin = rotary_2d(grid, self.head_dim, self.rope_theta, self.rope_reference_grid)
@@ -151,14 +153,14 @@ class EvaClip(nnx.Module):
         matrix = jnp.asarray(resize_matrix(self.pos_embed_grid, grid))
         return jnp.concatenate([stored[:1], (matrix @ stored[1:].astype(jnp.float32)).astype(stored.dtype)])
 
-    def _patches(self, pixels: jax.Array) -> jax.Array:
-        """[n, S, S, 3] -> [n, P, patch * patch * 3], row by row."""
-        n, side, _, channels = pixels.shape
+    def _patches(self, frames: jax.Array) -> jax.Array:
+        """[n, S, S, 3] -> [n, P, patch, patch, 3], row by row."""
+        n, side, _, channels = frames.shape
         if side % self.patch_size:
             raise UserError(f"frames of {side} pixels: choose data.image_size as a multiple of {self.patch_size}")
         grid = side // self.patch_size
-        x = pixels.reshape(n, grid, self.patch_size, grid, self.patch_size, channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, grid * grid, -1)
+        x = frames.reshape(n, grid, self.patch_size, grid, self.patch_size, channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, grid * grid, self.patch_size, self.patch_size, channels)
 
 
 def normalise(frames: jax.Array) -> jax.Array:

@@ -1,7 +1,10 @@
 """Cross-entropy over a large vocabulary without ever holding all the logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def chunked_cross_entropy(
@@ -10,23 +13,77 @@ def chunked_cross_entropy(
     """Weighted next-token cross-entropy -> (sum of weight * loss, sum of weights), float32 scalars.
 
     hidden [B, T, D] after the final norm, head [D, V], targets int32[B, T], weights float32[B, T].
-    Logits exist for `chunk` tokens of a pack at a time, forward and backward.
+    Logits exist for `chunk` tokens of each pack at a time. Tokens of weight 0 are sorted to the end of
+    their pack and cost nothing. While logits are at hand their gradient is taken too (a scalar loss
+    only scales it), so that nothing is computed twice; where the head is frozen its part is left out.
     """
-    batch, length, width = hidden.shape
-    chunk = min(chunk, length)
-    padding = -length % chunk
-    parts = -(-length // chunk)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, parts, chunk, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def step(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden, targets, weights = part
-        logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        true = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return total + jnp.sum((jax.nn.logsumexp(logits, axis=-1) - true) * weights), None
-
-    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights)))
+    total = _weighted_loss(hidden, head, targets, weights.astype(jnp.float32), chunk)
     return total, jnp.sum(weights, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_loss(hidden, head, targets, weights, chunk):
+    return _run(hidden, head, targets, weights, chunk, False, False)[0]
+
+
+def _forward(hidden, head, targets, weights, chunk):
+    total, d_hidden, d_head = _run(
+        hidden.value, head.value, targets.value, weights.value, chunk, hidden.perturbed, head.perturbed
+    )
+    return total, (d_hidden, d_head)
+
+
+def _backward(_, gradients, d_total):
+    d_hidden, d_head = (None if g is None else (g * d_total).astype(g.dtype) for g in gradients)
+    return d_hidden, d_head, None, None
+
+
+_weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _run(hidden, head, targets, weights, chunk, with_hidden, with_head):
+    """(loss, its gradient by hidden or None, by head or None)."""
+    batch, length, width = hidden.shape
+    parts = -(-length // chunk)
+    chunk = -(-length // parts)
+    pad = [(0, 0), (0, parts * chunk - length)]
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    order = jnp.pad(order, pad, mode="edge")
+    weights = jnp.where(np.arange(parts * chunk) < length, jnp.take_along_axis(weights, order, axis=1), 0.0)
+    targets = jnp.take_along_axis(targets, order, axis=1)
+    kernel = head.astype(hidden.dtype)
+    state = {"loss": jnp.zeros((), jnp.float32)}
+    if with_hidden:
+        state["hidden"] = jnp.zeros((batch, parts * chunk, width), hidden.dtype)
+    if with_head:
+        state["head"] = jnp.zeros(head.shape, jnp.float32)
+
+    def step(index, state):
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
+        target, weight = cut(targets), cut(weights)
+        x = jnp.take_along_axis(hidden, cut(order)[..., None], axis=1)
+        logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        true = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        new = {"loss": state["loss"] + jnp.sum((normaliser - true) * weight)}
+        if not (with_hidden or with_head):
+            return new
+        hit = jnp.arange(logits.shape[-1]) == target[..., None]
+        d_logits = ((jnp.exp(logits - normaliser[..., None]) - hit) * weight[..., None]).astype(hidden.dtype)
+        if with_hidden:
+            d_x = jnp.einsum("btv,dv->btd", d_logits, kernel)
+            new["hidden"] = jax.lax.dynamic_update_slice_in_dim(state["hidden"], d_x, index * chunk, axis=1)
+        if with_head:
+            d_head = jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+            new["head"] = state["head"] + d_head
+        return new
+
+    counted = jnp.max(jnp.sum(weights != 0, axis=1))
+    state = jax.lax.fori_loop(0, (counted + chunk - 1) // chunk, step, state)
+    d_hidden = d_head = None
+    if with_hidden:
+        place = jnp.argsort(order[:, :length], axis=1)
+        d_hidden = jnp.take_along_axis(state["hidden"], place[..., None], axis=1)
+    if with_head:
+        d_head = state["head"].astype(head.dtype)
+    return state["loss"], d_hidden, d_head

@@ -68,6 +68,13 @@ def run_layers(
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, carry, (weights, jnp.arange(depth)))[0]
-    for index in range(depth):
-        carry, _ = body(carry, (jax.tree.map(lambda weight: weight[index], weights), jnp.asarray(index)))  # noqa: B023
+    for index, layer in enumerate(_unstack(weights, depth)):
+        carry, _ = body(carry, (layer, jnp.asarray(index)))
     return carry
+
+
+def _unstack(weights: nnx.State, depth: int) -> list[nnx.State]:
+    """The weights of each layer; `split`, unlike indexing, has one concatenation as its gradient."""
+    leaves, structure = jax.tree.flatten(weights)
+    layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, [leaf[0] for leaf in layer]) for layer in layers]

@@ -12,20 +12,22 @@ The text warm-up names every combination of thing and colour, as any pretrained 
 combinations held out are of pixels. The same seed and scale give the same records and the same pixels.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import json
-import multiprocessing
+import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.tools.corpus_draw import split_scans, write_image, write_video
-from kangaroo_jax.tools.corpus_scenes import Scene, SceneMaker
+from kangaroo_jax.tools.corpus_draw import split_scans, write_media
+from kangaroo_jax.tools.corpus_scenes import Scene, SceneMaker, has_held_combination
 from kangaroo_jax.tools.corpus_text import (
     LANGUAGES,
     LETTERS,
@@ -36,6 +38,7 @@ from kangaroo_jax.tools.corpus_text import (
     caption,
     chinese_words,
     dense_caption,
+    drill,
     facts,
     note,
 )
@@ -48,7 +51,7 @@ class Mixture:
     """How much of what. Counts are for scale 1; shares are from 0 to 1; kinds have relative weights."""
 
     # Media
-    images: int = 4000
+    images: int = 12_000
     shorts: int = 1500
     longs: int = 300
     held_images: int = 60
@@ -56,7 +59,7 @@ class Mixture:
     held_longs: int = 60
     short_fps: int = 8
     long_fps: int = 4
-    image_kinds: tuple[tuple[str, float], ...] = (("image", 4), ("image_count", 1))
+    image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_count", 1))
     short_kinds: tuple[tuple[str, float], ...] = (
         ("still", 2),
         ("count", 2),
@@ -76,9 +79,11 @@ class Mixture:
     stage5_per_long: int = 10
     stage5_shorts: int = 1500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
-    warmup: int = 36_000
-    warmup_image: float = 0.15
-    warmup_long: float = 0.25
+    warmup: int = 80_000
+    warmup_drill: float = 0.5  # share of drills on options; the shares of scenes below are of the rest
+    warmup_rounds: int = 3
+    warmup_image: float = 0.4
+    warmup_long: float = 0.15
     warmup_caption: float = 0.15  # share asked for a caption, for times, and the rest questions
     warmup_dense: float = 0.15
     # Evaluation: questions in both languages together
@@ -234,16 +239,6 @@ def media_name(folder: str, number: int) -> str:
     return f"media/{folder}/{number:05d}.{'jpg' if folder.endswith('images') else 'mp4'}"
 
 
-def _draw(work: Sequence[tuple[Scene, str, int]]) -> int:
-    """Write some media; one call of a worker process. Returns how many."""
-    for scene, path, fps in work:
-        if scene.seconds:
-            write_video(scene, Path(path), fps)
-        else:
-            write_image(scene, Path(path))
-    return len(work)
-
-
 def _draw_all(
     media: dict[str, list[Scene]],
     root: Path,
@@ -260,17 +255,28 @@ def _draw_all(
         work += [(scene, str(root / media_name(folder, i)), fps) for i, scene in enumerate(scenes)]
     tell(f"corpus: writing {len(work)} images and videos")
     if processes == 1:
-        _draw(work)
+        write_media(work)
         meanwhile()
         return
-    parts = [work[i : i + 50] for i in range(0, len(work), 50)]
-    parts.reverse()  # the long videos first, so that the processes end together
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [pool.submit(_draw, part) for part in parts]
+    workers = [_start(functools.partial(write_media, work[i::processes])) for i in range(processes)]
+    try:
         meanwhile()
-        for future in futures:
-            future.result()
+        failed = [worker.returncode for worker in workers if worker.wait()]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if failed:
+        raise RuntimeError(f"a process that draws the corpus ended with code {failed[0]}; its message stands above")
+
+
+def _start(job: Callable[[], None]) -> subprocess.Popen:
+    """A fresh Python process that does a job; unlike multiprocessing's it does not import the caller's main module."""
+    code = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); pickle.load(sys.stdin.buffer)()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert worker.stdin is not None
+    worker.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
+    worker.stdin.close()
+    return worker
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -311,6 +317,9 @@ def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
     kinds, weights = zip(*plan.short_kinds, strict=True)
     for i in range(plan.warmup):
         share, language = rng.random(), LANGUAGES[i % 2]
+        if rng.random() < plan.warmup_drill:
+            yield _record(f"warmup-{i:06d}", [drill(language, rng)])
+            continue
         if share < plan.warmup_image:
             kind = rng.choice(("image", "image_count"))
         elif share < plan.warmup_image + plan.warmup_long:
@@ -321,7 +330,7 @@ def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
         if task < plan.warmup_caption + plan.warmup_dense:
             turns = [_describe(scene, language, bool(scene.seconds) and task >= plan.warmup_caption)]
         else:
-            turns = _questions(scene, language, plan, rng)
+            turns = _questions(scene, language, plan, rng)[: rng.randint(1, plan.warmup_rounds)]
         turns[0] = (note(scene, language) + "\n" + turns[0][0], turns[0][1])
         yield _record(f"warmup-{i:06d}", turns)
 
@@ -424,4 +433,5 @@ def _evaluation_record(record: dict, question: Question, style: str, scene: Scen
         "answer": question.answer,
         "options": list(question.options),
         "scene_kind": scene.kind,
+        "unseen_combination": has_held_combination(scene),
     }

@@ -7,6 +7,7 @@ Digits"), enlarged and coloured; shapes are distance functions with soft edges.
 import dataclasses
 import functools
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,10 @@ def split_scans(held_share: float = 0.2) -> dict[str, dict[str, list[int]]]:
     return split
 
 
-def _enlarge(centre: float, size: float, cells: int = 8) -> np.ndarray:
-    """Bilinear weights float32[CANVAS, cells] that lay `cells` samples over `size` pixels around `centre`."""
-    pixels = (np.arange(CANVAS) + 0.5 - centre) / size * cells + cells / 2 - 0.5
-    return np.clip(1 - np.abs(pixels[:, None] - np.arange(cells)), 0, 1).astype(np.float32)
+def _enlarge(centre: np.ndarray | float, size: float, cells: int = 8) -> np.ndarray:
+    """Bilinear weights float32[..., CANVAS, cells] that lay `cells` samples over `size` pixels around `centre`[...]."""
+    pixels = (np.arange(CANVAS) + 0.5 - np.asarray(centre)[..., None]) / size * cells + cells / 2 - 0.5
+    return np.clip(1 - np.abs(pixels[..., None] - np.arange(cells)), 0, 1).astype(np.float32)
 
 
 def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -57,8 +58,8 @@ def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.hypot(x, y) - 0.95
     if name == "ring":
         return np.abs(np.hypot(x, y) - 0.72) - 0.23
-    if name == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.85
+    if name == "bar":
+        return np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.32)
     if name == "triangle":
         return np.maximum(np.abs(x) * 0.872 - (y + 0.9) * 0.490, y - 0.8)  # apex (0, -0.9), base at y = 0.8
     if name == "cross":
@@ -73,22 +74,26 @@ class Look:
 
     rgb: np.ndarray  # float32[3]
     stretch: tuple[float, float]  # of its width and height
-    turn: float  # radians, of shapes alone
+    turn: float  # of shapes, in radians; of digits, the slant (pixels right for a pixel up)
+    ink: float  # exponent of a digit's ink: below 1 is a broad pen, above 1 a fine one
 
     @classmethod
     def random(cls, thing: Thing, rng: np.random.Generator) -> "Look":
-        """A darker or paler shade of the colour, a little stretched and turned."""
+        """A darker or paler shade of the colour, a little stretched and turned, by another pen."""
         shade, pale = rng.uniform(0.65, 1.0), rng.uniform(0, 40)
         rgb = np.array(RGB[thing.colour], np.float32) * np.float32(shade)
-        return cls(rgb + pale * (1 - rgb / 255), (rng.uniform(0.85, 1.1), rng.uniform(0.85, 1.1)), rng.uniform(-0.2, 0.2))
+        stretch = (rng.uniform(0.85, 1.1), rng.uniform(0.85, 1.1))
+        return cls(rgb + pale * (1 - rgb / 255), stretch, rng.uniform(-0.15, 0.15), rng.uniform(0.7, 1.2))
 
 
 def _alpha(event: Event, x: float, y: float, look: Look) -> np.ndarray:
     """How much of each pixel the thing covers, float32[CANVAS, CANVAS], centred on pixel (x, y)."""
     wide, high = (event.size * s for s in look.stretch)
     if event.thing.scan >= 0:
-        scan = load_scans()[0][event.thing.scan]
-        return _enlarge(y, high) @ scan @ _enlarge(x, wide).T
+        scan = load_scans()[0][event.thing.scan] ** np.float32(look.ink)
+        rows = (np.arange(8) - 3.5) * high / 8  # of the scan, in pixels below its middle
+        lines = np.einsum("rc,rxc->rx", scan, _enlarge(x - rows * look.turn, wide))
+        return _enlarge(y, high) @ lines
     pixels = np.arange(CANVAS, dtype=np.float32) + 0.5
     u, v = ((pixels - x) / (wide / 2))[None, :], ((pixels - y) / (high / 2))[:, None]
     sine, cosine = np.float32(np.sin(look.turn)), np.float32(np.cos(look.turn))
@@ -156,3 +161,12 @@ def write_video(scene: Scene, path: Path, fps: int) -> None:
             frame = av.VideoFrame.from_ndarray(painter.frame(i / fps), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def write_media(work: Sequence[tuple[Scene, str, int]]) -> None:
+    """Write (scene, path, frames a second) one after another; images ignore the last."""
+    for scene, path, fps in work:
+        if scene.seconds:
+            write_video(scene, Path(path), fps)
+        else:
+            write_image(scene, Path(path))

@@ -28,7 +28,7 @@ HAPPENINGS = ("appears", "disappears", "moves", "changes")
 
 CHINESE = {
     **dict(zip(COLOURS, ("红色", "绿色", "蓝色", "黄色", "白色", "紫色"), strict=True)),
-    **dict(circle="圆形", square="方形", triangle="三角形", cross="十字形", ring="环形"),
+    **dict(circle="圆形", triangle="三角形", cross="十字形", ring="环形", bar="条形"),
     **dict(left="左", right="右", up="上", down="下", top="上", bottom="下", middle="中"),
     **dict(one="一个", two="两个", three="三个", four="四个"),
     **dict(appears="出现", disappears="消失", moves="移动", changes="变化"),
@@ -47,6 +47,8 @@ _QUESTIONS = {
     "change": ("What does it become?", "它|变成|什么|？"),
     "second_t": ("What is seen at second {0}?", "第|{0}|秒|看到|什么|？"),
     "duration": ("How long is the video?", "视频|有|多长|？"),
+    "which": ("Which is {0}?", "哪个|是|{0}|？"),
+    "read": ("Read {0} and {1}.", "读出|{0}|和|{1}|。"),
 }
 _REQUESTS = {
     "image": ("Describe the image.", "描述|图片|。"),
@@ -160,6 +162,8 @@ def facts(scene: Scene) -> list[Fact]:
         found += [_fact("change", last.thing.colour, COLOURS, near=[first.thing.colour])]
     elif scene.kind == "transform":
         found += [_fact("change", last.thing.name, THINGS, near=[first.thing.name])]
+    elif scene.kind == "count":
+        found += [_fact("colour", first.thing.colour, COLOURS)]
     else:
         found += _one_thing(first)
     if scene.kind == "count":
@@ -191,6 +195,32 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
     dot = ". " if language == "en" else "、"
     lines = [text, *(f"{mark}{dot}{option}" for mark, option in zip(LETTERS, options, strict=True))]
     return Question(fact.kind, language, "\n".join(lines), LETTERS[place], options)
+
+
+def drill(language: str, rng: random.Random) -> tuple[str, str]:
+    """(question, answer) on nothing but options: `Which is red?` -> `B`, or `Read D and B.` -> `D. white\nB. red`.
+
+    A tiny decoder takes very long to find the bond of a letter and its option in scenes alone. Reading options out
+    teaches it to look back, and which-questions the bond itself, in a few hundred steps.
+    """
+    pools: tuple[tuple[str | int, ...], ...] = (
+        THINGS,
+        COLOURS,
+        DIRECTIONS,
+        COUNTS,
+        HAPPENINGS,
+        SHORT_SECONDS,
+        LONG_SECONDS,
+    )
+    pool = rng.choices(pools, weights=(5, 4, 2, 1, 1, 1, 1))[0]
+    answer = rng.choice(pool)
+    asked = ask(_fact("which", answer, pool, about=word(answer, language)), language, rng, "?")
+    if rng.random() < 0.5:
+        return asked.text, asked.answer
+    options = asked.text.split("\n")[1:]
+    first, second = rng.sample(range(4), 2)
+    request = QUESTIONS["read"][LANGUAGES.index(language)].format(LETTERS[first], LETTERS[second])
+    return "\n".join([request, *options]), f"{options[first]}\n{options[second]}"
 
 
 # ---------------------------------------------------------------------------------------------- captions

@@ -24,7 +24,7 @@ def encodings(kangaroo, monkeypatch) -> list[int]:
     seen: list[int] = []
     encode = kangaroo._generator.encode
     monkeypatch.setattr(
-        kangaroo._generator, "encode", lambda frames, times: seen.append(frames.shape[1]) or encode(frames, times)
+        kangaroo._generator, "encode", lambda frames, times: seen.append(len(frames)) or encode(frames, times)
     )
     return seen
 
@@ -108,6 +108,7 @@ def test_answer_many_is_chat_for_each_whatever_the_order_and_batch(kangaroo, med
         ("What is red?", []),
         ("<image>\nWhich way does the square move?", [Media("image", str(media / "c.jpg"))]),
         ("<video>\nWhich way?", [Media("video", str(media / "a.mp4"), start=1.0)]),
+        ("<video>\nWhat is red?", [Media("video", str(media / "b.mp4"))]),
         ("<video>\n视频里有什么?", [Media("video", str(media / "a.mp4"))]),
     ]
     asked = [Conversation(str(i), (Turn("user", text),), tuple(files)) for i, (text, files) in enumerate(questions)]
@@ -196,8 +197,10 @@ def test_what_is_typed_ends_with_the_input(monkeypatch, capsys):
     assert capsys.readouterr().out == "> > \n"
 
 
-def test_numbers_of_the_frames_reach_the_model(kangaroo, media):
-    """The seconds of the frames, not their places, are encoded."""
-    recipe = kangaroo.recipe(conversation([ask("?", video=media / "b.mp4")]))
-    batch = kangaroo._batch([recipe])
-    np.testing.assert_allclose(batch.frame_times[0], np.arange(6) + 0.5, atol=0.26)
+def test_seconds_of_the_frames_reach_the_model_and_shared_media_are_decoded_once(kangaroo, media):
+    turns = [ask(query, video=media / "b.mp4") for query in ("One?", "Two?")] + [ask("?", image=media / "c.jpg")]
+    recipes = [kangaroo.recipe(conversation([turn])) for turn in turns]
+    frames, times, first_rows = kangaroo._decode(chat_module._media_of(recipes))
+    assert frames.shape == (6 + 2, 16, 16, 3) and times.dtype == np.float32
+    np.testing.assert_allclose(times, [*(np.arange(6) + 0.5), 0, 0], atol=0.26)
+    assert list(first_rows.values()) == [0, 3]

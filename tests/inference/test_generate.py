@@ -82,8 +82,29 @@ def plain_greedy(model: Kangaroo, batch: PackedBatch, row: int, steps: int) -> l
     return answer
 
 
-def row_of(batch: PackedBatch, row: int) -> PackedBatch:
-    return jax.tree.map(lambda x: x[row : row + 1], batch)
+def answers_of(generator: Generator, config, batch: PackedBatch, steps: int, stop_ids=NO_STOP, **options):
+    """The generator's answers to the rows of a batch."""
+    return generator.generate(*prompts_of(generator, config, batch), max_new_tokens=steps, stop_ids=stop_ids, **options)
+
+
+def prompts_of(generator: Generator, config, batch: PackedBatch):
+    """Prompts whose vision rows are those of all rows of the batch, one after another; and these vision rows."""
+    rows, count = batch.frames.shape[:2]
+    each = count // frames_per_group(config.model) * tokens_per_group(config.model, config.data.image_size)
+    index = np.where(batch.vision_index < 0, -1, batch.vision_index + each * np.arange(rows)[:, None]).astype(np.int32)
+    prompts = Prompts(batch.tokens, index, np.count_nonzero(batch.segment_ids, axis=1).astype(np.int32))
+    if not count:
+        return prompts, None
+    frames, times = batch.frames.reshape(rows * count, *batch.frames.shape[2:]), batch.frame_times.reshape(-1)
+    return prompts, generator.encode(frames, times)
+
+
+def alone(batch: PackedBatch, row: int) -> PackedBatch:
+    """The batch with all rows but one empty."""
+    other = np.arange(len(batch.tokens)) != row
+    batch = jax.tree.map(np.array, batch)
+    batch.tokens[other], batch.segment_ids[other], batch.vision_index[other], batch.frames[other] = 0, 0, -1, 0
+    return batch
 
 
 @pytest.mark.parametrize("joins", [True, False])
@@ -92,28 +113,28 @@ def test_cached_answers_are_plain_greedy_ones_for_ragged_rows_with_and_without_v
     model = make_model(micro_config)
     generator = Generator(model)
     batch = make_batch(micro_config, [4, 0, 6, 2], [24, 5, 31, 12] if joins else [30, 5, 31, 12])
-    together = generator.generate(batch, max_new_tokens=8, stop_ids=NO_STOP)
+    together = answers_of(generator, micro_config, batch, 8)
     for row in range(4):
         assert together[row] == plain_greedy(model, batch, row, 8), row
-        assert together[row] == generator.generate(row_of(batch, row), max_new_tokens=8, stop_ids=NO_STOP)[0]
+        assert together[row] == answers_of(generator, micro_config, alone(batch, row), 8)[row]
     assert len({tuple(answer) for answer in together}) == 4
     other = batch.replace(frames=255 - np.asarray(batch.frames))
-    changed = generator.generate(other, max_new_tokens=8, stop_ids=NO_STOP)
+    changed = answers_of(generator, micro_config, other, 8)
     assert changed[1] == together[1] and changed != together  # only videos are looked at
 
 
 def test_text_alone_and_an_empty_row(config, model):
     batch = make_batch(config, [0, 0], [7, 0])
-    answers = Generator(model).generate(batch, max_new_tokens=5, stop_ids=NO_STOP)
+    answers = answers_of(Generator(model), config, batch, 5)
     assert answers == [plain_greedy(model, batch, 0, 5), []]
 
 
 def test_stop_ids_end_an_answer_each_on_its_own(config, model):
     generator = Generator(model)
     batch = make_batch(config, [0, 0], [7, 9])
-    free = generator.generate(batch, max_new_tokens=10, stop_ids=NO_STOP)
+    free = answers_of(generator, config, batch, 10)
     stop = (free[0][3], free[1][0])
-    answers = generator.generate(batch, max_new_tokens=10, stop_ids=stop)
+    answers = answers_of(generator, config, batch, 10, stop)
     for have, want in zip(answers, free, strict=True):
         cut = next((i for i, token in enumerate(want) if token in stop), len(want))
         assert have == want[:cut]
@@ -123,10 +144,12 @@ def test_stop_ids_end_an_answer_each_on_its_own(config, model):
 def test_streamed_answers_grow_into_the_whole_one(config, model):
     generator = Generator(model)
     batch = make_batch(config, [4, 2], [24, 12])
-    whole = generator.generate(batch, max_new_tokens=7, stop_ids=NO_STOP)
-    vision = generator.encode(batch.frames, batch.frame_times)
-    stream = generator.stream(Prompts.from_batch(batch), vision, max_new_tokens=7, stop_ids=NO_STOP)
+    whole = answers_of(generator, config, batch, 7)
+    prompts, vision = prompts_of(generator, config, batch)
+    stream = generator.stream(prompts, vision, max_new_tokens=7, stop_ids=NO_STOP)
     assert list(stream) == [[answer[:n] for answer in whole] for n in range(1, 8)]
+    pieces = generator.stream(prompts, vision, max_new_tokens=7, stop_ids=NO_STOP, every=3)
+    assert list(pieces) == [[answer[:n] for answer in whole] for n in (3, 6, 7)]
 
 
 def test_sampling_repeats_with_its_seed_and_varies_with_it(config, model):
@@ -135,8 +158,7 @@ def test_sampling_repeats_with_its_seed_and_varies_with_it(config, model):
     batch = batch.replace(tokens=np.repeat(batch.tokens[:1], 2, axis=0))
 
     def answers(seed):
-        hot = Sampling(temperature=5.0, top_p=1.0, seed=seed)
-        return generator.generate(batch, max_new_tokens=8, stop_ids=NO_STOP, sampling=hot)
+        return answers_of(generator, config, batch, 8, sampling=Sampling(temperature=5.0, top_p=1.0, seed=seed))
 
     first = answers(0)
     assert first == answers(0) and first != answers(1) and first[0] != first[1]
@@ -144,27 +166,36 @@ def test_sampling_repeats_with_its_seed_and_varies_with_it(config, model):
 
 def test_vision_tokens_do_not_depend_on_how_many_frames_are_seen_at_a_time(config, model):
     generator = Generator(model)
-    frames = np.random.default_rng(0).integers(0, 256, (2, 38, 16, 16, 3), np.uint8)
-    times = np.tile(np.arange(38, dtype=np.float32), (2, 1))
+    frames = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), np.uint8)
+    times = np.arange(70, dtype=np.float32)
     whole = generator.encode(frames, times)
-    assert whole.shape[1] == 24  # groups: 19 rounded up
-    for begin, end in ((0, 2), (2, 8), (36, 38)):
-        part = generator.encode(frames[:, begin:end], times[:, begin:end])[:, : (end - begin) // 2]
-        want = whole[:, begin // 2 : end // 2]
+    assert whole.shape[0] == 64  # groups of two frames are one token; 35 are rounded up
+    for begin, end in ((0, 2), (2, 8), (62, 70)):
+        part = generator.encode(frames[begin:end], times[begin:end])[: (end - begin) // 2]
+        want = whole[begin // 2 : end // 2]
         np.testing.assert_allclose(part, want, atol=2e-5 * float(jnp.abs(want).max()), rtol=0)
-    assert generator.encode(frames[:, :0], times[:, :0]) is None
 
 
 def test_few_compilations_and_none_for_a_second_model_of_the_same_structure(config, model):
     batches = [make_batch(config, [4, 2], [n, 12], seed=n) for n in (20, 25, 31)]
-    Generator(model).generate(batches[0], max_new_tokens=8, stop_ids=NO_STOP)
+    answers_of(Generator(model), config, batches[0], 8)
     functions = (generate._encode, generate._prefill, generate._decode)
     sizes = [function._cache_size() for function in functions]
     other = Generator(make_model(config))
     for batch in batches:
-        other.generate(batch, max_new_tokens=3, stop_ids=(1,))
-        other.generate(batch, max_new_tokens=7, stop_ids=(1,), sampling=Sampling(0.5, 0.5, 5))
+        answers_of(other, config, batch, 3, (1,))
+        answers_of(other, config, batch, 7, (1,), sampling=Sampling(0.5, 0.5, 5))
     assert sizes == [function._cache_size() for function in functions]
+
+
+def test_prompts_are_read_some_tokens_at_a_time(config, model, monkeypatch):
+    batch = make_batch(config, [4, 6], [24, 33])
+    whole = answers_of(Generator(model), config, batch, 6)
+    monkeypatch.setattr(generate, "TOKENS_AT_A_TIME_CPU", 10)
+    generate._prefill.clear_cache()
+    assert generate._chunk(T) == 10
+    assert answers_of(Generator(model), config, batch, 6) == whole
+    generate._prefill.clear_cache()
 
 
 def test_buckets_are_few_and_waste_a_third_at_most():

@@ -1,0 +1,193 @@
+"""The command line: what it lists, what it passes on, and that bad input is one line and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kangaroo_jax import cli
+from kangaroo_jax.config_files import config_keys, find_config, load_config, nearest
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training import curriculum, loop
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ["train", "--config=stage3_refine:tiny"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """Catches the configs that would be trained."""
+    configs: list = []
+    monkeypatch.setattr(loop, "train", lambda config, workdir, **_: configs.append((config, workdir)))
+    return configs
+
+
+def test_help_lists_every_job_and_imports_nothing_heavy():
+    code = "import sys; from kangaroo_jax import cli; cli.main(['--help']); print(*sys.modules, sep=chr(10))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    for job in cli.JOBS.values():
+        assert job.summary in done.stdout
+    assert not {"jax", "numpy", "flax", "absl", "ml_collections", "av"} & set(done.stdout.splitlines())
+
+
+def test_module_is_the_same_command(capsys):
+    command = [sys.executable, "-m", "kangaroo_jax", "trian"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert run(capsys, "trian") == (2, "", done.stderr)
+    assert "did you mean 'train'?" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_of_a_job_and_version(capsys):
+    for job in ("train", "curriculum", "quickstart", "chat"):
+        code, out, _ = run(capsys, job, "--help")
+        assert code == 0 and cli.JOBS[job].summary in out
+    code, out, _ = run(capsys, "chat", "--help")
+    for flag in ("checkpoint", "video", "image", "query", "temperature", "top_p", "max_new_tokens", "seed"):
+        assert f"--{flag} " in out
+    assert run(capsys, "--version") == (0, "kangaroo 0.1.0\n", "")
+
+
+def test_train_passes_its_config_on(capsys, tmp_path, trained):
+    changes = [
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.train.mesh=1,1,1,1",
+        "--config.data.train=a.jsonl",
+        "--config.train.tensorboard",
+        "--config.data.fps",
+        "2",
+    ]
+    assert run(capsys, *TRAIN, f"--workdir={tmp_path / 'new'}", "--strict", *changes)[0] == 0
+    ((config, workdir),) = trained
+    assert workdir == tmp_path / "new" and workdir.is_dir()
+    assert config.stage == "stage3_refine" and config.model.preset == "tiny" and config.data.strict
+    assert config.optimizer.learning_rate == 1e-3 and config.data.train == ("a.jsonl",)
+    assert config.train.mesh == (1, 1, 1, 1) and config.train.tensorboard and config.data.fps == 2.0
+
+
+def test_curriculum_passes_its_arguments_on(capsys, tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(curriculum, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
+    command = ["curriculum", "--preset=base_100m", f"--workdir={tmp_path}", "--data=D", "--tokenizer=T"]
+    assert run(capsys, *command, "--config.train.steps=7", "--config.seed=3")[0] == 0
+    overrides = {"train.steps": 7, "seed": 3}
+    assert calls == [(("base_100m", tmp_path), {"data": "D", "tokenizer": "T", "overrides": overrides})]
+
+
+BAD = {
+    ("train",): "--config is missing",
+    ("train", "--config=stage3_refine:tiny"): "--workdir is missing",
+    ("train", "--config=stage3_refine:tinny", "--workdir=W"): "unknown preset 'tinny'",
+    (
+        "train",
+        "--config=configs/stage3_refin.py",
+        "--workdir=W",
+    ): "no config 'stage3_refin' (did you mean 'stage3_refine'?)",
+    ("train", "--config=/no/folder/mine.py", "--workdir=W"): "/no/folder/mine.py: no such config file",
+    (*TRAIN, "--workdir=W", "--config.optimizer.learning_rat=1"): (
+        "no key 'optimizer.learning_rat' (did you mean 'optimizer.learning_rate'?)"
+    ),
+    (*TRAIN, "--workdir=W", "--config.learning_rate=1"): "(did you mean 'optimizer.learning_rate'?)",
+    (*TRAIN, "--workdir=W", "--config.train.steps=many"): "--config.train.steps=many",
+    (*TRAIN, "--workdir=W", "--config.data=3"): "--config.data=3",
+    (*TRAIN, "--workdir=W", "--config.train.mesh[1]=2"): "(did you mean 'train.mesh'?)",
+    (*TRAIN, "--wrokdir=W"): "no flag --wrokdir (did you mean 'workdir'?)",
+    (*TRAIN, "--workdir=W", "extra"): "what is 'extra'?",
+    (*TRAIN, "--workdir=F/x"): "cannot be made a working folder",
+    ("train", "--strict=perhaps"): "--strict=perhaps",
+    ("curriculum", "--workdir=W", "--data=D"): "--tokenizer is missing",
+    (
+        "curriculum",
+        "--workdir=W",
+        "--data=D",
+        "--tokenizer=T",
+        "--preset=tin",
+    ): "no preset 'tin' (did you mean 'tiny'?)",
+    ("curriculum", "--workdir=W", "--data=D", "--tokenizer=T"): "stage1.jsonl: no such file",
+    ("quickstart", "--scale=0"): "--scale=0",
+    ("quickstart", "--fast"): "no flag --fast",
+    ("chat",): "--checkpoint is missing",
+    ("chat", "--checkpoint=W"): "W: no such checkpoint folder",
+    ("chat", "--checkpoint=W", "--video=none.mp4"): "none.mp4",
+    ("chat", "--checkpoint=W", "--video=F", "--query=?"): "F: not a readable video",
+    ("chat", "--checkpoint=W", "--video=E", "--query=?"): "E: ",
+    ("chat", "--checkpoint=W", "--query="): "the query is empty",
+    ("chat", "--checkpoint=W", "--start=1"): "start and end belong to a video",
+    ("chat", "--checkpoint=W", "--temperature=-1"): "--temperature=-1",
+    ("chat", "--checkpoint=W", "--top_p=2"): "top_p 2.0: must be",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("F").write_text("text")
+    Path("E").touch()
+    code, _, error = run(capsys, *arguments)
+    assert code == 2 and BAD[arguments] in error
+    assert error.startswith("kangaroo: ") and error.endswith("\n") and error.count("\n") == 1
+
+
+def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", stop)
+    assert run(capsys, *TRAIN, f"--workdir={tmp_path}") == (130, "", "kangaroo: interrupted\n")
+
+    def fail(*_args, **_kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, *TRAIN, f"--workdir={tmp_path}")
+
+
+# ------------------------------------------------------------------------------ config files
+
+
+def test_every_stage_file_loads_with_every_preset():
+    names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    assert len(names) >= 5
+    for name in names:
+        for preset in ("tiny", "base_100m", "kangaroo_8b"):
+            config = load_config(f"{name}:{preset}")
+            assert config.stage == name and config.model.preset == preset and config.is_locked
+        assert len([key for key in config_keys(config) if "." in key]) < 120
+
+
+def test_a_path_wins_over_a_name_and_mistakes_in_it_are_one_line(tmp_path):
+    mine = tmp_path / "stage3_refine.py"
+    mine.write_text(find_config("stage3_refine").read_text().replace('c.stage = "stage3_refine"', 'c.stage = "mine"'))
+    assert load_config(f"{mine}:tiny").stage == "mine"
+    assert load_config("configs/stage3_refine.py:tiny").stage == "stage3_refine"
+    for text, message in {
+        "x = 1": "defines no function get_config",
+        "def get_config(): return {}": "get_config returned dict",
+        "def get_config(): return None": "takes no preset",
+        "import nothing_of_this_name": "cannot be loaded .ModuleNotFoundError",
+        "def get_config(": "cannot be loaded .SyntaxError",
+        "def get_config(preset): raise ValueError('two\\nlines')": "two lines",
+    }.items():
+        mine.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            load_config(f"{mine}:tiny" if "get_config(): return {}" not in text else str(mine))
+        assert "\n" not in str(error.value)
+
+
+def test_nearest_finds_a_key_whose_section_is_missing():
+    keys = ["optimizer", "optimizer.learning_rate", "train.steps"]
+    assert nearest("learning_rte", keys) == " (did you mean 'optimizer.learning_rate'?)"
+    assert nearest("optimiser.learning_rate", keys) == " (did you mean 'optimizer.learning_rate'?)"
+    assert nearest("zzz", keys) == ""
