@@ -10,11 +10,11 @@ Letters, the same in annotations, einsum strings, logical axis names and docstri
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = Any  # np.ndarray on the host, jax.Array on the device
 
 
 @jax.tree_util.register_dataclass

@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         d, n = config.width, config.heads
         h = d // n
         axes = ("vision_embed", "vision_heads", "head_dim")
-        options = dict(rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.query = Linear((d,), (n, h), axes, bias=True, **options)
         self.key = Linear((d,), (n, h), axes, bias=False, **options)
         self.value = Linear((d,), (n, h), axes, bias=True, **options)
@@ -56,7 +56,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         d, i = config.width, config.mlp_width
-        options = dict(rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.gate = Linear((d,), (i,), ("vision_embed", "vision_mlp"), bias=True, **options)
         self.up = Linear((d,), (i,), ("vision_embed", "vision_mlp"), bias=True, **options)
         self.norm = LayerNorm(i, eps=config.norm_eps, **options)
@@ -72,7 +72,7 @@ class Block(nnx.Module):
     """One pre-norm layer of the encoder."""
 
     def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        options = dict(rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
         self.attention = Attention(config, implementation=implementation, **options)
         self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
@@ -103,7 +103,7 @@ class EvaClip(nnx.Module):
         d, p = config.width, config.patch_size
         if d % config.heads:
             raise ValueError(f"vision width {d} does not divide by its {config.heads} heads")
-        options = dict(rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.patch_embedding = Linear((p * p * 3,), (d,), ("patch", "vision_embed"), bias=True, **options)
         init = truncated_normal(0.02)
         self.cls_token = parameter(init, (d,), ("vision_embed",), rngs=rngs, dtype=param_dtype)

@@ -51,8 +51,8 @@ class Kangaroo(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
         vision, llm = config.vision, config.llm
-        options = dict(rngs=rngs, param_dtype=param_dtype)
-        shared = dict(dtype=config.dtype, scan=config.scan, attention=config.attention, **options)
+        options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
+        shared: dict[str, Any] = dict(dtype=config.dtype, scan=config.scan, attention=config.attention, **options)
         self.vision = EvaClip(vision, **shared)
         self.patchify = Patchify(config.patchify, vision.width, **options)  # there also where it is bypassed
         self.projector = Projector(config.projector, vision.width, llm.width, **options)

@@ -127,8 +127,8 @@ def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_pairs(x: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray) -> jax.Array:
     """Rotate the neighbours (2i, 2i + 1) of x [B, P, N, H] by cos and sin [P, H/2] (EVA-02)."""
-    cos, sin = (jnp.expand_dims(table, -2).astype(x.dtype) for table in (cos, sin))
+    cos, sin = (jnp.expand_dims(jnp.asarray(table), -2).astype(x.dtype) for table in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)

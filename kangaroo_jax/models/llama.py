@@ -47,7 +47,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_dim
-        options = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
         self.query = Linear((d,), (n, h), ("embed", "heads", "head_dim"), **options)
         self.key = Linear((d,), (k, h), ("embed", "kv_heads", "head_dim"), **options)
         self.value = Linear((d,), (k, h), ("embed", "kv_heads", "head_dim"), **options)
@@ -89,7 +89,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         d, i = config.width, config.mlp_width
-        options = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
         self.gate = Linear((d,), (i,), ("embed", "mlp"), **options)
         self.up = Linear((d,), (i,), ("embed", "mlp"), **options)
         self.down = Linear((i,), (d,), ("mlp", "embed"), scale=(2 * config.depth) ** -0.5, **options)
@@ -104,7 +104,7 @@ class Layer(nnx.Module):
     """One pre-norm layer of the decoder."""
 
     def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        norm = dict(eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
+        norm: dict[str, Any] = dict(eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.attention_norm = RMSNorm(config.width, **norm)
         self.attention = Attention(config, implementation=implementation, rngs=rngs, param_dtype=param_dtype)
         self.mlp_norm = RMSNorm(config.width, **norm)
@@ -170,12 +170,12 @@ class Llama(nnx.Module):
             raise ValueError("a cache and the slots of the new tokens go together")
         rotary = rotary_1d(positions, self.head_dim, self.rope_theta)
         memory = None
-        if cache is not None:
+        if cache is not None and slots is not None:
             rows = jnp.arange(positions.shape[0])[:, None]
             seen = cache.positions.at[rows, slots].set(positions, mode="drop")
             memory = Memory(dataclasses.replace(cache, positions=seen), positions, slots)
 
-        def step(layer: Layer, carry: tuple[jax.Array, Memory | None], index: jax.Array):
+        def step(layer: Layer, carry: tuple[jax.Array, Memory | None], index: jax.Array) -> Any:
             x, memory = carry
             return layer(x, rotary, segment_ids, memory, index)
 

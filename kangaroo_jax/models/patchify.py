@@ -1,5 +1,7 @@
 """From the vision encoder's width to the language model's: time, 3D patchify, projector."""
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -52,7 +54,8 @@ class Patchify(nnx.Module):
         rows, columns = rows // r, columns // c
         x = x[:, :, : rows * r, : columns * c].reshape(b, f // k, k, rows, r, columns, c, d)
         kernel = self.kernel[...].astype(x.dtype)
-        y = sum(x[:, :, i, :, j, :, m] * kernel[i, j, m] for i in range(k) for j in range(r) for m in range(c))
+        cells = [x[:, :, i, :, j, :, m] * kernel[i, j, m] for i in range(k) for j in range(r) for m in range(c)]
+        y = functools.reduce(operator.add, cells)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -65,7 +68,7 @@ class Projector(nnx.Module):
     def __init__(self, kind: str, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
         if kind not in PROJECTORS:
             raise UserError(f"projector {kind!r} is unknown: set model.projector to one of {', '.join(PROJECTORS)}")
-        options = dict(bias=True, rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(bias=True, rngs=rngs, param_dtype=param_dtype)
         self.first = Linear((inputs,), (outputs,), ("vision_embed", "embed"), **options)
         self.second = Linear((outputs,), (outputs,), (None, "embed"), **options) if kind == "mlp2x_gelu" else None
 

@@ -1,7 +1,7 @@
 """Equal layers, their weights stacked on a leading axis, run one after another by `jax.lax.scan`."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 #            attention's inputs, output and the MLP's hidden activations
 #   full     keeps only the layer's input            (slowest, least memory)
 KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")
-REMAT_POLICIES: dict[str, Callable[..., object] | None] = {
+REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),

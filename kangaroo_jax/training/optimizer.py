@@ -39,7 +39,7 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
         steps: length of the schedule.
         params: the trainable parameters; every one must match a rule of `config.trainable`.
     """
-    rates = {path: multiplier(path, config.trainable) for path in params}
+    rates = {path: multiplier(path, config.trainable) or 0.0 for path in params}
 
     def scale_each(
         updates: Params, state: optax.OptState, params: Params | None = None

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Binding:
         """The parameters of a model of this structure, by path."""
         return dict(zip(self._paths, jax.tree.leaves(nnx.split(model)[1]), strict=True))
 
-    def bind(self, params: Mapping[str, jax.Array]) -> nnx.Module:
+    def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The model that holds `params`; cheap, meant to be called while a pure function is traced."""
         leaves = [params[path] for path in self._paths]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))

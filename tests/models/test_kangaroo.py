@@ -1,0 +1,181 @@
+"""The whole model: packing is exact, options change nothing but speed, sizes are the published ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.config import model_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.kangaroo import Kangaroo, count_parameters, frames_per_group, tokens_per_group
+from kangaroo_jax.sharding import make_mesh
+from tests.models.small import (
+    assert_trees_close,
+    gradients,
+    pack,
+    sample,
+    small_config,
+    small_model,
+    stack_packs,
+)
+
+SAMPLES = [sample(1, groups=2, text=9), sample(2, groups=0, text=12), sample(3, groups=1, text=7)]
+
+
+def test_parameter_counts_of_the_published_sizes():
+    config = model_config("kangaroo_8b")
+    config.vision.pos_embed_grid = 32
+    counts = count_parameters(config)
+    assert counts["vision"] == 304_104_384
+    assert counts["llm"] == 8_030_261_248
+    assert counts["patchify"] == 1024 * 9
+    assert counts["projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert counts["total"] == sum(count for part, count in counts.items() if part != "total")
+
+
+def test_group_sizes_of_the_published_model():
+    config = model_config("kangaroo_8b")
+    assert (frames_per_group(config), tokens_per_group(config, 448)) == (2, 256)
+    config.patchify.enabled = False
+    assert (frames_per_group(config), tokens_per_group(config, 224)) == (1, 256)
+
+
+def test_a_pack_equals_the_weighted_mean_of_its_samples():
+    model = small_model()
+    batch = stack_packs([pack(SAMPLES, 64, 8), pack(SAMPLES[::-1][:2], 64, 8)])
+    alone = [gradients(model, one) for one in SAMPLES]
+    counts = [(one.weights.sum(), times) for one, times in zip(SAMPLES, (1, 2, 2), strict=True)]
+    shares = [weight * times / sum(w * t for w, t in counts) for weight, times in counts]
+    loss, gradient = gradients(model, batch)
+    expected = jax.tree.map(lambda *x: sum(share * one for share, one in zip(shares, x, strict=True)), *alone)
+    assert_trees_close((loss, gradient), expected, 1e-5)
+
+
+@pytest.mark.parametrize("change", ["frames", "frame_times", "tokens"])
+def test_no_token_changes_when_another_segment_does(change):
+    model = small_model()
+    batch = pack(SAMPLES, 64, 8)
+    hidden = jax.jit(lambda batch: model.hidden(batch))
+    before = np.asarray(hidden(batch))
+    changed = getattr(batch, change).copy()
+    if change == "tokens":
+        changed[batch.segment_ids == 1] = np.where(batch.vision_index >= 0, 10, 50)[batch.segment_ids == 1]
+    else:
+        changed[:, :4] = changed[:, :4] // 2 + 3
+    after = np.asarray(hidden(batch.replace(**{change: changed})))
+    others = batch.segment_ids != 1
+    np.testing.assert_array_equal(before[others], after[others])
+    assert np.abs(before - after)[~others].max() > 1e-3
+
+
+def test_later_tokens_do_not_change_earlier_ones():
+    model = small_model()
+    batch = sample(4, groups=1, text=20)
+    tokens = batch.tokens.copy()
+    tokens[:, -5:] = 33
+    before, after = (np.asarray(model.hidden(b)) for b in (batch, batch.replace(tokens=tokens)))
+    np.testing.assert_array_equal(before[:, :-5], after[:, :-5])
+
+
+def test_scanned_and_unrolled_layers_agree():
+    batch = pack(SAMPLES, 64, 8)
+    assert_trees_close(gradients(small_model(scan=False), batch), gradients(small_model(), batch), 1e-5)
+
+
+@pytest.mark.parametrize("policy", ["dots", "minimal", "full"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_policies_give_the_same_loss_and_gradients(policy, scan):
+    batch = pack(SAMPLES, 64, 8)
+    model = small_model(vision__remat=policy, llm__remat=policy, scan=scan)
+    assert_trees_close(gradients(model, batch), gradients(small_model(), batch), 1e-5)
+
+
+def test_a_batch_without_frames():
+    model = small_model()
+    loss, gradient = gradients(model, pack([SAMPLES[1]], 32, 0))
+    assert_trees_close(loss, gradients(model, SAMPLES[1])[0], 1e-6)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient["vision"]))
+
+
+def test_padding_gives_no_nan_and_an_empty_pack_no_loss():
+    model = small_model()
+    batch = pack([sample(5, groups=1, text=4)], 48, 4)
+    empty = jax.tree.map(np.zeros_like, batch).replace(vision_index=np.full_like(batch.vision_index, -1))
+    loss, gradient = gradients(model, stack_packs([batch, empty]))
+    assert np.isfinite(loss) and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert_trees_close(loss, gradients(model, batch)[0], 1e-6)
+    assert [float(x) for x in model.loss(empty)] == [0.0, 0.0]
+
+
+def test_bfloat16_computation_stays_close_to_float32():
+    batch = pack(SAMPLES, 64, 8)
+    loss, gradient = gradients(small_model(dtype="bfloat16"), batch)
+    expected, _ = gradients(small_model(), batch)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+    assert abs(float(loss - expected)) < 0.02 * float(expected)
+
+
+def test_frozen_weights_may_be_bfloat16():
+    model = small_model()
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model)))
+    loss, _ = model.loss(pack(SAMPLES, 64, 8))
+    assert loss.dtype == jnp.float32 and np.isfinite(loss)
+    assert model.hidden(pack(SAMPLES, 64, 8)).dtype == jnp.float32
+
+
+def test_marks_have_embeddings_of_their_own():
+    model = small_model()
+    tokens = np.asarray([[6, 7, 8, 9, 20]])
+    x = model.embed(tokens, np.full((1, 5), -1), None)
+    np.testing.assert_array_equal(x[0, :4], model.special_embedding[...])
+    np.testing.assert_array_equal(x[0, 4], model.llm.embedding[...][20])
+
+
+def test_the_patchify_starts_as_average_pooling_and_may_be_bypassed():
+    pooled, single = small_model(), small_model(patchify__enabled=False)
+    assert single.patchify is None
+    batch = sample(6, groups=1, text=2)
+    assert pooled.encode(batch.frames, batch.frame_times).shape == (1, 4, 24)
+    assert single.encode(batch.frames, batch.frame_times).shape == (1, 2 * 16, 24)
+
+
+def test_logits_give_the_loss():
+    model = small_model()
+    batch = pack(SAMPLES, 64, 8)
+    log = jax.nn.log_softmax(model.logits(batch))
+    expected = -np.sum(np.take_along_axis(np.asarray(log), batch.targets[..., None], -1)[..., 0] * batch.weights)
+    assert_trees_close(model.loss(batch)[0], expected, 1e-5)
+
+
+def test_every_weight_has_an_axis_name_for_every_dimension_and_no_value_is_needed():
+    model = nnx.eval_shape(lambda: Kangaroo(small_config(), rngs=nnx.Rngs(0)))
+    for path, weight in nnx.to_flat_state(nnx.state(model)):
+        assert len(weight.axes) == len(weight.shape), path
+        assert ("layers" in weight.axes) == any(part in ("layers", "blocks") for part in path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"projector": "conv"}, "projector"), ({"attention": "flash"}, "attention")]
+)
+def test_unknown_choices_are_one_line_errors(changes, message):
+    with pytest.raises(UserError, match=message):
+        small_model(**changes).hidden(SAMPLES[0])
+
+
+def test_frames_that_do_not_fit_are_one_line_errors():
+    model = small_model()
+    with pytest.raises(UserError, match="image_size"):
+        model.encode(np.zeros((1, 2, 18, 18, 3), np.uint8), np.zeros((1, 2), np.float32))
+    with pytest.raises(UserError, match="frames_per_pack"):
+        model.encode(np.zeros((1, 3, 16, 16, 3), np.uint8), np.zeros((1, 3), np.float32))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (1, 2, 2, 2)])
+def test_a_mesh_changes_nothing(shape):
+    model = small_model()
+    batch = stack_packs([pack(SAMPLES, 64, 8)] * 8)
+    expected = gradients(model, batch)
+    with jax.set_mesh(make_mesh(shape)):
+        assert_trees_close(gradients(model, batch), expected, 1e-5)

@@ -1,0 +1,123 @@
+"""Rotary and temporal encodings, norms and the position resize against numpy; stacked layers and their axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.models.eva_clip import normalise, resize_matrix
+from kangaroo_jax.models.layers import LayerNorm, Linear, RMSNorm, rotary_1d, rotary_2d, rotate_half, rotate_pairs
+from kangaroo_jax.models.patchify import Projector, time_encoding
+from kangaroo_jax.models.stack import keep, run_layers, stack_layers
+
+
+def test_time_encoding_is_the_sinusoid_of_the_seconds():
+    seconds, width, theta = np.asarray([0.0, 0.04, 1.0, 159.96]), 12, 10_000.0
+    encoding = time_encoding(jnp.asarray(seconds), width, theta)
+    for i in range(width // 2):
+        angle = seconds / theta ** (2 * i / width)
+        np.testing.assert_allclose(encoding[:, 2 * i], np.sin(angle), atol=2e-5)
+        np.testing.assert_allclose(encoding[:, 2 * i + 1], np.cos(angle), atol=2e-5)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    random = np.random.default_rng(0)
+    query, key = random.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    def product(i, j):
+        turned = [rotate_half(x, *rotary_1d(jnp.asarray([[p]]), 16, 500_000.0)) for x, p in ((query, i), (key, j))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert np.isclose(product(3, 1), product(1003, 1001), atol=1e-3)
+    assert not np.isclose(product(3, 1), product(3, 2), atol=1e-3)
+
+
+def test_pairs_turn_with_the_row_then_with_the_column():
+    cos, sin = rotary_2d(3, 8, 10_000.0, 6)
+    assert cos.shape == (9, 4)
+    unit = np.zeros((1, 9, 1, 8), np.float32)
+    unit[..., 0] = 1.0
+    turned = np.asarray(rotate_pairs(unit, cos, sin))[0, :, 0]
+    for patch in range(9):
+        angle = (patch // 3) / 3 * 6
+        np.testing.assert_allclose(turned[patch, :2], [np.cos(angle), np.sin(angle)], atol=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        rotary_2d(3, 6, 10_000.0, 6)
+
+
+def test_norms():
+    x = np.random.default_rng(0).normal(2.0, 3.0, (5, 16)).astype(np.float32)
+    options = dict(eps=1e-6, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    y = LayerNorm(16, **options)(x)
+    np.testing.assert_allclose(y, (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), atol=1e-4)
+    y = RMSNorm(16, **options)(x)
+    np.testing.assert_allclose(y, x / np.sqrt((x**2).mean(-1, keepdims=True)), atol=1e-4)
+    assert RMSNorm(16, **options)(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_resizing_a_grid():
+    shrink, grow = resize_matrix(8, 4), resize_matrix(4, 8)
+    for matrix in (shrink, grow):
+        np.testing.assert_allclose(matrix.sum(axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(resize_matrix(5, 5), np.eye(25), atol=1e-7)
+    ramp = np.repeat(np.arange(8.0), 8)
+    inner = (shrink @ ramp).reshape(4, 4)[1:3, 1:3]
+    np.testing.assert_allclose(inner, [[2.5, 2.5], [4.5, 4.5]], atol=1e-5)  # the mean of rows 2 and 3, and of 4 and 5
+
+
+def test_pixels_are_normalised_with_the_statistics_of_clip():
+    pixels = normalise(np.asarray([[0, 0, 0], [255, 255, 255], [128, 128, 128]], np.uint8))
+    np.testing.assert_allclose(pixels[1, 0], (1 - 0.48145466) / 0.26862954, rtol=1e-5)
+    np.testing.assert_allclose(pixels[0, 2], -0.40821073 / 0.27577711, rtol=1e-5)
+
+
+def test_linear_projector():
+    projector = Projector("linear", 6, 10, rngs=nnx.Rngs(0))
+    assert projector.second is None
+    assert projector(jnp.ones((2, 6))).shape == (2, 10)
+
+
+def make_layer(rngs):
+    return Linear((4,), (4,), ("embed", "mlp"), bias=True, rngs=rngs, param_dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_stacked_layers_run_one_after_another(scan):
+    layers = stack_layers(make_layer, 3, rngs=nnx.Rngs(0))
+    assert layers.kernel.axes == ("layers", "embed", "mlp") and layers.bias.axes == ("layers", "mlp")
+    kernels = np.asarray(layers.kernel[...])
+    assert not np.allclose(kernels[0], kernels[1])
+    x = np.ones((2, 4), np.float32)
+    y, seen = run_layers(
+        layers,
+        lambda layer, carry, index: (layer(carry[0]), carry[1] * 10 + index),
+        (jnp.asarray(x), jnp.asarray(0)),
+        scan=scan,
+        remat="none",
+    )
+    np.testing.assert_allclose(y, x @ kernels[0] @ kernels[1] @ kernels[2], atol=1e-5)
+    assert int(seen) == 12  # indices 0, 1, 2 in order
+
+
+def test_unknown_names_raise():
+    layers = stack_layers(make_layer, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(KeyError, match="some"):
+        run_layers(layers, lambda layer, x, index: layer(x), jnp.ones((1, 4)), scan=True, remat="some")
+    with pytest.raises(ValueError, match="keep"):
+        keep(jnp.ones(1), "keep")
+
+
+def saved_bytes(policy):
+    layers = stack_layers(make_layer, 8, rngs=nnx.Rngs(0))
+
+    def loss(x):
+        step = lambda layer, x, index: jnp.sin(layer(jnp.sin(layer(x))))  # noqa: E731
+        return jnp.sum(run_layers(layers, step, x, scan=True, remat=policy))
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((1024, 4))).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_remat_saves_memory():
+    assert saved_bytes("full") < saved_bytes("dots") < saved_bytes("none")
