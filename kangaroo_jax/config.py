@@ -29,7 +29,7 @@ def model_config(preset: str) -> ConfigDict:
     v.depth = 24
     v.heads = 16
     v.mlp_width = 2730
-    v.pos_embed_grid = 16  # side of the stored position embedding; other grids are resized from it
+    v.pos_embed_grid = 32  # side of the stored position embedding; other grids are resized from it
     v.rope_theta = 10_000.0
     v.rope_reference_grid = 16  # rotary positions run from 0 to this, whatever the grid
     v.norm_eps = 1e-6
@@ -63,7 +63,7 @@ def model_config(preset: str) -> ConfigDict:
     c.special_ids = ConfigDict(dict(vi_start=128_002, eof=128_003, eov=128_004, vi_end=128_005, vision=128_011))
 
     if preset == "base_100m":
-        v.update(width=512, depth=8, heads=8, mlp_width=1365, remat="none")
+        v.update(width=512, depth=8, heads=8, mlp_width=1365, pos_embed_grid=16, remat="none")
         m.update(vocab_size=32_000, width=768, depth=8, heads=12, kv_heads=4, head_dim=64, mlp_width=2048)
         m.update(remat="none", loss_chunk=512)
         c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
