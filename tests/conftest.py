@@ -12,10 +12,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
+from kangaroo_jax.models.kangaroo import Kangaroo
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +49,27 @@ def _micro_config() -> ConfigDict:
 def micro_config() -> ConfigDict:
     """A stage's config whose model is smaller than `tiny` still: two layers each, 16-pixel frames of 2 x 2 patches."""
     return _micro_config()
+
+
+@pytest.fixture(scope="session")
+def make_random_model() -> Callable[[ConfigDict], nnx.Module]:
+    """Makes the model of `config.model` with random weights, which nothing has to be compiled for.
+
+    They are larger than those of a fresh model, so that its answers differ and depend on the pixels.
+    """
+
+    def make(config: ConfigDict) -> nnx.Module:
+        rng = np.random.default_rng(0)
+        graph, weights = nnx.split(nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0))))
+
+        def draw(path: tuple, weight: jax.ShapeDtypeStruct) -> jax.Array:
+            name = jax.tree_util.keystr(path)
+            value = 1.0 if "scale" in name else 0.0 if "bias" in name else 0.4 * rng.standard_normal(weight.shape)
+            return jnp.full(weight.shape, value, weight.dtype)
+
+        return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, weights))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import av
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from kangaroo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -47,13 +45,11 @@ def media(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_model(make_micro_config) -> models.Kangaroo:
-    """Weights far from the small ones of the start, so that answers differ and depend on the pixels."""
+def random_model(make_micro_config, make_random_model) -> models.Kangaroo:
+    """The model of `kangaroo`."""
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    model = models.Kangaroo(config.model, rngs=nnx.Rngs(1))
-    nnx.update(model, jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, nnx.state(model, nnx.Param)))
-    return model
+    return make_random_model(config.model)
 
 
 @pytest.fixture

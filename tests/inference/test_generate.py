@@ -24,15 +24,8 @@ def config(make_micro_config):
 
 
 @pytest.fixture(scope="module")
-def model(config) -> Kangaroo:
-    return make_model(config)
-
-
-def make_model(config) -> Kangaroo:
-    """Random weights far from the small ones of the start, so that answers differ and depend on the pixels."""
-    model = Kangaroo(config.model, rngs=nnx.Rngs(1))
-    nnx.update(model, jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, nnx.state(model, nnx.Param)))
-    return model
+def model(config, make_random_model) -> Kangaroo:
+    return make_random_model(config.model)
 
 
 def make_batch(config, frame_counts: list[int], lengths: list[int], seed: int = 0) -> PackedBatch:
@@ -108,9 +101,11 @@ def alone(batch: PackedBatch, row: int) -> PackedBatch:
 
 
 @pytest.mark.parametrize("joins", [True, False])
-def test_cached_answers_are_plain_greedy_ones_for_ragged_rows_with_and_without_video(micro_config, joins):
+def test_cached_answers_are_plain_greedy_ones_for_ragged_rows_with_and_without_video(
+    micro_config, make_random_model, joins
+):
     micro_config.model.patchify.enabled = joins
-    model = make_model(micro_config)
+    model = make_random_model(micro_config.model)
     generator = Generator(model)
     batch = make_batch(micro_config, [4, 0, 6, 2], [24, 5, 31, 12] if joins else [30, 5, 31, 12])
     together = answers_of(generator, micro_config, batch, 8)
@@ -176,12 +171,12 @@ def test_vision_tokens_do_not_depend_on_how_many_frames_are_seen_at_a_time(confi
         np.testing.assert_allclose(part, want, atol=2e-5 * float(jnp.abs(want).max()), rtol=0)
 
 
-def test_few_compilations_and_none_for_a_second_model_of_the_same_structure(config, model):
+def test_few_compilations_and_none_for_a_second_model_of_the_same_structure(config, model, make_random_model):
     batches = [make_batch(config, [4, 2], [n, 12], seed=n) for n in (20, 25, 31)]
     answers_of(Generator(model), config, batches[0], 8)
     functions = (generate._encode, generate._prefill, generate._decode)
     sizes = [function._cache_size() for function in functions]
-    other = Generator(make_model(config))
+    other = Generator(make_random_model(config.model))
     for batch in batches:
         answers_of(other, config, batch, 3, (1,))
         answers_of(other, config, batch, 7, (1,), sampling=Sampling(0.5, 0.5, 5))

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.inference.sampling import Sampling, nucleus, sample
+from kangaroo_jax.inference import sampling
+from kangaroo_jax.inference.sampling import Sampling
+
+nucleus, sample = jax.jit(sampling.nucleus), jax.jit(sampling.sample)
 
 
 def numpy_nucleus(logits: np.ndarray, top_p: float) -> dict[int, float]:
@@ -32,7 +35,7 @@ def keys(seed: int, count: int) -> jax.Array:
 @given(st.integers(0, 2**31), st.floats(0.01, 0.99))
 def test_nucleus_is_numpys(seed, top_p):
     logits = np.random.default_rng(seed).normal(size=(3, 50)).astype(np.float32) * 3
-    ordered, order = jax.jit(nucleus)(logits, top_p)
+    ordered, order = nucleus(logits, top_p)
     for row in range(3):
         want = numpy_nucleus(logits[row], top_p)
         kept = np.isfinite(np.asarray(ordered[row]))

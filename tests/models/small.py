@@ -1,5 +1,7 @@
 """A model of a few thousand weights, packs for it, and how the tests compare trees."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import fields
 
 import jax
@@ -77,15 +79,20 @@ def stack_packs(packs: list[PackedBatch]) -> PackedBatch:
     return jax.tree.map(lambda *x: np.concatenate(x), *packs)
 
 
-def gradients(model: Kangaroo, batch: PackedBatch) -> tuple[jax.Array, nnx.State]:
-    """(mean loss, its gradient by every weight)."""
-    graph, weights = nnx.split(model)
+@functools.cache
+def _gradient_of(**changes) -> Callable[[PackedBatch], tuple[jax.Array, nnx.State]]:
+    graph, weights = nnx.split(small_model(**changes))
 
-    def mean_loss(weights):
+    def mean_loss(weights, batch):
         loss, weight = nnx.merge(graph, weights).loss(batch)
         return loss / weight
 
-    return jax.jit(jax.value_and_grad(mean_loss))(weights)
+    return functools.partial(jax.jit(jax.value_and_grad(mean_loss)), weights)
+
+
+def gradients(batch: PackedBatch, **changes) -> tuple[jax.Array, nnx.State]:
+    """(mean loss, its gradient by every weight) of `small_model`, compiled once for each shape of batch."""
+    return _gradient_of(**changes)(batch)
 
 
 def assert_trees_close(actual, expected, tolerance: float) -> None:

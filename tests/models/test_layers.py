@@ -61,9 +61,9 @@ def test_resizing_a_grid():
     for matrix in (shrink, grow):
         np.testing.assert_allclose(matrix.sum(axis=1), 1.0, atol=1e-6)
     np.testing.assert_allclose(resize_matrix(5, 5), np.eye(25), atol=1e-7)
-    ramp = np.repeat(np.arange(8.0), 8)
-    inner = (shrink @ ramp).reshape(4, 4)[1:3, 1:3]
-    np.testing.assert_allclose(inner, [[2.5, 2.5], [4.5, 4.5]], atol=1e-5)  # the mean of rows 2 and 3, and of 4 and 5
+    ramp = np.repeat(np.arange(16.0), 16)
+    inner = (resize_matrix(16, 8) @ ramp).reshape(8, 8)[2:6]
+    np.testing.assert_allclose(inner, np.repeat([[4.5], [6.5], [8.5], [10.5]], 8, axis=1), atol=1e-4)  # means of pairs
 
 
 def test_pixels_are_normalised_with_the_statistics_of_clip():
