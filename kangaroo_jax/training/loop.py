@@ -20,6 +20,7 @@ from kangaroo_jax.data.ledger import Ledger
 from kangaroo_jax.data.loader import Loader, LoaderStats, make_loader
 from kangaroo_jax.data.preview import batch_tree, save_picture
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kangaroo_jax.host import keep_freed_memory
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training import checkpoint
@@ -58,6 +59,8 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
     # ------------------------------------------------------------------------------ mesh
     mesh = make_mesh(config.train.mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
 
     # ------------------------------------------------------------------------------ data
     tokenizer = open_tokenizer(config)

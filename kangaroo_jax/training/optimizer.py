@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.training.parameters import Params, multiplier
 
 # Biases, norms and embeddings of position are not decayed (the usual rule; inferred for Kangaroo).
-NO_DECAY = re.compile(r".*(bias|scale|norm|pos_embed|cls_token|special_embedding).*")
+NO_DECAY = re.compile(r".*(bias|scale|norm|position_embedding|cls_token|special_embedding).*")
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:

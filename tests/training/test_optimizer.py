@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import model_config, stage_config
+from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
 
 
@@ -52,6 +53,9 @@ def test_clipping_is_by_the_global_norm():
     np.testing.assert_allclose(optax.tree.get(one, "mu")["a/kernel"], optax.tree.get(two, "mu")["a/kernel"], rtol=1e-5)
 
 
-def test_norms_and_biases_are_not_decayed():
-    flags = decayed(["llm/layers/attention_norm/scale", "vision/blocks/mlp/w1/bias", "llm/layers/mlp/up/kernel"])
-    assert list(flags.values()) == [False, False, True]
+def test_norms_biases_and_embeddings_of_position_are_not_decayed():
+    model = abstract_model(model_config("tiny"))
+    kept = {path.split("/")[-1] for path, flag in decayed(model.shapes).items() if not flag}
+    assert kept == {"bias", "scale", "position_embedding", "cls_token", "special_embedding"}
+    touched = {path.split("/")[-1] for path, flag in decayed(model.shapes).items() if flag}
+    assert touched == {"kernel", "embedding"}
