@@ -1,12 +1,14 @@
-"""`kangaroo bench train`: how fast the real train step runs on this machine, on full packs of made-up pixels.
+"""`kangaroo bench`: how fast the real train step runs on this machine, on full packs of made-up pixels.
 
-Imports nothing of the data stack, so that it runs where only jax, flax and optax are.
+`train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
+plainly in PyTorch, in turn. Imports nothing of the data stack, so that it runs where only jax, flax and optax are.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +16,26 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.host import keep_freed_memory
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.parameters import Binding, split_trainable
 from kangaroo_jax.training.step import TrainState, make_train_step
 
 
-def full_batch(config: ConfigDict, seed: int = 0) -> PackedBatch:
-    """One video a row that fills the row's frames (as far as its tokens allow), then text to the end."""
+def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
+    """One video a row that fills the row's frames (as far as its tokens allow), then text to the end.
+
+    The row is cut into `segments` of equal length.
+    """
     data, rng = config.data, np.random.default_rng(seed)
     b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
     group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
     vision = min(f // group * rows, t - 16)
+    index, length = np.arange(t, dtype=np.int32), -(-t // segments)
     tokens = rng.integers(16, config.model.llm.vocab_size, (b, t), np.int32)
     vision_index = np.full((b, t), -1, np.int32)
     vision_index[:, 8 : 8 + vision] = np.arange(vision)
@@ -35,8 +43,8 @@ def full_batch(config: ConfigDict, seed: int = 0) -> PackedBatch:
     weights[:, : 8 + vision] = 0
     return PackedBatch(
         tokens=tokens,
-        segment_ids=np.ones((b, t), np.int32),
-        positions=np.tile(np.arange(t, dtype=np.int32), (b, 1)),
+        segment_ids=np.tile(index // length + 1, (b, 1)),
+        positions=np.tile(index % length, (b, 1)),
         targets=np.roll(tokens, -1, axis=1),
         weights=weights,
         frames=rng.integers(0, 256, (b, f, s, s, 3), np.uint8),
@@ -51,39 +59,112 @@ def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
 
     Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, loss and device.
     """
-    model = Kangaroo(config.model, rngs=nnx.Rngs(config.seed))
-    binding = Binding(model)
-    params, frozen = split_trainable(binding.flatten(model), config.optimizer.trainable, config.optimizer.frozen_dtype)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, params)
-    step = make_train_step(binding, optimizer, make_schedule(config.optimizer, config.train.steps))
-    state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
-    batch = jax.device_put(full_batch(config))
+    trainer = JaxTrainer(config, full_batch(config))
     start = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, batch))
+    loss = trainer.step()
     compile_seconds = time.perf_counter() - start
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, batch))
+        loss = trainer.step()
         seconds.append(time.perf_counter() - start)
-    median = float(np.median(seconds))
+    median, data = float(np.median(seconds)), config.data
     return {
         "device": jax.devices()[0].device_kind,
         "compile_seconds": round(compile_seconds, 2),
         "ms_per_step": round(1000 * median, 1),
-        "tokens_per_second": round(batch.tokens.size / median),
-        "frames_per_second": round(batch.frames.shape[0] * batch.frames.shape[1] / median),
-        "loss": round(float(metrics["loss"]), 4),
+        "tokens_per_second": round(data.packs_per_batch * data.tokens_per_pack / median),
+        "frames_per_second": round(data.packs_per_batch * data.frames_per_pack / median),
+        "loss": round(loss, 4),
     }
 
 
+def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: int) -> dict[str, float | str]:
+    """Our step and the same model in plain PyTorch in turn, from the same weights on the same batch.
+
+    Both take real steps of AdamW with clipping, in float32, with all CPU threads. Returns the fastest
+    ms_per_step of each (the steps that other work on the machine disturbed least), `ratio` (torch's
+    time / ours: above 1 we are faster) and the losses of the first and last step.
+
+    Raises UserError where torch or transformers is not installed, or the losses differ by more than 1e-4.
+    """
+    try:
+        from kangaroo_jax.tools.bench_torch import TorchTrainer
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install torch==2.13.0 transformers") from None
+    batch = full_batch(config, segments=segments)
+    ours = JaxTrainer(config, batch)
+    theirs = TorchTrainer(config, batch, ours.state.params)
+    trainers: dict[str, Any] = {"jax": ours, "torch": theirs}
+    losses = {name: [trainer.step()] for name, trainer in trainers.items()}
+    if abs(losses["jax"][0] - losses["torch"][0]) > 1e-4 * abs(losses["torch"][0]):
+        raise UserError(f"the two models do not agree at step 0: losses {losses}")
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            for _ in range(steps):
+                start = time.perf_counter()
+                losses[name].append(trainer.step())
+                seconds[name].append(time.perf_counter() - start)
+    best = {name: 1000 * min(values) for name, values in seconds.items()}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "parameters": sum(int(np.prod(x.shape)) for x in ours.state.params.values()),
+        "jax_ms_per_step": round(best["jax"], 1),
+        "torch_ms_per_step": round(best["torch"], 1),
+        "ratio": round(best["torch"] / best["jax"], 3),
+        "ratio_of_medians": round(float(np.median(seconds["torch"]) / np.median(seconds["jax"])), 3),
+        **{
+            f"{name}_loss_{when}": round(losses[name][i], 5)
+            for when, i in (("first", 0), ("last", -1))
+            for name in losses
+        },
+    }
+
+
+class JaxTrainer:
+    """The real train step of a config on one batch, again and again."""
+
+    def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
+        model = Kangaroo(config.model, rngs=nnx.Rngs(config.seed))
+        binding = Binding(model)
+        params, frozen = split_trainable(
+            binding.flatten(model), config.optimizer.trainable, config.optimizer.frozen_dtype
+        )
+        optimizer = make_optimizer(config.optimizer, config.train.steps, params)
+        self._step = make_train_step(binding, optimizer, make_schedule(config.optimizer, config.train.steps))
+        self.state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+        self._batch = jax.device_put(batch)
+
+    def step(self) -> float:
+        """One step; returns its loss, for which it waits."""
+        self.state, metrics = self._step(self.state, self._batch)
+        jax.block_until_ready(self.state)
+        return float(metrics["loss"])
+
+
+def torch_config() -> ConfigDict:
+    """What `train-vs-torch` runs: `base_100m`, float32, all trained; 2 rows of 4 frames at 224 px and 512 tokens."""
+    config = stage_config("base_100m")
+    config.model.update(dtype="float32", scan=False)
+    config.data.update(image_size=224, packs_per_batch=2, tokens_per_pack=512, frames_per_pack=4)
+    config.train.steps = 100
+    return config
+
+
 def main(argv: Sequence[str]) -> None:
-    """`train [--config=STAGE:PRESET] [--steps=N] [--json]`."""
+    """`train [--config=STAGE:PRESET] [--steps=N]` or `train-vs-torch [--steps=N] [--rounds=N] [--segments=N]`."""
     parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train",))
-    parser.add_argument("--config", default="stage4_instruct:tiny", help="a stage and a preset")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured, after the first")
+    parser.add_argument("what", choices=("train", "train-vs-torch"))
+    parser.add_argument("--config", default="stage4_instruct:tiny", help="train: a stage and a preset")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured (of each, in each round)")
+    parser.add_argument("--rounds", type=int, default=3, help="train-vs-torch: how often the two take turns")
+    parser.add_argument("--segments", type=int, default=1, help="train-vs-torch: samples packed into a row")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    result = bench_train(load_config(arguments.config), arguments.steps)
+    keep_freed_memory()
+    if arguments.what == "train":
+        result = bench_train(load_config(arguments.config), arguments.steps)
+    else:
+        result = compare_with_torch(torch_config(), arguments.steps, arguments.rounds, arguments.segments)
     print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))
