@@ -21,5 +21,5 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
         c.data.update(image_size=24, tokens_per_pack=256, frames_per_pack=8, packs_per_batch=8)
         c.optimizer.learning_rate = 2e-3
         c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
-        c.train.steps = 600
+        c.train.steps = 300
     return lock(c)

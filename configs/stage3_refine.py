@@ -17,7 +17,8 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.train.steps = 13_500  # 6.9M videos
     if preset != "kangaroo_8b":
         c.data.loss_on = "assistant"  # the request says in which language to answer
-        c.data.update(image_size=48, tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4)
+        c.data.update(image_size=48, min_frames=8, long_min_frames=8)
+        c.data.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4)
         c.optimizer.learning_rate = 1e-3
-        c.train.steps = 300
+        c.train.steps = 250
     return lock(c)

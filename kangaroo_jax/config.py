@@ -68,11 +68,11 @@ def model_config(preset: str) -> ConfigDict:
         m.update(remat="none", loss_chunk=512)
         c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
     if preset == "tiny":
-        c.dtype = "float32"
+        c.update(dtype="float32", scan=False)
         v.update(patch_size=8, width=96, depth=4, heads=3, mlp_width=256, remat="none")
         v.update(pos_embed_grid=6, rope_reference_grid=6)
-        m.update(vocab_size=640, width=64, depth=4, heads=4, kv_heads=2, head_dim=16, mlp_width=192)
-        m.update(rope_theta=10_000.0, remat="none", loss_chunk=512)
+        m.update(vocab_size=768, width=64, depth=4, heads=4, kv_heads=4, head_dim=16, mlp_width=192)
+        m.update(rope_theta=10_000.0, remat="none", loss_chunk=128)
         c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
     return c
 
@@ -89,6 +89,7 @@ def stage_config(preset: str) -> ConfigDict:
     d.train = ()  # annotation files (LLaVA JSON or JSONL)
     d.media_root = ""  # folder of the media they name; "" is each file's own folder
     d.tokenizer = ""  # tokenizer.json, tokenizer.model (Llama 3) or a SentencePiece .model
+    d.shuffle = True  # False takes the samples in the order of the files, again and again
     d.loss_on = "assistant"  # assistant: its turns alone; caption: the same with no user text in the prompt
     d.image_size = 448  # S, pixels
     d.fps = 1.0  # frames sampled a second, clipped to the ranges below

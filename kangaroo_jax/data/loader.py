@@ -27,7 +27,7 @@ from kangaroo_jax.data.decode import Decoder, ThreadDecoder, make_decoder
 from kangaroo_jax.data.ledger import Ledger
 from kangaroo_jax.data.packing import Packer, Placed, Shape, assemble
 from kangaroo_jax.data.sample import Recipe, make_recipe
-from kangaroo_jax.data.shuffle import EndlessShuffle
+from kangaroo_jax.data.shuffle import EndlessOrder, EndlessShuffle
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.video import Clip
 
@@ -78,7 +78,8 @@ def make_loader(
     if num_threads is None:
         num_threads = min(8, os.cpu_count() or 1)
     files = _Annotations(config.train, config.media_root)
-    stream = grain.MapDataset.source(EndlessShuffle(len(files), seed))[process_index::process_count]
+    order = EndlessShuffle(len(files), seed) if config.shuffle else EndlessOrder(len(files))
+    stream = grain.MapDataset.source(order)[process_index::process_count]
     recipes = stream.map(_RecipeMaker(files, tokenizer, config, frames_per_group, tokens_per_group))
     shape = Shape(config.tokens_per_pack, config.frames_per_pack, config.image_size, frames_per_group, tokens_per_group)
     batches = PackedBatches(

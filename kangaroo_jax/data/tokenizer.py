@@ -264,12 +264,13 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
     )
 
 
-def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> Path:
+def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int, *, split_digits: bool = True) -> Path:
     """Train a byte-pair SentencePiece model on `texts` and write it to `path`. Same texts, same file.
 
     Text survives encoding and decoding unchanged, whatever Unicode it holds: no normalisation, no added
-    or dropped spaces, bytes for what has no piece. Each digit is a piece of its own. Characters get a
-    piece by frequency, at most half of what the bytes and specials leave of the vocabulary.
+    or dropped spaces, bytes for what has no piece. Two newlines are one piece, as in Llama 3. With
+    `split_digits` each digit is a piece of its own, else numbers that are frequent in `texts` become pieces.
+    Characters get a piece by frequency, at most half of what the bytes and specials leave of the vocabulary.
 
     Raises:
         UserError: `texts` give too few different pieces for `vocab_size`, or it leaves no room.
@@ -278,7 +279,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
 
     path = Path(path)
     lines = [line for text in texts for line in re.split(r"[\r\n\t]+", text) if line.strip()]
-    room = vocab_size - 256 - 1 - len(SENTENCEPIECE_IDS)
+    room = vocab_size - 256 - 2 - len(SENTENCEPIECE_IDS)
     if room < 16:
         raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens take {vocab_size - room}")
     counts = Counter(char for line in lines for char in line)
@@ -300,7 +301,8 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 byte_fallback=True,
-                split_digits=True,
+                split_digits=split_digits,
+                user_defined_symbols=["\n\n"],
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,

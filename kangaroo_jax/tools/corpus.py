@@ -31,19 +31,16 @@ from kangaroo_jax.tools.corpus_scenes import Scene, SceneMaker, has_held_combina
 from kangaroo_jax.tools.corpus_text import (
     LANGUAGES,
     LETTERS,
-    REQUESTS,
     Fact,
     Question,
     ask,
-    caption,
     chinese_words,
-    dense_caption,
-    drill,
+    describe,
     facts,
-    note,
 )
+from kangaroo_jax.tools.corpus_warmup import warmup_turns
 
-FORMAT = 1  # of the files; raise it when the same settings begin to give other records
+FORMAT = 2  # of the files; raise it when the same settings begin to give other records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +76,7 @@ class Mixture:
     stage5_per_long: int = 10
     stage5_shorts: int = 1500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
-    warmup: int = 80_000
-    warmup_drill: float = 0.5  # share of drills on options; the shares of scenes below are of the rest
-    warmup_rounds: int = 3
-    warmup_image: float = 0.4
-    warmup_long: float = 0.15
-    warmup_caption: float = 0.15  # share asked for a caption, for times, and the rest questions
-    warmup_dense: float = 0.15
+    warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
     eval_image: tuple[int, int] = (80, 40)  # multiple choice, open
     eval_short: tuple[int, int] = (400, 200)
@@ -94,11 +85,11 @@ class Mixture:
     def scaled(self, scale: float) -> "Mixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage4_images", "stage5_shorts", "warmup")
+        records = ("stage4_images", "stage5_shorts")
         counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
-        return dataclasses.replace(self, **counts)
+        return dataclasses.replace(self, warmup=self.warmup * scale, **counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,19 +131,21 @@ class Corpus:
     def texts_for_tokenizer(self, limit: int = 6000) -> Iterator[str]:
         """Text for a SentencePiece model: turns of the first `limit` records of each stage, cut into words.
 
-        Words stand alone as well as in their sentences, and Chinese only alone, so that no piece spans two words.
+        Words and numbers stand alone as well as in their sentences, and Chinese only alone, so that no piece spans
+        two words or a word and its full stop.
         """
-        english: set[str] = set()
+        english, numbers = set[str](), set[str]()
         for path in (self.warmup, *self.stages):
             with path.open(encoding="utf-8") as lines:
                 for _, line in zip(range(limit), lines, strict=False):
                     for turn in json.loads(line)["conversations"]:
                         text = turn["value"].replace("<video>\n", "").replace("<image>\n", "")
+                        numbers.update(re.findall("[0-9]+", text))
                         if text.isascii():
                             english.update(re.findall("[A-Za-z]+", text))
-                            yield text
+                            yield re.sub(r"(?<=\w)(?=[^\w\s])", "\n", text)
         for _ in range(limit // 10):
-            yield from ("user", "assistant", "system", *sorted(english), *chinese_words())
+            yield from ("user", "assistant", "system", *sorted(english), *sorted(numbers), *chinese_words())
 
 
 def read_records(path: Path) -> list[dict]:
@@ -293,12 +286,6 @@ def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> di
     return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
 
 
-def _describe(scene: Scene, language: str, dense: bool) -> tuple[str, str]:
-    request = "dense" if dense else "video" if scene.seconds else "image"
-    told = dense_caption(scene, language) if dense else caption(scene, language)
-    return REQUESTS[request][LANGUAGES.index(language)], told
-
-
 def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
     found = facts(scene)
@@ -306,40 +293,23 @@ def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
     turns = [(q.text, q.answer) for q in asked]
     if rng.random() < plan.describe_last:
-        turns.append(_describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
+        turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
     return turns
 
 
 def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
-    """Text-only conversations whose first turn begins with the note of a scene never drawn."""
+    """Text-only conversations, in the order in which they are to be read."""
     rng = random.Random(f"{seed}/warmup")
     maker = SceneMaker("any", split_scans()["train"], rng)  # words of every combination, as any text would have them
-    kinds, weights = zip(*plan.short_kinds, strict=True)
-    for i in range(plan.warmup):
-        share, language = rng.random(), LANGUAGES[i % 2]
-        if rng.random() < plan.warmup_drill:
-            yield _record(f"warmup-{i:06d}", [drill(language, rng)])
-            continue
-        if share < plan.warmup_image:
-            kind = rng.choice(("image", "image_count"))
-        elif share < plan.warmup_image + plan.warmup_long:
-            kind = "long"
-        else:
-            kind = rng.choices(kinds, weights)[0]
-        scene, task = maker.make(kind), rng.random()
-        if task < plan.warmup_caption + plan.warmup_dense:
-            turns = [_describe(scene, language, bool(scene.seconds) and task >= plan.warmup_caption)]
-        else:
-            turns = _questions(scene, language, plan, rng)[: rng.randint(1, plan.warmup_rounds)]
-        turns[0] = (note(scene, language) + "\n" + turns[0][0], turns[0][1])
-        yield _record(f"warmup-{i:06d}", turns)
+    lessons = warmup_turns(maker, rng, plan.short_kinds, lambda count: max(round(count * plan.warmup), 1))
+    return (_record(name, turns) for name, turns in lessons)
 
 
 def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict]:
     for i, scene in enumerate(media[folder]):
         for language in LANGUAGES:
             name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
-            yield _record(name, [_describe(scene, language, dense)], media_name(folder, i))
+            yield _record(name, [describe(scene, language, dense)], media_name(folder, i))
 
 
 def _instructions(

@@ -48,7 +48,6 @@ _QUESTIONS = {
     "second_t": ("What is seen at second {0}?", "第|{0}|秒|看到|什么|？"),
     "duration": ("How long is the video?", "视频|有|多长|？"),
     "which": ("Which is {0}?", "哪个|是|{0}|？"),
-    "read": ("Read {0} and {1}.", "读出|{0}|和|{1}|。"),
 }
 _REQUESTS = {
     "image": ("Describe the image.", "描述|图片|。"),
@@ -144,11 +143,10 @@ def _many_things(scene: Scene) -> list[Fact]:
 
 
 def middle_second(scene: Scene, event: Event) -> int:
-    """A whole second well inside an event, and one of those in the note; the mark of an event of a long video."""
+    """A whole second well inside an event; the mark of an event of a long video."""
     if scene.kind == "long":
         return -int(-event.start // MARK) * MARK
-    step = note_step(scene)
-    return int(event.start + event.end) // 2 // step * step
+    return int(event.start + event.end) // 2
 
 
 def facts(scene: Scene) -> list[Fact]:
@@ -192,35 +190,38 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
     place = rng.randrange(4) if letter == "?" else LETTERS.index(letter)
     keys.insert(place, fact.answer)
     options = tuple(word(key, language) for key in keys)
-    dot = ". " if language == "en" else "、"
-    lines = [text, *(f"{mark}{dot}{option}" for mark, option in zip(LETTERS, options, strict=True))]
-    return Question(fact.kind, language, "\n".join(lines), LETTERS[place], options)
+    text = "\n".join([text, *_option_lines(options, language)])
+    return Question(fact.kind, language, text, LETTERS[place], options)
 
 
-def drill(language: str, rng: random.Random) -> tuple[str, str]:
-    """(question, answer) on nothing but options: `Which is red?` -> `B`, or `Read D and B.` -> `D. white\nB. red`.
+Turn = tuple[str, str]  # what the user says, what the assistant answers
+POOLS: tuple[tuple[str | int, ...], ...] = (
+    THINGS,
+    COLOURS,
+    DIRECTIONS,
+    COUNTS,
+    HAPPENINGS,
+    SHORT_SECONDS,
+    LONG_SECONDS,
+)
 
-    A tiny decoder takes very long to find the bond of a letter and its option in scenes alone. Reading options out
-    teaches it to look back, and which-questions the bond itself, in a few hundred steps.
+
+def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4) -> Turn:
+    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `B`.
+
+    Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. It is
+    found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default a random one.
     """
-    pools: tuple[tuple[str | int, ...], ...] = (
-        THINGS,
-        COLOURS,
-        DIRECTIONS,
-        COUNTS,
-        HAPPENINGS,
-        SHORT_SECONDS,
-        LONG_SECONDS,
-    )
-    pool = rng.choices(pools, weights=(5, 4, 2, 1, 1, 1, 1))[0]
-    answer = rng.choice(pool)
-    asked = ask(_fact("which", answer, pool, about=word(answer, language)), language, rng, "?")
-    if rng.random() < 0.5:
-        return asked.text, asked.answer
-    options = asked.text.split("\n")[1:]
-    first, second = rng.sample(range(4), 2)
-    request = QUESTIONS["read"][LANGUAGES.index(language)].format(LETTERS[first], LETTERS[second])
-    return "\n".join([request, *options]), f"{options[first]}\n{options[second]}"
+    pool = pool or rng.choices(POOLS, weights=(4, 3, 2, 2, 2, 1, 1))[0]
+    keys = rng.sample(list(pool), min(options, len(pool)))
+    place = rng.randrange(len(keys))
+    asked = QUESTIONS["which"][LANGUAGES.index(language)].format(word(keys[place], language))
+    return "\n".join([asked, *_option_lines([word(key, language) for key in keys], language)]), LETTERS[place]
+
+
+def _option_lines(options: Sequence[str], language: str) -> list[str]:
+    dot = ". " if language == "en" else "、"
+    return [f"{mark}{dot}{option}" for mark, option in zip(LETTERS, options, strict=False)]
 
 
 # ---------------------------------------------------------------------------------------------- captions
@@ -288,6 +289,13 @@ def dense_caption(scene: Scene, language: str) -> str:
     return " ".join(f"{t} s: {what}." for t, what in parts) if en else "".join(f"{t}秒：{w}。" for t, w in parts)
 
 
+def describe(scene: Scene, language: str, dense: bool) -> Turn:
+    """A request for a description and the description; `dense` is the one with times."""
+    request = "dense" if dense else "video" if scene.seconds else "image"
+    told = dense_caption(scene, language) if dense else caption(scene, language)
+    return REQUESTS[request][LANGUAGES.index(language)], told
+
+
 # ---------------------------------------------------------------------------------------------- notes
 
 
@@ -299,22 +307,29 @@ def _place(event: Event, seconds: float, language: str) -> str:
     return " ".join(words) if language == "en" else "".join(reversed(words))
 
 
-def note_step(scene: Scene) -> int:
-    """Seconds from one line of a note to the next."""
+def moments(scene: Scene) -> list[int]:
+    """The whole seconds of a note: the middle of every part, both ends of a motion, marks of a long video."""
+    if not scene.seconds:
+        return [0]
     if scene.kind == "long":
-        return MARK
-    if scene.kind == "count":
-        return max(scene.seconds // 2, 1)
-    return 2 if scene.seconds >= 8 else 1
+        return [middle_second(scene, event) for event in scene.events]
+    if scene.direction:
+        return [0, scene.seconds - 1]
+    cuts = sorted({0, scene.seconds, *(int(t) for e in scene.events for t in (e.start, e.end))})
+    return [(a + b) // 2 for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def note(scene: Scene, language: str) -> str:
-    """The scene moment by moment, one line each: second, colour, thing, place. An image is one line with no second."""
+    """The scene at some moments, one line each: second, colour, thing, place; then the second of its end.
+
+    An image is one line with no second.
+    """
     en = language == "en"
     lines = []
-    for second in range(0, scene.seconds + 1, note_step(scene)):
-        moment = min(second, scene.seconds - 1e-3) if scene.seconds else 0
-        seen = [_named(e, language, False) + " " * en + _place(e, moment, language) for e in scene.seen(moment)]
+    for second in moments(scene):
+        seen = [_named(e, language, False) + " " * en + _place(e, second, language) for e in scene.seen(second)]
         told = (", " if en else "，").join(seen) or ("nothing" if en else "没有")
         lines.append(told if not scene.seconds else f"{second} s: {told}" if en else f"{second}秒：{told}")
+    if scene.seconds:
+        lines.append(f"{scene.seconds} s: end" if en else f"{scene.seconds}秒：结束")
     return "\n".join(lines)

@@ -213,6 +213,16 @@ def test_sentencepiece_splits_digits(piece: Tokenizer) -> None:
     assert piece.encode("77")[0] == piece.encode("77")[1]
 
 
+def test_sentencepiece_keeps_frequent_numbers_whole_on_request(tmp_path: Path) -> None:
+    texts = [*TEXTS.values(), "at second 16", "16", "110 seconds"] * 20
+    whole = load_tokenizer(train_sentencepiece(texts, tmp_path / "whole.model", 500, split_digits=False))
+    assert len(whole.encode("16")) == 1 and whole.decode(whole.encode("16 110 4711")) == "16 110 4711"
+
+
+def test_sentencepiece_has_one_piece_for_two_newlines(piece: Tokenizer) -> None:
+    assert len(piece.encode("\n\n")) == 1 and piece.decode(piece.encode("a\n\nb\n")) == "a\n\nb\n"
+
+
 def test_sentencepiece_training_is_deterministic(tmp_path: Path) -> None:
     files = [train_sentencepiece(list(TEXTS.values()) * 20, tmp_path / name, 400) for name in ("a.model", "b.model")]
     assert files[0].read_bytes() == files[1].read_bytes()

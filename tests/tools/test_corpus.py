@@ -34,7 +34,7 @@ TINY = dataclasses.replace(
     held_images=6,
     held_shorts=13,
     held_longs=3,
-    warmup=60,
+    warmup=0.01,
     stage4_images=5,
     stage5_shorts=8,
     short_fps=2,
@@ -183,8 +183,23 @@ def test_files_of_the_corpus(corpus):
             assert [t["from"] for t in record["conversations"]] == ["human", "gpt"] * (
                 len(record["conversations"]) // 2
             )
-    assert len(read_records(corpus.warmup)) == 60
+    assert len(read_records(corpus.warmup)) == 450
     assert any(len(r["conversations"]) >= 4 for r in read_records(corpus.stages[3]))
+
+
+def test_drills_of_the_warmup_grow_harder(corpus):
+    lessons = {}
+    for record in read_records(corpus.warmup):
+        turns = [t["value"] for t in record["conversations"]]
+        if turns[0].startswith(("Which is", "哪个是")):
+            lessons.setdefault(record["id"].split("-")[1], []).append(turns)
+    for question, letter in (turns for drills in lessons.values() for turns in drills):
+        first, *lines = question.split("\n")
+        options = {line[0]: line[2:].strip() for line in lines}
+        assert list(options) == list("ABCD")[: len(lines)] and len(set(options.values())) == len(lines)
+        assert options[letter] in first
+    assert all(question.count("\n") == 2 and question.isascii() for question, _ in lessons["0"])
+    assert any(not question.isascii() for question, _ in lessons["3"])
 
 
 def test_no_training_record_names_held_out_media(corpus):

@@ -1,0 +1,93 @@
+"""Lessons of the text warm-up, from simple to hard: stands in for the pretraining of a decoder of a million weights.
+
+Two skills must meet before a video can be asked about by multiple choice: to read an answer off what was told, and
+the bond of a letter and its option. A decoder of this size hardly ever finds the second in scenes from the start. It
+finds both in minutes where few words come first (six colours, two options, one language) and the two skills are
+taught side by side; then come more options, all words, the other language, longer notes, and questions on notes by
+multiple choice.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from kangaroo_jax.tools.corpus_scenes import COLOURS, SceneMaker
+from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill, facts, note
+
+IMAGE = (("image", 1.0),)
+IMAGES = (("image", 1.0), ("image_count", 1.0))
+SHORT: tuple[tuple[str, float], ...] = ()  # stands for the kinds of short clips of the corpus
+EN = ("en",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drill:
+    """`Which is red?` with some of `options` options, of the words of `pool` (none: of all kinds of words)."""
+
+    options: tuple[int, ...] = (4,)
+    pool: tuple[str, ...] = ()
+    languages: tuple[str, ...] = LANGUAGES
+
+    def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
+        """One question and its letter."""
+        del maker, short_kinds
+        return [drill(rng.choice(self.languages), rng, self.pool, rng.choice(self.options))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A scene written out, and up to `rounds` questions on it, a share of them `multiple_choice`.
+
+    `scenes` are kinds and weights; None means all: images, short clips and long videos. With `describe` a share
+    of the conversations also has a description.
+    """
+
+    scenes: tuple[tuple[str, float], ...] | None = None
+    rounds: int = 1
+    multiple_choice: float = 0.0
+    describe: float = 0.3
+    languages: tuple[str, ...] = LANGUAGES
+
+    def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
+        """Rounds in random order, the first of which begins with the note."""
+        language = rng.choice(self.languages)
+        scenes = self.scenes
+        if scenes == SHORT:
+            scenes = tuple(short_kinds)
+        elif scenes is None:
+            scenes = rng.choices((IMAGES, short_kinds, (("long", 1.0),)), weights=(0.3, 0.5, 0.2))[0]
+        names, weights = zip(*scenes, strict=True)
+        scene = maker.make(rng.choices(names, weights)[0])
+        found = facts(scene)
+        chosen = rng.sample(found, min(self.rounds, len(found)))
+        asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
+        turns = [(question.text, question.answer) for question in asked]
+        if rng.random() < self.describe:
+            turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
+        rng.shuffle(turns)
+        return [(note(scene, language) + "\n" + turns[0][0], turns[0][1]), *turns[1:]]
+
+
+# (records at scale 1, what they are drawn from and with which weight)
+LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
+    (2_800, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (4_300, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (6_000, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
+    (5_600, ((3, Drill()), (1, Note(IMAGES, 2)), (2, Note(SHORT, 4)))),
+    (6_300, ((2, Drill()), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 4)))),
+    (20_000, ((1, Drill()), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 3, 0.5)))),
+)
+
+
+def warmup_turns(
+    maker: SceneMaker,
+    rng: random.Random,
+    short_kinds: Sequence[tuple[str, float]],
+    records: Callable[[int], int] = lambda count: count,
+) -> Iterator[tuple[str, list[Turn]]]:
+    """(name, turns) of each conversation, in order; `records` changes the number of each lesson."""
+    for number, (count, mixture) in enumerate(LESSONS):
+        weights, sources = zip(*mixture, strict=True)
+        for i in range(records(count)):
+            source = rng.choices(sources, weights)[0]
+            yield f"warmup-{number}-{i:06d}", source.turns(maker, rng, short_kinds)
