@@ -51,12 +51,9 @@ class Note:
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
         """Rounds in random order, the first of which begins with the note."""
         language = rng.choice(self.languages)
-        scenes = self.scenes
-        if scenes == SHORT:
-            scenes = tuple(short_kinds)
-        elif scenes is None:
-            scenes = rng.choices((IMAGES, short_kinds, (("long", 1.0),)), weights=(0.3, 0.5, 0.2))[0]
-        names, weights = zip(*scenes, strict=True)
+        everything: list[Sequence[tuple[str, float]]] = [IMAGES, short_kinds, (("long", 1.0),)]
+        scenes = rng.choices(everything, weights=(0.3, 0.5, 0.2))[0] if self.scenes is None else self.scenes
+        names, weights = zip(*(scenes or short_kinds), strict=True)
         scene = maker.make(rng.choices(names, weights)[0])
         found = facts(scene)
         chosen = rng.sample(found, min(self.rounds, len(found)))
