@@ -18,6 +18,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building, Progress, Tell
+from kangaroo_jax.conversion.lora import Merged
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
 from kangaroo_jax.conversion.sources import fingerprint, open_source, shapes_of, special_ids, table_for
@@ -47,6 +48,7 @@ def convert(
     preset: str = "kangaroo_8b",
     overrides: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
+    lora: str | Path | None = None,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     tell: Tell = print,
@@ -61,6 +63,7 @@ def convert(
         preset: the model where the files do not say (an encoder has no config of its own).
         overrides: keys of a stage's config that win over both.
         tokenizer: file that goes with the model; by default the one beside the source.
+        lora: folder of a PEFT adapter of the decoder, which is added to its weights.
         seed: of what an assembled model initialises.
         shard_bytes: largest safetensors file.
         tell: prints a line.
@@ -80,6 +83,9 @@ def convert(
     format = format or ("hf" if opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
+    if lora is not None:
+        weights = Merged(weights, lora, config.model)
+        tell(f"{lora}: added to {len(weights.adapted)} matrices")
     if dtype != "keep":
         weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
     found = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
@@ -87,7 +93,7 @@ def convert(
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
     plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer))
-    plan["sources"] = [fingerprint(source) for source in opened]
+    plan["sources"] = [fingerprint(source) for source in opened] + [str(lora)]
     with Building(target, plan) as building:
         if format == "orbax":
             _write_ours(model, building, tell)
@@ -95,6 +101,30 @@ def convert(
             _write_theirs(model, format, building, shard_bytes, tell)
     tell(f"{target}: {format}, done")
     return Path(target)
+
+
+def convert_main(
+    sources: Sequence[str | Path],
+    target: str | Path,
+    *,
+    verify: bool = False,
+    checks: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """`kangaroo convert`: convert, and with `verify` compare the two sides; see `convert` and `verify.verify`.
+
+    With `verify` a target that exists is not written again. Raises UserError.
+    """
+    if not verify:
+        convert(sources, target, **options)
+        return
+    from kangaroo_jax.conversion.verify import QUESTION, pair
+    from kangaroo_jax.conversion.verify import verify as compare
+
+    if not Path(target).exists():
+        convert(sources, target, **options)
+    given = dict(checks or {})
+    compare(*pair([*sources, target]), media=given.get("media"), query=given.get("query") or QUESTION)
 
 
 def _and(words: str) -> str:

@@ -20,11 +20,11 @@ from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.inference.chat import Kangaroo, ask, conversation
-from kangaroo_jax.inference.generate import Generator, Prompts, bucket
+from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
 from kangaroo_jax.models.kangaroo import Kangaroo as Model
 
 LEAST_TOKENS = 600  # of the prompt: an error in the rotary embedding shows only far from the beginning
-GREEDY = 32  # tokens of the answers that are compared
+GREEDY = 32  # tokens of the answers that are compared, whatever ends them
 QUESTION = "What happens in the video? "
 FILLER = "Look at every frame, say what is in it, which way it moves, and when it comes and goes. "
 TOLERANCE = 1e-4  # largest difference of logits, in float32, relative to the largest logit where that is above 1
@@ -56,8 +56,8 @@ class Report:
     def line(self) -> str:
         """The report in words."""
         return (
-            f"{self.tokens} tokens ({self.vision_tokens} of them vision): logits differ by {self.largest_difference:.2e} "
-            f"at most (relative {self.relative_difference:.2e}), KL {self.kl:.2e} nats, "
+            f"{self.tokens} tokens ({self.vision_tokens} of them vision): "
+            f"logits differ by {self.largest_difference:.2e} at most (relative {self.relative_difference:.2e}), KL {self.kl:.2e} nats, "
             f"{self.same_greedy} of {self.greedy} greedy tokens agree"
         )
 
@@ -101,6 +101,17 @@ def verify(
     return report
 
 
+def pair(paths: Sequence[str | Path]) -> tuple[Path, Path]:
+    """(checkpoint of ours, folder for PyTorch) of two paths. Raises UserError where they are not one of each."""
+    exported = [Path(path) for path in paths if (Path(path) / "config.json").is_file()]
+    ours = [Path(path) for path in paths if not (Path(path) / "config.json").is_file()]
+    if len(exported) != 1 or len(ours) != 1:
+        raise UserError(
+            f"--verify compares a checkpoint of ours with an export (hf), not {' and '.join(map(str, paths))}"
+        )
+    return ours[0], exported[0]
+
+
 def _compare(
     here: np.ndarray, there: np.ndarray, answer_here: list[int], answer_there: list[int], vision: int
 ) -> Report:
@@ -142,15 +153,12 @@ class _Ours:
         """(logits float32[T, V], the greedy answer's ids, number of vision tokens)."""
         recipe = self.recipe(media, query)
         ref = recipe.media[0]
-        clip = load_media(
-            ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start
-        )
+        clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
         generator = Generator(self.model)
         vision = generator.encode(clip.pixels, clip.times.astype(np.float32))
         prompts = Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens)))
         logits = jax.jit(_logits, static_argnums=0)(*_split(self.model), prompts.tokens, prompts.vision_index, vision)
-        stop = self.kangaroo.tokenizer.stop_ids
-        (answer,) = generator.generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=stop)
+        (answer,) = generator.generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=())
         return np.asarray(logits)[0, : len(recipe.tokens)], answer, int(recipe.is_vision.sum())
 
 
@@ -186,7 +194,7 @@ class _Theirs:
         self._torch = torch
         options: dict[str, Any] = dict(trust_remote_code=True, local_files_only=True)
         with _quiet():
-            self.model = AutoModelForCausalLM.from_pretrained(str(exported), torch_dtype=torch.float32, **options)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(str(exported), torch_dtype=torch.float32, **options)
             self.tokenizer = AutoTokenizer.from_pretrained(str(exported), **options)
         self.model.eval()
 
@@ -199,10 +207,10 @@ class _Theirs:
         inputs = processor.apply_chat_template([{"role": "user", "content": content}])
         with self._torch.no_grad():
             logits = self.model(**inputs, use_cache=False).logits[0].numpy()
-            ids = self.model.generate(**inputs, max_new_tokens=GREEDY, do_sample=False, temperature=None, top_p=None)
+            greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, eos_token_id=NO_TOKEN)
+            ids = self.model.generate(**inputs, max_new_tokens=GREEDY, **greedy)[0].tolist()
         prompt = inputs["input_ids"][0].tolist()
-        answer = [i for i in ids[0].tolist()[len(prompt) :] if i not in config.eos_token_id]
-        return logits, answer, prompt
+        return logits, ids[len(prompt) :], prompt
 
     def chat(self, media: Path, query: str, max_new_tokens: int) -> str:
         """The greedy answer, by the method that users call."""

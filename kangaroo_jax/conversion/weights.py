@@ -31,7 +31,9 @@ class Spec:
 class Weights(Protocol):
     """Parameters by path."""
 
-    specs: Mapping[str, Spec]
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shape and type of each."""
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """The numbers in `box` of a parameter. Raises UserError for a damaged file."""
