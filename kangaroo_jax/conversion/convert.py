@@ -184,5 +184,5 @@ def _write_config_there(format: str, model: Model, weights: Weights, rows: Seque
     elif format == "llama":
         raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **formats.write_llm(llm)}
         raw["torch_dtype"] = export.widest(weights, [row.ours for row in rows])
-        raw["max_position_embeddings"] = max(8192, model.config.data.tokens_per_pack)
+        raw["max_position_embeddings"] = int(8192 * llm.rope_scaling.factor)
         export.write_json(folder / "config.json", raw)

@@ -193,7 +193,7 @@ def _safetensor(path: Path, name: str, entry: Mapping[str, Any], data: int) -> T
 
 
 def _read_into(path: Path, array: np.ndarray, offset: int) -> None:
-    view, done = memoryview(array), 0
+    view, done = memoryview(array.data), 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
         while done < len(view):

@@ -139,7 +139,7 @@ class _Tensor:
 
     def __init__(self, rebuild: Callable[..., Any], storage: "_Storage", shape: tuple[int, ...]) -> None:
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self._call = (rebuild, (storage, 0, shape, tuple(strides), False, OrderedDict()))
+        self._call: Any = (rebuild, (storage, 0, shape, tuple(strides), False, OrderedDict()))
 
     def __reduce__(self) -> Any:
         return self._call

@@ -1,6 +1,7 @@
 """What there is to convert from: finds out what a path holds, checks it against the table, reads its config."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,9 +112,15 @@ def _open_ours(path: Path) -> Source:
 
 def model_shapes(model: ConfigDict) -> dict[str, Any]:
     """path -> shape and dtype of every parameter of `config.model`."""
+    return dict(_model_shapes(model.to_json_best_effort(sort_keys=True)))
+
+
+@functools.lru_cache(maxsize=16)
+def _model_shapes(model: str) -> dict[str, Any]:
+    """Tracing a model takes a second; a conversion wants its shapes several times."""
     from kangaroo_jax.training.checkpoint import abstract_model
 
-    return dict(abstract_model(model).shapes)
+    return dict(abstract_model(ConfigDict(_tuples(json.loads(model)))).shapes)
 
 
 def shapes_of(model: ConfigDict) -> dict[str, tuple[int, ...]]:

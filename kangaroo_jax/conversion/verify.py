@@ -57,7 +57,8 @@ class Report:
         """The report in words."""
         return (
             f"{self.tokens} tokens ({self.vision_tokens} of them vision): "
-            f"logits differ by {self.largest_difference:.2e} at most (relative {self.relative_difference:.2e}), KL {self.kl:.2e} nats, "
+            f"logits differ by {self.largest_difference:.2e} at most "
+            f"(relative {self.relative_difference:.2e}), KL {self.kl:.2e} nats, "
             f"{self.same_greedy} of {self.greedy} greedy tokens agree"
         )
 

@@ -21,8 +21,8 @@ FRAMES_AT_A_TIME = 16  # that the ViT looks at
 
 def llama_config(config: KangarooConfig) -> LlamaConfig:
     """The decoder's configuration; transformers 4 and 5 name the rotary embedding's parameters differently."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"]
     kwargs: dict[str, Any] = {name: getattr(config, name) for name in names}
     kwargs.update(attention_bias=False, mlp_bias=False, tie_word_embeddings=False, hidden_act="silu")
     if hasattr(LlamaConfig(), "rope_parameters"):
@@ -238,6 +238,8 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
             begins = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self.embed(input_ids, pixel_values if begins else None, frame_times)
         kwargs.pop("return_dict", None)
@@ -309,7 +311,7 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.update(temperature=temperature, top_p=top_p)
         else:
             kwargs.update(temperature=None, top_p=None)
-        ids = self.generate(
+        ids: torch.Tensor = self.generate(  # type: ignore[misc, assignment]
             inputs_embeds=embeddings,
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,

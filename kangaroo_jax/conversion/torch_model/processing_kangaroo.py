@@ -201,7 +201,9 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         times = sample_times(_duration(path, container, stream), sampling, multiple)
         reformatter, ratio = VideoReformatter(), float(stream.sample_aspect_ratio or 1) or 1.0
-        pixels, seen, slack = [], [], min(ROUNDING, interval / 4)
+        slack = min(ROUNDING, interval / 4)
+        pixels: list[np.ndarray] = []
+        seen: list[float] = []
         shown: Any = None
         ahead: Any = None
         frames = _frames(container, stream, interval)
