@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -200,14 +201,12 @@ def _mapped(path: Path, layout: str, tensors: Tensors, config: ConfigDict) -> tu
     known = [pattern for pattern, _ in (*not_weights, *derived)]
     names.match(rows, {name: tensor.shape for name, tensor in tensors.items()}, str(path), known)
     _check_derived(path, layout, tensors, config.model)
-    used = {row.theirs for row in rows}
-    left = [name for name in tensors if name not in used]
-    what = {words for pattern, words in not_weights for name in left if names.re.fullmatch(pattern, name)}
+    left = [words for name in tensors for pattern, words in not_weights if re.fullmatch(pattern, name)]
     weights: Weights = Mapped(tensors, rows)
     folder = path if path.is_dir() else path.parent
     if layout == "kangaroo" and (folder / SIDECAR).is_file():
         weights = _as_it_was(weights, folder, config.model)
-    return weights, f"{len(left)} tensors are left out: {', '.join(sorted(what))}" if what else ""
+    return weights, f"{len(left)} tensors are left out: {', '.join(sorted(set(left)))}" if left else ""
 
 
 def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None = None) -> list[Row]:
@@ -235,7 +234,7 @@ def _patchify_name(tensors: Mapping[str, Any], model: ConfigDict) -> str | None:
 def _check_derived(path: Path, layout: str, tensors: Tensors, model: ConfigDict) -> None:
     """Compare tables that follow from the config with what we compute. Raises UserError where they differ."""
     for name, tensor in tensors.items():
-        kind = next((k for p, k in names.DERIVED.get(layout, ()) if names.re.fullmatch(p, name)), None)
+        kind = next((k for p, k in names.DERIVED.get(layout, ()) if re.fullmatch(p, name)), None)
         if kind is None:
             continue
         expected = _vision_rope(name, tensor, model.vision) if kind == "vision" else _llm_rope(layout, model.llm)

@@ -150,7 +150,7 @@ def from_ranks(path: Path) -> dict[str, Any]:
     letters = _byte_letters()
     spelled = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
     ordered = sorted(ranks, key=ranks.__getitem__)
-    merges = [[spelled[half] for half in _halves(piece, ranks)] for piece in ordered if len(piece) > 1]
+    merges = [[spelled[half] for half in halves] for piece in ordered if (halves := _halves(piece, ranks))]
     bpe = {
         "vocab": {spelled[piece]: ranks[piece] for piece in ordered},
         "merges": merges,
@@ -169,7 +169,10 @@ def from_ranks(path: Path) -> dict[str, Any]:
 
 
 def _halves(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that are joined last to make `piece`, found by joining its bytes as the encoder would."""
+    """The two tokens that are joined last to make `piece`, found by joining its bytes as the encoder would.
+
+    Empty for a single byte, and for the few pieces that are made by no pair: the encoder finds those whole.
+    """
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 2:
         pairs = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
@@ -177,7 +180,7 @@ def _halves(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         if pairs[best] >= ranks[piece]:
             break
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts if len(parts) == 2 else [piece[:1], piece[1:]]  # no pair makes it: it is found whole, by its bytes
+    return parts if len(parts) == 2 else []
 
 
 def _byte_letters() -> dict[int, str]:
