@@ -218,6 +218,27 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(checkpoint, tmp_path
     assert_same(restored(checkpoint), restored(tmp_path / "again"))
 
 
+def test_an_interrupted_export_keeps_its_finished_shards(checkpoint, tmp_path, monkeypatch):
+    from kangaroo_jax.conversion import building
+
+    class Stopped(building.Building):
+        def done(self, name: str) -> None:
+            super().done(name)
+            if name.startswith("model-00003"):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("kangaroo_jax.conversion.convert.Building", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quiet([checkpoint], tmp_path / "hf", shard_bytes=40_000)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "hf.partial").glob("model-0000[123]*")}
+    assert len(kept) == 3 and not (tmp_path / "hf").exists()
+    monkeypatch.undo()
+    quiet([checkpoint], tmp_path / "hf", shard_bytes=40_000)
+    assert all((tmp_path / "hf" / p.name).stat().st_mtime_ns == time for p, time in kept.items())
+    quiet([checkpoint], tmp_path / "whole", shard_bytes=40_000)
+    assert_same(tensors(tmp_path / "hf"), tensors(tmp_path / "whole"))
+
+
 def test_a_stage_starts_from_a_conversion(checkpoint, tmp_path):
     """What training loads of `init_from` is what was converted."""
     quiet([checkpoint], tmp_path / "hf")
