@@ -69,7 +69,7 @@ def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mappin
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.is_dir() and not (path / "config.json").is_file() and _is_ours(path):
+    if is_ours(path):
         return _open_ours(path)
     tensors = open_tensors(path)
     layout = next((layout for layout, sign in SIGNS if sign in tensors), None)
@@ -84,7 +84,8 @@ def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mappin
     return Source(path, layout, weights, config, _tokenizer(path), tuple(files_of(tensors)), left_out)
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Whether training, or a conversion to `orbax`, wrote this folder."""
     from kangaroo_jax.training.checkpoint import find
 
     try:

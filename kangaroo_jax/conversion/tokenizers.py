@@ -71,7 +71,7 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
         "eos_token": eot,
         "pad_token": tokenizer.name(tokenizer.eos),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config.data.tokens_per_pack,
+        "model_max_length": max(8192, config.data.tokens_per_pack),
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": CHAT_TEMPLATE,
     }

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
+from kangaroo_jax.conversion.sources import is_ours
 from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.inference.chat import Kangaroo, ask, conversation
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
@@ -104,8 +105,8 @@ def verify(
 
 def pair(paths: Sequence[str | Path]) -> tuple[Path, Path]:
     """(checkpoint of ours, folder for PyTorch) of two paths. Raises UserError where they are not one of each."""
-    exported = [Path(path) for path in paths if (Path(path) / "config.json").is_file()]
-    ours = [Path(path) for path in paths if not (Path(path) / "config.json").is_file()]
+    ours = [Path(path) for path in paths if is_ours(Path(path))]
+    exported = [Path(path) for path in paths if Path(path) not in ours and (Path(path) / "config.json").is_file()]
     if len(exported) != 1 or len(ours) != 1:
         raise UserError(
             f"--verify compares a checkpoint of ours with an export (hf), not {' and '.join(map(str, paths))}"

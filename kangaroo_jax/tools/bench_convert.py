@@ -44,7 +44,10 @@ class RandomWeights:
         shape = [s.stop - s.start for s in box]
         size = int(np.prod(shape))
         start = hash_of(path, box) % BLOCK
-        numbers = np.concatenate([self._block[start:], *[self._block] * (size // BLOCK + 1)])[:size]
+        numbers = np.empty(size, self._block.dtype)
+        for done in range(-start, size, BLOCK):
+            first, last = max(done, 0), min(done + BLOCK, size)
+            numbers[first:last] = self._block[first - done : last - done]
         return numbers.reshape(shape)
 
 

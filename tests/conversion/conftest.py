@@ -1,6 +1,7 @@
 """Checkpoints with random weights, written by Orbax as training writes them, a tokenizer and a real video."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def save(folder: Path, params: Params, config: ConfigDict, tokenizer: Path) -> P
         writer.save(step / "params", params)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(step / "config", args=ocp.args.JsonSave(config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     return folder
 
