@@ -16,7 +16,7 @@ import numpy as np
 from kangaroo_jax.conversion.building import Building, Progress, ahead
 from kangaroo_jax.conversion.files import NAMES, import_torch
 from kangaroo_jax.conversion.names import Row
-from kangaroo_jax.conversion.weights import Box, Weights, boxes
+from kangaroo_jax.conversion.weights import Box, Weights, boxes, contiguous
 
 SHARD_BYTES = 4_000_000_000  # of a file, unless one tensor is larger
 Piece = tuple[Row, Box]
@@ -91,7 +91,7 @@ def _pieces(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[Piece, np.n
     def read(piece: Piece) -> np.ndarray:
         row, box = piece
         array = weights.read(row.ours, box)
-        return np.ascontiguousarray(row.there(array if row.layer is None else array[0]))
+        return contiguous(row.there(array if row.layer is None else array[0]))
 
     return ahead(read, work)
 

@@ -5,6 +5,7 @@ a few boxes in memory.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from kangaroo_jax.conversion.names import SPECIAL, STACKED, Row
 
 Box = tuple[slice, ...]  # a range of every dimension
 BOX_BYTES = 192 << 20  # of the largest box that is read at once, where the layout lets it be cut
+TILE = 128  # numbers, of each side of a tile
 _EXPONENTS = {2: (np.uint16, {"bfloat16": 0x7F80, "float16": 0x7C00}), 4: (np.uint32, {"float32": 0x7F800000})}
 
 
@@ -55,6 +57,21 @@ def boxes(spec: Spec, path: str, cut_axis: int | None) -> list[Box]:
     step = -(-length // -(-nbytes // BOX_BYTES))
     cuts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
     return [tuple(cut if axis == cut_axis else slice(0, n) for axis, n in enumerate(spec.shape)) for cut in cuts]
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order. Copies tiles that fit a CPU's cache where the order changes: half the time of numpy."""
+    fast = min(range(array.ndim), key=lambda axis: (array.shape[axis] == 1, array.strides[axis]), default=0)
+    last = array.ndim - 1
+    if array.flags.c_contiguous or fast == last or array.size < TILE**2:
+        return np.ascontiguousarray(array)
+    result = np.empty(array.shape, array.dtype)
+    steps = [TILE if axis in (fast, last) else 1 for axis in range(array.ndim)]
+    starts = (range(0, size, step) for size, step in zip(array.shape, steps, strict=True))
+    for corner in itertools.product(*starts):
+        tile = tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
+        result[tile] = array[tile]
+    return result
 
 
 def check_finite(array: np.ndarray, name: str, where: object) -> None:
@@ -115,7 +132,7 @@ class Mapped:
             array = row.here(tensor.read(cut.start, cut.stop))
         else:
             array = row.here(tensor.read())[box]
-        array = np.ascontiguousarray(array)
+        array = contiguous(array)
         check_finite(array, row.theirs, tensor.file)
         return array
 

@@ -7,6 +7,7 @@ from kangaroo_jax.config import model_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.sources import shapes_of, special_ids
+from kangaroo_jax.conversion.weights import contiguous
 
 # A shape here that each arrangement is for.
 SHAPES = {
@@ -45,6 +46,15 @@ def test_a_range_of_rows_there_is_a_range_here(how):
         part = np.take(here, range(start, start + 2), axis)
         np.testing.assert_array_equal(one.here(there[start : start + 2]), part)
         np.testing.assert_array_equal(one.there(part), there[start : start + 2])
+
+
+@pytest.mark.parametrize("axes", [(1, 0), (2, 0, 1), (1, 2, 0), (0, 2, 1), (3, 0, 2, 1), (0, 1)])
+def test_tiles_copy_every_number(axes):
+    shape = (150, 3, 140, 1)[: len(axes)] if len(axes) > 2 else (150, 300)
+    array = np.arange(np.prod(shape)).reshape(shape).transpose(axes)
+    copied = contiguous(array)
+    assert copied.flags.c_contiguous
+    np.testing.assert_array_equal(copied, array)
 
 
 def test_meta_rotates_neighbours_where_we_rotate_halves():
