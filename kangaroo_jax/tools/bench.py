@@ -168,9 +168,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     if arguments.what == "convert":
-        from kangaroo_jax.tools.bench_convert import bench_convert
+        from kangaroo_jax.tools.bench_convert import bench_convert, published_sizes
 
-        result: dict[str, Any] = bench_convert(Path(arguments.folder), arguments.layers)
+        result: dict[str, Any] = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
     elif arguments.what == "train":
         result = bench_train(load_config(arguments.config), arguments.steps)
     else:

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conventions import UserError
@@ -56,39 +57,47 @@ def hash_of(path: str, box: Box) -> int:
     return int.from_bytes(f"{path} {[s.start for s in box]}".encode(), "little") % 1_000_003 * 7919
 
 
-def make_checkpoint(folder: Path, layers: int, tell: Tell = print) -> int:
-    """Write a Kangaroo of the published sizes, but with `layers` layers in its decoder; returns its bytes."""
+def published_sizes(layers: int) -> ConfigDict:
+    """A Kangaroo of the published sizes, but with `layers` layers in its decoder."""
     config = stage_config("kangaroo_8b")
     config.model.llm.depth = layers
+    return config
+
+
+def make_checkpoint(folder: Path, config: ConfigDict, tell: Tell = print) -> int:
+    """Write the model of a stage's config with random weights in the release's layout; returns its bytes."""
     weights = RandomWeights({path: shape for path, shape in shapes_of(config.model).items() if path != SPECIAL})
     rows = [row for row in table_for("kangaroo", config.model) if row.ours != SPECIAL]
     total = sum(nbytes_there(row, weights) for row in rows)
-    with Building(folder, {"layers": layers}) as building:
-        building.need(int(3.2 * total))  # this, our checkpoint, and the way back
+    with Building(folder, {"made": total}) as building:
+        building.need(int(4.1 * total))  # this, our checkpoint, the way back, and a copy
         write_json(building.folder / "config.json", formats.write_hf(config, "bfloat16"))
         write_safetensors(weights, rows, building, Progress("made", total, tell))
     return total
 
 
-def bench_convert(folder: Path, layers: int, tell: Tell = print) -> dict[str, Any]:
+def bench_convert(folder: Path, config: ConfigDict, tell: Tell = print) -> dict[str, Any]:
     """Make a checkpoint in `folder`, copy it, convert it to ours and back, copy it again, and compare.
 
-    Returns gigabytes, MB/s of each, peak GiB of each conversion, and whether every file came back as it was.
+    Returns gigabytes, MB/s of each, seconds of a CPU and peak GiB of each conversion, and how many files came
+    back as they were. Where other work shares the machine, the CPU's seconds say more than the MB/s.
     Everything that is written is removed. Raises UserError where the disk has no room.
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     names = {name: folder / name for name in ("source", "orbax", "back", "copy")}
-    if any(path.exists() for path in names.values()):
-        raise UserError(f"{folder}: holds {', '.join(names)} already; give an empty folder")
+    there = [name for name, path in names.items() if path.exists()]
+    if there:
+        raise UserError(f"{folder}: holds {', '.join(there)} already; give an empty folder")
     try:
-        total = make_checkpoint(names["source"], layers, tell)
-        result: dict[str, Any] = {"gigabytes": round(total / 1e9, 2), "layers": layers}
+        total = make_checkpoint(names["source"], config, tell)
+        result: dict[str, Any] = {"gigabytes": round(total / 1e9, 2), "layers": config.model.llm.depth}
         result["copy_mb_per_second"] = [_copy(names["source"], names["copy"], total)]
         for name, source, target in (("to_orbax", "source", "orbax"), ("to_hf", "orbax", "back")):
-            seconds, peak = _convert(names[source], names[target])
+            seconds, usage = _convert(names[source], names[target])
             result[f"{name}_mb_per_second"] = round(total / 1e6 / seconds)
-            result[f"{name}_peak_gib"] = round(peak / 2**30, 2)
+            result[f"{name}_peak_gib"] = round(usage.ru_maxrss / 2**20, 2)
+            result[f"{name}_cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
             tell(f"{name}: {result[f'{name}_mb_per_second']} MB/s, {result[f'{name}_peak_gib']} GiB")
         result["copy_mb_per_second"].append(_copy(names["source"], names["copy"], total))
         files = [path.name for path in names["source"].glob("model*")]
@@ -109,8 +118,8 @@ def _copy(source: Path, target: Path, total: int) -> int:
     return round(total / 1e6 / seconds)
 
 
-def _convert(source: Path, target: Path) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of `kangaroo convert` in a process of its own. Raises UserError."""
+def _convert(source: Path, target: Path) -> tuple[float, Any]:
+    """(seconds, what the kernel counted) of `kangaroo convert` in a process of its own. Raises UserError."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "kangaroo_jax", "convert", f"--from={source}", f"--to={target}"]
@@ -119,4 +128,4 @@ def _convert(source: Path, target: Path) -> tuple[float, int]:
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         raise UserError(f"the conversion of {source} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage
