@@ -24,7 +24,7 @@ CORE = [
     "tokenizers",
 ]
 QUICKSTART = ["matplotlib", "scikit-learn"]
-CONVERT = ["safetensors", "torch==2.13.0", "transformers"]
+CONVERT = ["safetensors", "torch==2.13.0", "transformers>=4.57"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],

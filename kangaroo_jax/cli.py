@@ -202,16 +202,23 @@ def _define_curriculum(values: "flags.FlagValues") -> None:
     define(flags.DEFINE_string, "tokenizer", None, "tokenizer.json, tokenizer.model or a SentencePiece model")
 
 
-def _run_curriculum(values: "flags.FlagValues", rest: list[str]) -> None:
-    from kangaroo_jax.config import PRESETS, stage_config
+def _preset(name: str) -> str:
+    """The name of a preset. Raises UserError for another."""
+    from kangaroo_jax.config import PRESETS
     from kangaroo_jax.config_files import nearest
     from kangaroo_jax.conventions import UserError
 
+    if name not in PRESETS:
+        raise UserError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return name
+
+
+def _run_curriculum(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.config import stage_config
+
     _no_more("curriculum", values, _not_of_config(rest))
     _required("curriculum", values, "workdir", "data", "tokenizer")
-    preset = values.preset
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+    preset = _preset(values.preset)
     overrides = _override("curriculum", values, stage_config(preset).lock(), rest)
     workdir = _workdir(values)
 
@@ -266,6 +273,52 @@ def _run_chat(values: "flags.FlagValues", rest: list[str]) -> None:
     chat_main(values.checkpoint, **options)
 
 
+def _define_convert(values: "flags.FlagValues") -> None:
+    from absl import flags
+
+    define = _definer(values)
+    define(flags.DEFINE_list, "from", None, "what to convert: a folder or file, or two that make a model, with a comma")
+    define(flags.DEFINE_string, "vision", None, "EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm")
+    define(flags.DEFINE_string, "llm", None, "Llama (a Hugging Face folder, or Meta's), with --vision")
+    define(flags.DEFINE_string, "lora", None, "LoRA adapter of the decoder (a PEFT folder), added to its weights")
+    define(flags.DEFINE_string, "to", None, "new folder for the result")
+    define(
+        flags.DEFINE_string, "format", "", "orbax, hf, llama, meta, eva or timm; by default hf from ours, else orbax"
+    )
+    define(flags.DEFINE_string, "dtype", "keep", "keep, float32, bfloat16 or float16")
+    define(flags.DEFINE_string, "preset", "kangaroo_8b", "the model where the files do not say what it is")
+    define(flags.DEFINE_string, "tokenizer", None, "tokenizer that goes with it; by default the one beside the weights")
+    define(flags.DEFINE_integer, "seed", 0, "of what --vision and --llm leave to be initialised", lower_bound=0)
+    define(
+        flags.DEFINE_bool,
+        "verify",
+        False,
+        "compare the checkpoint and the export on a prompt; converts first if need be",
+    )
+    define(flags.DEFINE_string, "video", None, "video or image of --verify; by default one made for it")
+    define(flags.DEFINE_string, "query", None, "question of --verify")
+
+
+def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.config import stage_config
+    from kangaroo_jax.conventions import UserError
+
+    _no_more("convert", values, _not_of_config(rest))
+    _required("convert", values, "to")
+    given = {name: values[name].value for name in ("from", "vision", "llm")}
+    if bool(given["from"]) == bool(given["vision"] or given["llm"]):
+        raise UserError("convert: give --from, or --vision and --llm")
+    overrides = _override("convert", values, stage_config(_preset(values.preset)).lock(), rest)
+    names = ("format", "dtype", "preset", "tokenizer", "seed", "lora")
+    options: dict[str, Any] = {name: values[name].value for name in names}
+    checks: dict[str, Any] = {"media": values.video, "query": values.query} if values.verify else {}
+
+    from kangaroo_jax.conversion.convert import convert_main
+
+    sources = list(given["from"] or [path for path in (given["vision"], given["llm"]) if path])
+    convert_main(sources, values.to, verify=values.verify, checks=checks, overrides=overrides, **options)
+
+
 def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.tools import bench
 
@@ -282,5 +335,6 @@ JOBS = {
     "curriculum": Job("train all five stages, each from the last one's weights", _define_curriculum, _run_curriculum),
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", _define_train, _run_train),
     "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat),
+    "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "bench": Job("measure the speed of training steps", None, _run_bench),
 }

@@ -56,6 +56,8 @@ def model_config(preset: str) -> ConfigDict:
     m.head_dim = 128
     m.mlp_width = 14_336
     m.rope_theta = 500_000.0
+    # Of Llama 3.1 and later (factor 8); Llama 3 and Kangaroo have none (factor 1).
+    m.rope_scaling = ConfigDict(dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192))
     m.norm_eps = 1e-5
     m.remat = "full"
     m.loss_chunk = 1024  # tokens whose logits exist at a time

@@ -1,5 +1,6 @@
 """What more than one model uses: parameters, linear maps, norms and rotary position embeddings."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -92,14 +93,40 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_1d(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_1d(
+    positions: jax.Array, head_dim: int, theta: float, scaling: "RopeScaling | None" = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of Llama's rotary embedding (Su et al. 2021).
 
-    positions int32[B, T] -> two float32[B, T, H/2] arrays; the angle of pair i is position / theta^(2i / H).
+    positions int32[B, T] -> two float32[B, T, H/2] arrays; the angle of pair i is position / theta^(2i / H),
+    slowed down by `scaling` where that is given.
     """
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if scaling is not None:
+        frequencies = scaling.apply(frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's rotary frequencies for contexts longer than it was first trained on (Dubey et al. 2024)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int  # tokens
+
+    def apply(self, frequencies: np.ndarray) -> np.ndarray:
+        """float[H/2] -> float[H/2].
+
+        A pair that turns more than `high_freq_factor` times within `original_length` tokens keeps its
+        frequency, one that turns less than `low_freq_factor` times is slowed down by `factor`, and
+        between the two the frequency is interpolated.
+        """
+        turns = self.original_length * frequencies / (2 * np.pi)
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 def rotary_2d(grid: int, head_dim: int, theta: float, reference_grid: int) -> tuple[np.ndarray, np.ndarray]:

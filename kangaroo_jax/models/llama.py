@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kangaroo_jax.models.attention import attention
-from kangaroo_jax.models.layers import Linear, RMSNorm, parameter, rotary_1d, rotate_half, truncated_normal
+from kangaroo_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    RopeScaling,
+    parameter,
+    rotary_1d,
+    rotate_half,
+    truncated_normal,
+)
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
 from kangaroo_jax.sharding import constrain
 
@@ -145,6 +153,8 @@ class Llama(nnx.Module):
         self.head = Linear((d,), (v,), ("embed", "vocab"), bias=False, rngs=rngs, param_dtype=param_dtype)
         self.depth, self.kv_heads, self.head_dim = config.depth, config.kv_heads, config.head_dim
         self.rope_theta, self.remat, self.loss_chunk = config.rope_theta, config.remat, config.loss_chunk
+        scaling = config.get("rope_scaling")  # a config older than this key has none
+        self.rope_scaling = RopeScaling(**scaling) if scaling and scaling["factor"] != 1.0 else None
         self.scan, self.dtype = scan, jnp.dtype(dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -168,7 +178,7 @@ class Llama(nnx.Module):
         """
         if (cache is None) != (slots is None):
             raise ValueError("a cache and the slots of the new tokens go together")
-        rotary = rotary_1d(positions, self.head_dim, self.rope_theta)
+        rotary = rotary_1d(positions, self.head_dim, self.rope_theta, self.rope_scaling)
         memory = None
         if cache is not None and slots is not None:
             rows = jnp.arange(positions.shape[0])[:, None]

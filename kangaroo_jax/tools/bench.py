@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -153,17 +154,24 @@ def torch_config() -> ConfigDict:
 
 
 def main(argv: Sequence[str]) -> None:
-    """`train [--config=STAGE:PRESET] [--steps=N]` or `train-vs-torch [--steps=N] [--rounds=N] [--segments=N]`."""
+    """`train [--config=STAGE:PRESET] [--steps=N]` or `train-vs-torch [--steps=N] [--rounds=N] [--segments=N]`, or
+    `convert [--folder=DIR] [--layers=N]`."""
     parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "train-vs-torch"))
+    parser.add_argument("what", choices=("train", "train-vs-torch", "convert"))
     parser.add_argument("--config", default="stage4_instruct:tiny", help="train: a stage and a preset")
     parser.add_argument("--steps", type=int, default=10, help="steps that are measured (of each, in each round)")
     parser.add_argument("--rounds", type=int, default=3, help="train-vs-torch: how often the two take turns")
     parser.add_argument("--segments", type=int, default=1, help="train-vs-torch: samples packed into a row")
+    parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
+    parser.add_argument("--layers", type=int, default=32, help="convert: of the decoder; 32 is the 8B model, 17 GB")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
-    if arguments.what == "train":
+    if arguments.what == "convert":
+        from kangaroo_jax.tools.bench_convert import bench_convert, published_sizes
+
+        result: dict[str, Any] = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
+    elif arguments.what == "train":
         result = bench_train(load_config(arguments.config), arguments.steps)
     else:
         result = compare_with_torch(torch_config(), arguments.steps, arguments.rounds, arguments.segments)

@@ -1,0 +1,167 @@
+"""A folder under construction: whole or not there at all, resumable, and with a line that says how far it is."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from kangaroo_jax.conventions import UserError
+
+Tell = Callable[[str], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+PLAN, DONE = "plan.json", "done.txt"  # in a folder under construction only
+_FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "has used up its quota", errno.EFBIG: "takes no file of that size"}
+
+
+class Building:
+    """`with Building(target, plan) as b`: what is put into `b.folder` becomes `target` where all goes well.
+
+    Bad input and a full disk leave nothing. An interruption (Ctrl-C, kill) leaves `TARGET.partial`, and the
+    next construction with the same plan goes on there.
+    """
+
+    def __init__(self, target: str | Path, plan: Mapping[str, Any]) -> None:
+        """`plan`: JSON that says what is built from what. Raises UserError where the target is there already."""
+        self.target = Path(target).absolute()
+        self.folder = self.target.with_name(self.target.name + ".partial")
+        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise UserError(f"{target}: exists already; choose another folder or remove it")
+        self._plan = json.dumps(dict(plan), sort_keys=True, default=str)
+        self._done: set[str] = set()
+
+    def __enter__(self) -> "Building":
+        with self._disk():
+            plan = self.folder / PLAN
+            if not plan.is_file() or plan.read_text(encoding="utf-8") != self._plan:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                plan.write_text(self._plan, encoding="utf-8")
+            done = self.folder / DONE
+            self._done = set(done.read_text(encoding="utf-8").split("\n")) if done.is_file() else set()
+            self._journal = done.open("a", encoding="utf-8")
+        return self
+
+    def is_done(self, name: str) -> bool:
+        """Whether an earlier attempt finished this part."""
+        return name in self._done
+
+    def done(self, name: str) -> None:
+        """This part is finished and need not be made again."""
+        self._journal.write(name + "\n")
+        self._journal.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._journal.close()
+        if error is None:
+            with self._disk():
+                for name in (PLAN, DONE):
+                    (self.folder / name).unlink(missing_ok=True)
+                if self.target.is_dir():
+                    self.target.rmdir()  # it is empty
+                os.replace(self.folder, self.target)
+        elif isinstance(error, Exception):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise self._told(error) from error
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise self._told(error) from error
+
+    def _told(self, error: OSError) -> UserError:
+        if error.errno in _FULL:
+            return UserError(f"{self.target}: the disk {_FULL[error.errno]}; nothing was kept, make room and try again")
+        return UserError(f"{error.filename or self.target}: {error.strerror or error}")
+
+    def need(self, nbytes: int) -> None:
+        """Raise UserError where the disk has less room than `nbytes`."""
+        have = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if nbytes - have > free:
+            raise UserError(
+                f"{self.target}: the disk is too full: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB free"
+            )
+
+
+class Progress:
+    """A line with the share done, MB/s and the time left: rewritten on a terminal, else one every few seconds."""
+
+    def __init__(self, what: str, total: int, tell: Tell = print) -> None:
+        """`total` in bytes."""
+        self._what, self._total, self._tell = what, total, tell
+        self._bytes, self._skipped = 0, 0
+        self._start = self._shown = time.perf_counter()
+        self._terminal = tell is print and sys.stdout.isatty()
+
+    def add(self, nbytes: int, *, skipped: bool = False) -> None:
+        """So many more bytes are written (or were, by an earlier attempt)."""
+        self._bytes += nbytes
+        self._skipped += nbytes if skipped else 0
+        now = time.perf_counter()
+        if now - self._shown >= (0.2 if self._terminal else 5.0):
+            self._shown = now
+            line = self.line()
+            if self._terminal:
+                print(f"\r\x1b[K{line}", end="", flush=True)
+            else:
+                self._tell(line)
+
+    def line(self) -> str:
+        """How far it is."""
+        rate = self.megabytes_per_second()
+        left = (self._total - self._bytes) / 1e6 / max(rate, 1e-9)
+        return (
+            f"{self._what}: {self._bytes / 1e9:.2f} of {self._total / 1e9:.2f} GB "
+            f"({self._bytes / max(self._total, 1):.0%}), {rate:.0f} MB/s, {left:.0f} s left"
+        )
+
+    def finish(self) -> None:
+        """The last line."""
+        if self._terminal:
+            print("\r\x1b[K", end="", flush=True)
+        seconds = time.perf_counter() - self._start
+        self._tell(
+            f"{self._what}: {self._bytes / 1e9:.3f} GB in {seconds:.1f} s, {self.megabytes_per_second():.0f} MB/s"
+        )
+
+    def megabytes_per_second(self) -> float:
+        """Rate of what was not skipped, in 10^6 bytes a second."""
+        return (self._bytes - self._skipped) / 1e6 / max(time.perf_counter() - self._start, 1e-9)
+
+
+def ahead(read: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 2) -> Iterator[tuple[Item, Result]]:
+    """(item, read(item)) in order, with `workers` of them read at once while earlier ones are used."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+        waiting: deque = deque()
+        source = iter(items)
+        try:
+            for item in itertools.islice(source, workers):
+                waiting.append((item, pool.submit(read, item)))
+            while waiting:
+                item, future = waiting.popleft()
+                result = future.result()
+                for following in itertools.islice(source, 1):
+                    waiting.append((following, pool.submit(read, following)))
+                yield item, result
+                del result, future
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -1,0 +1,188 @@
+"""`kangaroo convert`: weights of any layout of the table into files of any other.
+
+    source files -> `Weights` under our names -> target files
+
+Nothing but a few boxes is in memory at a time; the target is there whole or not at all.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion import export, formats
+from kangaroo_jax.conversion.assemble import combine
+from kangaroo_jax.conversion.building import Building, Progress, Tell
+from kangaroo_jax.conversion.lora import Merged
+from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
+from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
+from kangaroo_jax.conversion.sources import fingerprint, open_source, shapes_of, special_ids, table_for
+from kangaroo_jax.conversion.store import write_config, write_params
+from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
+
+FORMATS = ("orbax", "hf", "llama", "meta", "eva", "timm")
+LAYOUT_OF = {"hf": "kangaroo", **{name: name for name in ("llama", "meta", "eva", "timm")}}
+SAME_NAME = {"kangaroo": "hf"}  # format that a layout is written as
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is written: weights under our names, a stage's config, a tokenizer's file or None."""
+
+    weights: Weights
+    config: ConfigDict
+    tokenizer: Path | None
+
+
+def convert(
+    sources: Sequence[str | Path],
+    target: str | Path,
+    *,
+    format: str = "",
+    dtype: str = "keep",
+    preset: str = "kangaroo_8b",
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    lora: str | Path | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    tell: Tell = print,
+) -> Path:
+    """Convert one source, or assemble a model from several (an encoder and a decoder).
+
+    Args:
+        sources: files or folders; what they hold is found out.
+        target: a new folder.
+        format: one of FORMATS; by default `hf` for one of our checkpoints and `orbax` for everything else.
+        dtype: `keep`, or what every weight is rounded to: float32, bfloat16 or float16.
+        preset: the model where the files do not say (an encoder has no config of its own).
+        overrides: keys of a stage's config that win over both.
+        tokenizer: file that goes with the model; by default the one beside the source.
+        lora: folder of a PEFT adapter of the decoder, which is added to its weights.
+        seed: of what an assembled model initialises.
+        shard_bytes: largest safetensors file.
+        tell: prints a line.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: see `open_source`; or the target exists, a weight is NaN, the disk is full. Nothing is kept.
+    """
+    opened = [open_source(source, preset, overrides) for source in sources]
+    for source in opened:
+        tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
+    weights, config, told = combine(opened, preset, overrides or {}, seed)
+    for line in told:
+        tell(line)
+    format = format or ("hf" if opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
+    if format not in FORMATS:
+        raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
+    if lora is not None:
+        weights = Merged(weights, lora, config.model)
+        tell(f"{lora}: added to {len(weights.adapted)} matrices")
+    if dtype != "keep":
+        weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
+    found = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
+    model = Model(weights, config, Path(tokenizer) if tokenizer else found)
+    _check_complete(model, format, [str(source.path) for source in opened])
+    plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
+    plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer))
+    plan["sources"] = [fingerprint(source) for source in opened] + [str(lora)]
+    with Building(target, plan) as building:
+        if format == "orbax":
+            _write_ours(model, building, tell)
+        else:
+            _write_theirs(model, format, building, shard_bytes, tell)
+    tell(f"{target}: {format}, done")
+    return Path(target)
+
+
+def convert_main(
+    sources: Sequence[str | Path],
+    target: str | Path,
+    *,
+    verify: bool = False,
+    checks: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """`kangaroo convert`: convert, and with `verify` compare the two sides; see `convert` and `verify.verify`.
+
+    With `verify` a target that exists is not written again. Raises UserError.
+    """
+    if not verify:
+        convert(sources, target, **options)
+        return
+    from kangaroo_jax.conversion.verify import QUESTION, pair
+    from kangaroo_jax.conversion.verify import verify as compare
+
+    if not Path(target).exists():
+        convert(sources, target, **options)
+    given = dict(checks or {})
+    compare(*pair([*sources, target]), media=given.get("media"), query=given.get("query") or QUESTION)
+
+
+def _and(words: str) -> str:
+    return f"; {words}" if words else ""
+
+
+def _check_complete(model: Model, format: str, where: list[str]) -> None:
+    """Raise UserError where the source lacks what the format holds."""
+    parts = LAYOUTS[LAYOUT_OF[format]] if format != "orbax" else ("",)
+    lacking = [path for path in shapes_of(model.config.model) if path.startswith(parts)]
+    lacking = [path for path in lacking if path not in model.weights.specs]
+    if lacking:
+        tops = ", ".join(sorted({path.split("/")[0] for path in lacking}))
+        raise UserError(
+            f"{', '.join(where)}: has no {tops}, which the format {format} holds; "
+            "assemble a model with --vision and --llm, or choose another --format"
+        )
+
+
+def _write_ours(model: Model, building: Building, tell: Tell) -> None:
+    total = sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in model.weights.specs.values())
+    building.need(total)
+    progress = Progress("orbax", total, tell)
+    write_params(model.weights, building, progress)
+    write_config(model.config.to_dict(), building.folder)
+    if model.tokenizer is not None:
+        shutil.copyfile(model.tokenizer, building.folder / f"tokenizer{model.tokenizer.suffix}")
+    progress.finish()
+
+
+def _write_theirs(model: Model, format: str, building: Building, shard_bytes: int, tell: Tell) -> None:
+    layout = LAYOUT_OF[format]
+    weights, config = model.weights, model.config
+    if layout == "kangaroo":
+        weights = Marked(weights, special_ids(config.model))
+    rows = [row for row in table_for(layout, config.model) if row.ours != SPECIAL]
+    total = sum(nbytes_there(row, weights) for row in rows)
+    building.need(total)
+    progress = Progress(format, total, tell)
+    _write_config_there(format, model, weights, rows, building)
+    if format == "meta":
+        write_torch(weights, rows, building, progress, "consolidated.00.pth")
+    else:
+        write_safetensors(weights, rows, building, progress, limit=shard_bytes)
+    if layout == "kangaroo":
+        export.write_beside(model.weights, weights, config, model.tokenizer, building.folder, tell)
+    elif layout in ("llama", "meta") and model.tokenizer is not None:
+        shutil.copyfile(model.tokenizer, building.folder / model.tokenizer.name)
+    progress.finish()
+
+
+def _write_config_there(format: str, model: Model, weights: Weights, rows: Sequence[Row], building: Building) -> None:
+    """config.json or params.json, first, so that what cannot be said there is found at once."""
+    llm, folder = model.config.model.llm, building.folder
+    if format == "meta":
+        export.write_json(folder / "params.json", formats.write_meta(llm))
+    elif format == "llama":
+        raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **formats.write_llm(llm)}
+        raw["torch_dtype"] = export.widest(weights, [row.ours for row in rows])
+        raw["max_position_embeddings"] = int(8192 * llm.rope_scaling.factor)
+        export.write_json(folder / "config.json", raw)

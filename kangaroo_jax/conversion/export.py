@@ -1,0 +1,113 @@
+"""What makes a folder of weights a model that others can load: configs, tokenizer, and the code that runs it."""
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion import formats
+from kangaroo_jax.conversion.building import Tell
+from kangaroo_jax.conversion.files import NAMES
+from kangaroo_jax.conversion.sources import HIDDEN_ROWS, SHADOWED, SIDECAR, special_ids
+from kangaroo_jax.conversion.weights import Weights
+
+CODE = Path(__file__).parent / "torch_model"
+CODE_FILES = ("configuration_kangaroo.py", "modeling_kangaroo.py", "processing_kangaroo.py")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON, two spaces a level."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def widest(weights: Weights, paths: Iterable[str] | None = None) -> str:
+    """The name of the type that holds every weight exactly."""
+    dtypes = {weights.specs[path].dtype for path in (paths if paths is not None else weights.specs)}
+    return dtypes.pop().name if len(dtypes) == 1 else "float32"
+
+
+def write_beside(
+    ours: Weights, theirs: Weights, config: ConfigDict, tokenizer: Path | None, folder: Path, tell: Tell
+) -> None:
+    """Write all that stands beside the weights of an exported Kangaroo.
+
+    Args:
+        ours: the weights as our checkpoints have them.
+        theirs: the same with the marks in their rows of the embedding.
+        config: the stage's.
+        tokenizer: its file; without one the export has none, and `chat` needs to be given one.
+        folder: the export.
+        tell: prints a line.
+    """
+    raw = formats.write_hf(config, widest(theirs))
+    if tokenizer is not None:
+        from kangaroo_jax.conversion.tokenizers import write_tokenizer
+
+        raw.update(write_tokenizer(tokenizer, config, folder))
+    else:
+        tell("no tokenizer beside the source: the export has none; give one by --tokenizer")
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", _generation(raw))
+    write_json(folder / "preprocessor_config.json", _preprocessor(config))
+    for name in CODE_FILES:
+        shutil.copyfile(CODE / name, folder / name)
+    dtypes = {p: s.dtype.name for p, s in ours.specs.items() if p not in theirs.specs or theirs.specs[p] != s}
+    write_json(folder / SIDECAR, {"config": config.to_dict(), "dtypes": dtypes})
+    _write_hidden_rows(ours, config, folder / SHADOWED)
+
+
+def _generation(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The release's way to answer: sampled, 512 tokens at most."""
+    value = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 512}
+    if "bos_token_id" in raw:
+        value.update({key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    return value
+
+
+def _preprocessor(config: ConfigDict) -> dict[str, Any]:
+    from kangaroo_jax.models.eva_clip import PIXEL_MEAN, PIXEL_STD
+
+    size = config.data.image_size
+    return {
+        "processor_class": "KangarooProcessor",
+        "auto_map": {"AutoProcessor": "processing_kangaroo.KangarooProcessor"},
+        "size": {"height": size, "width": size},
+        "resample": 3,  # PIL's bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(PIXEL_MEAN),
+        "image_std": list(PIXEL_STD),
+        "frame_sampling": {key: config.data[key] for key in formats.SAMPLING},
+    }
+
+
+def _write_hidden_rows(ours: Weights, config: ConfigDict, path: Path) -> None:
+    """Keep the rows of the embedding that the marks replace there: dead weight, but ours again after a round trip."""
+    spec = ours.specs["llm/embedding"]
+    rows = [ours.read("llm/embedding", (slice(i, i + 1), slice(0, spec.shape[1]))) for i in special_ids(config.model)]
+    write_small_safetensors(path, {HIDDEN_ROWS: np.concatenate(rows)})
+
+
+def write_small_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file of a few arrays. Raises UserError for a type that the format does not know."""
+    entries, position = {}, 0
+    for name, array in arrays.items():
+        if array.dtype not in NAMES:
+            raise UserError(f"{path}: {name} is of type {array.dtype}")
+        end = position + math.prod(array.shape) * array.dtype.itemsize
+        entries[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [position, end]}
+        position = end
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes())

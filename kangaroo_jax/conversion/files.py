@@ -1,0 +1,304 @@
+"""Reading files of tensors: safetensors, torch's zip or pickle (weights only) and Meta's shards.
+
+Nothing is read before it is asked for, and then one tensor or some of its rows at a time.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kangaroo_jax.conventions import UserError
+
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors library
+WRAPPERS = ("state_dict", "module", "model_state_dict", "model")  # keys under which checkpoints hold their weights
+# Along which axis Meta cuts a tensor for several files ("model parallel"); norms are in every file.
+META_AXES = {r"tok_embeddings|output|.*\.(wq|wk|wv|w1|w3)": 0, r".*\.(wo|w2)": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    read_rows: Callable[[int, int], np.ndarray] = dataclasses.field(repr=False)  # first, last + 1 -> an array
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The tensor, or its rows `start` to `stop` (along the first axis). Raises UserError where the file is cut."""
+        return self.read_rows(start, self.shape[0] if stop is None and self.shape else stop or 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def open_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of a folder (an index and its shards, consolidated.*.pth, or the one file there is).
+
+    Raises:
+        UserError: nothing to read, a damaged file, a missing shard, or a name in two files.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _open_file(path)
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / index).is_file():
+            return _open_index(path / index)
+    if shards := sorted(path.glob("consolidated.*.pth")):
+        return _join_meta([_open_file(shard) for shard in shards])
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+        files = [f for f in sorted(path.glob(pattern)) if f.name != "kangaroo_jax.safetensors"]
+        if files:
+            return _merge(_complete(files))
+    raise UserError(f"{path}: no weights here (looked for *.safetensors, *.bin, *.pt, consolidated.*.pth)")
+
+
+def files_of(tensors: Tensors) -> list[Path]:
+    """The files that hold the tensors."""
+    return sorted({tensor.file for tensor in tensors.values()})
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return _open_torch(path)
+    raise UserError(f"{path}: weights are read from *.safetensors, *.bin, *.pt and *.pth")
+
+
+def _open_index(path: Path) -> dict[str, Tensor]:
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{path}: has no weight_map; the file is damaged")
+    opened: dict[str, dict[str, Tensor]] = {}
+    for shard in sorted(set(places.values())):
+        if Path(str(shard)).name != shard:
+            raise UserError(f"{path}: names {shard!r}, which is no file beside it")
+        if not (path.parent / shard).is_file():
+            raise UserError(
+                f"{path.parent / shard}: missing; {path.name} says that it holds weights, download it again"
+            )
+        opened[shard] = _open_file(path.parent / shard)
+    lost = [f"{name} in {shard}" for name, shard in places.items() if name not in opened[shard]]
+    if lost:
+        raise UserError(f"{path}: names tensors that are not where it says: {', '.join(lost)}")
+    return _merge([path.parent / shard for shard in opened], opened)
+
+
+def _complete(files: list[Path]) -> list[Path]:
+    """The files, after a check that of NAME-00001-of-0000N none is missing."""
+    for file in files:
+        parts = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", file.name)
+        for number in range(1, int(parts[4]) + 1) if parts else ():
+            name = f"{parts[1]}{number:0{len(parts[2])}d}{parts[3]}{parts[4]}{parts[5]}" if parts else ""
+            if not (file.parent / name).is_file():
+                raise UserError(f"{file.parent / name}: missing; it is one of {int(parts[4]) if parts else 0} shards")
+    return files
+
+
+def _merge(files: Iterable[Path], opened: Mapping[str, dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+    merged: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in (opened[file.name] if opened else _open_file(file)).items():
+            if name in merged:
+                raise UserError(f"{file}: tensor {name} is also in {merged[name].file.name}; remove one of the two")
+            merged[name] = tensor
+    return merged
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# ------------------------------------------------------------------------------- safetensors
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by the header: 8 bytes of length, that many of JSON, then the data without holes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise UserError(f"{path}: damaged or cut short: a header of {length} bytes in a file of {size}")
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _safetensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+        ends = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged: its header is no safetensors header; download it again") from None
+    position = 0
+    for begin, end in ends:
+        if begin != position:
+            raise UserError(f"{path}: damaged: its header leaves a hole or an overlap at byte {position} of the data")
+        position = end
+    if 8 + length + position != size:
+        raise UserError(f"{path}: cut short or damaged: {size} bytes, but its header wants {8 + length + position}")
+    return tensors
+
+
+def _safetensor(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{path}: tensor {name} is of type {entry['dtype']}, which is not read; use F32, BF16 or F16")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+        raise UserError(f"{path}: damaged: tensor {name} of shape {shape} and type {dtype} is not {end - begin} bytes")
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        wanted = (stop - start, *shape[1:]) if shape else ()
+        row = math.prod(shape[1:]) * dtype.itemsize
+        array = np.empty(math.prod(wanted) * dtype.itemsize, np.uint8)
+        _read_into(path, array, data + begin + start * row)
+        return array.view(dtype).reshape(wanted)
+
+    return Tensor(shape, dtype, path, read_rows)
+
+
+def _read_into(path: Path, array: np.ndarray, offset: int) -> None:
+    view, done = memoryview(array.data), 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+            if not got:
+                raise UserError(f"{path}: cut short while it was read")
+            done += got
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------- torch
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    """Tensors of a torch file. Only tensors and plain containers are unpickled, never another object."""
+    torch = import_torch(f"{path.name} is a torch file")
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand|opcode):? (\S+)", str(error))
+        what = f"it refers to {(found[1] or found[2]).rstrip('.')}" if found else "it holds more than tensors"
+        raise UserError(
+            f"{path}: refused, nothing of it was run: {what}, which is no weight; get the weights as safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: damaged or no torch file ({_first_line(error)})") from None
+    state = _state_dict(loaded)
+    if not state:
+        raise UserError(f"{path}: holds no dictionary of tensors (found {type(loaded).__name__})")
+    return {name: _torch_tensor(path, name, tensor) for name, tensor in state.items()}
+
+
+def _state_dict(loaded: Any) -> dict[str, Any]:
+    """The names and tensors in what a file holds; those of a training script are one level down."""
+    if not isinstance(loaded, Mapping):
+        return {}
+    for key in WRAPPERS:
+        if isinstance(loaded.get(key), Mapping):
+            return _state_dict(loaded[key])
+    state = {str(name): value for name, value in loaded.items() if hasattr(value, "untyped_storage")}
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _torch_tensor(path: Path, name: str, tensor: Any) -> Tensor:
+    dtype = np.dtype(ml_dtypes.bfloat16) if str(tensor.dtype) == "torch.bfloat16" else None
+    try:
+        dtype = dtype or np.dtype(str(tensor.dtype).removeprefix("torch."))
+    except TypeError:
+        raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, which is not read") from None
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        part = tensor.detach()[start:stop].contiguous() if tensor.ndim else tensor.detach()
+        if dtype == ml_dtypes.bfloat16:
+            import torch
+
+            return part.view(torch.int16).numpy().view(dtype)
+        return part.numpy()
+
+    return Tensor(tuple(tensor.shape), dtype, path, read_rows)
+
+
+def import_torch(why: str) -> Any:
+    """torch. Raises UserError that begins with `why` where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{why} and torch is not installed: pip install 'kangaroo-jax[convert]'") from None
+    return torch
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _join_meta(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Meta's files of one model as one: tensors cut over several are put together as they are read."""
+    if len(shards) == 1:
+        return shards[0]
+    joined = {}
+    for name, first in shards[0].items():
+        for shard in shards:
+            if set(shard) != set(shards[0]):
+                odd = sorted(set(shard) ^ set(shards[0]))
+                raise UserError(f"{first.file.parent}: its consolidated files differ in {', '.join(odd)}")
+        axis = next((a for p, a in META_AXES.items() if re.fullmatch(rf"({p})\.weight", name)), None)
+        parts = [shard[name] for shard in shards]
+        joined[name] = first if axis is None else _concatenate(parts, axis)
+    return joined
+
+
+def _concatenate(parts: list[Tensor], axis: int) -> Tensor:
+    first = parts[0]
+    shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return np.concatenate([part.read() for part in parts], axis=axis)[start:stop]
+
+    return Tensor(shape, first.dtype, first.file, read_rows)

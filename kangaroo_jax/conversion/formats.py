@@ -1,0 +1,192 @@
+"""Configurations of other projects to ours and back: Hugging Face's config.json, Meta's params.json."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+
+# name on Hugging Face, key of config.model.llm
+LLM_KEYS = (
+    ("vocab_size", "vocab_size"),
+    ("hidden_size", "width"),
+    ("num_hidden_layers", "depth"),
+    ("num_attention_heads", "heads"),
+    ("num_key_value_heads", "kv_heads"),
+    ("head_dim", "head_dim"),
+    ("intermediate_size", "mlp_width"),
+    ("rms_norm_eps", "norm_eps"),
+)
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Sections that our exports add to config.json, with our own key names; keys that only say how to compute stay here.
+SECTIONS = {
+    "vision_config": ("vision", ("remat",)),
+    "patchify_config": ("patchify", ()),
+    "time_config": ("tpe", ()),
+    "special_ids": ("special_ids", ()),
+}
+SAMPLING = (
+    "image_size",
+    "fps",
+    "min_frames",
+    "max_frames",
+    "long_seconds",
+    "long_min_frames",
+    "long_max_frames",
+)  # keys of config.data that say what a model wants to see
+ROPE_KEYS = (
+    ("factor", "factor"),
+    ("low_freq_factor", "low_freq_factor"),
+    ("high_freq_factor", "high_freq_factor"),
+    ("original_max_position_embeddings", "original_length"),
+)
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what the decoder cannot vary
+USUAL_THETA, USUAL_EPS = 10_000.0, 1e-6  # of transformers' LlamaConfig, where config.json says nothing
+
+
+def section(model: ConfigDict, name: str) -> ConfigDict:
+    """A part of config.model by its dotted name."""
+    for part in name.split("."):
+        model = model[part]
+    return model
+
+
+def read_hf(raw: Mapping[str, Any], model: ConfigDict, where: Path) -> None:
+    """Set the keys of `model` (config.model) that a config.json decides.
+
+    Raises:
+        UserError: the file lacks a size, or asks for something that the decoder does not do.
+    """
+    lacking = [key for key in REQUIRED if not isinstance(raw.get(key), int)]
+    if lacking:
+        raise UserError(f"{where}: does not say {', '.join(lacking)}; is it the config.json of a Llama?")
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"{where}: {key} is {raw[key]!r}, but the decoder only does {value!r}")
+    llm = model.llm
+    heads = raw["num_attention_heads"]
+    usual = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, "rms_norm_eps": USUAL_EPS}
+    for theirs, ours in LLM_KEYS:
+        value = raw.get(theirs) if raw.get(theirs) is not None else usual[theirs]
+        llm[ours] = type(llm[ours])(value)
+    _read_rope(raw, llm, where)
+    for theirs, (ours, _) in SECTIONS.items():
+        _update(section(model, ours), raw.get(theirs), f"{where}, {theirs}")
+    if raw.get("mm_projector_type"):
+        model.projector = str(raw["mm_projector_type"])
+
+
+def _update(target: ConfigDict, values: Any, where: str) -> None:
+    for key, value in dict(values or {}).items():
+        if key not in target:
+            raise UserError(f"{where}: {key!r} is no key of this model; the file was written by another version")
+        target[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _read_rope(raw: Mapping[str, Any], llm: ConfigDict, where: Path) -> None:
+    """`rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them."""
+    parameters = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = parameters.pop("rope_theta", None) or raw.get("rope_theta")
+    llm.rope_theta = float(USUAL_THETA if theta is None else theta)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        llm.rope_scaling.factor = 1.0
+        return
+    if kind != "llama3":
+        raise UserError(f"{where}: rope scaling {kind!r} is not done here, only 'llama3'; use another checkpoint")
+    try:
+        for theirs, ours in ROPE_KEYS:
+            llm.rope_scaling[ours] = type(llm.rope_scaling[ours])(parameters[theirs])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: rope scaling 'llama3' needs numbers {', '.join(k for k, _ in ROPE_KEYS)}") from None
+
+
+def write_llm(llm: ConfigDict) -> dict[str, Any]:
+    """The keys of a config.json that a Llama of transformers 4 and 5 reads."""
+    raw: dict[str, Any] = {theirs: llm[ours] for theirs, ours in LLM_KEYS}
+    scaling = llm.get("rope_scaling")
+    raw.update(rope_theta=llm.rope_theta, rope_scaling=None, **FIXED, tie_word_embeddings=False)
+    if scaling and scaling.factor != 1.0:
+        raw["rope_scaling"] = {"rope_type": "llama3", **{theirs: scaling[ours] for theirs, ours in ROPE_KEYS}}
+    return raw
+
+
+def write_hf(config: ConfigDict, dtype: str) -> dict[str, Any]:
+    """config.json of a Kangaroo. `config` is a stage's; `dtype` that of the weights."""
+    model = config.model
+    raw: dict[str, Any] = {
+        "architectures": ["KangarooForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_kangaroo.KangarooConfig",
+            "AutoModelForCausalLM": "modeling_kangaroo.KangarooForCausalLM",
+        },
+        "model_type": "kangaroo",
+        "torch_dtype": dtype,
+        **write_llm(model.llm),
+        "max_position_embeddings": max(8192, config.data.tokens_per_pack),
+        "mm_projector_type": model.projector,
+    }
+    for theirs, (ours, left_out) in SECTIONS.items():
+        plain = section(model, ours).to_dict() if hasattr(section(model, ours), "to_dict") else {}
+        raw[theirs] = {key: value for key, value in plain.items() if key not in left_out}
+    raw["frame_sampling"] = {key: config.data[key] for key in SAMPLING}
+    return raw
+
+
+# -------------------------------------------------------------------------------------- Meta
+
+_META_SIZES = ((1024, 1.3), (4096, 1.3), (256, 1.5), (256, None))  # (multiple_of, ffn_dim_multiplier) of published ones
+
+
+def meta_mlp_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """How Meta's models come to their MLP width."""
+    hidden = int(2 * 4 * dim / 3)
+    hidden = int(multiplier * hidden) if multiplier is not None else hidden
+    return multiple_of * -(-hidden // multiple_of)
+
+
+def read_meta(raw: Mapping[str, Any], model: ConfigDict, where: Path, vocabulary: int) -> None:
+    """Set config.model.llm from params.json; `vocabulary` is that of the weights, where the file gives -1 or none.
+
+    Raises:
+        UserError: a key is missing.
+    """
+    llm = model.llm
+    try:
+        llm.width, llm.depth, llm.heads = int(raw["dim"]), int(raw["n_layers"]), int(raw["n_heads"])
+        llm.norm_eps, llm.rope_theta = float(raw["norm_eps"]), float(raw.get("rope_theta", USUAL_THETA))
+        llm.mlp_width = meta_mlp_width(llm.width, int(raw["multiple_of"]), raw.get("ffn_dim_multiplier"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: is no params.json of a Llama ({error} is missing or no number)") from None
+    llm.kv_heads, llm.head_dim = int(raw.get("n_kv_heads") or llm.heads), llm.width // llm.heads
+    llm.vocab_size = int(raw.get("vocab_size") or vocabulary)
+    llm.vocab_size = vocabulary if llm.vocab_size < 0 else llm.vocab_size
+    factor = float(raw.get("rope_scaling_factor") or 8.0) if raw.get("use_scaled_rope") else 1.0
+    llm.rope_scaling.update(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+
+
+def write_meta(llm: ConfigDict) -> dict[str, Any]:
+    """params.json. Raises UserError for sizes or a rope scaling that Meta's format cannot say."""
+    raw: dict[str, Any] = dict(
+        dim=llm.width,
+        n_layers=llm.depth,
+        n_heads=llm.heads,
+        n_kv_heads=llm.kv_heads,
+        vocab_size=llm.vocab_size,
+        norm_eps=llm.norm_eps,
+        rope_theta=llm.rope_theta,
+    )
+    if llm.head_dim * llm.heads != llm.width:
+        raise UserError(f"format meta: heads of {llm.head_dim} times {llm.heads} must be the width {llm.width}")
+    # Where no published pair gives the width, one that always does: the width itself is the multiple.
+    sizes = [*_META_SIZES, (llm.mlp_width, llm.mlp_width / int(8 * llm.width / 3))]
+    fits = [pair for pair in sizes if meta_mlp_width(llm.width, *pair) == llm.mlp_width]
+    raw["multiple_of"], raw["ffn_dim_multiplier"] = fits[0]
+    scaling = llm.get("rope_scaling")
+    if scaling and scaling.factor != 1.0:
+        if (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length) != (1.0, 4.0, 8192):
+            raise UserError("format meta: it knows Llama 3.1's rope scaling (1, 4, 8192) alone")
+        raw.update(use_scaled_rope=True, rope_scaling_factor=scaling.factor)
+    return raw

@@ -1,0 +1,296 @@
+"""The two-way table of names: for every parameter its path here, its name there, and how the two are laid out.
+
+A row holds one rearrangement (cut dimensions, then reorder them). `here` applies it and `there` undoes it, so
+that both directions come from the same row, move every number once, and change none.
+
+    layout     what it is                                                      covers
+    kangaroo   the released Kangaroo: Llama, `vision_tower.*`, `mm_projector.*`  everything
+    llama      Llama on Hugging Face                                           llm/
+    meta       Llama as Meta publishes it                                      llm/
+    eva        EVA-CLIP and OpenCLIP, `visual.*` (or without that prefix)      vision/
+    timm       the same encoder as timm names it                               vision/
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from kangaroo_jax.conventions import UserError
+
+LAYOUTS = {"kangaroo": ("",), "llama": ("llm/",), "meta": ("llm/",), "eva": ("vision/",), "timm": ("vision/",)}
+STACKED = re.compile(r"(llm/layers|vision/blocks)/")  # paths with a leading axis of layers
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """A shape there, its dimensions cut to `split`, and the order in which those stand here."""
+
+    shape: Shape
+    split: Shape
+    order: tuple[int, ...]
+
+
+# How a parameter of a given shape here is laid out there. Linear maps are [out, in] in torch and [in, out] here.
+LAID_OUT: dict[str, Callable[[Shape], Arrangement]] = {
+    "same": lambda s: Arrangement(s, s, tuple(range(len(s)))),
+    "linear": lambda s: Arrangement((s[1], s[0]), (s[1], s[0]), (1, 0)),
+    "to_heads": lambda s: Arrangement((s[1] * s[2], s[0]), (s[1], s[2], s[0]), (2, 0, 1)),  # [N H, D], [D, N, H]
+    "from_heads": lambda s: Arrangement((s[2], s[0] * s[1]), (s[2], s[0], s[1]), (1, 2, 0)),  # [D, N H], [N, H, D]
+    "heads_bias": lambda s: Arrangement((s[0] * s[1],), s, (0, 1)),  # [N H], [N, H]
+    # Meta rotates the neighbours (2i, 2i + 1), we (as Hugging Face) the halves (i, i + H / 2).
+    "to_rotary_heads": lambda s: Arrangement(
+        (s[1] * s[2], s[0]), (s[1], s[2] // 2, 2, s[0]), (3, 0, 2, 1)
+    ),  # [N (H/2 2), D], [D, N, (2 H/2)]
+    "patches": lambda s: _patches(s, math.isqrt(s[0] // 3)),  # [D, 3, p, p], [(p p 3), D]
+    "depthwise": lambda s: Arrangement((s[3], 1, *s[:3]), (s[3], *s[:3]), (1, 2, 3, 0)),  # [D, 1, k, r, c]
+    "token": lambda s: Arrangement((1, 1, *s), s, (0,)),  # [1, 1, D], [D]
+    "positions": lambda s: Arrangement((1, *s), s, (0, 1)),  # [1, 1 + P, D], [1 + P, D]
+}
+
+
+def _patches(s: Shape, p: int) -> Arrangement:
+    return Arrangement((s[1], 3, p, p), (s[1], 3, p, p), (2, 3, 1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter (of one layer) here and there."""
+
+    ours: str  # path, as in `training.parameters`
+    layer: int | None  # its place on the leading axis of a stacked parameter
+    theirs: str
+    shape_here: Shape  # of the one layer
+    arrangement: Arrangement
+    rows: tuple[int, ...] = ()  # not the whole of theirs, but these of its rows
+
+    @property
+    def shape_there(self) -> Shape:
+        """Shape of the whole tensor there; ValueError for a row that is only some rows of one."""
+        if self.rows:
+            raise ValueError(f"{self.theirs}: its shape is not that of {self.ours}")
+        return self.arrangement.shape
+
+    @property
+    def cut_axis(self) -> int | None:
+        """The axis here that is the first one there, where both may be cut into ranges; None where they may not."""
+        a = self.arrangement
+        whole = a.split == a.shape and len(self.shape_here) == len(a.split) and not self.rows
+        return a.order.index(0) if whole else None
+
+    def here(self, array: np.ndarray) -> np.ndarray:
+        """A tensor of theirs (or a range of it along its first axis) as it is laid out here."""
+        a = self.arrangement
+        if array.shape == a.shape:
+            return array.reshape(a.split).transpose(a.order).reshape(self.shape_here)
+        return array.transpose(a.order)
+
+    def there(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `here`."""
+        a = self.arrangement
+        back = tuple(np.argsort(a.order))
+        if array.shape == self.shape_here:
+            return array.reshape([a.split[i] for i in a.order]).transpose(back).reshape(a.shape)
+        return array.transpose(back)
+
+
+# ----------------------------------------------------------------------------------- the table
+
+# path here, how it is laid out, name on Hugging Face, name at Meta
+LLM = (
+    ("llm/embedding", "same", "model.embed_tokens.weight", "tok_embeddings.weight"),
+    ("llm/norm/scale", "same", "model.norm.weight", "norm.weight"),
+    ("llm/head/kernel", "linear", "lm_head.weight", "output.weight"),
+    *(
+        (f"llm/layers/{ours}", how, f"model.layers.{{i}}.{hf}.weight", f"layers.{{i}}.{meta}.weight")
+        for ours, how, hf, meta in (
+            ("attention_norm/scale", "same", "input_layernorm", "attention_norm"),
+            ("attention/query/kernel", "to_heads", "self_attn.q_proj", "attention.wq"),
+            ("attention/key/kernel", "to_heads", "self_attn.k_proj", "attention.wk"),
+            ("attention/value/kernel", "to_heads", "self_attn.v_proj", "attention.wv"),
+            ("attention/out/kernel", "from_heads", "self_attn.o_proj", "attention.wo"),
+            ("mlp_norm/scale", "same", "post_attention_layernorm", "ffn_norm"),
+            ("mlp/gate/kernel", "linear", "mlp.gate_proj", "feed_forward.w1"),
+            ("mlp/up/kernel", "linear", "mlp.up_proj", "feed_forward.w3"),
+            ("mlp/down/kernel", "linear", "mlp.down_proj", "feed_forward.w2"),
+        )
+    ),
+)
+ROTARY_AT_META = ("llm/layers/attention/query/kernel", "llm/layers/attention/key/kernel")
+
+# path here, how it is laid out, EVA's name, timm's name
+VISION = (
+    ("vision/cls_token", "token", "cls_token", "cls_token"),
+    ("vision/position_embedding", "positions", "pos_embed", "pos_embed"),
+    ("vision/patch_embedding/kernel", "patches", "patch_embed.proj.weight", "patch_embed.proj.weight"),
+    ("vision/patch_embedding/bias", "same", "patch_embed.proj.bias", "patch_embed.proj.bias"),
+    ("vision/norm/scale", "same", "norm.weight", "norm.weight"),
+    ("vision/norm/bias", "same", "norm.bias", "norm.bias"),
+    *(
+        (f"vision/blocks/{ours}", how, f"blocks.{{i}}.{eva}", f"blocks.{{i}}.{timm}")
+        for ours, how, eva, timm in (
+            ("attention_norm/scale", "same", "norm1.weight", "norm1.weight"),
+            ("attention_norm/bias", "same", "norm1.bias", "norm1.bias"),
+            ("attention/query/kernel", "to_heads", "attn.q_proj.weight", "attn.q_proj.weight"),
+            ("attention/query/bias", "heads_bias", "attn.q_bias", "attn.q_proj.bias"),
+            ("attention/key/kernel", "to_heads", "attn.k_proj.weight", "attn.k_proj.weight"),
+            ("attention/value/kernel", "to_heads", "attn.v_proj.weight", "attn.v_proj.weight"),
+            ("attention/value/bias", "heads_bias", "attn.v_bias", "attn.v_proj.bias"),
+            ("attention/norm/scale", "same", "attn.inner_attn_ln.weight", "attn.norm.weight"),
+            ("attention/norm/bias", "same", "attn.inner_attn_ln.bias", "attn.norm.bias"),
+            ("attention/out/kernel", "linear", "attn.proj.weight", "attn.proj.weight"),
+            ("attention/out/bias", "same", "attn.proj.bias", "attn.proj.bias"),
+            ("mlp_norm/scale", "same", "norm2.weight", "norm2.weight"),
+            ("mlp_norm/bias", "same", "norm2.bias", "norm2.bias"),
+            ("mlp/gate/kernel", "linear", "mlp.w1.weight", "mlp.fc1_g.weight"),
+            ("mlp/gate/bias", "same", "mlp.w1.bias", "mlp.fc1_g.bias"),
+            ("mlp/up/kernel", "linear", "mlp.w2.weight", "mlp.fc1_x.weight"),
+            ("mlp/up/bias", "same", "mlp.w2.bias", "mlp.fc1_x.bias"),
+            ("mlp/norm/scale", "same", "mlp.ffn_ln.weight", "mlp.norm.weight"),
+            ("mlp/norm/bias", "same", "mlp.ffn_ln.bias", "mlp.norm.bias"),
+            ("mlp/down/kernel", "linear", "mlp.w3.weight", "mlp.fc2.weight"),
+            ("mlp/down/bias", "same", "mlp.w3.bias", "mlp.fc2.bias"),
+        )
+    ),
+)
+
+# path here, how it is laid out, name in the release; {patchify} is the name that its config gives to the convolution
+JOINT = (
+    ("patchify/kernel", "depthwise", "{patchify}.weight"),
+    ("patchify/bias", "same", "{patchify}.bias"),
+)
+PROJECTORS = {
+    "mlp2x_gelu": (
+        ("projector/first/kernel", "linear", "mm_projector.0.weight"),
+        ("projector/first/bias", "same", "mm_projector.0.bias"),
+        ("projector/second/kernel", "linear", "mm_projector.2.weight"),
+        ("projector/second/bias", "same", "mm_projector.2.bias"),
+    ),
+    "linear": (
+        ("projector/first/kernel", "linear", "mm_projector.weight"),
+        ("projector/first/bias", "same", "mm_projector.bias"),
+    ),
+}
+SPECIAL = "special_embedding"  # stands in the rows `special_ids` of the token embedding there
+
+# Tensors that files of a layout may hold and that are no weights of this model: what they are, by pattern.
+CLIP_HEAD = "CLIP's projection, text tower and temperature"
+NOT_WEIGHTS = {
+    "eva": ((r"text\..*|logit_scale|logit_bias|(visual\.)?head\.(weight|bias)", CLIP_HEAD),),
+    "timm": ((r"head\.(weight|bias)", CLIP_HEAD),),
+}
+# Tables that a file may carry and that follow from its config: they are compared with what we compute.
+DERIVED = {
+    "kangaroo": ((r"vision_tower\.(.*\.)?freqs_(cos|sin)", "vision"), (r"model\..*rotary_emb\.inv_freq", "llm")),
+    "eva": ((r"(visual\.)?(.*\.)?freqs_(cos|sin)", "vision"),),
+    "llama": ((r"model\..*rotary_emb\.inv_freq", "llm"),),
+    "meta": ((r"rope\.freqs", "llm"),),
+}
+
+
+def entries(layout: str, *, projector: str = "mlp2x_gelu", patchify: str = "patchify", prefix: str = "visual.") -> list:
+    """(path here, how, name there) of every parameter of a layout; "{i}" in a name is the layer.
+
+    `prefix` is that of the layout `eva`. Raises KeyError for a layout or projector that is unknown.
+    """
+    if layout == "llama":
+        return [(ours, how, hf) for ours, how, hf, _ in LLM]
+    if layout == "meta":
+        rotary = {ours: "to_rotary_heads" for ours in ROTARY_AT_META}
+        return [(ours, rotary.get(ours, how), meta) for ours, how, _, meta in LLM]
+    if layout == "eva":
+        return [(ours, how, prefix + eva) for ours, how, eva, _ in VISION]
+    if layout == "timm":
+        return [(ours, how, timm) for ours, how, _, timm in VISION]
+    joint = [(ours, how, name.replace("{patchify}", patchify)) for ours, how, name in JOINT]
+    vision = [(ours, how, f"vision_tower.{eva}") for ours, how, eva, _ in VISION]
+    return [*entries("llama"), *vision, *joint, *PROJECTORS[projector]] if LAYOUTS[layout] else []
+
+
+def table(layout: str, shapes: Mapping[str, Shape], special_ids: Sequence[int] = (), **options: str) -> list[Row]:
+    """Every row of a layout for a model whose parameters have `shapes` here.
+
+    Args:
+        layout: a key of LAYOUTS.
+        shapes: path -> shape, of the whole model.
+        special_ids: rows of the token embedding that hold the marks around a video (layout `kangaroo`).
+        options: see `entries`.
+
+    Raises:
+        UserError: a parameter that the layout covers has no row, so that it would be lost.
+    """
+    covered = {path for path in shapes if path.startswith(LAYOUTS[layout])}
+    rows = []
+    for ours, how, theirs in entries(layout, **options):
+        if ours not in covered:
+            continue
+        covered.discard(ours)
+        stacked = STACKED.match(ours)
+        shape = tuple(shapes[ours][1:] if stacked else shapes[ours])
+        for layer in range(shapes[ours][0]) if stacked else (None,):
+            name = theirs.replace("{i}", str(layer))
+            rows.append(Row(ours, layer, name, shape, LAID_OUT[how](shape)))
+    if SPECIAL in covered:
+        covered.discard(SPECIAL)
+        shape = tuple(shapes[SPECIAL])
+        embedding = next(theirs for ours, _, theirs in entries(layout, **options) if ours == "llm/embedding")
+        rows.append(Row(SPECIAL, None, embedding, shape, LAID_OUT["same"](shape), tuple(special_ids)))
+    if covered:
+        raise UserError(f"layout {layout}: no name for {', '.join(sorted(covered))}")
+    return rows
+
+
+def match(rows: Iterable[Row], found: Mapping[str, Shape], where: str, known: Iterable[str] = ()) -> None:
+    """Check that the tensors of a file are those of the table, each once.
+
+    Args:
+        rows: the table.
+        found: name there -> shape.
+        where: the file or folder, for the message.
+        known: patterns of names that may be there without a row.
+
+    Raises:
+        UserError: naming every tensor that is missing, unknown or of another shape.
+    """
+    wanted = {row.theirs: row.shape_there for row in rows if not row.rows}
+    missing = [name for name in wanted if name not in found]
+    patterns = [re.compile(pattern) for pattern in known]
+    unknown = [n for n in found if n not in wanted and not any(p.fullmatch(n) for p in patterns)]
+    wrong: dict[tuple[Shape, Shape], list[str]] = {}
+    for name, shape in wanted.items():
+        if name in found and tuple(found[name]) != shape:
+            wrong.setdefault((tuple(found[name]), shape), []).append(name)
+    problems = [f"missing: {brief(missing)}"] if missing else []
+    problems += [f"unknown: {brief(unknown)}"] if unknown else []
+    problems += [f"of shape {found} where the config wants {shape}: {brief(n)}" for (found, shape), n in wrong.items()]
+    if problems:
+        count = len(missing) + len(unknown) + sum(map(len, wrong.values()))
+        raise UserError(f"{where}: {count} tensors do not fit the model; {'; '.join(problems)}")
+
+
+def brief(names: Iterable[str]) -> str:
+    """Every name, those that differ in the layer's number alone as one: "model.layers.{0-31}.mlp.up_proj.weight"."""
+    groups: dict[tuple[str, str], list[int | None]] = {}
+    for name in names:
+        parts = re.fullmatch(r"(.*?(?:layers|blocks)\.)(\d+)(\..*)", name)
+        key, number = ((parts[1], parts[3]), int(parts[2])) if parts else ((name, ""), None)
+        groups.setdefault(key, []).append(number)
+    return ", ".join(
+        head if numbers[0] is None else f"{head}{_ranges(sorted(n for n in numbers if n is not None))}{tail}"
+        for (head, tail), numbers in groups.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return "{" + ",".join("-".join(map(str, run)) for run in runs) + "}"

@@ -1,0 +1,304 @@
+"""What there is to convert from: finds out what a path holds, checks it against the table, reads its config."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion import formats, names
+from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, open_tensors, read_json
+from kangaroo_jax.conversion.names import Row
+from kangaroo_jax.conversion.store import Stored
+from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights, whole
+
+SIDECAR, SHADOWED = "kangaroo_jax.json", "kangaroo_jax.safetensors"  # what of ours a folder of theirs also holds
+HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks hide
+# A tensor that only this layout has, by which it is known.
+SIGNS = (
+    ("kangaroo", "vision_tower.cls_token"),
+    ("llama", "model.embed_tokens.weight"),
+    ("meta", "tok_embeddings.weight"),
+    ("eva", "visual.blocks.0.mlp.w1.weight"),
+    ("eva", "blocks.0.mlp.w1.weight"),
+    ("timm", "blocks.0.mlp.fc1_g.weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights under our names, and what else is known of the model.
+
+    Attributes:
+        path: what was given.
+        layout: `orbax`, or a key of `names.LAYOUTS`.
+        weights: everything that the layout covers.
+        config: a stage's config; of its `model`, what the layout does not cover is the preset's.
+        tokenizer: file, or None.
+        files: what the weights were read from.
+        left_out: what else the files hold, in words.
+    """
+
+    path: Path
+    layout: str
+    weights: Weights
+    config: ConfigDict
+    tokenizer: Path | None
+    files: tuple[Path, ...]
+    left_out: str = ""
+
+
+def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mapping[str, Any] | None = None) -> Source:
+    """Find out what `path` holds and open it, reading no weight yet.
+
+    Args:
+        path: a folder or file.
+        preset: what the model is where the files do not say.
+        overrides: keys of a stage's config that win over both.
+
+    Raises:
+        UserError: nothing is known there, or its tensors are not those of the table.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if is_ours(path):
+        return _open_ours(path)
+    tensors = open_tensors(path)
+    layout = next((layout for layout, sign in SIGNS if sign in tensors), None)
+    if layout is None:
+        some = ", ".join(sorted(tensors)[:3])
+        raise UserError(f"{path}: these are no weights of a known layout (its names are like {some})")
+    config = _config(path, layout, tensors, preset)
+    config.update_from_flattened_dict(dict(overrides or {}))
+    if layout in ("eva", "timm"):
+        config.model.vision.pos_embed_grid = _stored_grid(tensors, config, path)
+    weights, left_out = _mapped(path, layout, tensors, config)
+    return Source(path, layout, weights, config, _tokenizer(path), tuple(files_of(tensors)), left_out)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether training, or a conversion to `orbax`, wrote this folder."""
+    from kangaroo_jax.training.checkpoint import find
+
+    try:
+        find(path)
+    except UserError:
+        return False
+    return True
+
+
+def _open_ours(path: Path) -> Source:
+    from kangaroo_jax.training import checkpoint
+
+    folder = checkpoint.find(path)
+    config = ConfigDict(checkpoint.load_config(folder).to_dict())
+    default = stage_config("kangaroo_8b").model.llm.rope_scaling
+    config.model.llm.rope_scaling = config.model.llm.get("rope_scaling", default)
+    weights = Stored(folder / "params")
+    checkpoint.check_shapes(weights.specs, model_shapes(config.model), folder)
+    try:
+        tokenizer: Path | None = checkpoint.find_tokenizer(folder)
+    except UserError:
+        tokenizer = None
+    files = tuple(sorted(f for f in (folder / "params").rglob("*") if f.is_file()))
+    return Source(path, "orbax", weights, config, tokenizer, files)
+
+
+def model_shapes(model: ConfigDict) -> dict[str, Any]:
+    """path -> shape and dtype of every parameter of `config.model`."""
+    return dict(_model_shapes(model.to_json_best_effort(sort_keys=True)))
+
+
+@functools.lru_cache(maxsize=16)
+def _model_shapes(model: str) -> dict[str, Any]:
+    """Tracing a model takes a second; a conversion wants its shapes several times."""
+    from kangaroo_jax.training.checkpoint import abstract_model
+
+    return dict(abstract_model(ConfigDict(_tuples(json.loads(model)))).shapes)
+
+
+def shapes_of(model: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """path -> shape of every parameter of `config.model`."""
+    return {path: tuple(entry.shape) for path, entry in model_shapes(model).items()}
+
+
+def special_ids(model: ConfigDict) -> tuple[int, ...]:
+    """The tokens whose embeddings are the rows of `special_embedding`, in order."""
+    from kangaroo_jax.models.kangaroo import MARKS
+
+    return tuple(model.special_ids[mark] for mark in MARKS)
+
+
+# ----------------------------------------------------------------------------------- configs
+
+
+def _config(path: Path, layout: str, tensors: Tensors, preset: str) -> ConfigDict:
+    folder = path if path.is_dir() else path.parent
+    config = ConfigDict(stage_config(preset).to_dict())
+    if layout == "kangaroo" and (folder / SIDECAR).is_file():
+        plain = read_json(folder / SIDECAR).get("config")
+        if not isinstance(plain, dict):
+            raise UserError(f"{folder / SIDECAR}: holds no config; remove the file to go without it")
+        config = ConfigDict(_tuples(plain))
+    if layout in ("kangaroo", "llama"):
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json beside the weights; it says what the shapes cannot (rope theta)")
+        raw = read_json(folder / "config.json")
+        if layout == "llama" and raw.get("model_type") not in ("llama", None):
+            raise UserError(f"{folder / 'config.json'}: model_type {raw['model_type']!r} is no Llama")
+        formats.read_hf(raw, config.model, folder / "config.json")
+        sampling = raw.get("frame_sampling") if layout == "kangaroo" else None
+        config.data.update({key: value for key, value in (sampling or {}).items() if key in formats.SAMPLING})
+    if layout == "meta":
+        if not (folder / "params.json").is_file():
+            raise UserError(f"{folder}: no params.json beside the weights; it says what the shapes cannot (rope theta)")
+        vocabulary = tensors["tok_embeddings.weight"].shape[0]
+        formats.read_meta(read_json(folder / "params.json"), config.model, folder / "params.json", vocabulary)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _stored_grid(tensors: Tensors, config: ConfigDict, path: Path) -> int:
+    """The side of the grid of an encoder's position embedding; it differs between 224, 336 and 448 pixels."""
+    name = next((name for name in ("visual.pos_embed", "pos_embed") if name in tensors), None)
+    if name is None:
+        return config.model.vision.pos_embed_grid  # `names.match` will say that it is missing
+    shape = tensors[name].shape
+    side = round((shape[1] - 1) ** 0.5) if len(shape) == 3 and shape[1] > 1 else 0
+    if side * side != (shape[1] - 1 if len(shape) == 3 else -1):
+        raise UserError(f"{path}: {name} of shape {shape} is not CLS and a square grid")
+    return side
+
+
+def _tokenizer(path: Path) -> Path | None:
+    folder = path if path.is_dir() else path.parent
+    for name in ("kangaroo_tokenizer.model", "tokenizer.model", "tokenizer.json", "original/tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def _mapped(path: Path, layout: str, tensors: Tensors, config: ConfigDict) -> tuple[Weights, str]:
+    """The tensors under our names, and what else the files hold. Raises UserError; see `names.match`."""
+    rows = table_for(layout, config.model, tensors)
+    not_weights = names.NOT_WEIGHTS.get(layout, ())
+    derived = names.DERIVED.get(layout, ())
+    known = [pattern for pattern, _ in (*not_weights, *derived)]
+    names.match(rows, {name: tensor.shape for name, tensor in tensors.items()}, str(path), known)
+    _check_derived(path, layout, tensors, config.model)
+    left = [words for name in tensors for pattern, words in not_weights if re.fullmatch(pattern, name)]
+    weights: Weights = Mapped(tensors, rows)
+    folder = path if path.is_dir() else path.parent
+    if layout == "kangaroo" and (folder / SIDECAR).is_file():
+        weights = _as_it_was(weights, folder, config.model)
+    return weights, f"{len(left)} tensors are left out: {', '.join(sorted(set(left)))}" if left else ""
+
+
+def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None = None) -> list[Row]:
+    """The rows of a layout for `config.model`, with the names that the files at hand use where those may differ."""
+    tensors = tensors or {}
+    options = {"projector": model.projector}
+    if layout == "kangaroo":
+        options["patchify"] = _patchify_name(tensors, model) or "patchify"
+    if layout == "eva":
+        options["prefix"] = "" if "cls_token" in tensors else "visual."
+    rows = names.table(layout, shapes_of(model), special_ids(model), **options)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if layout in ("llama", "kangaroo") and head not in tensors and embedding in tensors:
+        rows = [dataclasses.replace(r, theirs=embedding) if r.theirs == head else r for r in rows]  # tied
+    return rows
+
+
+def _patchify_name(tensors: Mapping[str, Any], model: ConfigDict) -> str | None:
+    """The convolution's name is not known of the release: it is the one weight of that shape."""
+    wanted = (model.vision.width, 1, *model.patchify.kernel)
+    found = [name for name, tensor in tensors.items() if tensor.shape == wanted and name.endswith(".weight")]
+    return found[0].removesuffix(".weight") if len(found) == 1 else None
+
+
+def _check_derived(path: Path, layout: str, tensors: Tensors, model: ConfigDict) -> None:
+    """Compare tables that follow from the config with what we compute. Raises UserError where they differ."""
+    for name, tensor in tensors.items():
+        kind = next((k for p, k in names.DERIVED.get(layout, ()) if re.fullmatch(p, name)), None)
+        if kind is None:
+            continue
+        expected = _vision_rope(name, tensor, model.vision) if kind == "vision" else _llm_rope(layout, model.llm)
+        found = tensor.read().astype(np.float64)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-2, atol=1e-2 * expected.max()):
+            raise UserError(
+                f"{path}: {name} is not the rotary table of this config; check rope_theta, heads and the grid"
+            )
+
+
+def _vision_rope(name: str, tensor: Tensor, vision: ConfigDict) -> np.ndarray:
+    from kangaroo_jax.models.layers import rotary_2d
+
+    side = max(1, round(tensor.shape[0] ** 0.5))
+    head_dim = vision.width // vision.heads
+    tables = rotary_2d(side, head_dim, vision.rope_theta, vision.rope_reference_grid)
+    return np.repeat(tables[0 if name.endswith("cos") else 1], 2, axis=-1)
+
+
+def _llm_rope(layout: str, llm: ConfigDict) -> np.ndarray:
+    from kangaroo_jax.models.layers import RopeScaling
+
+    frequencies = llm.rope_theta ** -(np.arange(0, llm.head_dim, 2) / llm.head_dim)
+    scaled = llm.rope_scaling.factor != 1.0 and layout != "meta"
+    return RopeScaling(**llm.rope_scaling).apply(frequencies) if scaled else frequencies
+
+
+def _as_it_was(weights: Weights, folder: Path, model: ConfigDict) -> Weights:
+    """Undo what our export had to do to fit the layout: the rows that the marks hide, and types made wider."""
+    if (folder / SHADOWED).is_file():
+        hidden = open_tensors(folder / SHADOWED).get(HIDDEN_ROWS)
+        ids = special_ids(model)
+        if hidden is None or hidden.shape != (len(ids), model.llm.width):
+            raise UserError(f"{folder / SHADOWED}: does not belong to these weights; remove it to go without it")
+        dtype = weights.specs["llm/embedding"].dtype
+        weights = Overlaid(weights, ids, hidden.read().astype(dtype))
+    recorded = read_json(folder / SIDECAR).get("dtypes", {})
+    dtypes = {path: _dtype(name) for path, name in recorded.items() if path in weights.specs}
+    narrowed = {path: dtype for path, dtype in dtypes.items() if _is_exact(weights, path, dtype)}
+    return Cast(weights, narrowed)
+
+
+def _dtype(name: str) -> np.dtype:
+    from kangaroo_jax.conversion.weights import dtype_named
+
+    return dtype_named(name)
+
+
+def _is_exact(weights: Weights, path: str, dtype: np.dtype) -> bool:
+    """Whether a parameter loses nothing in the type that it had before an export made it wider."""
+    spec = weights.specs[path]
+    if spec.dtype == dtype:
+        return True
+    step = max(1, (64 << 20) // max(1, int(np.prod(spec.shape[1:])) * spec.dtype.itemsize))
+    for start in range(0, spec.shape[0], step):
+        box = (slice(start, min(start + step, spec.shape[0])), *whole(spec.shape[1:]))
+        array = weights.read(path, box)
+        if not np.array_equal(array.astype(dtype).astype(spec.dtype), array):
+            return False
+    return True
+
+
+def fingerprint(source: Source) -> list[Any]:
+    """Changes when the files do; part of the plan of a resumable conversion."""
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+    return json.loads(json.dumps([str(source.path.resolve()), stats]))

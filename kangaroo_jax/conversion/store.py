@@ -1,0 +1,143 @@
+"""Our own checkpoints (Orbax), a box at a time: read whatever training wrote, write without a whole array in memory.
+
+    DIR/params/{_METADATA, PATH/{.zarray, 0.0.0}}    DIR/config    DIR/tokenizer.*
+
+What is written are Orbax's plain (not OCDBT) zarr arrays, uncompressed, one file for each layer of a stacked
+parameter, so that a conversion may stop and go on at any file. Orbax restores it like any other.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion.building import Building, Progress, ahead
+from kangaroo_jax.conversion.files import read_json
+from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_finite
+
+# Large parameters that are no stack are cut along the dimension of the vocabulary.
+CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}
+_ZARR_DTYPES = {"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"}
+
+
+class Stored:
+    """The parameters of an Orbax checkpoint."""
+
+    def __init__(self, params: Path) -> None:
+        """`params`: the folder of that name. Raises UserError where it is no flat dictionary of arrays."""
+        import tensorstore
+
+        self._folder = params
+        metadata = read_json(params / "_METADATA")
+        keys = [[key["key"] for key in entry["key_metadata"]] for entry in metadata.get("tree_metadata", {}).values()]
+        if not keys or any(len(key) != 1 for key in keys):
+            raise UserError(f"{params}: is no flat dictionary of parameters; give a checkpoint that kangaroo wrote")
+        self._arrays: dict[str, Any] = {}
+        self.specs: dict[str, Spec] = {}
+        for (path,) in keys:
+            self._arrays[path] = array = self._open(tensorstore, path, metadata)
+            dtype = np.dtype(ml_dtypes.bfloat16) if array.dtype.name == "bfloat16" else array.dtype.numpy_dtype
+            self.specs[path] = Spec(tuple(array.shape), dtype)
+
+    def _open(self, tensorstore: Any, path: str, metadata: Mapping[str, Any]) -> Any:
+        base = {"driver": "file", "path": f"{self._folder}/"}
+        if (self._folder / "manifest.ocdbt").is_file():
+            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+        else:
+            kvstore = {**base, "path": f"{self._folder}/{path}/"}
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        spec = {"driver": driver, "kvstore": kvstore}
+        try:
+            array = tensorstore.open(spec, read=True, open=True).result()
+            # Room for the chunks that hold one layer: where a chunk holds several, each is decoded but once.
+            layers = array.chunk_layout.read_chunk.shape[0] if array.ndim else 1
+            nbytes = math.prod(array.shape[1:]) * layers * array.dtype.numpy_dtype.itemsize
+            context = tensorstore.Context({"cache_pool": {"total_bytes_limit": nbytes + 1 if layers > 1 else 0}})
+            return tensorstore.open(spec, read=True, open=True, context=context).result()
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"{self._folder}: {path} cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        try:
+            array = self._arrays[path][box].read().result()
+        except ValueError as error:
+            raise UserError(f"{self._folder}: {path} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        array = np.ascontiguousarray(array).view(self.specs[path].dtype)
+        check_finite(array, path, self._folder)
+        return array
+
+
+def write_params(weights: Weights, building: Building, progress: Progress) -> None:
+    """Write `params` of a checkpoint into the folder under construction. Raises UserError and OSError."""
+    folder = building.folder / "params"
+    work = []
+    for path, spec in weights.specs.items():
+        cut = boxes(spec, path, CUT_AXES.get(path))
+        _write_array_metadata(folder / path, spec, cut[0])
+        work += [(path, box, cut[0]) for box in cut]
+    todo = []
+    for path, box, first in work:
+        if building.is_done(_chunk_name(path, box, first)):
+            progress.add(_nbytes(weights.specs[path], box), skipped=True)
+        else:
+            todo.append((path, box, first))
+    for (path, box, first), array in ahead(lambda item: _padded(weights.read(item[0], item[1]), item[2]), todo):
+        name = _chunk_name(path, box, first)
+        with (folder / name).open("wb") as file:
+            file.write(array.reshape(-1).view(np.uint8).data)
+        building.done(name)
+        progress.add(_nbytes(weights.specs[path], box))
+    tree = {
+        str((path,)): {
+            "key_metadata": [{"key": path, "key_type": 2}],
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(spec.shape)},
+        }
+        for path, spec in weights.specs.items()
+    }
+    whole = dict(tree_metadata=tree, use_ocdbt=False, use_zarr3=False, custom_metadata=None)
+    whole["store_array_data_equal_to_fill_value"] = True
+    (folder / "_METADATA").write_text(json.dumps(whole), encoding="utf-8")
+
+
+def _write_array_metadata(folder: Path, spec: Spec, first: Box) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "zarr_format": 2,
+        "shape": list(spec.shape),
+        "chunks": [s.stop - s.start for s in first],
+        "dtype": _ZARR_DTYPES[spec.dtype.name],
+        "compressor": None,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "dimension_separator": ".",
+    }
+    (folder / ".zarray").write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def _chunk_name(path: str, box: Box, first: Box) -> str:
+    return f"{path}/{'.'.join(str(s.start // (f.stop - f.start)) for s, f in zip(box, first, strict=True))}"
+
+
+def _padded(array: np.ndarray, first: Box) -> np.ndarray:
+    """A chunk at the border is stored whole."""
+    pad = [(0, s.stop - s.start - n) for s, n in zip(first, array.shape, strict=True)]
+    return np.ascontiguousarray(np.pad(array, pad) if any(after for _, after in pad) else array)
+
+
+def _nbytes(spec: Spec, box: Box) -> int:
+    return math.prod(s.stop - s.start for s in box) * spec.dtype.itemsize
+
+
+def write_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Write a stage's config as training does."""
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder / "config", args=ocp.args.JsonSave(dict(config)), force=True)

@@ -1,0 +1,191 @@
+"""Any of our tokenizers as a tokenizer.json that transformers loads with no code of its own."""
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.data.tokenizer import (
+    LLAMA3_OFFSETS,
+    LLAMA3_PATTERN,
+    LLAMA3_SPECIALS,
+    SENTENCEPIECE_IDS,
+    SPECIAL_NAMES,
+    Tokenizer,
+    load_tokenizer,
+)
+
+# The text of `data.sample`: a list of parts stands for media and text, a string is text.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+<|start_header_id|>{{ message['role'] }}<|end_header_id|>
+
+{% if message['content'] is string -%}
+{{ message['content'] | trim }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}{{ part['text'] }}
+{%- else -%}<{{ part['type'] }}>
+{% endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|eot_id|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start_header_id|>assistant<|end_header_id|>
+
+{% endif -%}
+"""
+
+
+def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str, Any]:
+    """Write tokenizer.json, tokenizer_config.json and the chat template; keep the file that they come from.
+
+    Returns the keys of config.json that name tokens. Raises UserError for a file that is no tokenizer, or one
+    of a larger vocabulary than the model's.
+    """
+    from kangaroo_jax.conventions import UserError
+
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > config.model.llm.vocab_size:
+        raise UserError(
+            f"{source}: {tokenizer.vocab_size} tokens, but the model knows {config.model.llm.vocab_size}; "
+            "give the tokenizer that it was trained with by --tokenizer"
+        )
+    makers = {"sentencepiece": from_sentencepiece, "llama3_tiktoken": from_ranks}
+    target = folder / "tokenizer.json"
+    if tokenizer.kind in makers:
+        spec = makers[tokenizer.kind](source)
+        target.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        shutil.copyfile(source, folder / f"kangaroo_{source.name}")
+    else:
+        shutil.copyfile(source, target)
+    eot = tokenizer.name(tokenizer.eot)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.name(tokenizer.bos),
+        "eos_token": eot,
+        "pad_token": tokenizer.name(tokenizer.eos),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max(8192, config.data.tokens_per_pack),
+        "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return _token_keys(tokenizer)
+
+
+def _token_keys(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.eos,
+        "header_ids": [tokenizer.start_header, tokenizer.end_header],
+        "eot_token_id": tokenizer.eot,
+    }
+
+
+def _added(names: dict[int, str]) -> list[dict[str, Any]]:
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return [{"id": token, "content": name, **plain} for token, name in sorted(names.items())]
+
+
+def _spec(model: dict[str, Any], specials: dict[int, str], **parts: Any) -> dict[str, Any]:
+    usual: dict[str, Any] = dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, pre_tokenizer=None, post_processor=None
+    )
+    return {**usual, "added_tokens": _added(specials), **parts, "model": {"type": "BPE", "dropout": None, **model}}
+
+
+def from_sentencepiece(path: Path) -> dict[str, Any]:
+    """A SentencePiece model of `train_sentencepiece` as a tokenizer.json.
+
+    SentencePiece joins the neighbours whose union has the best score; here the same is said by a list of
+    pairs in the order of the score of their union.
+    """
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    model.LoadFromSerializedProto(path.read_bytes())
+    pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
+    normal = {
+        piece
+        for i, piece in enumerate(pieces)
+        if not (model.IsByte(i) or model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i))
+    }
+    by_score = sorted((i for i, piece in enumerate(pieces) if piece in normal), key=lambda i: -model.GetScore(i))
+    merges = []
+    for i in by_score:
+        piece = pieces[i]
+        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
+        merges += [[left, right] for left, right in splits if left in normal and right in normal]
+    bpe = {
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+        "merges": merges,
+        "unk_token": pieces[model.unk_id()],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+    }
+    specials = {0: pieces[0], **{token: SPECIAL_NAMES[role] for role, token in SENTENCEPIECE_IDS.items()}}
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    return _spec(bpe, specials, normalizer=space, decoder=decoder)
+
+
+def from_ranks(path: Path) -> dict[str, Any]:
+    """Llama 3's tokenizer.model (base64 bytes and ranks) as a tokenizer.json."""
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        piece, rank = line.split()
+        ranks[base64.b64decode(piece)] = int(rank)
+    letters = _byte_letters()
+    spelled = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    merges = [[spelled[half] for half in halves] for piece in ordered if (halves := _halves(piece, ranks))]
+    bpe = {
+        "vocab": {spelled[piece]: ranks[piece] for piece in ordered},
+        "merges": merges,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+    }
+    offsets = {offset: SPECIAL_NAMES[role] for role, offset in LLAMA3_OFFSETS.items()}
+    names = {len(ranks) + i: offsets.get(i, f"<|reserved_special_token_{i}|>") for i in range(LLAMA3_SPECIALS)}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return _spec(bpe, names, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]}, decoder={**level})
+
+
+def _halves(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that are joined last to make `piece`, found by joining its bytes as the encoder would.
+
+    Empty for a single byte, and for the few pieces that are made by no pair: the encoder finds those whole.
+    """
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while len(parts) > 2:
+        pairs = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
+        best = min(range(len(pairs)), key=pairs.__getitem__)
+        if pairs[best] >= ranks[piece]:
+            break
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts if len(parts) == 2 else []
+
+
+def _byte_letters() -> dict[int, str]:
+    """A printable character for every byte: itself where it is one, else the next from U+0100 on (as GPT-2 does)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in letters]
+    return {**letters, **{byte: chr(0x100 + i) for i, byte in enumerate(others)}}

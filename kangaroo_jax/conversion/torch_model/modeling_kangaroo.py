@@ -1,0 +1,338 @@
+"""Kangaroo, a video-language model for long videos (arXiv 2408.15542), in PyTorch.
+
+frames -> EVA-02 ViT -> + time in seconds -> 3D depthwise patchify -> projector -> tokens among the text -> Llama 3
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_kangaroo import KangarooConfig
+from .processing_kangaroo import KangarooProcessor, as_part
+
+FRAMES_AT_A_TIME = 16  # that the ViT looks at
+
+
+def llama_config(config: KangarooConfig) -> LlamaConfig:
+    """The decoder's configuration; transformers 4 and 5 name the rotary embedding's parameters differently."""
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"]
+    kwargs: dict[str, Any] = {name: getattr(config, name) for name in names}
+    kwargs.update(attention_bias=False, mlp_bias=False, tie_word_embeddings=False, hidden_act="silu")
+    if hasattr(LlamaConfig(), "rope_parameters"):
+        kwargs["rope_parameters"] = dict(config.rope_parameters)
+    else:
+        scaling = dict(config.rope_parameters)
+        kwargs["rope_theta"] = scaling.pop("rope_theta")
+        kwargs["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    llama = LlamaConfig(**kwargs)
+    llama._attn_implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+    return llama
+
+
+# ------------------------------------------------------------------------------ vision tower
+
+
+class Attention(nn.Module):
+    """Full attention; q and v have biases of their own, and a LayerNorm stands before the output."""
+
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        width = c["width"]
+        self.heads = c["heads"]
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.inner_attn_ln = nn.LayerNorm(width, eps=c["norm_eps"])
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q = F.linear(x, self.q_proj.weight, self.q_bias)
+        k = self.k_proj(x)
+        v = F.linear(x, self.v_proj.weight, self.v_bias)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.proj(self.inner_attn_ln(y.transpose(1, 2).flatten(2)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.w1 = nn.Linear(c["width"], c["mlp_width"])
+        self.w2 = nn.Linear(c["width"], c["mlp_width"])
+        self.ffn_ln = nn.LayerNorm(c["mlp_width"], eps=c["norm_eps"])
+        self.w3 = nn.Linear(c["mlp_width"], c["width"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(c["width"], eps=c["norm_eps"]), Attention(c)
+        self.norm2, self.mlp = nn.LayerNorm(c["width"], eps=c["norm_eps"]), SwiGLU(c)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.proj = nn.Conv2d(3, c["width"], c["patch_size"], c["patch_size"])
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)
+
+
+class VisionTower(nn.Module):
+    """EVA-02 as EVA-CLIP uses it: pixels [F, 3, S, S] -> patch tokens [F, P, D]."""
+
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.c = c
+        self.patch_embed = PatchEmbed(c)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c["width"]))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + c["pos_embed_grid"] ** 2, c["width"]))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c["depth"]))
+        self.norm = nn.LayerNorm(c["width"], eps=c["norm_eps"])
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(pixels.to(self.cls_token.dtype))
+        grid = pixels.shape[-1] // self.c["patch_size"]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid).to(x.dtype)
+        cos, sin = self.rotary(grid, x.device, x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return (self.norm(x) if self.c["output_norm"] else x)[:, 1:]
+
+    def positions(self, grid: int) -> torch.Tensor:
+        """The position embedding, resized from the stored grid; the row of CLS stays."""
+        stored = self.c["pos_embed_grid"]
+        if grid == stored:
+            return self.pos_embed
+        patches = self.pos_embed[:, 1:].float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+        patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], patches], dim=1)
+
+    def rotary(self, grid: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [1 + P, H/2]: a quarter of the width turns with the row, a quarter with the column; not CLS."""
+        half = self.c["width"] // self.c["heads"] // 2
+        power = torch.arange(0, half, 2, dtype=torch.float64, device="cpu") / half
+        place = torch.arange(grid, dtype=torch.float64, device="cpu") / grid * self.c["rope_reference_grid"]
+        angles = torch.outer(place, self.c["rope_theta"] ** -power)
+        rows = angles[:, None].expand(grid, grid, -1)
+        columns = angles[None, :].expand(grid, grid, -1)
+        table = torch.cat([rows, columns], dim=-1).reshape(grid * grid, half)
+        table = torch.cat([torch.zeros(1, half, dtype=torch.float64, device="cpu"), table])
+        return table.cos().to(device, dtype), table.sin().to(device, dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the neighbours (2i, 2i + 1) of x [..., tokens, H]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def time_encoding(seconds: torch.Tensor, width: int, theta: float) -> torch.Tensor:
+    """float32[F] -> float32[F, width]: sines and cosines of the frames' real times, in turn."""
+    power = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
+    angles = seconds.float()[:, None] * (theta**-power).float().to(seconds.device)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------- model
+
+
+class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
+    """The whole model. `chat` answers questions; `forward` and `generate` are those of any causal model, and take
+    `pixel_values` [F, 3, S, S] and `frame_times` [F] besides (see `KangarooProcessor`)."""
+
+    config_class = KangarooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_cache_class = True
+
+    def __init__(self, config: KangarooConfig):
+        super().__init__(config)
+        width = config.vision_config["width"]
+        self.model = LlamaModel(llama_config(config))
+        self.vision_tower = VisionTower(config.vision_config)
+        kernel = tuple(config.patchify_config["kernel"])
+        has_bias = config.patchify_config["bias"]
+        self.patchify = nn.Conv3d(width, width, kernel, kernel, groups=width, bias=has_bias)
+        if config.mm_projector_type == "linear":
+            self.mm_projector: nn.Module = nn.Linear(width, config.hidden_size)
+        else:
+            second = nn.Linear(config.hidden_size, config.hidden_size)
+            self.mm_projector = nn.Sequential(nn.Linear(width, config.hidden_size), nn.GELU(), second)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def encode_frames(self, pixel_values: torch.Tensor, frame_times: torch.Tensor) -> torch.Tensor:
+        """pixels [F, 3, S, S], seconds [F] -> vision tokens [R, D]; F is a multiple of the frames joined."""
+        features = torch.cat([self.vision_tower(part) for part in pixel_values.split(FRAMES_AT_A_TIME)])
+        frames, patches, width = features.shape
+        if self.config.time_config["enabled"]:
+            times = frame_times.to(features.device)
+            encoding = time_encoding(times, width, self.config.time_config["theta"])
+            features = features + encoding[:, None].to(features.dtype)
+        if self.config.patchify_config["enabled"]:
+            grid = round(patches**0.5)
+            volume = features.reshape(1, frames, grid, grid, width).permute(0, 4, 1, 2, 3)
+            features = self.patchify(volume).permute(0, 2, 3, 4, 1)
+        return self.mm_projector(features).reshape(-1, self.config.hidden_size)
+
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, frame_times: torch.Tensor | None
+    ) -> torch.Tensor:
+        """ids [B, T] -> embeddings [B, T, D], with the vision tokens, in order, where the placeholder stands."""
+        place = input_ids == self.config.special_ids["vision"]
+        x = self.model.embed_tokens(input_ids)
+        if pixel_values is None or not place.any():
+            return x
+        if frame_times is None:
+            raise ValueError("pixel_values need frame_times, the frames' seconds")
+        vision = self.encode_frames(pixel_values.to(x.device), frame_times).to(x.dtype)
+        if int(place.sum()) != len(vision):
+            raise ValueError(f"{int(place.sum())} places for {len(vision)} vision tokens")
+        return x.masked_scatter(place[..., None].expand_as(x), vision)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        pixel_values: torch.Tensor | None = None,
+        frame_times: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            begins = past_key_values is None or past_key_values.get_seq_length() == 0
+            inputs_embeds = self.embed(input_ids, pixel_values if begins else None, frame_times)
+        kwargs.pop("return_dict", None)
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]).float()
+        loss = None
+        if labels is not None:
+            shifted = labels[:, 1:].to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        video_path: str | os.PathLike | Sequence[Any] | Any = None,
+        query: str = "",
+        tokenizer: Any = None,
+        history: list[dict[str, Any]] | None = None,
+        max_new_tokens: int = 512,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        frame_times: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """Answer a query about a video, an image or frames.
+
+        Args:
+            video_path: file of a video or image, a PIL image, or a list of frames (paths, arrays, PIL images). It
+                may be given again in later rounds: what the history has is not shown twice.
+            query: what to ask.
+            tokenizer: `AutoTokenizer.from_pretrained` of the same folder.
+            history: what the last round returned.
+            max_new_tokens: longest answer.
+            eos_token_id: what ends the answer; by default the end of text and the end of a turn.
+            do_sample: False always takes the likeliest token.
+            temperature, top_p: of the sampling.
+            frame_times: seconds of the frames of a list; one a second by default.
+            kwargs: for `generate`.
+
+        Returns:
+            The answer, and the history with this round in it.
+        """
+        if not query.strip():
+            raise ValueError("the query is empty: say what to ask")
+        if tokenizer is None:
+            raise ValueError("give tokenizer=AutoTokenizer.from_pretrained(...) of the model's folder")
+        turns = list(history or [])
+        content = [{"type": "text", "text": query}]
+        if video_path is not None:
+            part = as_part(video_path, frame_times)
+            if not any(_is_same(part, seen) for turn in turns for seen in _media(turn)):
+                content = [part, *content]
+        turns.append({"role": "user", "content": content if len(content) > 1 else query})
+        processor = KangarooProcessor(self.config, tokenizer)
+        inputs = {name: value.to(self.device) for name, value in processor.apply_chat_template(turns).items()}
+        embeddings = self.embed(inputs["input_ids"], inputs.get("pixel_values"), inputs.get("frame_times"))
+        if do_sample:
+            kwargs.update(temperature=temperature, top_p=top_p)
+        else:
+            kwargs.update(temperature=None, top_p=None)
+        ids: torch.Tensor = self.generate(  # type: ignore[misc, assignment]
+            inputs_embeds=embeddings,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            eos_token_id=self.config.eos_token_id if eos_token_id is None else eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+            **kwargs,
+        )
+        answer = processor.decode(ids[0]).strip()
+        return answer, [*turns, {"role": "assistant", "content": answer}]
+
+
+def _media(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in turn["content"] if part["type"] != "text"] if isinstance(turn["content"], list) else []
+
+
+def _is_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two parts are the same file, or the very same frames."""
+    if a["type"] != b["type"]:
+        return False
+    x, y = a[a["type"]], b[b["type"]]
+    if isinstance(x, list) and isinstance(y, list):
+        return len(x) == len(y) and all(m is n or (isinstance(m, str) and m == n) for m, n in zip(x, y, strict=True))
+    return x is y or (isinstance(x, str) and x == y)

@@ -1,0 +1,237 @@
+"""Weights under our names, wherever they come from, read a box at a time.
+
+A conversion is `Weights` of one kind written as files of another; between the two there is never more than
+a few boxes in memory.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion.files import Tensors
+from kangaroo_jax.conversion.names import SPECIAL, STACKED, Row
+
+Box = tuple[slice, ...]  # a range of every dimension
+BOX_BYTES = 192 << 20  # of the largest box that is read at once, where the layout lets it be cut
+TILE = 128  # numbers, of each side of a tile
+_EXPONENTS = {2: (np.uint16, {"bfloat16": 0x7F80, "float16": 0x7C00}), 4: (np.uint32, {"float32": 0x7F800000})}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape (with the leading axis of layers) and type of a parameter."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Weights(Protocol):
+    """Parameters by path."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shape and type of each."""
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """The numbers in `box` of a parameter. Raises UserError for a damaged file."""
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of an array."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def boxes(spec: Spec, path: str, cut_axis: int | None) -> list[Box]:
+    """A parameter in boxes: one a layer where it is stacked, and ranges of `cut_axis` where it is large."""
+    if STACKED.match(path):
+        return [(slice(i, i + 1), *whole(spec.shape[1:])) for i in range(spec.shape[0])]
+    nbytes = int(np.prod(spec.shape)) * spec.dtype.itemsize
+    if cut_axis is None or nbytes <= BOX_BYTES:
+        return [whole(spec.shape)]
+    length = spec.shape[cut_axis]
+    step = -(-length // -(-nbytes // BOX_BYTES))
+    cuts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    return [tuple(cut if axis == cut_axis else slice(0, n) for axis, n in enumerate(spec.shape)) for cut in cuts]
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order. Copies tiles that fit a CPU's cache where the order changes: half the time of numpy."""
+    fast = min(range(array.ndim), key=lambda axis: (array.shape[axis] == 1, array.strides[axis]), default=0)
+    last = array.ndim - 1
+    if array.flags.c_contiguous or fast == last or array.size < TILE**2:
+        return np.ascontiguousarray(array)
+    result = np.empty(array.shape, array.dtype)
+    steps = [TILE if axis in (fast, last) else 1 for axis in range(array.ndim)]
+    starts = (range(0, size, step) for size, step in zip(array.shape, steps, strict=True))
+    for corner in itertools.product(*starts):
+        tile = tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
+        result[tile] = array[tile]
+    return result
+
+
+def check_finite(array: np.ndarray, name: str, where: object) -> None:
+    """Raise UserError where a number is NaN or infinite, with their count; looks at the exponents, in one pass."""
+    itemsize = array.dtype.itemsize
+    mask = _EXPONENTS.get(itemsize, (None, {}))[1].get(array.dtype.name)
+    if mask is None:
+        bad = int(array.size - np.isfinite(array.astype(np.float64)).sum())
+    else:
+        bits = np.ascontiguousarray(array).reshape(-1).view(_EXPONENTS[itemsize][0])
+        bad, step = 0, 1 << 18
+        for start in range(0, bits.size, step):
+            part = bits[start : start + step] & mask
+            if part.max(initial=0) == mask:
+                bad += int((part == mask).sum())
+    if bad:
+        raise UserError(f"{where}: {bad} of {array.size} numbers of {name} are NaN or infinite; the weights are broken")
+
+
+class Mapped:
+    """Files of another layout, seen under our names."""
+
+    def __init__(self, tensors: Tensors, rows: Sequence[Row]) -> None:
+        """The tensors must be those of the rows (see `names.match`). Raises UserError for layers of several types."""
+        self._tensors, self._rows = tensors, {(row.ours, row.layer): row for row in rows}
+        self.specs: dict[str, Spec] = {}
+        for row in rows:
+            tensor = tensors[row.theirs]
+            if tensor.dtype.kind not in "fV":
+                raise UserError(f"{tensor.file}: tensor {row.theirs} is of type {tensor.dtype}, no kind of float")
+            shape = row.shape_here if row.layer is None else (row.layer + 1, *row.shape_here)
+            before = self.specs.get(row.ours)
+            if before and before.dtype != tensor.dtype:
+                raise UserError(
+                    f"{tensor.file}: {row.theirs} is {tensor.dtype}, that of other layers {before.dtype}; make them one"
+                )
+            self.specs[row.ours] = Spec(shape, tensor.dtype)
+
+    def row(self, path: str, layer: int | None) -> Row:
+        """The row of a parameter's layer."""
+        return self._rows[path, layer]
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        if not STACKED.match(path):
+            return self._read(self._rows[path, None], box)
+        layers = range(*box[0].indices(self.specs[path].shape[0]))
+        return np.stack([self._read(self._rows[path, layer], box[1:]) for layer in layers])
+
+    def _read(self, row: Row, box: Box) -> np.ndarray:
+        tensor = self._tensors[row.theirs]
+        if row.rows:
+            array = np.concatenate([tensor.read(i, i + 1) for i in row.rows])[box]
+        elif row.cut_axis is not None and all(
+            s == slice(0, n) for a, (s, n) in enumerate(zip(box, row.shape_here, strict=True)) if a != row.cut_axis
+        ):
+            cut = box[row.cut_axis]
+            array = row.here(tensor.read(cut.start, cut.stop))
+        else:
+            array = row.here(tensor.read())[box]
+        array = contiguous(array)
+        check_finite(array, row.theirs, tensor.file)
+        return array
+
+
+class Joined:
+    """Several weights as one; of a path that several have the first counts."""
+
+    def __init__(self, *parts: Weights) -> None:
+        self._parts: dict[str, Weights] = {}
+        for part in reversed(parts):
+            self._parts.update(dict.fromkeys(part.specs, part))
+        self.specs = {path: part.specs[path] for path, part in self._parts.items()}
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        return self._parts[path].read(path, box)
+
+
+class Arrays:
+    """Small weights that are made when they are first asked for."""
+
+    def __init__(self, makers: Mapping[str, tuple[Spec, Callable[[], np.ndarray]]]) -> None:
+        """path -> what it is, and what makes it."""
+        self.specs = {path: spec for path, (spec, _) in makers.items()}
+        self._makers, self._made = makers, dict[str, np.ndarray]()
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        if path not in self._made:
+            spec, make = self._makers[path]
+            self._made[path] = make().astype(spec.dtype).reshape(spec.shape)
+        return self._made[path][box]
+
+
+class Cast:
+    """Weights in other types."""
+
+    def __init__(self, weights: Weights, dtypes: Mapping[str, np.dtype]) -> None:
+        """The types, by path; a path without one keeps its own."""
+        self._weights = weights
+        self.specs = {path: Spec(s.shape, dtypes.get(path, s.dtype)) for path, s in weights.specs.items()}
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`; rounds to nearest even. Raises UserError where a number overflows."""
+        array, dtype = self._weights.read(path, box), self.specs[path].dtype
+        if array.dtype == dtype:
+            return array
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        if dtype.name == "float16":
+            check_finite(cast, path, "float16 is too small: choose --dtype=bfloat16")
+        return cast
+
+
+class Overlaid:
+    """Weights, but with other numbers in some rows of the token embedding: those that the special marks hide."""
+
+    def __init__(self, weights: Weights, rows: Sequence[int], values: np.ndarray) -> None:
+        """`values` [len(rows), D] stand in `rows` of llm/embedding."""
+        self._weights, self._rows, self._values = weights, tuple(rows), values
+        self.specs = weights.specs
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        array = self._weights.read(path, box)
+        if path == "llm/embedding":
+            array = array.copy()
+            for row, value in zip(self._rows, self._values, strict=True):
+                if box[0].start <= row < box[0].stop:
+                    array[row - box[0].start] = value[box[1]]
+        return array
+
+
+class Marked:
+    """The token embedding as the release has it: with the four marks in their rows, and no `special_embedding`."""
+
+    def __init__(self, weights: Weights, rows: Sequence[int]) -> None:
+        """`rows`: the ids of the marks."""
+        special = weights.specs[SPECIAL]
+        dtype = wider(weights.specs["llm/embedding"].dtype, special.dtype)
+        values = weights.read(SPECIAL, whole(special.shape)).astype(dtype)
+        self._weights = Overlaid(Cast(weights, {"llm/embedding": dtype}), rows, values)
+        self.specs = {path: spec for path, spec in self._weights.specs.items() if path != SPECIAL}
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        return self._weights.read(path, box)
+
+
+def wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The smallest type that holds both exactly."""
+    if a == b:
+        return a
+    return np.dtype(np.float64) if np.dtype(np.float64) in (a, b) else np.dtype(np.float32)
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The type of `--dtype`. Raises UserError."""
+    known = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+    if name not in known:
+        raise UserError(f"--dtype={name}: use one of keep, {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,132 @@
+"""The table: both directions of a row undo each other, every parameter has one, offenders are all named."""
+
+import numpy as np
+import pytest
+
+from kangaroo_jax.config import model_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion import names
+from kangaroo_jax.conversion.sources import shapes_of, special_ids
+from kangaroo_jax.conversion.weights import contiguous
+
+# A shape here that each arrangement is for.
+SHAPES = {
+    "same": (5, 7),
+    "linear": (5, 7),
+    "to_heads": (5, 3, 4),
+    "from_heads": (3, 4, 5),
+    "heads_bias": (3, 4),
+    "to_rotary_heads": (5, 3, 4),
+    "patches": (2 * 2 * 3, 5),
+    "depthwise": (2, 3, 4, 5),
+    "token": (5,),
+    "positions": (10, 5),
+}
+
+
+def row(how: str) -> names.Row:
+    return names.Row("a/b", None, "a.b", SHAPES[how], names.LAID_OUT[how](SHAPES[how]))
+
+
+@pytest.mark.parametrize("how", names.LAID_OUT)
+def test_here_and_there_undo_each_other(how):
+    one = row(how)
+    here = np.arange(np.prod(SHAPES[how])).reshape(SHAPES[how])
+    there = one.there(here)
+    assert there.shape == one.shape_there and sorted(there.ravel()) == list(range(here.size))
+    np.testing.assert_array_equal(one.here(there), here)
+
+
+@pytest.mark.parametrize("how", [how for how in names.LAID_OUT if row(how).cut_axis is not None])
+def test_a_range_of_rows_there_is_a_range_here(how):
+    one = row(how)
+    here = np.arange(np.prod(SHAPES[how])).reshape(SHAPES[how])
+    there, axis = one.there(here), one.cut_axis
+    for start in range(there.shape[0] - 1):
+        part = np.take(here, range(start, start + 2), axis)
+        np.testing.assert_array_equal(one.here(there[start : start + 2]), part)
+        np.testing.assert_array_equal(one.there(part), there[start : start + 2])
+
+
+@pytest.mark.parametrize("axes", [(1, 0), (2, 0, 1), (1, 2, 0), (0, 2, 1), (3, 0, 2, 1), (0, 1)])
+def test_tiles_copy_every_number(axes):
+    shape = (150, 3, 140, 1)[: len(axes)] if len(axes) > 2 else (150, 300)
+    array = np.arange(np.prod(shape)).reshape(shape).transpose(axes)
+    copied = contiguous(array)
+    assert copied.flags.c_contiguous
+    np.testing.assert_array_equal(copied, array)
+
+
+def test_meta_rotates_neighbours_where_we_rotate_halves():
+    """Scores of rotated queries and keys are equal: theirs by complex numbers, as Meta writes it, ours by halves."""
+    from kangaroo_jax.models.layers import rotary_1d, rotate_half
+
+    rng, positions, heads, width = np.random.default_rng(0), np.asarray([[0, 3, 640]], np.int32), 2, 8
+    x = rng.standard_normal((1, 3, 5)).astype(np.float32)
+    one = names.Row("q", None, "wq", (5, heads, width), names.LAID_OUT["to_rotary_heads"]((5, heads, width)))
+    weights = [rng.standard_normal((heads * width, 5)).astype(np.float32) for _ in range(2)]
+    angles = positions[0][:, None] * 10_000.0 ** -(np.arange(0, width, 2) / width)
+
+    def at_meta(weight):
+        y = (x @ weight.T).reshape(1, 3, heads, width // 2, 2)
+        z = (y[..., 0] + 1j * y[..., 1]) * np.exp(1j * angles)[None, :, None]
+        return np.stack([z.real, z.imag], -1).reshape(1, 3, heads, width)
+
+    def ours(weight):
+        return np.asarray(
+            rotate_half(np.einsum("btd,dnh->btnh", x, one.here(weight)), *rotary_1d(positions, width, 1e4))
+        )
+
+    theirs, here = ([f(w) for w in weights] for f in (at_meta, ours))
+    scores = [np.einsum("btnh,bsnh->bnts", q, k) for q, k in (theirs, here)]
+    np.testing.assert_allclose(*scores, atol=2e-3)
+
+
+@pytest.mark.parametrize("layout", names.LAYOUTS)
+def test_every_parameter_that_a_layout_covers_has_one_name(layout):
+    model = model_config("kangaroo_8b")
+    shapes = shapes_of(model)
+    rows = names.table(layout, shapes, special_ids(model))
+    assert {r.ours for r in rows} == {path for path in shapes if path.startswith(names.LAYOUTS[layout])}
+    theirs = [r.theirs for r in rows if not r.rows]
+    assert len(theirs) == len(set(theirs))
+    sizes = sum(int(np.prod(r.shape_here)) for r in rows)
+    assert sizes == sum(int(np.prod(s)) for p, s in shapes.items() if p.startswith(names.LAYOUTS[layout]))
+
+
+def test_names_of_the_release():
+    model = model_config("kangaroo_8b")
+    rows = names.table("kangaroo", shapes_of(model), special_ids(model), patchify="video_conv")
+    shapes = {r.theirs: r.shape_there for r in rows if not r.rows}
+    assert shapes["model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
+    assert shapes["vision_tower.blocks.23.mlp.w3.weight"] == (1024, 2730)
+    assert shapes["vision_tower.blocks.0.attn.q_bias"] == (1024,)
+    assert shapes["vision_tower.pos_embed"] == (1, 1025, 1024)
+    assert shapes["video_conv.weight"] == (1024, 1, 2, 2, 2)
+    assert shapes["mm_projector.2.weight"] == (4096, 4096)
+
+
+def test_a_parameter_without_a_name_is_an_error():
+    with pytest.raises(UserError, match="no name for llm/extra/kernel, llm/norm/offset"):
+        shapes = {"llm/norm/scale": (4,), "llm/norm/offset": (4,), "llm/extra/kernel": (4, 4), "vision/x": (1,)}
+        names.table("llama", shapes)
+
+
+def test_match_names_every_offender():
+    rows = [r for r in names.table("llama", shapes_of(model_config("tiny")))]
+    found = {r.theirs: r.shape_there for r in rows}
+    for layer in (0, 1, 2):
+        del found[f"model.layers.{layer}.mlp.up_proj.weight"]
+    found["model.norm.weight"] = (65,)
+    found["model.layers.3.self_attn.q_proj.bias"] = found["rotary.inv_freq"] = (64,)
+    with pytest.raises(UserError) as error:
+        names.match(rows, found, "FILE", known=[r"rotary\..*"])
+    assert str(error.value) == (
+        "FILE: 5 tensors do not fit the model; missing: model.layers.{0-2}.mlp.up_proj.weight; "
+        "unknown: model.layers.3.self_attn.q_proj.bias; of shape (65,) where the config wants (64,): model.norm.weight"
+    )
+
+
+def test_brief_joins_runs_of_layers():
+    some = [f"a.layers.{i}.b" for i in (0, 1, 2, 5)] + ["c", "a.layers.7.d"]
+    assert names.brief(some) == "a.layers.{0-2,5}.b, c, a.layers.7.d"
