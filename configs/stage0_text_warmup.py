@@ -17,7 +17,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     c.data.shuffle = False  # the simple comes first
     c.data.update(tokens_per_pack=256, frames_per_pack=0, packs_per_batch=8, max_sample_tokens=256)
     c.optimizer.learning_rate = 1.5e-3
-    c.optimizer.final_fraction = 0.3
+    c.optimizer.final_fraction = 0.5
     c.optimizer.trainable = (("llm/.*", 1.0), (".*", None))
-    c.train.steps = 950
+    c.train.steps = 1280
     return lock(c)

@@ -21,5 +21,5 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
         c.data.update(image_size=24, tokens_per_pack=512, frames_per_pack=32, packs_per_batch=4)
         c.optimizer.learning_rate = 1.5e-3
         c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
-        c.train.steps = 250
+        c.train.steps = 120
     return lock(c)

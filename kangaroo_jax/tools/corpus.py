@@ -38,7 +38,7 @@ from kangaroo_jax.tools.corpus_text import (
     describe,
     facts,
 )
-from kangaroo_jax.tools.corpus_warmup import warmup_turns
+from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
 FORMAT = 2  # of the files; raise it when the same settings begin to give other records
 
@@ -73,6 +73,7 @@ class Mixture:
     describe_last: float = 0.25  # share of instruction conversations that end with a description
     stage4_per_short: int = 4  # conversations of a short clip in stage 4; languages take turns
     stage4_images: int = 1500  # images with a conversation in stage 4
+    stage4_text: int = 1500  # conversations without media in stage 4, of the last lesson of the warm-up
     stage5_per_long: int = 10
     stage5_shorts: int = 1500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
@@ -85,7 +86,7 @@ class Mixture:
     def scaled(self, scale: float) -> "Mixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage4_images", "stage5_shorts")
+        records = ("stage4_images", "stage4_text", "stage5_shorts")
         counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
@@ -300,9 +301,14 @@ def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -
 def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
     """Text-only conversations, in the order in which they are to be read."""
     rng = random.Random(f"{seed}/warmup")
-    maker = SceneMaker("any", split_scans()["train"], rng)  # words of every combination, as any text would have them
+    maker = _text_maker(rng)
     lessons = warmup_turns(maker, rng, plan.short_kinds, lambda count: max(round(count * plan.warmup), 1))
     return (_record(name, turns) for name, turns in lessons)
+
+
+def _text_maker(rng: random.Random) -> SceneMaker:
+    """Scenes for text: words of every combination, as any text would have them."""
+    return SceneMaker("any", split_scans()["train"], rng)
 
 
 def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict]:
@@ -328,11 +334,12 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
     short = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
     images = list(_instructions(media, "images", plan.stage4_images, 1, plan, rng))
     long = list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
+    texts = lesson(-1, plan.stage4_text, _text_maker(rng), rng, plan.short_kinds)
     stages = [
         list(_captions(media, "images", dense=False)),
         list(_captions(media, "short", dense=False)),
         list(_captions(media, "short", dense=True)),
-        short + images,
+        short + images + [_record(f"text-{i:05d}", turns) for i, turns in enumerate(texts)],
         long + list(_captions(media, "long", dense=True)) + rng.sample(short, min(plan.stage5_shorts, len(short))),
     ]
     for i, records in enumerate(stages, 1):

@@ -195,24 +195,17 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
 
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
-POOLS: tuple[tuple[str | int, ...], ...] = (
-    THINGS,
-    COLOURS,
-    DIRECTIONS,
-    COUNTS,
-    HAPPENINGS,
-    SHORT_SECONDS,
-    LONG_SECONDS,
-)
+WORDS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, COUNTS, HAPPENINGS)
 
 
 def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4) -> Turn:
     """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `B`.
 
     Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. It is
-    found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default a random one.
+    found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default one of
+    WORDS.
     """
-    pool = pool or rng.choices(POOLS, weights=(4, 3, 2, 2, 2, 1, 1))[0]
+    pool = pool or rng.choices(WORDS, weights=(5, 4, 2, 1, 1))[0]
     keys = rng.sample(list(pool), min(options, len(pool)))
     place = rng.randrange(len(keys))
     asked = QUESTIONS["which"][LANGUAGES.index(language)].format(word(keys[place], language))

@@ -11,7 +11,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from kangaroo_jax.tools.corpus_scenes import COLOURS, SceneMaker
+from kangaroo_jax.tools.corpus_scenes import COLOURS, LONG_SECONDS, SHORT_SECONDS, SceneMaker
 from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill, facts, note
 
 IMAGE = (("image", 1.0),)
@@ -22,10 +22,10 @@ EN = ("en",)
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-    """`Which is red?` with some of `options` options, of the words of `pool` (none: of all kinds of words)."""
+    """`Which is red?` with some of `options` options, of the words of `pool` (none: of any kind of word)."""
 
     options: tuple[int, ...] = (4,)
-    pool: tuple[str, ...] = ()
+    pool: tuple[str | int, ...] = ()
     languages: tuple[str, ...] = LANGUAGES
 
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
@@ -66,13 +66,14 @@ class Note:
 
 
 # (records at scale 1, what they are drawn from and with which weight)
+SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
-    (2_800, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (4_300, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (6_000, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
-    (5_600, ((3, Drill()), (1, Note(IMAGES, 2)), (2, Note(SHORT, 4)))),
-    (6_300, ((2, Drill()), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 4)))),
-    (20_000, ((1, Drill()), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 3, 0.5)))),
+    (3_700, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (7_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (10_700, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
+    (14_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
+    (10_800, ((1.7, Drill()), (0.3, Drill((4,), SECONDS)), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 3)))),
+    (14_000, ((0.8, Drill()), (0.2, Drill((4,), SECONDS)), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 2, 0.6)))),
 )
 
 
@@ -83,8 +84,15 @@ def warmup_turns(
     records: Callable[[int], int] = lambda count: count,
 ) -> Iterator[tuple[str, list[Turn]]]:
     """(name, turns) of each conversation, in order; `records` changes the number of each lesson."""
-    for number, (count, mixture) in enumerate(LESSONS):
-        weights, sources = zip(*mixture, strict=True)
-        for i in range(records(count)):
-            source = rng.choices(sources, weights)[0]
-            yield f"warmup-{number}-{i:06d}", source.turns(maker, rng, short_kinds)
+    for number, (count, _) in enumerate(LESSONS):
+        for i, turns in enumerate(lesson(number, records(count), maker, rng, short_kinds)):
+            yield f"warmup-{number}-{i:06d}", turns
+
+
+def lesson(
+    number: int, count: int, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]
+) -> Iterator[list[Turn]]:
+    """`count` conversations of lesson `number` (-1 is the last)."""
+    weights, sources = zip(*LESSONS[number][1], strict=True)
+    for source in rng.choices(sources, weights, k=count):
+        yield source.turns(maker, rng, short_kinds)

@@ -23,6 +23,7 @@ from kangaroo_jax.tools.corpus_scenes import (
     held_direction,
 )
 from kangaroo_jax.tools.corpus_text import ask, caption, chinese_words, dense_caption, facts, middle_second, note
+from kangaroo_jax.tools.corpus_warmup import LESSONS
 
 KINDS = ("image", "image_count", "still", "count", "move", "order")
 KINDS += ("recolour", "transform", "appear", "disappear", "long")
@@ -36,6 +37,7 @@ TINY = dataclasses.replace(
     held_longs=3,
     warmup=0.01,
     stage4_images=5,
+    stage4_text=6,
     stage5_shorts=8,
     short_fps=2,
     long_fps=1,
@@ -183,7 +185,7 @@ def test_files_of_the_corpus(corpus):
             assert [t["from"] for t in record["conversations"]] == ["human", "gpt"] * (
                 len(record["conversations"]) // 2
             )
-    assert len(read_records(corpus.warmup)) == 450
+    assert len(read_records(corpus.warmup)) == sum(count // 100 for count, _ in LESSONS)
     assert any(len(r["conversations"]) >= 4 for r in read_records(corpus.stages[3]))
 
 
