@@ -18,8 +18,8 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.kangaroo import count_parameters, frames_per_group, tokens_per_group
 from kangaroo_jax.sharding import MESH_AXES
 from kangaroo_jax.tools import plan_formula
-from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.tools.plan_compile import Compiled, compile_step
+from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 
 DOES_NOT_FIT = 3  # exit code
@@ -159,7 +159,7 @@ class _Lengths:
 def nearest_change(
     config: ConfigDict, target: Slices, plan: Plan, *, cache: Path | None = None, tell: Tell = print
 ) -> str:
-    """The mildest change that makes a stage fit which does not, compiled where there is a compiler; "" if none is known.
+    """The mildest change that makes a stage fit, compiled where there is a compiler; "" if none is known.
 
     Changes cost ever more speed or money: remat, tensor and context axes, bfloat16 moments, a larger slice.
     """
@@ -222,7 +222,7 @@ def _larger(topology: str) -> list[str]:
 def search(
     config: ConfigDict, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
 ) -> tuple[Plan, ConfigDict] | None:
-    """The fastest mesh and remat policies that fit, by the formula's order and the compiler's word; None if none does."""
+    """The fastest mesh and remat policies that fit, in the formula's order; None if none does."""
     counts = count_parameters(config.model)
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
         if number == SEARCHED:
@@ -297,7 +297,8 @@ def text(plan: Plan) -> str:
     rows = {
         "memory a device": f"{plan.peak_hbm_gib} of {plan.capacity_gib} GiB ({plan.source}): {verdict}",
         "weights, state, batch": f"{plan.params_per_device_gib} GiB a device; {plan.params_b} B parameters",
-        "mesh": f"{mesh}; {plan.accumulate} parts a batch; remat llm {plan.remat['llm']}, vision {plan.remat['vision']}",
+        "mesh": f"{mesh}; {plan.accumulate} parts a batch",
+        "remat": f"llm {plan.remat['llm']}, vision {plan.remat['vision']}",
         "packing": f"{100 * plan.useful_token_share:.0f}% of the token places hold a sample's token",
         "model work a step": f"{plan.model_tflops_causal:,} TFLOP causal, {plan.model_tflops_full:,} full{ratio}",
         "of it the ViT": f"{100 * plan.vit_share:.1f}%",

@@ -111,7 +111,12 @@ def test_a_failed_training_is_started_again_but_bad_input_is_not(tmp_path, codes
 set -euo pipefail
 source {LAUNCH}/restart.sh
 codes=({codes})
-attempt() {{ local n; n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/n; return "${{codes[$n]}}"; }}
+attempt() {{
+  local n
+  n=$(cat {tmp_path}/n 2>/dev/null || echo 0)
+  echo $((n + 1)) > {tmp_path}/n
+  return "${{codes[$n]}}"
+}}
 restart_until_done attempt
 """
     environment = {**os.environ, "PAUSE_SECONDS": "0", "RESTARTS": "3"}

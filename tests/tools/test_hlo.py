@@ -74,7 +74,7 @@ ENTRY %main (a: bf16[128,1024], b: bf16[4,64,16], c: bf16[4,16,32]) -> bf16[128,
   %b = bf16[4,64,16]{2,1,0} parameter(1)
   %c = bf16[4,16,32]{2,1,0} parameter(2)
   %two = s32[]{:T(128)} constant(2)
-  %batch = bf16[4,64,32]{2,1,0} convolution(%b, %c), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+  %batch = bf16[4,64,32]{2,1,0} convolution(%b, %c), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
   %kernel = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 1024}"
 }}, metadata={op_name="jit(f)/splash"}
