@@ -180,7 +180,7 @@ def per_device(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Cal
     return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
-def index_on(axis: str) -> jax.Array:
+def index_on(axis: str | None) -> jax.Array:
     """int32[]: which piece of a logical axis this device has. Only in `per_device`."""
     return jax.lax.axis_index(mesh_axes(axis))
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +91,7 @@ def _local(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: Sequence[jax.Array] | None,
+    segments: tuple[jax.Array, jax.Array] | None,
     causal: bool,
     places: jax.Array | None = None,
 ) -> jax.Array:
@@ -119,7 +118,7 @@ def _on_mesh(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: Sequence[jax.Array] | None,
+    segments: tuple[jax.Array, jax.Array] | None,
     causal: bool,
     layout: tuple[str, str | None, str | None],
 ) -> jax.Array:

@@ -10,7 +10,7 @@ With 4 devices:
     computed by    0 7        6 1        2 5        4 3        (the even half first)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def context_parallel(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: Sequence[jax.Array] | None,
+    segments: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     """Causal attention by index of rows cut over AXIS; to be called in `per_device`.
 

@@ -106,7 +106,7 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
     from kangaroo_jax.sharding import make_mesh
     from kangaroo_jax.training.checkpoint import abstract_model
     from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
-    from kangaroo_jax.training.state import abstract_state
+    from kangaroo_jax.training.state import abstract_state, shardings_of
     from kangaroo_jax.training.step import make_train_step
 
     mesh = make_mesh(config.train.mesh, devices)
@@ -114,7 +114,7 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
     state = abstract_state(config, binding, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    step = make_train_step(binding, optimizer, schedule, config.train.accumulate)
+    step = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
     with jax.set_mesh(mesh):
         return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
 

@@ -196,7 +196,7 @@ class Watchdog:
             value = next((v for k, v in values.items() if k.rsplit("/", 1)[-1] == str(index)), "")
             if value != self._seen.get(index, ("", 0.0))[0] or index not in self._seen:
                 self._seen[index] = (value, now if value else begin)
-            known = json.loads(value) if value else {"step": 0, "step_time": begin, "state": ""}
+            known: dict[str, Any] = json.loads(value) if value else {"step": 0, "step_time": begin, "state": ""}
             silent = now - self._seen[index][1]  # by our own clock: theirs may differ
             hosts[index] = {"step": known["step"], "silent_seconds": round(silent, 1)}
             hosts[index]["last_step_seconds_ago"] = round(silent + known.get("beat", now) - known["step_time"], 1)

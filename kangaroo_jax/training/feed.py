@@ -64,8 +64,8 @@ class Feed:
         def put(x: np.ndarray) -> jax.Array:
             shape = (self._packs, *x.shape[1:])
 
-            def rows(index: tuple[slice, ...]) -> np.ndarray:
-                wanted = range(*index[0].indices(self._packs))
+            def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+                wanted = range(*(index or (slice(None),))[0].indices(self._packs))
                 return x[[start[row // self._rows] + row % self._rows for row in wanted]]
 
             place = sharding(self._mesh, ("batch",) + (None,) * (x.ndim - 1), shape)

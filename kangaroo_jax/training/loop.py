@@ -31,7 +31,7 @@ from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
 from kangaroo_jax.training.parameters import Binding
 from kangaroo_jax.training.placement import resolve
-from kangaroo_jax.training.state import make_state, state_shardings
+from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
 from kangaroo_jax.training.step import TrainState, make_train_step
 
 Tell = Callable[[str], None]
@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     state = initial_state(config, binding, mesh)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
-    step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate)
+    step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
     trained, frozen = count(state.params), count(state.frozen)
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
 

@@ -42,3 +42,8 @@ def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainSta
     state = jax.eval_shape(lambda params: make_state(config, params), dict(binding.shapes))
     places = state_shardings(state, binding, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+
+
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every array of a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)

@@ -1,7 +1,7 @@
 """The train step: one pure function, jitted once, its state donated."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class TrainState:
 
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]
+TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 
 
 def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
@@ -71,11 +71,16 @@ def _like_weights(binding: Binding, grads: Params) -> Params:
 
 
 def make_train_step(
-    binding: Binding, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulate: int = 1
+    binding: Binding,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulate: int = 1,
+    places: Any = None,
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight.
 
-    `accumulate`: parts of the batch that are computed one after another.
+    `accumulate`: parts of the batch that are computed one after another. `places`: the shardings of the state;
+    it leaves the step as it came, so that the second step is not compiled anew.
     """
 
     def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
@@ -90,4 +95,4 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))

@@ -14,7 +14,7 @@ from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.loop import mesh_scope
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
-from kangaroo_jax.training.state import make_state, state_shardings
+from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
 from kangaroo_jax.training.step import gradient, make_train_step
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 1, 2), (1, 2, 4, 1)]
@@ -70,7 +70,9 @@ def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[f
         make = functools.partial(make_state, config)
         state = jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, params), binding, mesh))(params)
         optimizer = make_optimizer(config.optimizer, STEPS, state.params)
-        step = make_train_step(binding, optimizer, make_schedule(config.optimizer, STEPS), accumulate)
+        step = make_train_step(
+            binding, optimizer, make_schedule(config.optimizer, STEPS), accumulate, shardings_of(state)
+        )
         put = lambda x: jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))  # noqa: E731
         on_mesh, found = jax.tree.map(put, batch), []
         for _ in range(steps):
@@ -129,9 +131,8 @@ def test_generated_text_is_that_of_one_device(config, params, shape):
     def answers(mesh) -> list[list[int]]:
         with mesh_scope(mesh):
             places = {k: sharding(mesh, binding.axes[k], v.shape) for k, v in params.items()}
-            generator = Generator(
-                binding.bind({k: jax.device_put(jnp.asarray(v) * 3, places[k]) for k, v in params.items()})
-            )
+            weights = {k: jax.device_put(jnp.asarray(v) * 3, places[k]) for k, v in params.items()}
+            generator = Generator(binding.bind(weights))
             vision = generator.encode(frames, np.arange(6, dtype=np.float32))
             return generator.generate(prompts, vision, max_new_tokens=12, stop_ids=[2])
 
