@@ -18,7 +18,7 @@ MASKED = -1e30  # finite, so that a query that sees nothing gives no NaN
 # Where an implementation runs; `auto` takes the first of the platform.
 PLATFORMS = {"xla_chunked": ("cpu", "gpu", "tpu"), "splash": ("tpu",), "triton": ("gpu",), "cudnn": ()}
 IMPLEMENTATIONS = ("auto", *PLATFORMS)
-AUTO = {"tpu": "splash"}  # elsewhere xla_chunked
+AUTO = {"tpu": "splash"}  # for heads of a multiple of 64; elsewhere xla_chunked
 
 # How rows of queries and keys lie on a mesh: packs of text, whose tokens may be cut too, or frames.
 LAYOUTS: dict[str, tuple[str, str | None, str | None]] = {
@@ -62,7 +62,7 @@ def attention(
     by_index = causal and positions is None
     if by_index and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal by index: {query.shape[1]} queries need as many keys, not {key.shape[1]}")
-    chosen = choose(implementation)
+    chosen = choose(implementation, query.shape[-1])
     if positions is not None:  # a cache: few queries, so that its own plain form is best everywhere
         labels = [Labels(segment_ids[i] if segment_ids else None, positions[i] if causal else None) for i in (0, 1)]
         return xla_chunked(query, key, value, labels[0], labels[1], False)
@@ -73,14 +73,16 @@ def attention(
     return _on_mesh(chosen, query, key, value, segment_ids, causal, LAYOUTS[layout])
 
 
-def choose(implementation: str) -> str:
+def choose(implementation: str, head_dim: int) -> str:
     """The implementation that a name (or `auto`) means on the platform compiled for. Raises UserError."""
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention {implementation!r} is unknown: set model.attention to one of {IMPLEMENTATIONS}")
     if implementation == "cudnn":
         raise UserError("attention 'cudnn' would not honour segments: set model.attention to triton or xla_chunked")
     here = platform()
-    chosen = AUTO.get(here, "xla_chunked") if implementation == "auto" else implementation
+    chosen = implementation
+    if implementation == "auto":
+        chosen = AUTO.get(here, "xla_chunked") if head_dim % 64 == 0 else "xla_chunked"
     if here not in PLATFORMS[chosen]:
         raise UserError(f"attention {chosen!r} does not run on this device ({here}): set model.attention to auto")
     return chosen

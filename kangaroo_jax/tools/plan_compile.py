@@ -214,7 +214,8 @@ def kernel_flops(visit: hlo.Visit) -> float:
         return 0.0
     (*rest, heads, length, width), keys = found[0], found[1][-2]
     kind = next(name for name in ("dkv", "dq", "fwd") if f"splash_mha_{name}" in operation.scope)
-    if kind == "dkv" and re.search(r'use_fused_bwd_kernel\\*": true', operation.text):
+    parts_of_d_query = [s for _, s in operation.shapes if len(s) > len(found[0]) and s[-3:] == (heads, length, width)]
+    if kind == "dkv" and parts_of_d_query:
         kind = "fused"
     causal = "splash_causal" in operation.scope
     share = visited_share(length, keys, causal, keys // length if causal else 1)

@@ -8,9 +8,12 @@ rows its devices hold.
 
 import base64
 import contextlib
+import dataclasses
+import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,9 +54,7 @@ class Feed:
         if len(parts) == 1:
             return parts[0]
         batch = PackedBatch(**{name: np.concatenate([getattr(b, name) for b, _ in parts]) for name in FIELDS})
-        stats = [stats for _, stats in parts]
-        totals = {name: sum(getattr(s, name) for s in stats) for name in ("samples", "tokens", "frames", "skipped")}
-        return batch, LoaderStats(**totals, sample_ids=tuple(name for s in stats for name in s.sample_ids))
+        return batch, functools.reduce(_add, (stats for _, stats in parts))
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This host's rows as global arrays, packs over the mesh's batch axes."""
@@ -101,6 +102,18 @@ class Feed:
         with contextlib.ExitStack() as stack:
             for loader in self._loaders.values():
                 stack.callback(loader.close)
+
+
+def _add(a: LoaderStats, b: LoaderStats) -> LoaderStats:
+    """What is in two parts of a batch: counts are summed, the ids of the samples follow one another."""
+    names = [field.name for field in dataclasses.fields(a)]
+    return LoaderStats(**{name: _sum(getattr(a, name), getattr(b, name)) for name in names})
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if isinstance(a, Mapping):
+        return {key: a.get(key, 0) + b.get(key, 0) for key in (*a, *b)}
+    return a + b
 
 
 def threads_a_stream(streams_here: int) -> int:
