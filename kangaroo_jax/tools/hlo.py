@@ -53,7 +53,7 @@ Computation = dict[str, Operation]
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An operation and how often the program runs it; -1 trips were unknown and counted as `unknown_trips`."""
+    """An operation and how often the program runs it."""
 
     operation: Operation
     times: float
@@ -90,12 +90,10 @@ def walk(text: str, unknown_trips: int = 1) -> Iterator[Visit]:
     `unknown_trips` is taken for loops whose number of trips is only known at run time.
     """
     computations, entry = parse(text)
-    yield from _walk(computations, entry, 1.0, unknown_trips, {})
+    yield from _walk(computations, entry, 1.0, unknown_trips)
 
 
-def _walk(
-    computations: dict[str, Computation], name: str, times: float, unknown: int, inputs: dict[int, int]
-) -> Iterator[Visit]:
+def _walk(computations: dict[str, Computation], name: str, times: float, unknown: int) -> Iterator[Visit]:
     computation = computations[name]
     for operation in computation.values():
         yield Visit(operation, times, computation)
@@ -103,11 +101,11 @@ def _walk(
             trips = trip_count(computations, computation, operation)
             body = operation.attribute("body")
             assert body is not None
-            yield from _walk(computations, body.lstrip("%"), times * (unknown if trips is None else trips), unknown, {})
+            yield from _walk(computations, body.lstrip("%"), times * (unknown if trips is None else trips), unknown)
         elif operation.kind in ("fusion", "call", "conditional", "async-start", "custom-call"):
             for called in _called(operation):
                 if called in computations:
-                    yield from _walk(computations, called, times, unknown, {})
+                    yield from _walk(computations, called, times, unknown)
 
 
 def _called(operation: Operation) -> list[str]:

@@ -162,11 +162,13 @@ class Watchdog:
             self._thread = None
 
     def explain(self, error: Exception) -> None:
-        """A collective failed: wait until the lost process is named and this one stopped; return if none is."""
-        if self._thread is None:
-            return
-        if not self._done.wait(self._timeout + 4 * BEAT_SECONDS):
-            self._stop(f"a collective failed though every host is alive: {' '.join(str(error).split())[:300]}")
+        """Something failed, perhaps because a process is lost: then wait until it is named and this one stopped.
+
+        Returns where every host is alive, so that the error is this process's own.
+        """
+        if self._thread is not None:
+            self._tell(f"failed, looking whether a host is lost: {' '.join(str(error).split())[:200]}")
+            self._done.wait(self._timeout + 4 * BEAT_SECONDS)
 
     def _client(self) -> Any:
         from jax._src import distributed
@@ -228,9 +230,11 @@ def stop_process(message: str) -> None:
 
 @contextlib.contextmanager
 def explained(watchdog: Watchdog) -> Iterator[None]:
-    """Inside, a failed collective ends the process with the name of the host that is lost, if one is."""
+    """Inside, what fails because a host is lost (a collective, a save) ends the process with the name of that host."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:
         watchdog.explain(error)
         raise

@@ -70,7 +70,9 @@ class Feed:
                 return x[[start[row // self._rows] + row % self._rows for row in wanted]]
 
             place = sharding(self._mesh, ("batch",) + (None,) * (x.ndim - 1), shape)
-            return jax.make_array_from_callback(shape, place, rows)
+            pieces = place.addressable_devices_indices_map(shape).items()
+            on_devices = [jax.device_put(rows(index), device) for device, index in pieces]
+            return jax.make_array_from_single_device_arrays(shape, place, on_devices)
 
         return jax.tree.map(put, batch)
 

@@ -262,7 +262,8 @@ def report(
     if step % every:
         log.write(step, {**values, **counts})
         return
-    use = {**progress.rates(), **observer.values(*progress.window())}
+    steps, seconds = progress.window()
+    use = {**progress.rates(), **observer.values(steps, seconds)} if steps else {}
     log.write(step, {**values, **counts, **use})
     progress.line(step, values, stats.skipped, use)
 

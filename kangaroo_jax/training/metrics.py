@@ -93,7 +93,7 @@ class Progress:
 
     def window(self) -> tuple[int, float]:
         """(steps, seconds) since the last printed line."""
-        return max(int(self._sums["steps"]), 1), max(time.perf_counter() - self._clock, 1e-9)
+        return int(self._sums["steps"]), max(time.perf_counter() - self._clock, 1e-9)
 
     def rates(self) -> dict[str, float]:
         """Useful tokens and frames a second and chip, and the share of the time spent waiting for data."""
