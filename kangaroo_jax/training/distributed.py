@@ -71,12 +71,21 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until every process is here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def barrier(name: str, timeout: float = 1800.0) -> None:
+    """Wait until every process is here, at most `timeout` seconds; a name serves once in a run.
 
-        multihost_utils.sync_global_devices(name)
+    It asks the coordinator, no device: processes that are seconds or minutes apart, as they are before their
+    first collective, would let the collective itself time out. Raises UserError where the others do not come.
+    """
+    if jax.process_count() > 1:
+        from jax._src import distributed
+
+        try:
+            distributed.global_state.client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"{name}: not every process came in {timeout:.0f} s: {str(error).splitlines()[0]}"
+            ) from None
 
 
 # -------------------------------------------------------------------------------- preemption

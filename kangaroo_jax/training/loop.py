@@ -24,7 +24,7 @@ from kangaroo_jax.host import keep_freed_memory
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training import checkpoint
-from kangaroo_jax.training.distributed import Preempted, Preemption, Watchdog, explained, is_main
+from kangaroo_jax.training.distributed import Preempted, Preemption, Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.feed import Feed, threads_a_stream
 from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, read_metrics
 from kangaroo_jax.training.observe import Observer
@@ -94,6 +94,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
 
     # ------------------------------------------------------------------------- checkpoint
+    barrier(f"{config.stage} begins")
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
     log = MetricLog(
         workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
