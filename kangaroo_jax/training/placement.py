@@ -1,7 +1,8 @@
 """How a stage lies on the chips at hand: mesh, remat policies and gradient accumulation, where the config says "auto".
 
 A config may name each itself. What it leaves open ("auto", an empty mesh, 0 for `accumulate`) comes from
-TABLE, whose rows were chosen with `kangaroo plan --search`.
+TABLE. Its rows are cautious: full remat, and a tensor axis on chips of 16 and 32 GB. `kangaroo plan --search` may find
+faster ones.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ class Placement:
 # (chip, tokens a pack at most) -> placement; the first row that fits is taken.
 TABLE: tuple[tuple[str, int, Placement], ...] = (
     ("v5e", 1 << 15, Placement(tensor=4)),
-    ("v6e", 1 << 15, Placement(tensor=4, llm_remat="minimal")),
-    ("v5p", 1 << 15, Placement(llm_remat="minimal")),
+    ("v6e", 1 << 15, Placement(tensor=4)),
+    ("v5p", 1 << 15, Placement()),
     ("v5p", 1 << 19, Placement(context=16, tensor=4)),
     ("v5p", 1 << 21, Placement(context=64, tensor=4)),
 )
