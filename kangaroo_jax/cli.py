@@ -187,6 +187,10 @@ def _run_train(values: "flags.FlagValues", rest: list[str]) -> None:
         config.data.strict = True
     workdir = _workdir(values)
 
+    from kangaroo_jax.training.distributed import initialize
+
+    initialize()
+
     from kangaroo_jax.training.loop import train
 
     train(config, workdir)
@@ -221,6 +225,10 @@ def _run_curriculum(values: "flags.FlagValues", rest: list[str]) -> None:
     preset = _preset(values.preset)
     overrides = _override("curriculum", values, stage_config(preset).lock(), rest)
     workdir = _workdir(values)
+
+    from kangaroo_jax.training.distributed import initialize
+
+    initialize()
 
     from kangaroo_jax.training import curriculum
 
@@ -325,6 +333,50 @@ def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:
     bench.main(rest)
 
 
+def _define_plan(values: "flags.FlagValues") -> None:
+    from absl import flags
+
+    define = _definer(values)
+    define(flags.DEFINE_string, "config", None, "FILE[:PRESET], such as configs/stage5_long_video.py:kangaroo_8b")
+    define(flags.DEFINE_string, "topology", None, "chips: v5e:4x8, v5p:2x2x4, v6e:4x8, H100:8, ...")
+    define(flags.DEFINE_integer, "slices", 1, "slices (or nodes) of that size, joined by a slower network")
+    define(flags.DEFINE_bool, "curriculum", False, "all five stages of kangaroo_8b and their sum, without --config")
+    define(flags.DEFINE_bool, "search", False, "compile several meshes and remat policies, print the best that fits")
+    define(flags.DEFINE_bool, "json", False, "print JSON")
+    define(flags.DEFINE_float, "mfu", 0.45, "assumed utilisation (causal attention counted), for time and cost")
+    define(flags.DEFINE_float, "price_per_chip_hour", None, "in any currency", lower_bound=0.0)
+    define(flags.DEFINE_string, "cache", "", "folder that keeps results, so that the same step is compiled once")
+
+
+def _run_plan(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.config_files import load_config
+    from kangaroo_jax.tools.plan_compile import prepare_environment
+
+    _no_more("plan", values, _not_of_config(rest))
+    _required("plan", values, "topology", *(() if values.curriculum else ("config",)))
+    prepare_environment()
+
+    from kangaroo_jax.tools import plan
+    from kangaroo_jax.training.curriculum import STAGES
+
+    specs = [f"{name}:kangaroo_8b" for name in STAGES] if values.curriculum else [values.config]
+    configs = [load_config(spec) for spec in specs]
+    for config in configs:
+        _override("plan", values, config, rest)
+    code = plan.run(
+        configs,
+        values.topology,
+        slices=values.slices,
+        mfu=values.mfu,
+        price=values.price_per_chip_hour,
+        as_json=values.json,
+        do_search=values.search,
+        cache=Path(values.cache) if values.cache else None,
+    )
+    if code:
+        raise SystemExit(code)
+
+
 def _definer(values: "flags.FlagValues") -> Callable[..., Any]:
     """`define(DEFINE_x, name, default, help)` for the flags of one job."""
     return lambda define, *args, **kwargs: define(*args, flag_values=values, **kwargs)
@@ -336,5 +388,6 @@ JOBS = {
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", _define_train, _run_train),
     "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
+    "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
     "bench": Job("measure the speed of training steps", None, _run_bench),
 }

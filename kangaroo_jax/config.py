@@ -34,7 +34,7 @@ def model_config(preset: str) -> ConfigDict:
     v.rope_reference_grid = 16  # rotary positions run from 0 to this, whatever the grid
     v.norm_eps = 1e-6
     v.output_norm = False  # inferred: the features before the final norm
-    v.remat = "full"
+    v.remat = "auto"  # none, dots, minimal, full, offload (models/stack.py); auto is by stage and chip
 
     t = c.tpe = ConfigDict()
     t.enabled = True
@@ -59,7 +59,7 @@ def model_config(preset: str) -> ConfigDict:
     # Of Llama 3.1 and later (factor 8); Llama 3 and Kangaroo have none (factor 1).
     m.rope_scaling = ConfigDict(dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192))
     m.norm_eps = 1e-5
-    m.remat = "full"
+    m.remat = "auto"
     m.loss_chunk = 1024  # tokens whose logits exist at a time
     # Inferred: the four marks around a video are renamed reserved tokens; the last is only a placeholder.
     c.special_ids = ConfigDict(dict(vi_start=128_002, eof=128_003, eov=128_004, vi_end=128_005, vision=128_011))
@@ -106,6 +106,7 @@ def stage_config(preset: str) -> ConfigDict:
     d.packs_per_batch = 128  # B, over all hosts
     d.packing_bins = 16  # open packs that a sample may go into; 0 packs nothing: one sample a row
     d.num_workers = 0  # decoding processes; 0 decodes in threads of this process
+    d.streams = 16  # independent parts of the data, so that any number of hosts that divides them gives one order
     d.cache_mib = 0  # decoded clips kept in memory, for corpora small enough to be read again and again
     d.strict = False  # True raises at the first sample that cannot be read
 
@@ -116,6 +117,8 @@ def stage_config(preset: str) -> ConfigDict:
     o.trainable = ((".*", 1.0),)
     o.warmup_fraction = 0.03  # inferred, as are the rest
     o.final_fraction = 0.1  # cosine decay to this share of the peak
+    o.kind = "adamw"  # or adafactor, whose state is a thousandth of the weights
+    o.moment_dtype = "float32"  # of Adam's two moments: float32 or bfloat16
     o.b1 = 0.9
     o.b2 = 0.95
     o.eps = 1e-8
@@ -129,12 +132,16 @@ def stage_config(preset: str) -> ConfigDict:
     t.checkpoint_every = 500  # steps; the last step is always saved
     t.keep_checkpoints = 2
     t.tensorboard = False
-    t.mesh = (1, -1, 1, 1)  # data, fsdp, context, tensor
+    t.profile = ()  # (first, last) step to profile into workdir/profile
+    t.compile_cache = ""  # folder that keeps compiled programs between runs; "" is JAX's own default
+    t.lost_seconds = 30.0  # a host that is silent for so long is lost: the others stop, with exit code 75
+    t.mesh = ()  # data, fsdp, context, tensor; -1 takes what is left, () is by stage and chip
+    t.accumulate = 0  # parts of a batch computed one after another; 0 is by stage and chip
 
     if preset != "kangaroo_8b":
-        d.update(image_size=48, max_sample_tokens=1024, packing_bins=8)
+        d.update(image_size=48, max_sample_tokens=1024, packing_bins=8, streams=1)
         d.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4, cache_mib=512)
-        t.update(log_every=10, checkpoint_every=100)
+        t.update(log_every=10, checkpoint_every=100, mesh=(1, -1, 1, 1), accumulate=1)
     return c
 
 

@@ -1,12 +1,23 @@
-"""Meshes and the table from logical axes to mesh axes. The only file that names mesh axes."""
+"""Meshes and the table from logical axes to mesh axes. The only file that names mesh axes.
 
-from collections.abc import Sequence
+The models say what a dimension *is* ("batch", "heads"); RULES says over which mesh axes it is cut. What
+the compiler cannot be trusted to cut by itself (attention kernels, the loss, the embedding) runs in
+`per_device`, where a function sees the piece of one device and talks to the others by logical axis.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kangaroo_jax.conventions import UserError
+
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+Axes = Sequence[str | None]
 
 # Logical axis -> mesh axes. Weights carry logical names (`nnx.Param(..., axes=(...))`), activations
 # are constrained by them; a name that is not here is an error, not a silent replication.
@@ -14,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
+    "residual_tokens": ("context", "tensor"),  # between the layers' matrix products (Korthikanti et al. 2022)
     "frames": ("data", "fsdp", "context", "tensor"),  # batch and frames flattened: the ViT is never replicated
     "activation": None,
     "activation_heads": "tensor",
@@ -22,61 +34,186 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "activation_vocab": "tensor",
     # weights
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
-    "vision_embed": "fsdp",
-    "vision_heads": "tensor",
-    "vision_mlp": "tensor",
+    "vision_embed": ("fsdp", "context", "tensor"),  # gathered where used: its work is cut by frames alone
+    "vision_heads": None,
+    "vision_mlp": None,
     "patch": None,
     "norm": None,
+    "replicas": "data",  # devices that hold the same weights of the decoder
 }
 
 
-def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh (data, fsdp, context, tensor) over `devices`; at most one -1 takes what is left.
+# ------------------------------------------------------------------------------------ meshes
 
-    Raises ValueError where the shape does not fit the number of devices.
+
+def mesh_sizes(shape: Sequence[int], devices: int) -> tuple[int, int, int, int]:
+    """`shape` (data, fsdp, context, tensor) with its -1, if any, replaced by what is left of `devices`.
+
+    Raises UserError where the shape does not fit the number of devices.
     """
-    devices = list(devices if devices is not None else jax.devices())
     sizes = list(shape)
     if len(sizes) != len(MESH_AXES):
-        raise ValueError(f"mesh {tuple(shape)}: needs one size for each of {MESH_AXES}")
+        raise UserError(f"mesh {tuple(shape)}: needs one size for each of {MESH_AXES}")
     if sizes.count(-1) > 1:
-        raise ValueError(f"mesh {tuple(shape)}: at most one size may be -1")
+        raise UserError(f"mesh {tuple(shape)}: at most one size may be -1")
     if -1 in sizes:
-        rest = -int(np.prod(sizes))
-        if rest == 0 or len(devices) % rest:
-            raise ValueError(f"mesh {tuple(shape)}: {len(devices)} devices do not divide by {rest}")
-        sizes[sizes.index(-1)] = len(devices) // rest
-    if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh {tuple(shape)}: {int(np.prod(sizes))} places for {len(devices)} devices")
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+        rest = -math.prod(sizes)
+        if rest <= 0 or devices % rest:
+            raise UserError(f"mesh {tuple(shape)}: {devices} devices do not divide by {rest}")
+        sizes[sizes.index(-1)] = devices // rest
+    if math.prod(sizes) != devices:
+        raise UserError(f"mesh {tuple(shape)}: {math.prod(sizes)} places for {devices} devices")
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of logical `axes`; None is an unsharded dimension. Raises KeyError for an unknown name."""
+def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh (data, fsdp, context, tensor) over `devices`; at most one -1 takes what is left.
+
+    Neighbours on the mesh are neighbours on the chips' network. Of several slices the data axis runs over
+    the slower network between them, so that it must be a multiple of their number.
+
+    Raises UserError where the shape does not fit the devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = mesh_sizes(shape, len(devices))
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if devices[0].platform != "tpu":
+        places = np.asarray(devices).reshape(sizes)
+    elif slices == 1:
+        places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        if sizes[0] % slices:
+            raise UserError(f"mesh {sizes}: its data axis must be a multiple of the {slices} slices")
+        inner = (sizes[0] // slices, *sizes[1:])
+        places = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(places, MESH_AXES)
+
+
+def split_mesh() -> Any:
+    """The mesh that activations are cut over here, None where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what is compiled for; the mesh's devices where one is set, else the default ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+# ------------------------------------------------------------------------------ logical axes
+
+
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes of a logical axis. Raises KeyError for an unknown name."""
+    names = RULES[axis] if axis is not None else None
+    return (names,) if isinstance(names, str) else (names or ())
+
+
+def spec(axes: Axes, shape: Sequence[int] | None = None, sizes: dict[str, int] | None = None) -> PartitionSpec:
+    """The PartitionSpec of logical `axes`; None is an unsharded dimension. Raises KeyError for an unknown name.
+
+    Given the array's `shape` and the mesh's `sizes`, a dimension is not cut over mesh axes (the last of its
+    own first) whose sizes do not divide it.
+    """
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
-    for axis in axes:
-        names = RULES[axis] if axis is not None else None
-        names = (names,) if isinstance(names, str) else (names or ())
-        free = tuple(name for name in names if name not in used)
+    for dimension, axis in enumerate(axes):
+        free = [name for name in mesh_axes(axis) if name not in used]
+        if shape is not None and sizes is not None:
+            while free and shape[dimension] % math.prod(sizes[name] for name in free):
+                free.pop()
         used.update(free)
-        entries.append(free if len(free) > 1 else free[0] if free else None)
+        entries.append(tuple(free) if len(free) > 1 else free[0] if free else None)
     return PartitionSpec(*entries)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """The NamedSharding of logical `axes` on `mesh`."""
-    return NamedSharding(mesh, spec(axes))
+def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
+    """The NamedSharding of logical `axes` on `mesh`; with `shape`, only where it divides."""
+    return NamedSharding(mesh, spec(axes, shape, dict(mesh.shape)))
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Constrain an activation to logical `axes` inside jit; nothing happens where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = split_mesh()
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
+
+
+def shards(axis: str | None) -> int:
+    """Into how many pieces a logical axis is cut here; 1 for None."""
+    mesh = split_mesh()
+    return 1 if mesh is None or axis is None else math.prod(mesh.shape[name] for name in mesh_axes(axis))
+
+
+def divides(shape: Sequence[int], axes: Axes) -> bool:
+    """Whether every dimension of `shape` can be cut as its logical axis says."""
+    return all(size % shards(axis) == 0 for size, axis in zip(shape, axes, strict=True))
+
+
+def fitting(shape: Sequence[int], axes: Axes) -> tuple[str | None, ...]:
+    """`axes`, with None for each that does not divide its dimension: those stay whole."""
+    return tuple(None if size % shards(axis) else axis for size, axis in zip(shape, axes, strict=True))
+
+
+# --------------------------------------------------------- functions that see one device's piece
+
+
+def per_device(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """`function` on the pieces that each device holds, whose dimensions have logical axes.
+
+    `in_axes` and `out_axes` are trees of tuples of logical axes, one for each array; every dimension must
+    divide. Without a mesh it is the function itself, since the only piece is the whole.
+    """
+    if split_mesh() is None:
+        return function
+    is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)  # noqa: E731
+    specs = [jax.tree.map(spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes)]
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def index_on(axis: str | None) -> jax.Array:
+    """int32[]: which piece of a logical axis this device has. Only in `per_device`."""
+    return jax.lax.axis_index(mesh_axes(axis))
+
+
+def sum_over(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum over the devices that a logical axis is cut over. In `per_device`; elsewhere x."""
+    return jax.lax.psum(x, mesh_axes(axis)) if shards(axis) > 1 else x
+
+
+def max_over(x: jax.Array, axis: str | None) -> jax.Array:
+    """The largest over the devices that a logical axis is cut over. In `per_device`; elsewhere x."""
+    return jax.lax.pmax(x, mesh_axes(axis)) if shards(axis) > 1 else x
+
+
+def gather(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
+    """The pieces of `dimension`, cut over a logical axis, joined. In `per_device`; elsewhere x."""
+    if shards(axis) == 1:
+        return x
+    return jax.lax.all_gather(x, mesh_axes(axis), axis=dimension, tiled=True)
+
+
+def sum_scatter(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """The sum over devices, of which each keeps its piece of `dimension`: the inverse of `gather`."""
+    if shards(axis) == 1:
+        return x
+    return jax.lax.psum_scatter(x, mesh_axes(axis), scatter_dimension=dimension, tiled=True)
+
+
+def exchange(x: jax.Array, axis: str | None, *, split: int, join: int) -> jax.Array:
+    """All-to-all: dimension `split` is cut over a logical axis instead of dimension `join`, which becomes whole."""
+    return x if shards(axis) == 1 else jax.lax.all_to_all(x, mesh_axes(axis), split, join, tiled=True)
+
+
+def permute(x: jax.Array, axis: str, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """Send x from the first piece's device to the second's, for each pair."""
+    return jax.lax.ppermute(x, mesh_axes(axis), pairs)

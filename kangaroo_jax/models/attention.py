@@ -1,19 +1,30 @@
 """Attention with segments: one entry, several implementations, each of which honours segments or refuses."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.stack import keep
+from kangaroo_jax.sharding import divides, per_device, platform, shards, split_mesh
 
-IMPLEMENTATIONS = ("auto", "xla_chunked", "splash", "cudnn")
 CHUNK = 128  # queries (of every head) whose scores exist at a time
 STRIPES = 8  # causal attention by index: so many ranges of queries, each with only the keys that it can see
 MASKED = -1e30  # finite, so that a query that sees nothing gives no NaN
+
+# Where an implementation runs; `auto` takes the first of the platform.
+PLATFORMS = {"xla_chunked": ("cpu", "gpu", "tpu"), "splash": ("tpu",), "triton": ("gpu",), "cudnn": ()}
+IMPLEMENTATIONS = ("auto", *PLATFORMS)
+AUTO = {"tpu": "splash"}  # for heads of a multiple of 64; elsewhere xla_chunked
+
+# How rows of queries and keys lie on a mesh: packs of text, whose tokens may be cut too, or frames.
+LAYOUTS: dict[str, tuple[str, str | None, str | None]] = {
+    "text": ("batch", "tokens", "activation_heads"),
+    "frames": ("frames", None, None),
+}
 
 
 class Labels(NamedTuple):
@@ -32,6 +43,7 @@ def attention(
     causal: bool,
     positions: tuple[jax.Array, jax.Array] | None = None,
     implementation: str = "auto",
+    layout: str = "text",
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key-value heads.
 
@@ -40,6 +52,7 @@ def attention(
     int32[B, S], must be given: a query sees only keys of its own segment; None says that every row is
     one segment without padding. `causal` hides keys that come later: by index (then T = S), or, where
     `positions` (int32[B, T], int32[B, S]) are given, by position. Softmax is computed in float32.
+    `layout`, a key of LAYOUTS, says how the rows lie on a mesh; nothing depends on it without one.
 
     Raises UserError for an unknown implementation, and for one that does not run here or would not
     honour the segments; ValueError where the shapes do not fit.
@@ -49,18 +62,93 @@ def attention(
     by_index = causal and positions is None
     if by_index and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal by index: {query.shape[1]} queries need as many keys, not {key.shape[1]}")
-    queries, keys = (
-        Labels(segment_ids[i] if segment_ids else None, positions[i] if positions and causal else None) for i in (0, 1)
-    )
-    return _choose(implementation)(query, key, value, queries, keys, by_index)
+    chosen = choose(implementation, query.shape[-1])
+    if positions is not None:  # a cache: few queries, so that its own plain form is best everywhere
+        labels = [Labels(segment_ids[i] if segment_ids else None, positions[i] if causal else None) for i in (0, 1)]
+        return xla_chunked(query, key, value, labels[0], labels[1], False)
+    if chosen == "triton" and segment_ids is not None and segment_ids[0] is not segment_ids[1]:
+        raise UserError("attention 'triton' knows one array of segments for queries and keys: set xla_chunked")
+    if split_mesh() is None:
+        return _local(chosen, query, key, value, segment_ids, causal)
+    return _on_mesh(chosen, query, key, value, segment_ids, causal, LAYOUTS[layout])
 
 
-def _choose(implementation: str) -> Callable[..., jax.Array]:
-    if implementation in ("auto", "xla_chunked"):
-        return xla_chunked
+def choose(implementation: str, head_dim: int) -> str:
+    """The implementation that a name (or `auto`) means on the platform compiled for. Raises UserError."""
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention {implementation!r} is unknown: set model.attention to one of {IMPLEMENTATIONS}")
-    raise UserError(f"attention {implementation!r} does not run on this device: set model.attention to xla_chunked")
+    if implementation == "cudnn":
+        raise UserError("attention 'cudnn' would not honour segments: set model.attention to triton or xla_chunked")
+    here = platform()
+    chosen = implementation
+    if implementation == "auto":
+        chosen = AUTO.get(here, "xla_chunked") if head_dim % 64 == 0 else "xla_chunked"
+    if here not in PLATFORMS[chosen]:
+        raise UserError(f"attention {chosen!r} does not run on this device ({here}): set model.attention to auto")
+    return chosen
+
+
+def _local(
+    chosen: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None,
+    causal: bool,
+    places: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of what one device holds; `places` of the queries in the row, where it has only some of them."""
+    if chosen == "splash":
+        from kangaroo_jax.models.attention_splash import splash
+
+        pieces = 1 if places is None else key.shape[1] // query.shape[1]
+        return splash(query, key, value, segments, causal=causal, pieces=pieces)
+    if chosen == "triton":
+        from kangaroo_jax.models.attention_triton import triton
+
+        return triton(query, key, value, segments, causal=causal, places=places)
+    ids: Any = segments or (None, None)
+    if places is None:
+        return xla_chunked(query, key, value, Labels(ids[0], None), Labels(ids[1], None), causal)
+    queries, keys = jnp.broadcast_to(places, query.shape[:2]), jnp.arange(key.shape[1], dtype=jnp.int32)
+    keys = jnp.broadcast_to(keys, key.shape[:2])
+    return xla_chunked(query, key, value, Labels(ids[0], queries), Labels(ids[1], keys), False)
+
+
+def _on_mesh(
+    chosen: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None,
+    causal: bool,
+    layout: tuple[str, str | None, str | None],
+) -> jax.Array:
+    """Every device computes its rows, heads and share of the tokens."""
+    heads = shards(layout[2]) if layout[2] else 1
+    if key.shape[2] % heads:  # more devices than key-value heads: some have the same one
+        repeats = math.lcm(key.shape[2], heads) // key.shape[2]
+        key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+    axes = (*layout, None)
+    if not (divides(query.shape, axes) and divides(key.shape, axes)):
+        if chosen != "xla_chunked":
+            sizes = [shards(axis) for axis in layout if axis]
+            raise UserError(f"attention {chosen!r}: {query.shape} rows, tokens, heads do not divide by {sizes} devices")
+        return _local(chosen, query, key, value, segments, causal)
+    cut = causal and layout[1] is not None and shards(layout[1]) > 1
+
+    def run(query, key, value, segments):
+        if not cut:
+            return _local(chosen, query, key, value, segments, causal)
+        from kangaroo_jax.models.attention_context import context_parallel
+
+        function = functools.partial(_local, chosen)
+        return context_parallel(
+            lambda q, k, v, ids, places: function(q, k, v, ids, True, places), query, key, value, segments
+        )
+
+    ids = None if segments is None else (layout[:2], layout[:2])
+    return per_device(run, (axes, axes, axes, ids), axes)(query, key, value, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

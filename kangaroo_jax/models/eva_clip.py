@@ -47,8 +47,9 @@ class Attention(nnx.Module):
         query = keep(rotate_pairs(self.query(x), *rotary), "query")
         key = keep(rotate_pairs(self.key(x), *rotary), "key")
         value = keep(self.value(x), "value")
-        y = attention(query, key, value, segment_ids=None, causal=False, implementation=self.implementation)
-        return self.out(self.norm(keep(y, "context").reshape(x.shape)))
+        how: dict[str, Any] = dict(implementation=self.implementation, layout="frames")
+        y = attention(query, key, value, segment_ids=None, causal=False, **how)
+        return self.out(self.norm(y.reshape(x.shape)))
 
 
 class MLP(nnx.Module):

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.models.eva_clip import EvaClip
 from kangaroo_jax.models.layers import parameter, truncated_normal
-from kangaroo_jax.models.llama import Llama
+from kangaroo_jax.models.llama import RESIDUAL, Llama
 from kangaroo_jax.models.losses import chunked_cross_entropy
 from kangaroo_jax.models.patchify import Patchify, Projector, time_encoding
-from kangaroo_jax.sharding import constrain
+from kangaroo_jax.sharding import constrain, shards
 
+FRAMES = ("frames", None, "activation")
 MARKS = ("vi_start", "eof", "eov", "vi_end")  # rows of special_embedding, in this order
 
 
@@ -70,16 +71,23 @@ class Kangaroo(nnx.Module):
         Raises UserError where S is no multiple of the patch, or F none of the frames a group.
         """
         b, f, *picture = frames.shape
-        x = self.vision(constrain(frames.reshape(b * f, *picture), ("frames", None, None, None)))
+        k = self.patchify.kernel_size[0] if self.joins_frames else 1
+        if f % k:
+            raise UserError(f"{f} frames a pack: choose data.frames_per_pack as a multiple of {k}")
+        surplus = -(b * f) % (k * shards("frames"))  # so that every device has equally many groups
+        frames, seconds = frames.reshape(b * f, *picture), frame_times.reshape(b * f)
+        if surplus:
+            frames, seconds = jnp.pad(frames, [(0, surplus)] + [(0, 0)] * 3), jnp.pad(seconds, (0, surplus))
+        x = self.vision(constrain(frames, ("frames", None, None, None)))
         grid, width = picture[0] // self.vision.patch_size, x.shape[-1]
         if self.time_theta is not None:
-            time = time_encoding(frame_times.reshape(b * f), width, self.time_theta)
+            time = time_encoding(seconds, width, self.time_theta)
             x = x + time[:, None].astype(x.dtype)
-        x = x.reshape(b, f, grid, grid, width)
         if self.joins_frames:
-            x = self.patchify(x)
-        x = self.projector(x)
-        return x.reshape(b, -1, x.shape[-1])
+            x = self.patchify(x.reshape(-1, k, grid, grid, width))
+        x = self.projector(constrain(x.reshape((b * f + surplus) // k, -1, width), FRAMES))
+        x = constrain(x, FRAMES)[: b * f // k].reshape(b, -1, x.shape[-1])
+        return constrain(x, ("batch", None, "activation"))
 
     def embed(self, tokens: jax.Array, vision_index: jax.Array, vision: jax.Array | None) -> jax.Array:
         """tokens and vision_index int32[B, T], vision [B, R, D] or None -> embeddings [B, T, D].
@@ -92,14 +100,19 @@ class Kangaroo(nnx.Module):
             x = jnp.where((tokens == mark)[..., None], self.special_embedding[...][row].astype(x.dtype), x)
         if vision is None:
             return x
-        rows = jnp.take_along_axis(vision, jnp.maximum(vision_index, 0)[..., None], axis=1)
+        index = constrain(jnp.maximum(vision_index, 0), RESIDUAL[:2])
+        rows = constrain(jnp.take_along_axis(vision, index[..., None], axis=1), RESIDUAL)
         return jnp.where((vision_index >= 0)[..., None], rows.astype(x.dtype), x)
 
     def hidden(self, batch: PackedBatch) -> jax.Array:
         """The decoder's states [B, T, D] after its final norm."""
-        vision = self.encode(batch.frames, batch.frame_times) if batch.frames.shape[1] else None
-        x = self.embed(batch.tokens, batch.vision_index, vision)
-        return self.llm(x, batch.segment_ids, batch.positions)[0]
+        vision = None
+        if batch.frames.shape[1]:
+            with jax.named_scope("vision"):
+                vision = self.encode(batch.frames, batch.frame_times)
+        with jax.named_scope("llm"):
+            x = self.embed(batch.tokens, batch.vision_index, vision)
+            return self.llm(x, batch.segment_ids, batch.positions)[0]
 
     def logits(self, batch: PackedBatch) -> jax.Array:
         """float32[B, T, V]; all of them at once, so for small batches only."""

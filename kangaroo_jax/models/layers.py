@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kangaroo_jax.sharding import divides, exchange, fitting, gather, index_on, per_device, shards, split_mesh, sum_over
+
 Axes = tuple[str | None, ...]
 
 
@@ -60,6 +62,30 @@ class Linear(nnx.Module):
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+def lookup(table: jax.Array, tokens: jax.Array, dtype: str | jnp.dtype) -> jax.Array:
+    """Rows of `table` [V, D] for tokens int32[B, T] -> [B, T, D] in `dtype`.
+
+    On a mesh no device gathers the table: each looks up its vocabulary and its part of D for all tokens of
+    the group that D is cut over, and they exchange parts of D for tokens.
+    """
+    token_axes = ("batch", "tokens")
+    if split_mesh() is None or not divides(tokens.shape, token_axes):
+        return table[tokens].astype(dtype)
+    vocab, embed = fitting(table.shape, ("vocab", "embed"))
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        all_tokens = gather(tokens.reshape(-1), embed, 0)
+        rows = table.shape[0]
+        first = index_on(vocab) * rows if shards(vocab) > 1 else 0
+        place = all_tokens - first
+        mine = (place >= 0) & (place < rows)
+        part = jnp.where(mine[:, None], table[jnp.clip(place, 0, rows - 1)], 0).astype(dtype)
+        part = exchange(sum_over(part, vocab), embed, split=0, join=1)
+        return part.reshape(*tokens.shape, -1)
+
+    return per_device(local, ((vocab, embed), token_axes), (*token_axes, None))(table, tokens)
 
 
 class LayerNorm(nnx.Module):

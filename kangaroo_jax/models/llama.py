@@ -12,6 +12,7 @@ from kangaroo_jax.models.layers import (
     Linear,
     RMSNorm,
     RopeScaling,
+    lookup,
     parameter,
     rotary_1d,
     rotate_half,
@@ -20,7 +21,11 @@ from kangaroo_jax.models.layers import (
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
 from kangaroo_jax.sharding import constrain
 
-ACTIVATION = ("batch", "tokens", "activation")
+RESIDUAL = ("batch", "residual_tokens", "activation")  # between the layers' parts
+INPUT = ("batch", "tokens", "activation")  # of a part's matrix products
+QUERY = ("batch", "tokens", "activation_heads", None)
+KEY = ("batch", "tokens", "activation_kv_heads", None)
+CACHE = (None, "batch", "tokens", "activation_kv_heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -65,10 +70,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rotary, segment_ids, memory, index):
         """x [B, T, D] -> ([B, T, D], memory with the new keys and values of layer `index`)."""
-        query = keep(rotate_half(self.query(x), *rotary), "query")
-        key = keep(rotate_half(self.key(x), *rotary), "key")
-        value = keep(self.value(x), "value")
-        query = constrain(query, ("batch", "tokens", "activation_heads", "activation"))
+        x = constrain(x, INPUT)
+        query = keep(constrain(rotate_half(self.query(x), *rotary), QUERY), "query")
+        key = keep(constrain(rotate_half(self.key(x), *rotary), KEY), "key")
+        value = keep(constrain(self.value(x), KEY), "value")
         if memory is None:
             y = attention(
                 query,
@@ -89,7 +94,7 @@ class Attention(nnx.Module):
                 causal=True,
                 positions=(memory.positions, memory.cache.positions),
             )
-        return self.out(keep(y, "context")), memory
+        return self.out(y), memory
 
 
 class MLP(nnx.Module):
@@ -104,6 +109,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
+        x = constrain(x, INPUT)
         hidden = jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(constrain(hidden, ("batch", "tokens", "activation_mlp")))
 
@@ -121,8 +127,8 @@ class Layer(nnx.Module):
     def __call__(self, x, rotary, segment_ids, memory, index):
         """x [B, T, D] -> ([B, T, D], memory)."""
         y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory, index)
-        x = constrain(x + y, ACTIVATION)
-        return constrain(x + self.mlp(self.mlp_norm(x)), ACTIVATION), memory
+        x = constrain(x + y, RESIDUAL)
+        return constrain(x + self.mlp(self.mlp_norm(x)), RESIDUAL), memory
 
 
 class Llama(nnx.Module):
@@ -159,7 +165,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int32[B, T] -> embeddings [B, T, D] in the computation's dtype."""
-        return constrain(self.embedding[...][tokens].astype(self.dtype), ACTIVATION)
+        return constrain(lookup(self.embedding[...], tokens, self.dtype), RESIDUAL)
 
     def __call__(
         self,
@@ -189,7 +195,7 @@ class Llama(nnx.Module):
             x, memory = carry
             return layer(x, rotary, segment_ids, memory, index)
 
-        x = constrain(embeddings.astype(self.dtype), ACTIVATION)
+        x = constrain(embeddings.astype(self.dtype), RESIDUAL)
         x, memory = run_layers(self.layers, step, (x, memory), scan=self.scan, remat=self.remat)
         return self.norm(x), memory.cache if memory is not None else None
 
@@ -201,5 +207,5 @@ class Llama(nnx.Module):
     def init_cache(self, batch: int, capacity: int, dtype: str | jnp.dtype | None = None) -> Cache:
         """An empty cache of `capacity` slots a row; `dtype` defaults to the computation's."""
         shape = (self.depth, batch, capacity, self.kv_heads, self.head_dim)
-        empty = jnp.zeros(shape, dtype or self.dtype)
+        empty = constrain(jnp.zeros(shape, dtype or self.dtype), CACHE)
         return Cache(empty, empty, jnp.full((batch, capacity), -1, jnp.int32))

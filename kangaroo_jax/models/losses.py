@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kangaroo_jax.sharding import fitting, gather, index_on, max_over, per_device, shards, sum_over, sum_scatter
+
 
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk: int
@@ -16,6 +18,7 @@ def chunked_cross_entropy(
     Logits exist for `chunk` tokens of each pack at a time. Tokens of weight 0 are sorted to the end of
     their pack and cost nothing. While logits are at hand their gradient is taken too (a scalar loss
     only scales it), so that nothing is computed twice; where the head is frozen its part is left out.
+    On a mesh every device sorts and sums the tokens that it has; only the head is gathered.
     """
     total = _weighted_loss(hidden, head, targets, weights.astype(jnp.float32), chunk)
     return total, jnp.sum(weights, dtype=jnp.float32)
@@ -41,9 +44,21 @@ def _backward(_, gradients, d_total):
 _weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+HIDDEN, TOKENS, HEAD = ("batch", "tokens", None), ("batch", "tokens"), ("embed", "activation_vocab")
+
+
 def _run(hidden, head, targets, weights, chunk, with_hidden, with_head):
     """(loss, its gradient by hidden or None, by head or None)."""
+    axes = fitting(head.shape, HEAD)
+    local = functools.partial(_run_local, axes=axes, chunk=chunk, with_hidden=with_hidden, with_head=with_head)
+    gradients = (HIDDEN if with_hidden else None, axes if with_head else None)
+    return per_device(local, (HIDDEN, axes, TOKENS, TOKENS), ((), *gradients))(hidden, head, targets, weights)
+
+
+def _run_local(hidden, head, targets, weights, *, axes, chunk, with_hidden, with_head):
+    """`_run` on what one device has: its tokens, and its part of the head, cut over `axes`."""
     batch, length, width = hidden.shape
+    embed, vocab = axes
     parts = -(-length // chunk)
     chunk = -(-length // parts)
     pad = [(0, 0), (0, parts * chunk - length)]
@@ -51,39 +66,56 @@ def _run(hidden, head, targets, weights, chunk, with_hidden, with_head):
     order = jnp.pad(order, pad, mode="edge")
     weights = jnp.where(np.arange(parts * chunk) < length, jnp.take_along_axis(weights, order, axis=1), 0.0)
     targets = jnp.take_along_axis(targets, order, axis=1)
-    kernel = head.astype(hidden.dtype)
+    kernel = gather(head.astype(hidden.dtype), embed, 0)
+    vocabulary = kernel.shape[1]
+    first = index_on(vocab) * vocabulary if shards(vocab) > 1 else 0
     state = {"loss": jnp.zeros((), jnp.float32)}
     if with_hidden:
         state["hidden"] = jnp.zeros((batch, parts * chunk, width), hidden.dtype)
     if with_head:
-        state["head"] = jnp.zeros(head.shape, jnp.float32)
+        state["head"] = jnp.zeros(kernel.shape, jnp.float32)
 
     def step(index, state):
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
-        target, weight = cut(targets), cut(weights)
+        target, weight = cut(targets) - first, cut(weights)
         x = jnp.take_along_axis(hidden, cut(order)[..., None], axis=1)
         logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        true = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        normaliser, true = _normaliser_and_true(logits, target, vocab)
         new = {"loss": state["loss"] + jnp.sum((normaliser - true) * weight)}
         if not (with_hidden or with_head):
             return new
-        hit = jnp.arange(logits.shape[-1]) == target[..., None]
+        hit = jnp.arange(vocabulary) == target[..., None]
         d_logits = ((jnp.exp(logits - normaliser[..., None]) - hit) * weight[..., None]).astype(hidden.dtype)
         if with_hidden:
-            d_x = jnp.einsum("btv,dv->btd", d_logits, kernel)
+            d_x = sum_over(jnp.einsum("btv,dv->btd", d_logits, kernel), vocab)
             new["hidden"] = jax.lax.dynamic_update_slice_in_dim(state["hidden"], d_x, index * chunk, axis=1)
         if with_head:
             d_head = jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
             new["head"] = state["head"] + d_head
         return new
 
-    counted = jnp.max(jnp.sum(weights != 0, axis=1))
+    counted = max_over(max_over(jnp.max(jnp.sum(weights != 0, axis=1)), "batch"), "tokens")
     state = jax.lax.fori_loop(0, (counted + chunk - 1) // chunk, step, state)
     d_hidden = d_head = None
     if with_hidden:
         place = jnp.argsort(order[:, :length], axis=1)
         d_hidden = jnp.take_along_axis(state["hidden"], place[..., None], axis=1)
     if with_head:
-        d_head = state["head"].astype(head.dtype)
-    return state["loss"], d_hidden, d_head
+        if shards(embed) > 1:
+            d_head = sum_over(sum_scatter(state["head"], embed, 0), "replicas")
+        else:
+            d_head = sum_over(sum_over(state["head"], "batch"), "tokens")
+        d_head = d_head.astype(head.dtype)
+    return sum_over(sum_over(state["loss"], "batch"), "tokens"), d_hidden, d_head
+
+
+def _normaliser_and_true(logits, target, vocab):
+    """log sum exp of logits [B, t, V] over the whole vocabulary, and the target's logit; target may lie elsewhere."""
+    if shards(vocab) == 1:
+        true = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1), true
+    largest = max_over(jnp.max(logits, axis=-1), vocab)
+    total = sum_over(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), vocab)
+    here = (target >= 0) & (target < logits.shape[-1])
+    true = jnp.take_along_axis(logits, jnp.clip(target, 0, logits.shape[-1] - 1)[..., None], axis=-1)[..., 0]
+    return largest + jnp.log(total), sum_over(jnp.where(here, true, 0.0), vocab)

@@ -17,12 +17,19 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 #   minimal  keeps what is dear to compute again: the activations marked with `keep`, which are the
 #            attention's inputs, output and the MLP's hidden activations
 #   full     keeps only the layer's input            (slowest, least memory)
+#   offload  is minimal with what is kept moved to the host's memory meanwhile
 KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(KEPT_NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -55,7 +62,7 @@ def run_layers(
     """carry = step(layer, carry, index of the layer) through all stacked `layers`.
 
     `scan=False` unrolls the loop (for debugging: longer to compile). `remat` is a name in
-    REMAT_POLICIES; KeyError for another.
+    REMAT_POLICIES, or "auto", which is "full" where nothing has decided it; KeyError for another.
     """
     graph, weights = nnx.split(layers)
     depth = jax.tree.leaves(weights)[0].shape[0]
@@ -64,6 +71,7 @@ def run_layers(
         weights, index = layer
         return step(nnx.merge(graph, weights), carry, index), None
 
+    remat = "full" if remat == "auto" else remat
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     if scan:

@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.host import keep_freed_memory
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
+from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
-from kangaroo_jax.training.parameters import Binding, split_trainable
-from kangaroo_jax.training.step import TrainState, make_train_step
+from kangaroo_jax.training.parameters import Binding
+from kangaroo_jax.training.placement import resolve
+from kangaroo_jax.training.state import make_state
+from kangaroo_jax.training.step import make_train_step
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
@@ -58,9 +61,14 @@ def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBa
 def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
     """Compile the step of a stage's config and run it `steps` times; the median counts.
 
-    Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, loss and device.
+    Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, model_tflops, loss and device;
+    on a chip whose peak is known (`kangaroo_jax.chips`) also mfu_causal and mfu_full. Logits count for the
+    targets that have weight.
     """
-    trainer = JaxTrainer(config, full_batch(config))
+    batch = full_batch(config)
+    flops = step_flops(config, head_tokens=int((batch.weights > 0).sum()))
+    chip = find_chip(jax.devices()[0].device_kind)
+    trainer = JaxTrainer(config, batch)
     start = time.perf_counter()
     loss = trainer.step()
     compile_seconds = time.perf_counter() - start
@@ -70,14 +78,51 @@ def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
         loss = trainer.step()
         seconds.append(time.perf_counter() - start)
     median, data = float(np.median(seconds)), config.data
+    used = {}
+    if chip is not None:
+        peak = chip.tflops * 1e12 * median
+        used = {"mfu_causal": round(flops.causal / peak, 4), "mfu_full": round(flops.full / peak, 4)}
     return {
         "device": jax.devices()[0].device_kind,
         "compile_seconds": round(compile_seconds, 2),
         "ms_per_step": round(1000 * median, 1),
         "tokens_per_second": round(data.packs_per_batch * data.tokens_per_pack / median),
         "frames_per_second": round(data.packs_per_batch * data.frames_per_pack / median),
+        "model_tflops": round(flops.causal / 1e12, 4),
+        **used,
         "loss": round(loss, 4),
     }
+
+
+def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float | str]:
+    """The vision encoder and projector alone, forward: the median of `steps` calls on `frames` frames.
+
+    Returns ms_per_call, frames_per_second, device and, where the chip's peak is known, mfu.
+    """
+    graph, weights = nnx.split(Kangaroo(config.model, rngs=nnx.Rngs(config.seed), param_dtype=config.model.dtype))
+    side, random = config.data.image_size, np.random.default_rng(0)
+    pixels = jax.device_put(random.integers(0, 256, (1, frames, side, side, 3), np.uint8))
+    times = jax.device_put(np.arange(frames, dtype=np.float32)[None])
+    encode = jax.jit(lambda weights, pixels, times: nnx.merge(graph, weights).encode(pixels, times))
+    jax.block_until_ready(encode(weights, pixels, times))
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        jax.block_until_ready(encode(weights, pixels, times))
+        seconds.append(time.perf_counter() - start)
+    median, chip = float(np.median(seconds)), find_chip(jax.devices()[0].device_kind)
+    with config.unlocked():
+        config.data.update(packs_per_batch=1, frames_per_pack=frames)
+        config.optimizer.trainable = ((".*", None),)
+    flops = step_flops(config)
+    result: dict[str, float | str] = {
+        "device": jax.devices()[0].device_kind,
+        "ms_per_call": round(1000 * median, 2),
+        "frames_per_second": round(frames / median, 1),
+    }
+    if chip is not None:
+        result["mfu"] = round((flops.vision + flops.projector) / (chip.tflops * 1e12 * median), 4)
+    return result
 
 
 def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: int) -> dict[str, float | str]:
@@ -127,14 +172,12 @@ class JaxTrainer:
     """The real train step of a config on one batch, again and again."""
 
     def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
-        model = Kangaroo(config.model, rngs=nnx.Rngs(config.seed))
-        binding = Binding(model)
-        params, frozen = split_trainable(
-            binding.flatten(model), config.optimizer.trainable, config.optimizer.frozen_dtype
-        )
-        optimizer = make_optimizer(config.optimizer, config.train.steps, params)
-        self._step = make_train_step(binding, optimizer, make_schedule(config.optimizer, config.train.steps))
-        self.state = TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+        binding = Binding(nnx.eval_shape(lambda: Kangaroo(config.model, rngs=nnx.Rngs(0))))
+        make = lambda: make_state(config, binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
+        self.state = jax.jit(make)()  # in one program: what is frozen never exists in float32
+        optimizer = make_optimizer(config.optimizer, config.train.steps, self.state.params)
+        schedule = make_schedule(config.optimizer, config.train.steps)
+        self._step = make_train_step(binding, optimizer, schedule, max(1, config.train.accumulate))
         self._batch = jax.device_put(batch)
 
     def step(self) -> float:
@@ -153,12 +196,28 @@ def torch_config() -> ConfigDict:
     return config
 
 
+def bench_config(arguments: argparse.Namespace) -> ConfigDict:
+    """The config that the arguments ask for, placed on one device."""
+    config = load_config(arguments.config)
+    with config.unlocked():
+        config.train.mesh = (1, 1, 1, 1)
+        if arguments.packs:
+            config.data.packs_per_batch = arguments.packs
+        if arguments.moment_dtype:
+            config.optimizer.moment_dtype = arguments.moment_dtype
+    return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
+
+
 def main(argv: Sequence[str]) -> None:
-    """`train [--config=STAGE:PRESET] [--steps=N]` or `train-vs-torch [--steps=N] [--rounds=N] [--segments=N]`, or
-    `convert [--folder=DIR] [--layers=N]`."""
+    """`train`, `vision [--config=STAGE:PRESET] [--steps=N]`, `train-vs-torch [--steps=N] [--rounds=N] ...` or
+    `convert [--folder=DIR] [--layers=N]`.
+    """
     parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "train-vs-torch", "convert"))
-    parser.add_argument("--config", default="stage4_instruct:tiny", help="train: a stage and a preset")
+    parser.add_argument("what", choices=("train", "vision", "train-vs-torch", "convert"))
+    parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
+    parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
+    parser.add_argument("--frames", type=int, default=64, help="vision: frames a call")
+    parser.add_argument("--moment_dtype", default="", help="train: of Adam's moments, instead of the config's")
     parser.add_argument("--steps", type=int, default=10, help="steps that are measured (of each, in each round)")
     parser.add_argument("--rounds", type=int, default=3, help="train-vs-torch: how often the two take turns")
     parser.add_argument("--segments", type=int, default=1, help="train-vs-torch: samples packed into a row")
@@ -167,12 +226,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
+    config = bench_config(arguments)
+    result: dict[str, Any]
     if arguments.what == "convert":
         from kangaroo_jax.tools.bench_convert import bench_convert, published_sizes
 
-        result: dict[str, Any] = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
+        result = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
     elif arguments.what == "train":
-        result = bench_train(load_config(arguments.config), arguments.steps)
+        result = bench_train(config, arguments.steps)
+    elif arguments.what == "vision":
+        result = bench_vision(config, arguments.steps, arguments.frames)
     else:
         result = compare_with_torch(torch_config(), arguments.steps, arguments.rounds, arguments.segments)
     print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))

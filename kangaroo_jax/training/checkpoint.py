@@ -136,7 +136,9 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(
-            found[name].shape, found[name].dtype, sharding=sharding(mesh, binding.axes[name]) if mesh else device
+            found[name].shape,
+            found[name].dtype,
+            sharding=sharding(mesh, binding.axes[name], found[name].shape) if mesh else device,
         )
         for name in binding.shapes
     }

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training.distributed import barrier, is_main
 from kangaroo_jax.training.loop import Tell, train, write_json
 
 STAGES = (
@@ -70,8 +71,10 @@ def run(
                 "seconds": round(result.seconds, 1),
                 "useful_token_share": round(result.useful_token_share, 4),
             }
-            write_json(folder / "done.json", record)
-        if after_stage is not None:
+            if is_main():
+                write_json(folder / "done.json", record)
+            barrier(f"{name} done")
+        if after_stage is not None and is_main():
             after_stage(name, config, folder)
         records.append(json.loads((folder / "done.json").read_text(encoding="utf-8")))
         previous = str(folder)

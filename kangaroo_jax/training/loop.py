@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.data.ledger import Ledger
@@ -24,9 +24,14 @@ from kangaroo_jax.host import keep_freed_memory
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training import checkpoint
-from kangaroo_jax.training.metrics import MetricLog, Progress, duration, read_metrics
+from kangaroo_jax.training.distributed import Preempted, Preemption, Watchdog, barrier, explained, is_main
+from kangaroo_jax.training.feed import Feed, threads_a_stream
+from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, read_metrics
+from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
-from kangaroo_jax.training.parameters import Binding, split_trainable
+from kangaroo_jax.training.parameters import Binding
+from kangaroo_jax.training.placement import resolve
+from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
 from kangaroo_jax.training.step import TrainState, make_train_step
 
 Tell = Callable[[str], None]
@@ -52,70 +57,117 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
     Raises:
         UserError: for missing files, a tokenizer or checkpoint that does not fit the model.
+        Preempted: SIGTERM came; the state is saved, and the process may end with code 0.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    if not is_main():
+        tell = lambda line: None  # noqa: E731
 
     # ------------------------------------------------------------------------------ mesh
-    mesh = make_mesh(config.train.mesh)
-    if mesh.devices.flat[0].platform == "cpu":
+    if config.train.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.train.compile_cache)
+    devices = mesh_devices()
+    chip = find_chip(devices[0].device_kind)
+    plain = to_plain(config)  # as given: another run of it may be on other chips
+    config = resolve(config, chip, len(devices), len({getattr(d, "slice_index", 0) or 0 for d in devices}))
+    mesh = make_mesh(config.train.mesh, devices)
+    if devices[0].platform == "cpu":
         keep_freed_memory()
 
     # ------------------------------------------------------------------------------ data
     tokenizer = open_tokenizer(config)
-    checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
-    ledger = Ledger(workdir / "ledger.jsonl")
-    loader = open_loader(config, tokenizer, ledger)
+    if is_main():
+        checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
+        write_json(workdir / "config.json", plain)
+    ledger = Ledger(of_host(workdir / "ledger.jsonl"))
+    feed = open_feed(config, tokenizer, ledger, mesh)
 
     # ----------------------------------------------------------------- model and optimiser
     binding = checkpoint.abstract_model(config.model)
     state = initial_state(config, binding, mesh)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
-    step_fn = make_train_step(binding, optimizer, schedule)
+    step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
     trained, frozen = count(state.params), count(state.frozen)
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
 
     # ------------------------------------------------------------------------- checkpoint
+    barrier(f"{config.stage} begins")
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
-    log = MetricLog(workdir, tensorboard=config.train.tensorboard)
-    write_json(workdir / "config.json", to_plain(config))
+    log = MetricLog(
+        workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
+    )
     if checkpoints.latest() is not None:
         state, data_state = checkpoints.restore(state)
-        loader.set_state(data_state)
+        feed.set_state(data_state)
         tell(f"{config.stage}: goes on after step {int(state.step)}")
     first = int(state.step)
-    log.rewind(first)
+    rewind(workdir, log, first)
 
     # ------------------------------------------------------------------------------- loop
-    progress = Progress(config.stage, config.train.steps, tell)
+    progress = Progress(config.stage, config.train.steps, tell, chips=len(devices) // jax.process_count())
+    observer = Observer(config, chip, workdir=workdir, tell=tell)
+    watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
+    preemption = Preemption()
     pending: tuple[int, dict[str, jax.Array], LoaderStats] | None = None
-    with mesh_scope(mesh), contextlib.closing(loader), contextlib.closing(log):
+    with contextlib.ExitStack() as stack:
+        stack.callback(preemption.close)
+        stack.enter_context(watchdog)
+        for resource in (checkpoints, observer, log, feed):
+            stack.callback(resource.close)
+        stack.enter_context(explained(watchdog))
+        stack.enter_context(mesh_scope(mesh))
         for step in range(first + 1, config.train.steps + 1):
             waiting = time.perf_counter()
-            host_batch, stats = next(loader)
+            host_batch, stats = next(feed)
             waiting = time.perf_counter() - waiting
-            if step == first + 1:
+            if step == first + 1 and is_main():
                 show_first_batch(host_batch, tokenizer, workdir, tell)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, put_batch(host_batch, mesh))
+                state, metrics = step_fn(state, feed.put(host_batch))
 
+            observer.step(step, step_fn)
             progress.add(tokens=stats.tokens, frames=stats.frames, places=host_batch.tokens.size, wait=waiting)
             if pending is not None:  # the step before: the device never waits for the host
-                report(*pending, log=log, progress=progress, every=config.train.log_every)
+                report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
+                watchdog.step(pending[0])
             pending = (step, metrics, stats)
-            if step % config.train.checkpoint_every == 0 or step == config.train.steps:
-                report(*pending, log=log, progress=progress, every=config.train.log_every)
+            stopping = preemption.reached(step)
+            if stopping or step % config.train.checkpoint_every == 0 or step == config.train.steps:
+                report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
                 pending = None
                 log.flush()
-                checkpoints.save(state, loader.get_state(), to_plain(config))
-    checkpoints.close()
+                checkpoints.save(state, feed.get_state(), plain)
+            if stopping and step < config.train.steps:
+                checkpoints.wait()
+                tell(f"{config.stage}: asked to stop; saved after step {step}")
+                raise Preempted
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {ledger.count} samples skipped")
-    used = sum(line["tokens"] for line in read_metrics(log.path))
+    used = sum(line["tokens"] for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
     places = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
     return Result(workdir, config.train.steps, seconds, used / places)
+
+
+def mesh_devices() -> list[jax.Device]:
+    """The devices that a stage runs on: all there are, on all hosts."""
+    return jax.devices()
+
+
+def of_host(path: Path) -> Path:
+    """`path` for the main process, `name.N.jsonl` for process N."""
+    return path if is_main() else path.with_name(f"{path.stem}.{jax.process_index()}{path.suffix}")
+
+
+def rewind(workdir: Path, log: MetricLog, step: int) -> None:
+    """Drop what was logged after `step`, also by hosts that there were and are no more."""
+    log.rewind(step)
+    if is_main():
+        for path in workdir.glob("metrics.*.jsonl"):
+            if int(path.name.split(".")[1]) >= jax.process_count():
+                drop_after(path, step)
 
 
 def open_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -139,18 +191,25 @@ def open_tokenizer(config: ConfigDict) -> Tokenizer:
     return tokenizer
 
 
-def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger) -> Loader:
-    """The stage's batches, this host's share of them."""
-    return make_loader(
-        config.data,
-        tokenizer,
-        frames_per_group=frames_per_group(config.model),
-        tokens_per_group=tokens_per_group(config.model, config.data.image_size),
-        seed=config.seed,
-        ledger=ledger,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def open_feed(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, mesh: Mesh) -> Feed:
+    """The stage's batches, this host's share of them. Raises UserError."""
+    streams = config.data.streams
+    here = max(1, streams // jax.process_count())
+
+    def open_stream(stream: int, streams: int) -> Loader:
+        return make_loader(
+            config.data,
+            tokenizer,
+            frames_per_group=frames_per_group(config.model),
+            tokens_per_group=tokens_per_group(config.model, config.data.image_size),
+            seed=config.seed,
+            ledger=ledger,
+            process_index=stream,
+            process_count=streams,
+            num_threads=threads_a_stream(here) if here > 1 else None,
+        )
+
+    return Feed(open_stream, packs=config.data.packs_per_batch, streams=streams, mesh=mesh)
 
 
 def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
@@ -159,28 +218,15 @@ def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainStat
     def fresh() -> dict[str, jax.Array]:
         return binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed)))
 
-    places = {path: sharding(mesh, axes) for path, axes in binding.axes.items()}
+    places = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
     if config.init_from:
         params = checkpoint.load_params(config.init_from, binding, mesh)
     else:
         params = jax.jit(fresh, out_shardings=places)()
-
-    def split(params: dict[str, jax.Array]) -> TrainState:
-        trained, frozen = split_trainable(params, config.optimizer.trainable, config.optimizer.frozen_dtype)
-        optimizer = make_optimizer(config.optimizer, config.train.steps, trained)
-        return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
-
     with mesh_scope(mesh):
-        return jax.jit(split)(params)
-
-
-def put_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """This host's rows as global arrays, packs over the mesh's batch axes."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding(mesh, ("batch",) + (None,) * (x.ndim - 1)), x)
-
-    return jax.tree.map(put, batch)
+        make = functools.partial(make_state, config)
+        where = state_shardings(jax.eval_shape(make, params), binding, mesh)
+        return jax.jit(make, out_shardings=where)(params)
 
 
 @contextlib.contextmanager
@@ -202,13 +248,25 @@ def mesh_text(mesh: Mesh) -> str:
 
 
 def report(
-    step: int, metrics: dict[str, jax.Array], stats: LoaderStats, *, log: MetricLog, progress: Progress, every: int
+    step: int,
+    metrics: dict[str, jax.Array],
+    stats: LoaderStats,
+    *,
+    log: MetricLog,
+    progress: Progress,
+    observer: Observer,
+    every: int,
 ) -> None:
     """Write a finished step's metrics; print every `every` steps."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    log.write(step, {**values, "tokens": stats.tokens, "frames": stats.frames, "samples": list(stats.sample_ids)})
-    if step % every == 0:
-        progress.line(step, values, stats.skipped)
+    counts = {"tokens": stats.tokens, "frames": stats.frames, "samples": list(stats.sample_ids)}
+    if step % every:
+        log.write(step, {**values, **counts})
+        return
+    steps, seconds = progress.window()
+    use = {**progress.rates(), **observer.values(steps, seconds)} if steps else {}
+    log.write(step, {**values, **counts, **use})
+    progress.line(step, values, stats.skipped, use)
 
 
 def show_first_batch(batch: PackedBatch, tokenizer: Tokenizer, workdir: Path, tell: Tell) -> None:

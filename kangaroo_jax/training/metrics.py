@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from typing import Any
 class MetricLog:
     """`metrics.jsonl` of a stage: one line a step, in order, none twice even after a restart."""
 
-    def __init__(self, stage_dir: Path, *, tensorboard: bool = False) -> None:
-        """Appends to `stage_dir/metrics.jsonl`; `tensorboard` also writes event files (package tensorboard)."""
-        self.path = Path(stage_dir) / "metrics.jsonl"
+    def __init__(self, stage_dir: Path, *, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
+        """Appends to `stage_dir/name`; `tensorboard` also writes event files (package tensorboard)."""
+        self.path = Path(stage_dir) / name
         self._file = self.path.open("a", encoding="utf-8")
         self._clock = time.perf_counter()
         self._events = None
@@ -24,11 +24,8 @@ class MetricLog:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`: a run restored at `step` writes them again."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         self._file.close()
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        drop_after(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -54,6 +51,14 @@ class MetricLog:
             self._events.close()
 
 
+def drop_after(path: Path, step: int) -> None:
+    """Rewrite a metrics file without the lines after `step`."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; a last line cut off by a kill is left out."""
     lines = []
@@ -74,9 +79,9 @@ def duration(seconds: float) -> str:
 class Progress:
     """Rates over the steps since the last printed line, and the time left."""
 
-    def __init__(self, stage: str, steps: int, tell: Callable[[str], None]) -> None:
-        """`tell` prints a line; `steps` is the stage's last step."""
-        self._stage, self._steps, self._tell = stage, steps, tell
+    def __init__(self, stage: str, steps: int, tell: Callable[[str], None], *, chips: int = 1) -> None:
+        """`tell` prints a line; `steps` is the stage's last step; rates are also given for each of `chips`."""
+        self._stage, self._steps, self._tell, self._chips = stage, steps, tell, chips
         self._clock = self._begin = time.perf_counter()
         self._first: int | None = None
         self._sums = {"steps": 0, "tokens": 0, "frames": 0, "places": 0, "wait": 0.0}
@@ -86,17 +91,35 @@ class Progress:
         for key, value in (("steps", 1), ("tokens", tokens), ("frames", frames), ("places", places), ("wait", wait)):
             self._sums[key] += value
 
-    def line(self, step: int, metrics: dict[str, float], skipped: int) -> None:
-        """Print the line of `step` and begin a new window."""
+    def window(self) -> tuple[int, float]:
+        """(steps, seconds) since the last printed line."""
+        return int(self._sums["steps"]), max(time.perf_counter() - self._clock, 1e-9)
+
+    def rates(self) -> dict[str, float]:
+        """Useful tokens and frames a second and chip, and the share of the time spent waiting for data."""
+        _, seconds = self.window()
+        return {
+            "tokens_per_second_per_chip": round(self._sums["tokens"] / seconds / self._chips, 1),
+            "frames_per_second_per_chip": round(self._sums["frames"] / seconds / self._chips, 2),
+            "data_wait": round(self._sums["wait"] / seconds, 4),
+        }
+
+    def line(self, step: int, metrics: dict[str, float], skipped: int, use: Mapping[str, float] | None = None) -> None:
+        """Print the line of `step` and begin a new window. `use`: what `training.observe` says of the chips."""
         now = time.perf_counter()
         seconds = max(now - self._clock, 1e-9)
-        s = self._sums
+        s, use = self._sums, use or {}
+        mfu = (
+            f"MFU {100 * use['mfu_causal']:.1f}% causal {100 * use['mfu_full']:.1f}% full  "
+            if "mfu_full" in use
+            else ""
+        )
         left = (self._steps - step) * seconds / max(s["steps"], 1)
         self._tell(
             f"{self._stage} {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.1e}  "
             f"{s['tokens'] / seconds:,.0f} tok/s  {s['frames'] / seconds:,.0f} frames/s  "
-            f"useful {100 * s['tokens'] / max(s['places'], 1):.0f}%  wait {100 * s['wait'] / seconds:.0f}%  "
+            f"useful {100 * s['tokens'] / max(s['places'], 1):.0f}%  wait {100 * s['wait'] / seconds:.0f}%  {mfu}"
             f"{'skipped ' + str(skipped) + '  ' if skipped else ''}ETA {duration(left)}"
         )
         self._clock = now

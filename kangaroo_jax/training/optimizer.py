@@ -1,15 +1,18 @@
-"""AdamW with a rate for each group of parameters, given by one list of (regex, multiplier)."""
+"""AdamW or Adafactor, with a rate for each group of parameters, given by one list of (regex, multiplier)."""
 
 import math
 import re
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training.parameters import Params, multiplier
 
+MOMENT_DTYPES = ("float32", "bfloat16")
 # Biases, norms and embeddings of position are not decayed (the usual rule; inferred for Kangaroo).
 NO_DECAY = re.compile(r".*(bias|scale|norm|position_embedding|cls_token|special_embedding).*")
 
@@ -32,12 +35,14 @@ def decayed(paths: Iterable[str]) -> dict[str, bool]:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam, decoupled weight decay, then each parameter's own rate.
+    """Clip by the global norm, Adam (or Adafactor), decoupled weight decay, then each parameter's own rate.
 
     Args:
         config: `config.optimizer`.
         steps: length of the schedule.
         params: the trainable parameters; every one must match a rule of `config.trainable`.
+
+    Raises UserError for an unknown `config.kind` or `config.moment_dtype`.
     """
     rates = {path: multiplier(path, config.trainable) or 0.0 for path in params}
 
@@ -49,11 +54,43 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        scale_by_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed(params)),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_each),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
+
+
+def scale_by_moments(config: ConfigDict) -> optax.GradientTransformation:
+    """What divides a gradient by its recent size: `config.kind` is adamw or adafactor (Shazeer and Stern 2018).
+
+    Adam's moments are stored in `config.moment_dtype` and computed in float32.
+    """
+    if config.moment_dtype not in MOMENT_DTYPES:
+        raise UserError(f"optimizer.moment_dtype {config.moment_dtype!r}: one of {', '.join(MOMENT_DTYPES)}")
+    if config.kind == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    if config.kind != "adamw":
+        raise UserError(f"optimizer.kind {config.kind!r}: one of adamw, adafactor")
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.moment_dtype == "float32":
+        return adam
+
+    def cast(state: optax.ScaleByAdamState, dtype: str) -> optax.ScaleByAdamState:
+        mu, nu = (jax.tree.map(lambda x: x.astype(dtype), moments) for moments in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
+
+    def init(params: Params) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, config.moment_dtype), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu=zeros, nu=dict(zeros))
+
+    def update(
+        updates: Params, state: optax.ScaleByAdamState, params: Params | None = None
+    ) -> tuple[Params, optax.ScaleByAdamState]:
+        updates, state = adam.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, config.moment_dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def count(params: Params) -> int:

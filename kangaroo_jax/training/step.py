@@ -1,13 +1,14 @@
 """The train step: one pure function, jitted once, its state donated."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.sharding import constrain
 from kangaroo_jax.training.parameters import Binding, Params
 
 
@@ -23,7 +24,7 @@ class TrainState:
 
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]
+TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 
 
 def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
@@ -32,12 +33,58 @@ def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBat
     return loss_sum / jnp.maximum(weight_sum, 1.0), weight_sum
 
 
-def make_train_step(binding: Binding, optimizer: optax.GradientTransformation, schedule: optax.Schedule) -> TrainStep:
-    """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight."""
+def gradient(
+    binding: Binding, params: Params, frozen: Params, batch: PackedBatch, accumulate: int = 1
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """((mean loss, total weight), gradient by `params`), with each gradient cut over the mesh like its weight.
+
+    With `accumulate` over 1 the batch is cut into as many parts (B must divide) that are computed one after
+    another. Sums of losses are differentiated and divided once by the weight of the whole batch, so that
+    parts of different weight give the gradient of the whole.
+    """
+    if accumulate == 1:
+        value, grads = jax.value_and_grad(lambda p: mean_loss(binding, p, frozen, batch), has_aux=True)(params)
+        return value, _like_weights(binding, grads)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, ...] -> [accumulate, B / accumulate, ...]; every device's rows are spread evenly over the parts."""
+        parts = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
+        return constrain(parts, (None, "batch", *(None,) * (x.ndim - 1)))
+
+    def loss_sum(params: Params, part: PackedBatch) -> tuple[jax.Array, jax.Array]:
+        return binding.bind({**params, **frozen}).loss(part)
+
+    def add(total: tuple, part: PackedBatch) -> tuple[tuple, None]:
+        (loss, weight), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, part)
+        grads = _like_weights(binding, grads)
+        return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, _like_weights(binding, jax.tree.map(jnp.zeros_like, params)))
+    (loss, weight, grads), _ = jax.lax.scan(add, start, jax.tree.map(split, batch))
+    scale = 1.0 / jnp.maximum(weight, 1.0)
+    return (loss * scale, weight), jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+
+
+def _like_weights(binding: Binding, grads: Params) -> Params:
+    return {path: constrain(grad, binding.axes[path]) for path, grad in grads.items()}
+
+
+def make_train_step(
+    binding: Binding,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulate: int = 1,
+    places: Any = None,
+) -> TrainStep:
+    """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight.
+
+    `accumulate`: parts of the batch that are computed one after another. `places`: the shardings of the state;
+    it leaves the step as it came, so that the second step is not compiled anew.
+    """
 
     def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
-        grad_fn = jax.value_and_grad(lambda p: mean_loss(binding, p, state.frozen, batch), has_aux=True)
-        (loss, weight), grads = grad_fn(state.params)
+        (loss, weight), grads = gradient(binding, state.params, state.frozen, batch, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,
@@ -48,4 +95,4 @@ def make_train_step(binding: Binding, optimizer: optax.GradientTransformation, s
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))

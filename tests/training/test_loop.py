@@ -39,8 +39,7 @@ def one_device(monkeypatch):
     """The meshes of these tests are of one device."""
     from kangaroo_jax.training import loop
 
-    make_mesh = loop.make_mesh
-    monkeypatch.setattr(loop, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "mesh_devices", lambda: jax.devices()[:1])
 
 
 def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
@@ -92,7 +91,7 @@ def test_gradients_of_frozen_parts_are_not_computed(corpus):
         config.train.mesh = (1, 1, 1, 1)
         from kangaroo_jax.training import loop
 
-        state = initial_state(config, binding, loop.make_mesh((1, 1, 1, 1)))
+        state = initial_state(config, binding, loop.make_mesh((1, 1, 1, 1), jax.devices()[:1]))
         optimizer = make_optimizer(config.optimizer, 3, state.params)
         step = make_train_step(binding, optimizer, make_schedule(config.optimizer, 3))
         flops.append(step.lower(state, empty_batch(config)).compile().cost_analysis()["flops"])

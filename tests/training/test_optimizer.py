@@ -1,10 +1,13 @@
 """AdamW against the published formula, the schedule, decay and the rates of groups."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from kangaroo_jax.config import model_config, stage_config
+from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
 
@@ -59,3 +62,45 @@ def test_norms_biases_and_embeddings_of_position_are_not_decayed():
     assert kept == {"bias", "scale", "position_embedding", "cls_token", "special_embedding"}
     touched = {path.split("/")[-1] for path, flag in decayed(model.shapes).items() if flag}
     assert touched == {"kernel", "embedding"}
+
+
+def test_moments_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
+    config, params = stage_config("tiny").optimizer, {"a/kernel": jnp.linspace(-1, 1, 256).reshape(16, 16)}
+    config.update(learning_rate=1e-2, weight_decay=0.0, warmup_fraction=0.0)
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        config.moment_dtype = dtype
+        optimizer = make_optimizer(config, 20, params)
+        state, now = optimizer.init(params), params
+        moments = [x for x in jax.tree.leaves(state) if x.shape == (16, 16)]
+        assert len(moments) == 2 and all(x.dtype == dtype for x in moments)
+        for step in range(20):
+            grads = {"a/kernel": jnp.cos(now["a/kernel"] * (step + 1))}
+            updates, state = optimizer.update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        assert all(x.dtype == dtype for x in jax.tree.leaves(state) if x.shape == (16, 16))
+        moved[dtype] = np.asarray(now["a/kernel"] - params["a/kernel"])
+    assert np.abs(moved["float32"]).max() > 0.02
+    assert np.abs(moved["bfloat16"] - moved["float32"]).max() < 0.05 * np.abs(moved["float32"]).max()
+
+
+def test_adafactor_learns_with_a_state_of_rows_and_columns():
+    config = stage_config("tiny").optimizer
+    config.update(kind="adafactor", trainable=((".*", 1.0),), learning_rate=3e-2, weight_decay=0.0)
+    params = {"a/kernel": jnp.ones((256, 128))}
+    optimizer = make_optimizer(config, 50, params)
+    state, start = optimizer.init(params), params
+    assert sum(x.size for x in jax.tree.leaves(state)) < 0.02 * 256 * 128
+    loss = lambda p: jnp.mean(jnp.square(p["a/kernel"] - 0.3))  # noqa: E731
+    for _ in range(50):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert loss(params) < 0.2 * loss(start)
+
+
+@pytest.mark.parametrize("change", [{"kind": "sgd"}, {"moment_dtype": "int8"}])
+def test_unknown_optimisers_are_one_line(change):
+    config = stage_config("tiny").optimizer
+    config.update(change)
+    with pytest.raises(UserError, match=next(iter(change.values()))):
+        make_optimizer(config, 5, {"a/kernel": jnp.ones(3)})

@@ -1,0 +1,81 @@
+"""What is known of accelerators by name: matrix peak, memory, links. Sources: the makers' data sheets."""
+
+import dataclasses
+import re
+
+from kangaroo_jax.conventions import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them (a chip, but half a chip of tpu7x)."""
+
+    name: str
+    kind: str  # regex on JAX's device_kind, in lower case
+    tflops: float  # dense, bfloat16 (float16 where there is none)
+    gib: float  # of memory that a program can use
+    link_gb: float  # GB/s in and out of one device, to its own slice or node
+    platform: str = "tpu"
+    compiles_on_cpu: bool = False  # libtpu compiles for it on any machine
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", r"tpu v4$", 275, 31.25, 300, compiles_on_cpu=True),
+        Chip("v5e", r"tpu v5 ?(lite|e)", 197, 15.75, 200, compiles_on_cpu=True),
+        Chip("v5p", r"tpu v5p?$", 459, 95.74, 600, compiles_on_cpu=True),
+        Chip("v6e", r"tpu v6 ?(lite|e)", 918, 31.25, 448, compiles_on_cpu=True),
+        Chip("tpu7x", r"tpu ?7x", 1153.5, 94.75, 600, compiles_on_cpu=True),
+        Chip("T4", r"\bt4\b", 65, 14.6, 16, "gpu"),
+        Chip("L4", r"\bl4\b", 121, 22.2, 32, "gpu"),
+        Chip("L40S", r"\bl40s\b", 362, 44.4, 32, "gpu"),
+        Chip("V100", r"\bv100\b", 125, 31.7, 150, "gpu"),
+        Chip("A100", r"\ba100\b", 312, 79.1, 300, "gpu"),
+        Chip("H100", r"\bh100\b", 989, 79.1, 450, "gpu"),
+        Chip("H200", r"\bh200\b", 989, 139.8, 450, "gpu"),
+        Chip("B200", r"\bb200\b", 2250, 178.0, 900, "gpu"),
+    )
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip of JAX's `device_kind` ("TPU v5 lite", "NVIDIA H100 80GB HBM3"), None for an unknown one or a CPU."""
+    kind = device_kind.lower()
+    return next((chip for chip in CHIPS.values() if re.search(chip.kind, kind)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """So many slices of so many chips."""
+
+    chip: Chip
+    topology: str  # "4x8", or a number of GPUs
+    devices: int  # of all slices
+    slices: int = 1
+
+    def __str__(self) -> str:
+        text = f"{self.chip.name}:{self.topology}"
+        return f"{self.slices} x {text}" if self.slices > 1 else text
+
+
+def parse_topology(text: str, slices: int = 1) -> Slices:
+    """`v5e:4x8`, `v5p:2x2x4`, `H100:8`; of several slices each is of that size.
+
+    Raises UserError for an unknown chip or a size that is not NxM, NxMxK or a number.
+    """
+    name, _, size = text.partition(":")
+    by_lower = {known.lower(): chip for known, chip in CHIPS.items()}
+    if name.lower() not in by_lower:
+        raise UserError(f"topology {text!r}: no chip {name!r}; there are {', '.join(CHIPS)}")
+    chip = by_lower[name.lower()]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size):
+        raise UserError(f"topology {text!r}: write CHIP:SIZE, such as v5e:4x8, v5p:2x2x4 or H100:8")
+    if slices < 1:
+        raise UserError(f"{slices} slices: at least one")
+    devices = 1
+    for part in size.split("x"):
+        devices *= int(part)
+    if chip.name == "tpu7x":
+        devices *= 2
+    return Slices(chip, size, devices * slices, slices)

@@ -1,0 +1,225 @@
+"""Compile the real train step for TPU slices that are not here, and read what it needs from the program.
+
+libtpu compiles on any machine (`pip install libtpu`); nothing runs and no weight is allocated.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.chips import Slices
+from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.models.attention_splash import visited_share
+from kangaroo_jax.tools import hlo
+
+GIB = 1 << 30
+# Products of [T, S] with the head width: forward scores and values; backward by the fused kernel, or by two.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one device needs and does in a step. FLOPs are of matrix products and attention kernels."""
+
+    fits: bool
+    peak_gib: float  # arguments, results and temporaries of the program at once
+    state_gib: float  # weights, optimiser state and batch
+    host_gib: float  # what is offloaded
+    flops: dict[str, float]  # by part: vision, llm, other (the head), attention_vision, attention_llm
+    collectives: dict[str, float]  # bytes by kind
+    gathers_logits: bool  # an all-gather of something as wide as the vocabulary and as long as a pack
+    lower_seconds: float
+    compile_seconds: float
+    error: str = ""
+
+
+def prepare_environment() -> None:
+    """Set what libtpu and JAX read at import. Must run before JAX is imported, or JAX be on a CPU already."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-32"),  # read at start only, to silence a warning; any will do
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def topology_devices(target: Slices) -> list[Any]:
+    """The devices of a TPU topology, of none of which there need be one. Raises UserError."""
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+    if target.chip.name == "v4":
+        options["chip_config_name"] = "megacore"
+    name = f"{target.chip.name}:{target.topology}"
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "libtpu" in text.lower() and "install" in text.lower() or "No module" in text:
+            raise UserError("compiling for a TPU needs libtpu: pip install libtpu") from None
+        raise UserError(f"topology {name}: {text[:200]}") from None
+
+
+def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
+    """The shapes and shardings of a batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from kangaroo_jax.sharding import sharding
+
+    data = config.data
+    b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, ("batch",) + (None,) * (len(shape) - 1)))
+
+    ints = array((b, t), jnp.int32)
+    return PackedBatch(
+        tokens=ints,
+        segment_ids=ints,
+        positions=ints,
+        targets=ints,
+        weights=array((b, t), jnp.float32),
+        frames=array((b, f, s, s, 3), jnp.uint8),
+        frame_times=array((b, f), jnp.float32),
+        frame_groups=array((b, f), jnp.int32),
+        vision_index=ints,
+    )
+
+
+def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
+    """The train step of a resolved config (see `training.placement`), lowered for `devices`."""
+    import jax
+
+    from kangaroo_jax.sharding import make_mesh
+    from kangaroo_jax.training.checkpoint import abstract_model
+    from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+    from kangaroo_jax.training.state import abstract_state, shardings_of
+    from kangaroo_jax.training.step import make_train_step
+
+    mesh = make_mesh(config.train.mesh, devices)
+    binding = abstract_model(config.model)
+    state = abstract_state(config, binding, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    step = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
+    with jax.set_mesh(mesh):
+        return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
+
+
+def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) -> Compiled:
+    """Compile the step of a resolved config for `target`; results are kept in the folder `cache`, if given.
+
+    A program that needs more memory than there is gives `fits=False` and how much it would need.
+    """
+    import jax
+
+    start = time.perf_counter()
+    lowered = lower_step(config, topology_devices(target))
+    lower_seconds = time.perf_counter() - start
+    import libtpu
+
+    versions = f"{jax.__version__} {getattr(libtpu, '__version__', '')}"
+    digest = hashlib.sha256(f"{target} {versions} {lowered.as_text()}".encode()).hexdigest()[:24]
+    kept = cache / f"{digest}.json" if cache else None
+    if kept is not None and kept.is_file():
+        return Compiled(**json.loads(kept.read_text(encoding="utf-8")))
+    start = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        result = _too_large(str(error), lower_seconds, time.perf_counter() - start)
+    else:
+        result = _read(program, config, lower_seconds, time.perf_counter() - start, target.chip.gib)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
+        temporary.replace(kept)
+    return result
+
+
+def _too_large(message: str, lower_seconds: float, compile_seconds: float) -> Compiled:
+    """A program that does not fit, from the compiler's message; any other error is raised as UserError."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message and not found:
+        raise UserError(f"the compiler refused the step: {' '.join(message.split())[:400]}")
+    units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+    peak = float(found.group(1)) * units[found.group(2)] if found else float("nan")
+    error = " ".join(message.split())[:300]
+    return Compiled(False, round(peak, 2), float("nan"), 0.0, {}, {}, False, lower_seconds, compile_seconds, error)
+
+
+def _read(program: Any, config: ConfigDict, lower_seconds: float, compile_seconds: float, capacity: float) -> Compiled:
+    memory = program.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    flops: dict[str, float] = collections.defaultdict(float)
+    moved: dict[str, float] = collections.defaultdict(float)
+    chunks = -(-config.data.tokens_per_pack // config.train.mesh[2] // config.model.llm.loss_chunk)
+    wide = False
+    for visit in hlo.walk(program.as_text(), unknown_trips=max(1, chunks)):
+        scope, operation = visit.operation.scope, visit.operation
+        part = next((name for name in ("vision", "llm") if name in scope), "other")
+        flops[part] += hlo.matmul_flops(visit)
+        if operation.kind == "custom-call" and "splash_" in scope:
+            flops[f"attention_{part}"] += kernel_flops(visit)
+        if found := hlo.collective(operation):
+            moved[found[0]] += found[1] * visit.times
+            wide |= found[0] == "all-gather" and is_logits(operation, config)
+    return Compiled(
+        fits=peak <= capacity * GIB,
+        peak_gib=round(peak / GIB, 2),
+        state_gib=round(memory.argument_size_in_bytes / GIB, 2),
+        host_gib=round((memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB, 2),
+        flops=dict(flops),
+        collectives=dict(moved),
+        gathers_logits=wide,
+        lower_seconds=round(lower_seconds, 1),
+        compile_seconds=round(compile_seconds, 1),
+    )
+
+
+def is_logits(operation: hlo.Operation, config: ConfigDict) -> bool:
+    """Whether a result is logits: as wide as the vocabulary and as long as the tokens of a chunk or more."""
+    vocabulary, chunk = config.model.llm.vocab_size, config.model.llm.loss_chunk
+    for _, dimensions in operation.shapes:
+        if vocabulary in dimensions:
+            others = [size for size in dimensions if size not in (vocabulary, config.model.llm.width)]
+            if config.model.llm.width not in dimensions and max(others, default=0) >= chunk:
+                return True
+    return False
+
+
+def kernel_flops(visit: hlo.Visit) -> float:
+    """FLOPs of a splash attention kernel: its products over the blocks of queries and keys that it visits."""
+    operation, found = visit.operation, []
+    for name in visit.operation.operands:
+        dtype, shape = visit.computation[name].shapes[0]
+        if dtype in ("bf16", "f32") and len(shape) >= 3:
+            found.append(shape)
+    if len(found) < 2 or "tpu_custom_call" not in operation.text:
+        return 0.0
+    (*rest, heads, length, width), keys = found[0], found[1][-2]
+    kind = next(name for name in ("dkv", "dq", "fwd") if f"splash_mha_{name}" in operation.scope)
+    parts_of_d_query = [s for _, s in operation.shapes if len(s) > len(found[0]) and s[-3:] == (heads, length, width)]
+    if kind == "dkv" and parts_of_d_query:
+        kind = "fused"
+    causal = "splash_causal" in operation.scope
+    share = visited_share(length, keys, causal, keys // length if causal else 1)
+    rows = 1
+    for size in rest:
+        rows *= size
+    return 2.0 * KERNEL_PRODUCTS[kind] * rows * heads * length * keys * width * share * visit.times

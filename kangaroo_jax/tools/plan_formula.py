@@ -1,0 +1,105 @@
+"""Memory and time of a step by formula: for chips that nothing here compiles for, and to choose what to compile.
+
+The memory formula counts what is large: weights and optimiser, gradients, the input of every layer that
+full remat keeps, the working set of one layer and of the loss. It is meant to be within a fifth.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.chips import Chip, Slices
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
+from kangaroo_jax.training.flops import part_trains, step_flops
+from kangaroo_jax.training.placement import resolve
+
+GIB = 1 << 30
+OVERHEAD_GIB = 0.5  # the program itself
+COMPILERS_SHARE = 1.2  # buffers of which the compiler needs two; from what it said of stages 3 and 5
+# Activations that a remat policy keeps, in widths of the model: of the layer's input, and of what it names.
+KEPT_WIDTHS = {"full": 0.0, "offload": 0.0, "minimal": 3.5, "dots": 11.0, "none": 22.0}
+RECOMPUTED = {"full": 0.73, "offload": 0.45, "minimal": 0.45, "dots": 0.0, "none": 0.0}  # of a forward pass
+
+
+def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float, float]:
+    """(bytes of weights and optimiser, of them gradients' bytes) of the whole model, over all devices."""
+    moments = {"float32": 8.0, "bfloat16": 4.0}[config.optimizer.moment_dtype]
+    moments = 0.02 if config.optimizer.kind == "adafactor" else moments
+    trained = sum(n for name, n in counts.items() if name != "total" and part_trains(name, config))
+    frozen = counts["total"] - trained
+    return trained * (4.0 + moments) + frozen * 2.0, trained * 4.0
+
+
+def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
+    """Estimated memory a device, in GiB, of a resolved config (`training.placement.resolve`)."""
+    data, model, (_, fsdp, context, tensor) = config.data, config.model, config.train.mesh
+    llm, vision = model.llm, model.vision
+    devices = config.train.mesh[0] * fsdp * context * tensor
+    state, gradients = weights_and_state(config, counts)
+    rows = max(1, data.packs_per_batch // (config.train.mesh[0] * fsdp) // config.train.accumulate)
+    tokens = rows * data.tokens_per_pack / context
+    total = (state + gradients) / (fsdp * context * tensor)
+
+    layers = llm.depth * tokens * llm.width * 2.0
+    kept = layers * (1 + KEPT_WIDTHS[llm.remat]) / tensor
+    layer_weights = (counts["llm"] - 2 * llm.vocab_size * llm.width) / llm.depth
+    working = 2 * 2.0 * layer_weights / tensor + tokens * 2.0 * (6 * llm.width + 4 * llm.mlp_width / tensor)
+    if part_trains("llm", config):
+        working += 4.0 * layer_weights / tensor
+    loss = llm.vocab_size / tensor * (4.0 * 3 * rows * llm.loss_chunk + 2.0 * llm.width)
+    if part_trains("llm", config):
+        loss += 4.0 * llm.width * llm.vocab_size / tensor
+
+    frames = data.packs_per_batch * data.frames_per_pack / devices / config.train.accumulate
+    places = (data.image_size // vision.patch_size) ** 2 + 1
+    seen = frames * places * vision.width * 2.0
+    seen_kept = seen * vision.depth * (1 + KEPT_WIDTHS[vision.remat]) if part_trains("vision", config) else 0.0
+    seen_working = seen * 14
+    pixels = data.packs_per_batch * data.frames_per_pack * data.image_size**2 * 3 / (config.train.mesh[0] * fsdp)
+    groups = data.frames_per_pack // frames_per_group(model) if data.frames_per_pack else 0
+    vision_rows = rows * groups * tokens_per_group(model, data.image_size) * llm.width * 2.0
+    total += kept + seen_kept + max(working, loss, seen_working) + pixels + 2 * vision_rows
+    return round(COMPILERS_SHARE * total / GIB + OVERHEAD_GIB, 2)
+
+
+def step_seconds(config: ConfigDict, chip: Chip, counts: dict[str, int], mfu: float) -> float:
+    """Estimated seconds of a step: work with what remat repeats at `mfu`, and transfers of which half are hidden."""
+    _, fsdp, context, tensor = config.train.mesh
+    devices = config.train.mesh[0] * fsdp * context * tensor
+    flops, llm = step_flops(config), config.model.llm
+    repeated = 1 + RECOMPUTED[llm.remat] / 3
+    compute = flops.causal * repeated / (devices * chip.tflops * 1e12 * mfu)
+    parts = config.train.accumulate
+    layer_bytes = 2.0 * (counts["llm"] - 2 * llm.vocab_size * llm.width) / tensor * 4  # gathered thrice, reduced once
+    rows = max(1, config.data.packs_per_batch // (config.train.mesh[0] * fsdp) // parts)
+    tokens = rows * config.data.tokens_per_pack / context
+    moved = layer_bytes if fsdp * context > 1 else 0.0
+    if tensor > 1:
+        moved += llm.depth * 11 * tokens * llm.width * 2.0
+    if context > 1:
+        moved += llm.depth * 4 * tokens * context * 2 * llm.kv_heads * llm.head_dim * 2.0 / tensor
+    return compute + 0.5 * moved * parts / (chip.link_gb * 1e9)
+
+
+def candidates(config: ConfigDict, target: Slices, counts: dict[str, int], mfu: float) -> Iterator[ConfigDict]:
+    """Resolved configs with other meshes and remat policies that the formula expects to fit, fastest first."""
+    inner = target.devices // target.slices
+    sizes = [2**i for i in range(inner.bit_length()) if inner % 2**i == 0]
+    found: list[tuple[float, ConfigDict]] = []
+    for context, tensor in itertools.product(sizes, sizes):
+        if inner % (context * tensor) or tensor > config.model.llm.kv_heads:
+            continue
+        for remat in ("none", "minimal", "full"):
+            trial = config.copy_and_resolve_references()
+            with trial.unlocked():
+                trial.train.update(mesh=(target.slices, -1, context, tensor), accumulate=0)
+                trial.model.llm.remat, trial.model.vision.remat = remat, "full" if remat == "none" else remat
+            try:
+                trial = resolve(trial, target.chip, target.devices, target.slices)
+            except UserError:
+                continue
+            if config.data.tokens_per_pack % (2 * context) == 0 and peak_gib(trial, counts) < 1.1 * target.chip.gib:
+                found.append((step_seconds(trial, target.chip, counts, mfu), trial))
+    yield from (trial for _, trial in sorted(found, key=lambda pair: pair[0]))

@@ -1,0 +1,95 @@
+"""FLOPs of the model by formula: what a train step has to compute, part by part.
+
+A multiplication and an addition are two FLOPs. Forward is one part, the gradient of the activations one
+more, the gradient of the weights another. A frozen part has no gradient of its weights, and none of its
+activations either where nothing below it trains. Nothing that remat computes again counts.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
+from kangaroo_jax.training.parameters import multiplier
+
+_SOME_WEIGHT = {
+    "vision": "blocks/attention/query/kernel",
+    "patchify": "kernel",
+    "projector": "first/kernel",
+    "llm": "layers/attention/query/kernel",
+}
+PARTS = (*_SOME_WEIGHT, "special_embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one step over the whole batch."""
+
+    vision: float  # encoder, its attention in full
+    projector: float
+    llm_linear: float
+    llm_attention_full: float  # every token with every token of its pack
+    llm_attention_causal: float  # half of that
+    head: float
+    score_recomputation: float  # what FlashAttention's backward adds by formula: the scores, once more
+
+    @property
+    def full(self) -> float:
+        """A step's FLOPs, the decoder's attention counted in full (PaLM's convention)."""
+        return self.vision + self.projector + self.llm_linear + self.llm_attention_full + self.head
+
+    @property
+    def causal(self) -> float:
+        """A step's FLOPs, the decoder's attention counted where the causal order lets it look."""
+        return self.full - self.llm_attention_full + self.llm_attention_causal
+
+    @property
+    def vision_share(self) -> float:
+        """The encoder's share of `causal`."""
+        return self.vision / self.causal
+
+
+def step_flops(config: ConfigDict, head_tokens: int | None = None) -> Flops:
+    """FLOPs of a train step of a stage's config.
+
+    `head_tokens`: targets of weight over 0 in the batch, for which logits are computed; by default all.
+    """
+    model, data = config.model, config.data
+    tokens, frames = data.packs_per_batch * data.tokens_per_pack, data.packs_per_batch * data.frames_per_pack
+    vision, llm = model.vision, model.llm
+    trains = {name: part_trains(name, config) for name in PARTS}
+    below_llm = frames > 0 and any(trains[name] for name in ("vision", "patchify", "projector", "special_embedding"))
+
+    patches = (data.image_size // vision.patch_size) ** 2
+    places, d = patches + 1, vision.width
+    layer = 4 * d * d + 3 * d * vision.mlp_width
+    linear = 2.0 * (vision.depth * layer * places + vision.patch_size**2 * 3 * d * patches)
+    attention = 4.0 * vision.depth * places * places * d
+    times = 3 if trains["vision"] else 1
+
+    groups = frames // frames_per_group(model)
+    rows = groups * tokens_per_group(model, data.image_size)
+    widths = d * llm.width + (llm.width**2 if model.projector == "mlp2x_gelu" else 0)
+    projector_times = 1 + trains["projector"] + (trains["vision"] or trains["patchify"])
+
+    n, k, h = llm.heads, llm.kv_heads, llm.head_dim
+    llm_layer = llm.width * h * (2 * n + 2 * k) + 3 * llm.width * llm.mlp_width
+    llm_times = 1 + trains["llm"] + (trains["llm"] or below_llm)
+    backward = llm_times > 1
+    llm_full = 4.0 * llm.depth * tokens * data.tokens_per_pack * n * h * (3 if backward else 1)
+    head_tokens = tokens if head_tokens is None else head_tokens
+    return Flops(
+        vision=frames * (linear + attention) * times,
+        projector=2.0 * rows * widths * projector_times,
+        llm_linear=2.0 * llm.depth * llm_layer * tokens * llm_times,
+        llm_attention_full=llm_full,
+        llm_attention_causal=llm_full / 2,
+        head=2.0 * llm.width * llm.vocab_size * head_tokens * llm_times,
+        score_recomputation=(llm_full / 12 if backward else 0.0) + (frames * attention / 2 if times == 3 else 0.0),
+    )
+
+
+def part_trains(part: str, config: ConfigDict) -> bool:
+    """Whether the matrices of a part of the model train, by `config.optimizer.trainable`."""
+    path = part if part == "special_embedding" else f"{part}/{_SOME_WEIGHT[part]}"
+    return multiplier(path, config.optimizer.trainable) is not None

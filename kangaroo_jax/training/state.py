@@ -1,0 +1,49 @@
+"""The train state: made from weights, and where each array of it lies on a mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from kangaroo_jax.sharding import sharding
+from kangaroo_jax.training.optimizer import make_optimizer
+from kangaroo_jax.training.parameters import Binding, Params, split_trainable
+from kangaroo_jax.training.step import TrainState
+
+
+def make_state(config: ConfigDict, params: Params) -> TrainState:
+    """Step 0: `params` split into trained and frozen by `config.optimizer`, and zeros in the optimiser."""
+    trained, frozen = split_trainable(params, config.optimizer.trainable, config.optimizer.frozen_dtype)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, trained)
+    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
+
+
+def state_shardings(state: Any, binding: Binding, mesh: Mesh) -> Any:
+    """The sharding of every array of a (perhaps abstract) TrainState.
+
+    A weight is cut by its logical axes, and whatever of the optimiser has the weight's path and shape like
+    it; what has another shape (counts, factored moments) stays whole.
+    """
+
+    def place(path: tuple, x: Any) -> NamedSharding:
+        for key in reversed(path):
+            name = getattr(key, "key", None)
+            if name in binding.axes and x.shape == binding.shapes[name].shape:
+                return sharding(mesh, binding.axes[name], x.shape)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
+    """`make_state` without a single array: shapes, dtypes and shardings."""
+    state = jax.eval_shape(lambda params: make_state(config, params), dict(binding.shapes))
+    places = state_shardings(state, binding, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+
+
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every array of a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)

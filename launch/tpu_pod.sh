@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Train on a Cloud TPU slice: asks for it as a queued resource, waits, installs, runs, and goes on by itself after
+# a preemption or a crash.
+#
+#   ./launch/tpu_pod.sh --name=kangaroo --zone=us-east5-b --project=PROJECT --type=v5litepod-32 \
+#       --bucket=gs://BUCKET/kangaroo [--spot] [--slices=N] [--runtime=VERSION] [--dry-run] \
+#       -- train --config=configs/stage5_long_video.py:kangaroo_8b --workdir=/mnt/kangaroo/stage5
+#
+# What stands after -- are the arguments of `kangaroo`. The bucket is mounted at /mnt/kangaroo on every host.
+# --dry-run prints every command instead of running it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/restart.sh
+
+name="" zone="" project="" type="" bucket="" runtime="" slices=1 spot=0 dry_run=0
+while [[ $# -gt 0 && "$1" != -- ]]; do
+  case "$1" in
+    --name=*) name="${1#*=}" ;;
+    --zone=*) zone="${1#*=}" ;;
+    --project=*) project="${1#*=}" ;;
+    --type=*) type="${1#*=}" ;;
+    --bucket=*) bucket="${1#*=}" ;;
+    --runtime=*) runtime="${1#*=}" ;;
+    --slices=*) slices="${1#*=}" ;;
+    --spot) spot=1 ;;
+    --dry-run) dry_run=1 ;;
+    *) echo "tpu_pod.sh: unknown flag $1; the head of the file lists them" >&2; exit 2 ;;
+  esac
+  shift
+done
+[[ "${1:-}" == -- ]] && shift
+for flag in name zone project type bucket; do
+  if [[ -z "${!flag}" ]]; then
+    echo "tpu_pod.sh: --$flag is missing" >&2
+    exit 2
+  fi
+done
+if [[ $# -eq 0 ]]; then
+  echo "tpu_pod.sh: nothing to run; give the arguments of kangaroo after --" >&2
+  exit 2
+fi
+if [[ -z "$runtime" ]]; then
+  case "$type" in
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    *) runtime=tpu-ubuntu2204-base ;;
+  esac
+fi
+where=(--zone="$zone" --project="$project")
+export dry_run
+
+create() {
+  local flags=()
+  [[ $spot == 1 ]] && flags+=(--spot)
+  if [[ $slices -gt 1 ]]; then
+    flags+=(--node-count="$slices" --node-prefix="$name")
+  else
+    flags+=(--node-id="$name")
+  fi
+  run gcloud compute tpus queued-resources create "$name" "${where[@]}" \
+    --accelerator-type="$type" --runtime-version="$runtime" ${flags[@]+"${flags[@]}"}
+}
+
+state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo NONE; }
+
+wait_until_active() {
+  if [[ $dry_run == 1 ]]; then
+    run gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
+    return
+  fi
+  local now
+  while now="$(state)"; [[ "$now" != ACTIVE ]]; do
+    case "$now" in
+      FAILED | SUSPENDED | SUSPENDING | NONE)
+        [[ "$now" != NONE ]] && run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+        create
+        ;;
+    esac
+    echo "$(date -u +%H:%M:%S) $name is ${now}" >&2
+    sleep 30
+  done
+}
+
+nodes() { # the names of the slices' nodes
+  if [[ $slices -gt 1 ]]; then
+    for ((i = 0; i < slices; i++)); do echo "$name-$i"; done
+  else
+    echo "$name"
+  fi
+}
+
+on_all_hosts() { # COMMAND: run it on every host of every slice at once; fails if it fails anywhere
+  local command="$1" node status=0 pids=()
+  for node in $(nodes); do
+    run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$command" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+  return "$status"
+}
+
+prepare() {
+  local node
+  run tar --exclude=.git --exclude=.venv --exclude=runs -czf /tmp/kangaroo_jax.tgz . || return
+  for node in $(nodes); do
+    run gcloud compute tpus tpu-vm scp /tmp/kangaroo_jax.tgz "$node:/tmp/" "${where[@]}" --worker=all || return
+  done
+  on_all_hosts "set -e; mkdir -p ~/kangaroo_jax && tar -xzf /tmp/kangaroo_jax.tgz -C ~/kangaroo_jax
+sudo mkdir -p /mnt/kangaroo && sudo chmod 777 /mnt/kangaroo
+mountpoint -q /mnt/kangaroo || gcsfuse --implicit-dirs --only-dir '$(bucket_folder)' '$(bucket_name)' /mnt/kangaroo
+cd ~/kangaroo_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+}
+
+bucket_name() { local path="${bucket#gs://}"; echo "${path%%/*}"; }
+bucket_folder() { local path="${bucket#gs://}"; [[ "$path" == */* ]] && echo "${path#*/}" || echo ""; }
+
+attempt() { # once: get the slice, install, train; 0 when the training is done
+  wait_until_active && prepare &&
+    on_all_hosts "cd ~/kangaroo_jax && KANGAROO_PROCESSES=auto .venv/bin/kangaroo $(printf '%q ' "$@")"
+}
+
+[[ $dry_run == 1 ]] && create
+restart_until_done attempt "$@"
+run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet

@@ -1,0 +1,120 @@
+"""The kernels of TPU and GPU, interpreted on the CPU, and context parallelism: the plain formula, nothing leaks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models import attention as module
+from kangaroo_jax.models import attention_splash
+from kangaroo_jax.models.attention import attention
+from kangaroo_jax.models.attention_context import halves_of
+from kangaroo_jax.models.attention_splash import splash, visited_share
+from kangaroo_jax.models.attention_triton import triton
+from kangaroo_jax.sharding import make_mesh
+from tests.models.test_attention import operands, plain, segments_of
+
+KERNELS = {
+    "splash": functools.partial(splash, interpret=True),
+    "triton": functools.partial(triton, interpret=True),
+}
+LENGTH = 200  # two blocks, the second padded
+
+
+def value_and_gradients(function, qkv, weight):
+    return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(function(*x) * weight), argnums=(0, 1, 2)))(*qkv)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_equal_the_plain_formula_and_nothing_leaks(name):
+    qkv, segments = operands(LENGTH, heads=2, kv_heads=1), jnp.asarray(segments_of(LENGTH))
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(LENGTH, dtype=bool)
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+    run = lambda *x: KERNELS[name](*x, (segments, segments), causal=True)  # noqa: E731
+    actual, expected = (
+        value_and_gradients(run, qkv, weight),
+        value_and_gradients(lambda *x: plain(*x, mask), qkv, weight),
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    query, key, value = qkv
+    other = (segments == 1)[..., None, None]
+    changed = run(query, jnp.where(other, 9.0, key), jnp.where(other, -9.0, value))
+    kept = np.asarray(segments != 1)
+    np.testing.assert_array_equal(np.asarray(run(*qkv))[kept], np.asarray(changed)[kept])
+
+
+def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_backward_agree(monkeypatch):
+    qkv = operands(65, heads=2, kv_heads=2)  # like a ViT's odd number of tokens, no segments
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+    run = lambda *x: KERNELS["splash"](*x, None, causal=False)  # noqa: E731
+    expected = value_and_gradients(lambda *x: plain(*x, None), qkv, weight)
+    for limit in (attention_splash.FUSED_BYTES, 0):
+        monkeypatch.setattr(attention_splash, "FUSED_BYTES", limit)
+        for a, b in zip(jax.tree.leaves(value_and_gradients(run, qkv, weight)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_every_device_does_the_same_share_of_causal_attention(pieces):
+    halves = [halves_of(i, pieces) for i in range(pieces)]
+    assert sorted(h for pair in halves for h in pair) == list(range(2 * pieces))
+    assert len({sum(pair) for pair in halves}) == 1
+    length = 256 * 2 * pieces * 8
+    alone, busiest = visited_share(length, length, True), visited_share(length // pieces, length, True, pieces)
+    assert 0.5 < alone < 0.6 and abs(busiest - alone) < 0.05
+
+
+@pytest.mark.parametrize("implementation", ["xla_chunked", "splash"])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 1), (2, 1, 2, 2)], ids=str)
+def test_context_parallel_equals_the_plain_formula_and_nothing_leaks(monkeypatch, shape, implementation):
+    """Splash, interpreted, with a quarter or half of the queries of a row on a device; segments cross devices."""
+    if implementation == "splash":
+        if shape[2] == 4:
+            pytest.skip("interpreting is slow: one mesh is enough")
+        monkeypatch.setattr(attention_splash, "splash", KERNELS["splash"])
+        monkeypatch.setitem(module.PLATFORMS, "splash", ("cpu",))
+    length = 512 if implementation == "splash" else 72
+    qkv, segments = operands(length, heads=2, kv_heads=2), jnp.asarray(segments_of(length, seed=2))
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+    run = lambda *x: attention(*x, segment_ids=(segments, segments), causal=True, implementation=implementation)  # noqa: E731
+    expected = value_and_gradients(lambda *x: plain(*x, mask), qkv, weight)
+    with jax.set_mesh(make_mesh(shape, jax.devices()[:8])):
+        actual = value_and_gradients(run, qkv, weight)
+        other = (segments == 1)[..., None, None]
+        query, key, value = qkv
+        before, after = (jax.jit(run)(*x) for x in (qkv, (query, jnp.where(other, 9.0, key), value)))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    kept = np.asarray(segments != 1)
+    np.testing.assert_array_equal(np.asarray(before)[kept], np.asarray(after)[kept])
+    assert np.abs(np.asarray(before - after)[~kept]).max() > 0.01
+
+
+def test_more_devices_than_key_value_heads():
+    qkv = operands(32, heads=4, kv_heads=2)
+    run = lambda *x: attention(*x, segment_ids=None, causal=True)  # noqa: E731
+    with jax.set_mesh(make_mesh((1, 2, 1, 4), jax.devices()[:8])):
+        actual = jax.jit(run)(*qkv)
+    np.testing.assert_allclose(actual, plain(*qkv, np.tri(32, dtype=bool)[None]), atol=1e-5)
+
+
+def test_what_would_not_honour_segments_refuses():
+    qkv, segments = operands(32), (np.zeros((2, 32), np.int32), np.ones((2, 32), np.int32))
+    with pytest.raises(UserError, match="cudnn.*segments"):
+        attention(*qkv, segment_ids=segments, causal=True, implementation="cudnn")
+    with pytest.raises(UserError, match="splash.*does not run on this device"):
+        attention(*qkv, segment_ids=segments, causal=True, implementation="splash")
+    with pytest.raises(UserError, match="triton.*context"):
+        triton(*qkv, None, causal=True, places=np.arange(32))
+
+
+def test_segments_that_differ_are_refused_by_a_kernel_that_knows_one(monkeypatch):
+    monkeypatch.setitem(module.PLATFORMS, "triton", ("cpu",))
+    segments = (np.zeros((2, 32), np.int32), np.ones((2, 32), np.int32))
+    with pytest.raises(UserError, match="triton.*one array of segments"):
+        attention(*operands(32), segment_ids=segments, causal=True, implementation="triton")

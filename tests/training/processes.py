@@ -1,0 +1,28 @@
+"""One process of several that train together: `processes.py CORPUS WORKDIR STEPS CHECKPOINT_EVERY`."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    corpus, workdir, steps, every = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    from kangaroo_jax.training.distributed import initialize
+
+    initialize(timeout=120)
+
+    from kangaroo_jax.training import curriculum
+    from kangaroo_jax.training.loop import train
+
+    tokenizer = corpus / "tokenizer.model"
+    config = curriculum.stage("stage4_instruct", "tiny", data=corpus, tokenizer=tokenizer, init_from="")
+    config.data.update(packs_per_batch=4, streams=4, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
+    config.train.update(steps=steps, checkpoint_every=every, log_every=1, lost_seconds=8.0)
+    config.model.vision.depth = config.model.llm.depth = 1
+    train(config, workdir, tell=lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()

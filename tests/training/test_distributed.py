@@ -1,0 +1,214 @@
+"""Real processes on this machine: they train as one, notice a death, go on with fewer, save when asked to stop."""
+
+import collections
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training import checkpoint, distributed
+from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
+from kangaroo_jax.training.metrics import read_metrics
+
+SCRIPT = Path(__file__).with_name("processes.py")
+ROUNDS = int(os.environ.get("KANGAROO_TEST_ROUNDS", "1"))  # kills of a host
+SAVES = int(os.environ.get("KANGAROO_TEST_SAVES", "4"))  # kills during a save
+STEPS = 12
+STOP_SECONDS = 60
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(corpus: Path, workdir: Path, count: int, steps: int = STEPS, every: int = 4) -> list[subprocess.Popen]:
+    """`count` processes of one training; their output goes to WORKDIR.N.log."""
+    port, processes = free_port(), []
+    workdir.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+        if count > 1:
+            environment.update({ADDRESS: f"127.0.0.1:{port}", COUNT: str(count), INDEX: str(index)})
+        command = [sys.executable, str(SCRIPT), str(corpus), str(workdir), str(steps), str(every)]
+        with open(f"{workdir}.{index}.log", "a") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    return processes
+
+
+def output(workdir: Path, index: int) -> str:
+    return Path(f"{workdir}.{index}.log").read_text()
+
+
+def wait(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Their exit codes; kills what still runs after `seconds`, whose code is then -9."""
+    end = time.time() + seconds
+    try:
+        for process in processes:
+            process.wait(timeout=max(0.1, end - time.time()))
+    except subprocess.TimeoutExpired:
+        pass
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
+def wait_for_step(workdir: Path, step: int, seconds: float = 400) -> None:
+    """Until the log of the main process has a line of `step`."""
+    end, path = time.time() + seconds, Path(f"{workdir}.0.log")
+    while time.time() < end:
+        if f" {step}/" in path.read_text().replace("  ", " ") if path.exists() else False:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} after {seconds} s: {path.read_text()[-2000:]}")
+
+
+def history(workdir: Path) -> tuple[dict[int, float], dict[int, collections.Counter]]:
+    """Losses by step, and which samples all hosts together had in it."""
+    losses, samples = {}, collections.defaultdict(collections.Counter)
+    for path in sorted(workdir.glob("metrics*.jsonl")):
+        for line in read_metrics(path):
+            samples[line["step"]].update(line["samples"])
+            if path.name == "metrics.jsonl":
+                assert line["step"] not in losses, "a step stands twice in the log"
+                losses[line["step"]] = line["loss"]
+    return losses, samples
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory) -> Path:
+    """The folder of the training that one process did without interruption."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert wait(start(corpus, workdir, 1), 600) == [0], output(workdir, 0)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_a_killed_host_stops_all_and_two_hosts_go_on_where_four_were(corpus, alone, tmp_path, round_):
+    random, workdir = np.random.default_rng(round_), tmp_path / "run"
+    processes = start(corpus, workdir, 4)
+    wait_for_step(workdir, int(random.integers(5, 10)))
+    victim = int(random.integers(4))
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.time()
+    codes = wait(processes, STOP_SECONDS)
+    assert time.time() - killed < STOP_SECONDS
+    for index, code in enumerate(codes):
+        if index != victim:
+            assert code == LOST, (index, code, output(workdir, index)[-2000:])
+            assert f"host {victim}" in output(workdir, index).splitlines()[-1], output(workdir, index)[-2000:]
+    print(f"round {round_}: host {victim} killed, all stopped after {time.time() - killed:.1f} s")
+    assert wait(start(corpus, workdir, 2), 600) == [0, 0], output(workdir, 0)[-3000:]
+    (losses, samples), (expected, expected_samples) = history(workdir), history(alone)
+    assert sorted(losses) == list(range(1, STEPS + 1)) and samples == expected_samples
+    np.testing.assert_allclose(list(losses.values()), [expected[step] for step in losses], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_host_saves_on_all_and_ends_with_code_0(corpus, alone, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(corpus, workdir, 2, every=1000)
+    wait_for_step(workdir, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    assert wait(processes, 120) == [0, 0], output(workdir, 0)[-3000:]
+    assert "asked to stop; saved after step" in output(workdir, 0)
+    hosts = json.loads((workdir / "hosts.json").read_text())
+    assert sorted(hosts) == ["0", "1"] and all(host["step"] >= 0 for host in hosts.values())
+    assert wait(start(corpus, workdir, 1), 600) == [0], output(workdir, 0)[-3000:]
+    assert list(history(workdir)[0].values()) == pytest.approx(list(history(alone)[0].values()), rel=2e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_single_process_saves_and_ends_with_code_0(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    (process,) = start(corpus, workdir, 1, every=1000)
+    wait_for_step(workdir, 2)
+    process.send_signal(signal.SIGTERM)
+    assert wait([process], 120) == [0], output(workdir, 0)
+    assert (checkpoint.find(workdir) / "params").is_dir()
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_is_never_taken_for_whole(corpus, alone, tmp_path):
+    """Saving after every step, killed at random moments: what is found is whole, and its losses are the right ones."""
+    random, workdir = np.random.default_rng(5), tmp_path / "run"
+    for _ in range(SAVES):
+        (process,) = start(corpus, workdir, 1, every=1)
+        saves, end = workdir / "checkpoints", time.time() + 300
+        seen = {path.name for path in saves.glob("*")} if saves.exists() else set()
+        while process.poll() is None and time.time() < end:
+            new = {path.name for path in saves.glob("*")} - seen if saves.exists() else set()
+            if len(new) > 1:
+                time.sleep(float(random.uniform(0, 0.3)))
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        if saves.exists() and any(path.name.isdigit() for path in saves.iterdir()):
+            folder = checkpoint.find(workdir)
+            assert checkpoint.load_config(folder).stage == "stage4_instruct"
+            binding = checkpoint.abstract_model(checkpoint.load_config(folder).model)
+            assert all(np.isfinite(np.asarray(x)).all() for x in checkpoint.load_params(folder, binding).values())
+    assert wait(start(corpus, workdir, 1), 600) == [0], output(workdir, 0)[-3000:]
+    (losses, samples), (expected, expected_samples) = history(workdir), history(alone)
+    assert losses == expected and samples == expected_samples
+
+
+def test_incomplete_addresses_are_one_line(monkeypatch):
+    monkeypatch.setenv(ADDRESS, "127.0.0.1:1")
+    with pytest.raises(UserError, match=f"without {COUNT}, {INDEX}"):
+        initialize()
+    monkeypatch.setenv(COUNT, "two")
+    monkeypatch.setenv(INDEX, "0")
+    with pytest.raises(UserError, match="whole numbers"):
+        initialize()
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    for name in (ADDRESS, COUNT, INDEX, "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert initialize() == 1
+
+
+class Clock:
+    """A store of signs of life and a clock, for the watchdog's judgement."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(distributed.time, "time", lambda: self.now)
+        monkeypatch.setattr(distributed.jax, "process_index", lambda: 0)
+
+    def sign(self, step: int, state: str = "") -> str:
+        return json.dumps({"beat": self.now, "step": step, "step_time": self.now, "state": state})
+
+
+def test_the_watchdog_names_who_is_silent_or_failed_and_forgives_who_has_finished(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch)
+    watchdog = Watchdog(timeout=30, path=tmp_path / "hosts.json")
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    first = {"kangaroo/alive/0": clock.sign(3), "kangaroo/alive/1": clock.sign(3)}
+    assert watchdog._look(first, clock.now) == ""
+    clock.now += 20
+    assert watchdog._look({**first, "kangaroo/alive/0": clock.sign(9)}, 0) == ""
+    assert json.loads((tmp_path / "hosts.json").read_text())["1"]["silent_seconds"] == 20
+    clock.now += 20
+    assert "host 1 gave no sign of life for 40 s (last at step 3)" in watchdog._look(
+        {**first, "kangaroo/alive/0": clock.sign(9)}, 0
+    )
+    failed = {"kangaroo/alive/0": clock.sign(9), "kangaroo/alive/1": clock.sign(4, "failed: a disk is full")}
+    assert "host 1 failed: a disk is full" in watchdog._look(failed, 0)
+    done = {"kangaroo/alive/0": clock.sign(9), "kangaroo/alive/1": clock.sign(12, "finished")}
+    assert watchdog._look(done, 0) == ""
+    clock.now += 100
+    assert watchdog._look({**done, "kangaroo/alive/0": clock.sign(12)}, 0) == ""

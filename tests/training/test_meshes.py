@@ -1,0 +1,141 @@
+"""Eight virtual devices compute what one does: losses of many steps, accumulated gradients, generated text."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.sharding import make_mesh, sharding
+from kangaroo_jax.training.checkpoint import abstract_model
+from kangaroo_jax.training.loop import mesh_scope
+from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
+from kangaroo_jax.training.step import gradient, make_train_step
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 1, 2), (1, 2, 4, 1)]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def config(make_micro_config):
+    config = make_micro_config()
+    config.model.llm.update(width=32, mlp_width=64, vocab_size=401, loss_chunk=16)  # a vocabulary that does not divide
+    config.data.update(packs_per_batch=8, tokens_per_pack=64, frames_per_pack=6)
+    config.optimizer.update(learning_rate=3e-3)
+    config.train.steps = STEPS
+    return config
+
+
+@pytest.fixture(scope="module")
+def batch(config) -> PackedBatch:
+    """Eight packs of two videos and text each, of different length and weight, padded at the end."""
+    random, (b, t, f, side) = np.random.default_rng(0), (8, 64, 6, config.data.image_size)
+    tokens = random.integers(11, 400, (b, t)).astype(np.int32)
+    segments, positions = np.zeros((b, t), np.int32), np.zeros((b, t), np.int32)
+    index = np.full((b, t), -1, np.int32)
+    for row in range(b):
+        cut, end = 20 + 2 * row, 64 - row
+        segments[row, :cut], segments[row, cut:end] = 1, 2
+        positions[row, :cut], positions[row, cut:end] = np.arange(cut), np.arange(end - cut)
+        index[row, 2:3], index[row, cut + 3 : cut + 5] = 0, [1, 2]  # a group of frames is one token
+    weights = ((random.uniform(size=(b, t)) < 0.1 + 0.1 * np.arange(b)[:, None]) & (segments > 0)).astype(np.float32)
+    return PackedBatch(
+        tokens=tokens,
+        segment_ids=segments,
+        positions=positions,
+        targets=np.roll(tokens, -1, axis=1),
+        weights=weights,
+        frames=random.integers(0, 256, (b, f, side, side, 3)).astype(np.uint8),
+        frame_times=np.tile(np.arange(f, dtype=np.float32), (b, 1)),
+        frame_groups=np.tile(np.arange(f, dtype=np.int32) // 2 + 1, (b, 1)),
+        vision_index=index,
+    )
+
+
+def first_params(config) -> dict[str, jax.Array]:
+    model = Kangaroo(config.model, rngs=nnx.Rngs(0))
+    return {k: np.asarray(v) for k, v in abstract_model(config.model).flatten(model).items()}
+
+
+def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[float]:
+    """The losses of `steps` real steps on one batch over a mesh of `shape`."""
+    mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+    binding = abstract_model(config.model)
+    with mesh_scope(mesh):
+        make = functools.partial(make_state, config)
+        state = jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, params), binding, mesh))(params)
+        optimizer = make_optimizer(config.optimizer, STEPS, state.params)
+        step = make_train_step(
+            binding, optimizer, make_schedule(config.optimizer, STEPS), accumulate, shardings_of(state)
+        )
+        put = lambda x: jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))  # noqa: E731
+        on_mesh, found = jax.tree.map(put, batch), []
+        for _ in range(steps):
+            state, metrics = step(state, on_mesh)
+            found.append(float(metrics["loss"]))
+        assert step._cache_size() == 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return first_params(config)
+
+
+@pytest.fixture(scope="module")
+def one_device(config, batch, params) -> list[float]:
+    return losses(config, batch, params, (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_losses_of_20_steps_equal_those_of_one_device(config, batch, params, one_device, shape):
+    assert one_device[-1] < 0.8 * one_device[0]
+    np.testing.assert_allclose(losses(config, batch, params, shape), one_device, rtol=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(config, batch, params):
+    """Parts differ in their weights, so that a mean of means would not do."""
+    binding = abstract_model(config.model)
+    run = jax.jit(lambda params, batch, parts: gradient(binding, params, {}, batch, parts), static_argnums=2)
+    (whole, weight), expected = run(params, batch, 1)
+    (parts, weight_of_parts), actual = run(params, batch, 4)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    assert weight == weight_of_parts == batch.weights.sum()
+    for name, value in expected.items():
+        scale = np.abs(value).max() + 1e-6
+        np.testing.assert_allclose(np.asarray(actual[name]) / scale, np.asarray(value) / scale, atol=2e-5, err_msg=name)
+
+
+def test_accumulation_on_a_mesh_equals_one_big_step(config, batch, params, one_device):
+    found = losses(config, batch, params, (1, 2, 2, 1), accumulate=4, steps=5)
+    np.testing.assert_allclose(found, one_device[:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (1, 2, 4, 1)], ids=str)
+def test_generated_text_is_that_of_one_device(config, params, shape):
+    """Prefill and decoding with the cache cut over devices, two prompts of different length with video."""
+    from kangaroo_jax.inference.generate import Generator, Prompts
+
+    binding = abstract_model(config.model)
+    random = np.random.default_rng(1)
+    tokens, index = random.integers(11, 400, (2, 128)).astype(np.int32), np.full((2, 128), -1, np.int32)
+    index[0, 3:5], index[1, 7:8] = [0, 1], [2]
+    prompts = Prompts(tokens, index, np.asarray([100, 61], np.int32))
+    frames = random.integers(0, 256, (6, 16, 16, 3)).astype(np.uint8)
+
+    def answers(mesh) -> list[list[int]]:
+        with mesh_scope(mesh):
+            places = {k: sharding(mesh, binding.axes[k], v.shape) for k, v in params.items()}
+            weights = {k: jax.device_put(jnp.asarray(v) * 3, places[k]) for k, v in params.items()}
+            generator = Generator(binding.bind(weights))
+            vision = generator.encode(frames, np.arange(6, dtype=np.float32))
+            return generator.generate(prompts, vision, max_new_tokens=12, stop_ids=[2])
+
+    expected = answers(make_mesh((1, 1, 1, 1), jax.devices()[:1]))
+    assert len(expected[0]) == 12 and len(set(expected[0])) > 2
+    assert answers(make_mesh(shape, jax.devices())) == expected
