@@ -19,7 +19,7 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     if preset != "kangaroo_8b":
         c.data.loss_on = "assistant"  # the request says in which language to answer
         c.data.update(image_size=24, tokens_per_pack=512, frames_per_pack=32, packs_per_batch=4)
-        c.optimizer.learning_rate = 1.5e-3
-        c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
-        c.train.steps = 120
+        c.optimizer.learning_rate = 1e-3
+        c.optimizer.trainable = ((".*", 1.0),)  # the tiny decoder has no pretraining to protect
+        c.train.steps = 400
     return lock(c)

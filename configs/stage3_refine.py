@@ -20,5 +20,6 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
         c.data.update(image_size=48, min_frames=8, long_min_frames=8)
         c.data.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4)
         c.optimizer.learning_rate = 1e-3
-        c.train.steps = 120
+        c.optimizer.trainable = ((".*", 1.0),)  # as in stage 2
+        c.train.steps = 150
     return lock(c)

@@ -19,5 +19,5 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
         c.data.update(tokens_per_pack=768, frames_per_pack=64, packs_per_batch=4)
         c.optimizer.learning_rate = 1e-3
         c.optimizer.trainable = ((".*", 1.0),)
-        c.train.steps = 500
+        c.train.steps = 300
     return lock(c)

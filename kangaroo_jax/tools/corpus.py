@@ -71,6 +71,7 @@ class Mixture:
     rounds: int = 4  # questions about one video in one conversation, at most
     multiple_choice: float = 0.6  # share of the questions; the others are open
     describe_last: float = 0.25  # share of instruction conversations that end with a description
+    stage2_images: int = 6000  # images with a conversation in stage 2, which is cheap at tiny size
     stage4_per_short: int = 4  # conversations of a short clip in stage 4; languages take turns
     stage4_images: int = 1500  # images with a conversation in stage 4
     stage4_text: int = 1500  # conversations without media in stage 4, of the last lesson of the warm-up
@@ -86,7 +87,7 @@ class Mixture:
     def scaled(self, scale: float) -> "Mixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage4_images", "stage4_text", "stage5_shorts")
+        records = ("stage2_images", "stage4_images", "stage4_text", "stage5_shorts")
         counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
@@ -128,6 +129,16 @@ class Corpus:
             fitting = [r for r in records if r["question_kind"] == "last"] or records
             examples.append((title, self.folder / fitting[0]["video"], questions))
         return examples
+
+    def questions(self, name: str) -> list[tuple[Path, str]]:
+        """(held-out medium, question) of an evaluation file; `name` is image, short or long."""
+        return [
+            (
+                self.folder / (record.get("video") or record["image"]),
+                record["conversations"][0]["value"].split("\n", 1)[1],
+            )
+            for record in read_records(self.eval_files[name])
+        ]
 
     def texts_for_tokenizer(self, limit: int = 6000) -> Iterator[str]:
         """Text for a SentencePiece model: turns of the first `limit` records of each stage, cut into words.
@@ -333,12 +344,13 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
     rng = random.Random(f"{seed}/records")
     short = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
     images = list(_instructions(media, "images", plan.stage4_images, 1, plan, rng))
+    early = list(_instructions(media, "images", plan.stage2_images, 1, plan, rng))
     long = list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
     texts = lesson(-1, plan.stage4_text, _text_maker(rng), rng, plan.short_kinds)
     stages = [
         list(_captions(media, "images", dense=False)),
-        list(_captions(media, "short", dense=False)),
-        list(_captions(media, "short", dense=True)),
+        list(_captions(media, "short", dense=False)) + short + early,
+        list(_captions(media, "short", dense=True)) + short,
         short + images + [_record(f"text-{i:05d}", turns) for i, turns in enumerate(texts)],
         long + list(_captions(media, "long", dense=True)) + rng.sample(short, min(plan.stage5_shorts, len(short))),
     ]

@@ -1,11 +1,13 @@
 """`kangaroo quickstart`: from nothing to a small Kangaroo that answers questions about videos it has never seen.
 
-    corpus -> tokenizer -> text warm-up -> five stages, each evaluated -> chat -> report.html, results.json
+    corpus -> tokenizer -> text warm-up -> five stages, each evaluated -> chat -> export compared with PyTorch
+    -> report.html, results.json
 
 Every part leaves a marker in the workdir; running it again continues where it stopped.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -32,6 +34,7 @@ from kangaroo_jax.training.loop import Tell, write_json
 WARMUP = "stage0_text_warmup"
 STAGES = (WARMUP, *curriculum.STAGES)
 PRESET = "tiny"
+TORCH_QUESTIONS = 100  # that the exported model answers in PyTorch
 
 
 class Clock:
@@ -101,12 +104,17 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
     )
     with clock.part("chat"):
         chats = chat_once(workdir, corpus, tell)
+    with clock.part("compare with PyTorch"):
+        same = compare_with_torch(workdir, corpus, tell)
     results = collect(workdir, stages, clock)
+    if same is not None:
+        results["torch_chat"] = same
     write_json(workdir / "results.json", results)
     if ablate:
         results["ablations"] = quickstart_ablations.run(workdir, corpus, tokenizer, seed=seed, tell=tell)
         write_json(workdir / "results.json", results)
-    write_quickstart_report(workdir, corpus, results, chats, environment())
+    alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
+    write_quickstart_report(workdir, corpus, results, chats, environment() | alike)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")
     return results
@@ -166,6 +174,21 @@ def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]
         chats.append({"title": title, "video": str(video), "turns": turns})
     write_json(path, chats)
     return chats
+
+
+def compare_with_torch(workdir: Path, corpus: Corpus, tell: Tell) -> dict[str, int] | None:
+    """Answers of the exported last stage that PyTorch and JAX give alike; None where torch is not installed."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        tell("the export was not compared with PyTorch: pip install 'kangaroo-jax[convert]' and run this again")
+        return None
+    path = workdir / "torch_chat.json"
+    if not path.exists():
+        from kangaroo_jax.conversion.verify import compare_chats
+
+        asked = corpus.questions("short")[:TORCH_QUESTIONS]
+        same = compare_chats(workdir / curriculum.STAGES[-1], asked, tell=tell)
+        write_json(path, {"asked": len(asked), "same": same})
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def collect(workdir: Path, stages: list[dict[str, Any]], clock: Clock) -> dict[str, Any]:

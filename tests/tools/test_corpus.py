@@ -36,6 +36,7 @@ TINY = dataclasses.replace(
     held_shorts=13,
     held_longs=3,
     warmup=0.01,
+    stage2_images=5,
     stage4_images=5,
     stage4_text=6,
     stage5_shorts=8,
