@@ -80,8 +80,9 @@ def barrier(name: str, timeout: float = 1800.0) -> None:
     if jax.process_count() > 1:
         from jax._src import distributed
 
+        client: Any = distributed.global_state.client
         try:
-            distributed.global_state.client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
+            client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
         except jax.errors.JaxRuntimeError as error:
             raise UserError(
                 f"{name}: not every process came in {timeout:.0f} s: {str(error).splitlines()[0]}"

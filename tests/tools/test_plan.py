@@ -175,7 +175,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 
 def test_the_nearest_change_fits_by_the_formula_that_said_no():
-    config, target = load_config("stage5_long_video:kangaroo_8b"), parse_topology("A100:8")
+    config, target = load_config("stage5_long_video:kangaroo_8b"), parse_topology("V100:8")
     counts = count_parameters(config.model)
     before = plan.make_plan(config, target, mfu=0.4)
     assert not before.fits
