@@ -86,7 +86,9 @@ def stage_config(preset: str) -> ConfigDict:
     c.seed = 0
 
     d = c.data = ConfigDict()
-    d.train = ()  # annotation files (LLaVA JSON or JSONL)
+    d.train = ()  # annotation files of any format (docs/data.md), or names of the registry; NAME%50 takes half
+    d.weights = ()  # one a source: how often it is drawn; () draws by size
+    d.registry = ""  # JSON file of named sources (Qwen's or LLaMA-Factory's dataset_info.json)
     d.media_root = ""  # folder of the media they name; "" is each file's own folder
     d.tokenizer = ""  # tokenizer.json, tokenizer.model (Llama 3) or a SentencePiece .model
     d.loss_on = "assistant"  # assistant: its turns alone; caption: the same with no user text in the prompt
@@ -101,8 +103,11 @@ def stage_config(preset: str) -> ConfigDict:
     d.tokens_per_pack = 10_240  # T
     d.frames_per_pack = 64  # F
     d.packs_per_batch = 128  # B, over all hosts
-    d.packing_bins = 16  # open packs that a sample may go into; 0 packs nothing: one sample a row
+    d.packing_bins = 16  # packs' worth of samples among which a row is filled; 0: one sample a row
     d.num_workers = 0  # decoding processes; 0 decodes in threads of this process
+    d.decode_seconds = 120.0  # for one file; then it is given up, and its process replaced
+    d.media_cache = ""  # folder of media fetched from gs://, s3://, https://; "" is ~/.cache/kangaroo/media
+    d.media_cache_gib = 50
     d.cache_mib = 0  # decoded clips kept in memory, for corpora small enough to be read again and again
     d.strict = False  # True raises at the first sample that cannot be read
 
