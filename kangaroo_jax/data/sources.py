@@ -116,7 +116,17 @@ def _open(path: str, file: str, root: str, columns: Columns | None) -> _Reader:
             head = line.strip().removeprefix(b"\xef\xbb\xbf")
             if head:
                 break
-    return _Json(path, file, root, columns) if head.startswith(b"[") else _Jsonl(path, file, root, columns)
+    whole = head.startswith(b"[") and not _is_messages(head)
+    return _Json(path, file, root, columns) if whole else _Jsonl(path, file, root, columns)
+
+
+def _is_messages(line: bytes) -> bool:
+    """Whether a line is a bare list of messages: a record by itself, and not the list of all."""
+    try:
+        first = json.loads(line)[0]
+    except (ValueError, LookupError, TypeError):
+        return False
+    return isinstance(first, dict) and "role" in first
 
 
 def _opened(path: str, file: str) -> Any:

@@ -205,7 +205,7 @@ def member_of(path: str | Path) -> Member | None:
     if ".array_record" in container:
         from kangaroo_jax.data.dataset import embedded_bytes
 
-        record, _, medium = name.partition("/")
+        record, _, medium = os.path.splitext(name)[0].partition("/")
         return Member(text, Path(container), data=embedded_bytes(container, int(record), int(medium)))
     return None
 
