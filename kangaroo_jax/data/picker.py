@@ -65,6 +65,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise UserError(f"{name}: {codec.width}x{codec.height} pixels is too large; resize it below 8K")
             codec.thread_count = 1  # one thread a video, many videos at a time
             codec.thread_type = "NONE"
+            codec.options = {"err_detect": "explode"}  # damage is an error, and no guess at a picture
             yield container, stream
     except (av.error.FFmpegError, OverflowError) as error:
         detail = (getattr(error, "strerror", None) or str(error)).lower()
@@ -212,8 +213,8 @@ class FramePicker:
             yield frame, absolute - self._zero
 
     def _whole_frames(self) -> Iterator[Any]:
-        """Frames that the decoder gives, but for those of damaged packets."""
-        codec = self._stream.codec_context
+        """Frames that the decoder gives, but for those from damage to the next key frame, which may refer to it."""
+        codec, whole = self._stream.codec_context, True
         for packet in self._packets():
             if clock.monotonic() > self._deadline:
                 raise UserError(f"{self._path}: not decoded within {self._limit:g} s")
@@ -224,11 +225,13 @@ class FramePicker:
                 self._errors += 1
                 if self._errors > _MOST_ERRORS:
                     raise
+                whole = False
                 continue
             for frame in frames:
                 if frame.is_corrupt:
                     self._errors += 1
-                else:
+                whole = (whole or frame.key_frame) and not frame.is_corrupt
+                if whole:
                     yield frame
 
     def _packets(self) -> Iterator[Any]:
