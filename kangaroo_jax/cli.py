@@ -272,6 +272,12 @@ def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:
     bench.main(rest)
 
 
+def _run_data(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.tools import data
+
+    data.main(rest)
+
+
 def _definer(values: "flags.FlagValues") -> Callable[..., Any]:
     """`define(DEFINE_x, name, default, help)` for the flags of one job."""
     return lambda define, *args, **kwargs: define(*args, flag_values=values, **kwargs)
@@ -282,5 +288,6 @@ JOBS = {
     "curriculum": Job("train all five stages, each from the last one's weights", _define_curriculum, _run_curriculum),
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", _define_train, _run_train),
     "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat),
+    "data": Job("check, measure, build and look at training data", None, _run_data),
     "bench": Job("measure the speed of training steps", None, _run_bench),
 }

@@ -36,6 +36,18 @@ class LoaderStats:
     frame_places: int = 0
     sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
     languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    by_both: Mapping[str, int] = dataclasses.field(default_factory=dict)  # "source/language"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a line of the metrics has of it."""
+        return {
+            "tokens": self.tokens,
+            "frames": self.frames,
+            "useful_tokens": round(self.tokens / max(self.token_places, 1), 4),
+            "useful_frames": round(self.frames / max(self.frame_places, 1), 4),
+            "sources": dict(self.by_both),
+            "samples": list(self.sample_ids),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +184,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         s = self._settings
         clips: list[list[list[Clip] | None]] = []
         used: list[Recipe] = []
-        sources: collections.Counter[str] = collections.Counter()
+        sources: collections.Counter[tuple[str, str]] = collections.Counter()
         for v, row, places, media in zip(s.lanes, begun.rows, begun.places, begun.decoded, strict=True):
             clips.append([])
             for recipe, (source, _), futures in zip(row, places, media, strict=True):
@@ -184,7 +196,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
                     continue
                 self._in_vain["decode"] = 0
                 used.append(recipe)
-                sources[self._mixture.sources[source].name] += 1
+                sources[self._mixture.sources[source].name, recipe.language] += 1
                 clips[-1].append(outcome)
         skipped = {v: count + self._lost[v] for v, count in begun.snapshot.skipped.items()}
         self._state = dataclasses.replace(begun.snapshot, skipped=skipped)
@@ -196,8 +208,9 @@ class _PackedBatchIterator(grain.DatasetIterator):
             sample_ids=tuple(recipe.id for recipe in used),
             token_places=len(s.lanes) * s.shape.tokens,
             frame_places=len(s.lanes) * s.shape.frames,
-            sources=dict(sources),
-            languages=dict(collections.Counter(recipe.language for recipe in used)),
+            sources=_summed(sources, 0),
+            languages=_summed(sources, 1),
+            by_both={f"{source}/{language}": count for (source, language), count in sources.items()},
         )
         return assemble(begun.rows, clips, s.shape), stats
 
@@ -283,6 +296,13 @@ def _with_weights(mixture: Mixture, weights: Sequence[float], sources: Sequence[
     """The mixture as it was."""
     old = [dataclasses.replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
     return Mixture(old, mixture.seed, mixture.lanes)
+
+
+def _summed(counts: Mapping[tuple[str, str], int], which: int) -> dict[str, int]:
+    sums: collections.Counter[str] = collections.Counter()
+    for key, count in counts.items():
+        sums[key[which]] += count
+    return dict(sums)
 
 
 def _clips_of(outcomes: Sequence[Outcome]) -> list[Clip] | UserError:

@@ -107,9 +107,7 @@ def write_dataset(plan: Plan, conversations: Sequence[Conversation], fingerprint
         written += len(span)
         seconds = time.perf_counter() - start
         left = sum(not plan.shard(n, count).exists() for n in range(number + 1, count)) * plan.shard_samples
-        tell(
-            f"{path.name}: {len(span)} samples; {written / seconds:,.0f} samples/s, ETA {left * seconds / written:.0f} s"
-        )
+        tell(f"{path.name}: {len(span)} samples; {written / seconds:,.0f}/s, ETA {left * seconds / written:.0f} s")
     _write_metadata(plan, encoder, count, len(conversations))
     return plan.folder
 

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.data.ledger import Ledger
-from kangaroo_jax.data.loader import Loader, LoaderStats, make_loader
+from kangaroo_jax.data.loader import Loader, LoaderStats, make_loader, merge_states
 from kangaroo_jax.data.preview import batch_tree, save_picture
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.host import keep_freed_memory
@@ -67,6 +68,8 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
     ledger = Ledger(workdir / "ledger.jsonl")
     loader = open_loader(config, tokenizer, ledger)
+    for line in loader.describe():
+        tell(f"{config.stage}: {line}")
 
     # ----------------------------------------------------------------- model and optimiser
     binding = checkpoint.abstract_model(config.model)
@@ -101,7 +104,14 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, put_batch(host_batch, mesh))
 
-            progress.add(tokens=stats.tokens, frames=stats.frames, places=host_batch.tokens.size, wait=waiting)
+            progress.add(
+                tokens=stats.tokens,
+                frames=stats.frames,
+                places=stats.token_places,
+                wait=waiting,
+                frame_places=stats.frame_places,
+                counts=stats.by_both,
+            )
             if pending is not None:  # the step before: the device never waits for the host
                 report(*pending, log=log, progress=progress, every=config.train.log_every)
             pending = (step, metrics, stats)
@@ -109,7 +119,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
                 report(*pending, log=log, progress=progress, every=config.train.log_every)
                 pending = None
                 log.flush()
-                checkpoints.save(state, loader.get_state(), to_plain(config))
+                checkpoints.save(state, whole_data_state(loader), to_plain(config))
     checkpoints.close()
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {ledger.count} samples skipped")
@@ -151,6 +161,16 @@ def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger) -> Loa
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def whole_data_state(loader: Loader) -> bytes:
+    """The loader's state with the rows of all hosts, which must call this after the same batch."""
+    mine = loader.get_state()
+    if jax.process_count() == 1:
+        return mine
+    sizes = multihost_utils.process_allgather(np.array(len(mine)))
+    padded = np.frombuffer(mine.ljust(int(sizes.max())), np.uint8)
+    return merge_states([bytes(state) for state in multihost_utils.process_allgather(padded)])
 
 
 def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
@@ -206,7 +226,7 @@ def report(
 ) -> None:
     """Write a finished step's metrics; print every `every` steps."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    log.write(step, {**values, "tokens": stats.tokens, "frames": stats.frames, "samples": list(stats.sample_ids)})
+    log.write(step, {**values, **stats.to_json()})
     if step % every == 0:
         progress.line(step, values, stats.skipped)
 
