@@ -26,11 +26,12 @@ MAX_FRAME_PIXELS = 8192 * 4608  # 8K; anything larger is refused before it is de
 MAX_SECONDS = 24 * 3600.0
 _ROUNDING = 1e-3  # seconds by which a requested time may fall short of the frame that it means
 _USUAL_RATE = 25  # frames a second of a file that does not say
-# What decides whether to seek, as measured (`kangaroo bench data --costs`): a seek with the key frame's own
-# decoding, and a frame decoded on the way. Constants, so that the same file is read in the same way everywhere.
-_SEEK_SECONDS = 1.2e-3
-_SECONDS_PER_PIXEL = 1.1e-9
-_LEAST_GAIN = 4  # frames
+# What decides whether to seek, as measured (`kangaroo bench data --costs`): a seek costs a fixed time and the frames
+# that the decoder holds back, each as much as a frame decoded on the way. Constants, so that the same file is read
+# in the same way everywhere.
+_SEEK_SECONDS = 2e-3
+_SEEK_FRAMES = 6
+_SECONDS_PER_PIXEL = 2.5e-9
 _BLIND_GAIN = 300  # frames, in a file without an index
 _MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to damage
 _HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
@@ -128,7 +129,7 @@ class FramePicker:
         self._deadline, self._limit = math.inf if seconds is None else clock.monotonic() + seconds, seconds
         self._reformatter = VideoReformatter()
         codec = stream.codec_context
-        self._gain = max(_LEAST_GAIN, _SEEK_SECONDS / (_SECONDS_PER_PIXEL * codec.width * codec.height))
+        self._gain = _SEEK_FRAMES + _SEEK_SECONDS / (_SECONDS_PER_PIXEL * codec.width * codec.height)
         # Without an index: containers whose seeks end at key frames, decoders that say which frames are whole.
         self._blind = codec.name in ("h264", "hevc") or "matroska" in container.format.name
         self._may_skip = codec.name in _SKIPPABLE

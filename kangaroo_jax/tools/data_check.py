@@ -107,7 +107,8 @@ def check_media(
     temporary.replace(report)
     tell(
         f"{len(media):,} media ({total['image']:,} images, {total['video']:,} videos of "
-        f"{total['seconds'] / 3600:.1f} h, {total['frames']:,} frames decoded) in {time.perf_counter() - start:.1f} s: {bad:,} bad; see {report}"
+        f"{total['seconds'] / 3600:.1f} h, {total['frames']:,} frames decoded) in "
+        f"{time.perf_counter() - start:.1f} s: {bad:,} bad; see {report}"
     )
     for problem, count in problems.most_common(10):
         tell(f"  {count:6,}  {problem}")
