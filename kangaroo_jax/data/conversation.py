@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 TAG = re.compile(r"<(image|video)>")
-_LEADING_TAGS = re.compile(r"^((?:<(?:image|video)>)+)(?=\S)")
+_LEADING_TAGS = re.compile(r"^((?:<(?:image|video)>)++)(?=\S)")
 _SCRIPTS = (  # of the languages whose script tells them apart from others; Han without kana is Chinese
     ("ja", re.compile(r"[\u3040-\u30ff]")),
     ("ko", re.compile(r"[\uac00-\ud7af]")),

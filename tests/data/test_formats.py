@@ -91,10 +91,18 @@ EXPECTED = [
     Conversation(
         "a",
         (Turn("user", "<video>\nQ <image> and <image>?"), Turn("assistant", "A")),
-        (Media("video", "/m/1.mp4", start=1.0, end=4.5, fps=2.0), Media("image", "/m/1.png"), Media("image", "/m/2.png")),
+        (
+            Media("video", "/m/1.mp4", start=1.0, end=4.5, fps=2.0),
+            Media("image", "/m/1.png"),
+            Media("image", "/m/2.png"),
+        ),
     ),
     Conversation("b", (Turn("system", "S"), Turn("user", "Hello"), Turn("assistant", "你好"))),
-    Conversation("c", (Turn("user", "<video>\nQ"), Turn("assistant", "A")), (Media("video", "/f/1.jpg", frames=("/f/1.jpg", "/f/2.jpg"), sample_fps=2.0),)),
+    Conversation(
+        "c",
+        (Turn("user", "<video>\nQ"), Turn("assistant", "A")),
+        (Media("video", "/f/1.jpg", frames=("/f/1.jpg", "/f/2.jpg"), sample_fps=2.0),),
+    ),
 ]  # fmt: skip
 
 
@@ -220,20 +228,24 @@ def test_loss_of_a_turn_and_media_without_tags() -> None:
     assert [medium.kind for medium in parsed.media] == ["video", "image"]
 
 
+def _user(content: Any, role: str = "user", **record: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}], **record}
+
+
 MISTAKES: list[tuple[Any, str]] = [
-    ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}, "part of type \"audio\""),
-    ({"messages": [{"role": "user", "content": [{"type": "video", "video": 3}]}]}, "must be a path or address"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "see <video>"}]}]}, "the tag <video> in its text"),
-    ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a", "fps": 0}]}]}, "'fps' must be a positive"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}, "it may only say text"),
-    ({"messages": [{"role": "user", "content": "Q"}], "audios": ["a.wav"]}, "sound is not supported"),
-    ({"messages": [{"role": "tool", "content": "Q"}]}, "turn 1 needs 'role'"),
-    ({"messages": [{"role": "user", "content": "<video>"}], "videos": [["a", 1]]}, "'videos' must be a path"),
-    ({"messages": [{"role": "user", "content": "<video>"}], "videos": []}, "1 <video> tags"),
-    ({"video": "a", "start": 5, "end": 4, "conversations": [{"from": "human", "value": "<video>"}]}, "is not before"),
-    ({"video": "a", "min_frames": 9, "max_frames": 4, "conversations": [{"from": "human", "value": "<video>"}]}, "more"),
+    (_user([{"type": "audio", "audio": "a.wav"}]), 'part of type "audio"'),
+    (_user([{"type": "video", "video": 3}]), "must be a path or address"),
+    (_user([{"type": "text", "text": "see <video>"}]), "the tag <video> in its text"),
+    (_user([{"type": "video", "video": "a", "fps": 0}]), "'fps' must be a positive"),
+    (_user([{"type": "image", "image": "a"}], role="assistant"), "it may only say text"),
+    (_user("Q", audios=["a.wav"]), "sound is not supported"),
+    (_user("Q", role="tool"), "turn 1 needs 'role'"),
+    (_user("<video>", videos=[["a", 1]]), "'videos' must be a path"),
+    (_user("<video>", videos=[]), "1 <video> tags"),
+    (_user("<video>", videos=["a"], start=5, end=4), "is not before"),
+    (_user("<video>", videos=["a"], min_frames=9, max_frames=4), "is more than"),
     ([], "'messages' must be a list of turns"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("item, words", MISTAKES)

@@ -1,4 +1,4 @@
-"""Files broken in every way: nothing hangs, crashes or leaks, and whole samples arrive as if the others were not there."""
+"""Broken files: nothing hangs, crashes or leaks, and whole samples arrive as if the others were not there."""
 
 import json
 import os
