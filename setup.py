@@ -32,18 +32,23 @@ EXTRAS = {
     "convert": CONVERT,
     "curation": ["onnxruntime", "opencv-python-headless", "rapidocr", "ray"],
     "serve": ["fastapi", "gradio", "uvicorn"],
+    "data": ["matplotlib", "pyarrow", "tensorflow-datasets"],  # no TensorFlow
+    "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],
     "eval": ["pyarrow"],
     # Everything that the tests need, but for torch: tests that compare with it are skipped without it.
     "dev": QUICKSTART
     + [
         "beartype",
+        "fsspec",
         "hypothesis",
         "llama-models",
         "mypy",
+        "pyarrow",
         "pytest",
         "pytest-xdist",
         "ruff",
         "safetensors",
+        "tensorflow-datasets",
     ],
 }
 

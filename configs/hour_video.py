@@ -12,12 +12,12 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.data.update(image_size=448, min_frames=64, max_frames=160, long_min_frames=160, long_max_frames=3600)
     # 1,800 groups of 256 tokens and a mark each, and 4,341 places for text; a multiple of 128 on 32 half pieces.
     c.data.update(max_sample_tokens=466_944, tokens_per_pack=466_944, frames_per_pack=3600)
-    c.data.update(packs_per_batch=4, streams=4)
+    c.data.update(packs_per_batch=4)
     c.optimizer.learning_rate = 1e-5
     c.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
     c.train.steps = 2_000
     if preset != "kangaroo_8b":
-        c.data.update(image_size=48, tokens_per_pack=2048, frames_per_pack=320, packs_per_batch=1, streams=1)
+        c.data.update(image_size=48, tokens_per_pack=2048, frames_per_pack=320, packs_per_batch=1)
         c.data.update(max_sample_tokens=2048, long_max_frames=320)
         c.optimizer.learning_rate = 1e-3
         c.train.steps = 400

@@ -377,6 +377,12 @@ def _run_plan(values: "flags.FlagValues", rest: list[str]) -> None:
         raise SystemExit(code)
 
 
+def _run_data(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.tools import data
+
+    data.main(rest)
+
+
 def _definer(values: "flags.FlagValues") -> Callable[..., Any]:
     """`define(DEFINE_x, name, default, help)` for the flags of one job."""
     return lambda define, *args, **kwargs: define(*args, flag_values=values, **kwargs)
@@ -389,5 +395,6 @@ JOBS = {
     "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
+    "data": Job("check, measure, build and look at training data", None, _run_data),
     "bench": Job("measure the speed of training steps", None, _run_bench),
 }

@@ -88,10 +88,12 @@ def stage_config(preset: str) -> ConfigDict:
     c.seed = 0
 
     d = c.data = ConfigDict()
-    d.train = ()  # annotation files (LLaVA JSON or JSONL)
+    d.train = ()  # annotation files of any format (docs/data.md), or names of the registry; NAME%50 takes half
+    d.weights = ()  # one a source: how often it is drawn; () draws by size
+    d.registry = ""  # JSON file of named sources (Qwen's or LLaMA-Factory's dataset_info.json)
     d.media_root = ""  # folder of the media they name; "" is each file's own folder
     d.tokenizer = ""  # tokenizer.json, tokenizer.model (Llama 3) or a SentencePiece .model
-    d.shuffle = True  # False takes the samples in the order of the files, again and again
+    d.shuffle = True  # False takes the samples in the order of the files, one after the other, again and again
     d.loss_on = "assistant"  # assistant: its turns alone; caption: the same with no user text in the prompt
     d.image_size = 448  # S, pixels
     d.fps = 1.0  # frames sampled a second, clipped to the ranges below
@@ -104,9 +106,11 @@ def stage_config(preset: str) -> ConfigDict:
     d.tokens_per_pack = 10_240  # T
     d.frames_per_pack = 64  # F
     d.packs_per_batch = 128  # B, over all hosts
-    d.packing_bins = 16  # open packs that a sample may go into; 0 packs nothing: one sample a row
+    d.packing_bins = 16  # packs' worth of samples among which a row is filled; 0: one sample a row
     d.num_workers = 0  # decoding processes; 0 decodes in threads of this process
-    d.streams = 16  # independent parts of the data, so that any number of hosts that divides them gives one order
+    d.decode_seconds = 120.0  # for one file; then it is given up, and its process replaced
+    d.media_cache = ""  # folder of media fetched from gs://, s3://, https://; "" is ~/.cache/kangaroo/media
+    d.media_cache_gib = 50
     d.cache_mib = 0  # decoded clips kept in memory, for corpora small enough to be read again and again
     d.strict = False  # True raises at the first sample that cannot be read
 
@@ -139,7 +143,7 @@ def stage_config(preset: str) -> ConfigDict:
     t.accumulate = 0  # parts of a batch computed one after another; 0 is by stage and chip
 
     if preset != "kangaroo_8b":
-        d.update(image_size=48, max_sample_tokens=1024, packing_bins=8, streams=1)
+        d.update(image_size=48, max_sample_tokens=1024, packing_bins=8)
         d.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4, cache_mib=512)
         t.update(log_every=10, checkpoint_every=100, mesh=(1, -1, 1, 1), accumulate=1)
     return c

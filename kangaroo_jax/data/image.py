@@ -1,14 +1,19 @@
 """Pixels of still images, and the letterbox that images and video frames share."""
 
+import contextlib
+import io
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.storage import local, member_of, short
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # of a still image; PIL's own limit against decompression bombs
 _BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
@@ -50,25 +55,45 @@ def load_image(path: str | Path, image_size: int) -> np.ndarray:
     Raises:
         UserError: the file is missing, empty, too large or no readable image.
     """
-    check_file(path)
+    with opened_image(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{short(path)}: {image.width}x{image.height} pixels is too large an image")
+        return letterbox(to_rgb(ImageOps.exif_transpose(image)), image_size)
+
+
+def image_size_of(path: str | Path) -> tuple[int, int, str]:
+    """Width, height and format of an image, from its header. Raises UserError."""
+    with opened_image(path) as image:
+        return image.width, image.height, (image.format or "").lower()
+
+
+@contextlib.contextmanager
+def opened_image(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file, address or member of a container; what its reader raises becomes a UserError."""
+    name = short(path)
+    member = member_of(path)
+    source: io.BytesIO | Path = local(path) if member is None else io.BytesIO(member.read())
+    if isinstance(source, Path):
+        check_file(source, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{path}: {image.width}x{image.height} pixels is too large an image")
-                return letterbox(_to_rgb(ImageOps.exif_transpose(image)), image_size)
+            with Image.open(source) as image:
+                yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{path}: too large an image (more than {MAX_PIXELS:,} pixels)") from None
+        raise UserError(f"{name}: too large an image (more than {MAX_PIXELS:,} pixels)") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image that can be read; give a JPEG, PNG or WebP file") from None
+        raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG or WebP file") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # of damaged files
-        raise UserError(f"{path}: cannot read the image ({' '.join(str(error).split())})") from None
+        raise UserError(f"{name}: cannot read the image ({' '.join(str(error).split())})") from None
 
 
-def check_file(path: str | Path) -> None:
-    """Raise a UserError that says what is wrong if `path` is not a file with something in it."""
-    file = Path(path)
+def check_file(path: str | Path, name: str = "") -> None:
+    """Raise a UserError that says what is wrong if `path` is not a file with something in it.
+
+    `name` is what the message calls it.
+    """
+    file, path = Path(path), name or path
     try:
         size = file.stat().st_size
     except OSError as error:
@@ -81,7 +106,7 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"{path}: the file is empty (0 bytes)")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB; 16-bit greys are scaled, not clipped; transparency is laid on white."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)

@@ -32,93 +32,151 @@ class Shape:
     tokens_per_group: int
 
 
+Place = tuple[int, int]  # of a sample: the number of its source, and its number there
+
+
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A recipe and its place in the stream of samples, from which it can be made again."""
+    """A recipe and where it came from, from which it can be made again."""
 
-    place: int
+    place: Place
     recipe: Recipe
 
 
 class Packer:
-    """First-fit with a bounded number of open rows; the same samples give the same rows.
+    """Fills rows from a bounded number of waiting samples; the same samples give the same rows.
 
-    A sample goes into the oldest open row that has room for its tokens and its frames. Where none has, it
-    opens a new row; with `bins` rows open already, the fullest of them (by tokens or frames, whichever is
-    fuller) is closed first. A row that has seen `8 * bins` others close is closed before them, so that no
-    sample waits without bound. With `bins=0` every sample has a row of its own.
+    Samples wait until they would fill `bins` rows (by tokens or by frames). Then a row is begun with the
+    largest of them, as measured by the share of a row's tokens and of its frames that it takes, and the
+    largest that still fit follow; the last two are the pair that fills the row best. The sample that has
+    waited for `8 * bins` rows begins the next one, so that none waits without bound. Both budgets are
+    respected, and no sample is cut. With `bins=0` every sample has a row of its own.
     """
 
     def __init__(self, tokens: int, frames: int, bins: int) -> None:
-        """`tokens` and `frames` that a row holds; `bins` rows open at a time."""
-        self._tokens, self._frames, self._bins = tokens, frames, bins
-        self._open: list[_Bin] = []
+        """`tokens` and `frames` that a row holds; `bins` rows' worth of samples wait."""
+        self._limits = np.array([tokens, frames], np.int64)
+        self._shares = 1.0 / np.maximum(self._limits, 1)
+        self._bins = bins
+        self._waiting: list[Placed] = []
+        self._since: list[int] = []  # the row that was filled last when each began to wait
+        self._needs = np.zeros((64, 2), np.int64)  # tokens and frames of the waiting, in order
+        self._totals = np.zeros(2, np.int64)
+        self._rows = 0
 
     def add(self, item: Placed) -> list[Placed] | None:
-        """Place a sample; the row that was closed to make room for it, if one was.
+        """Let a sample wait; a row, if enough wait to fill one.
 
         Raises:
             UserError: the sample alone is larger than a row.
         """
         need = len(item.recipe.tokens), item.recipe.frames
-        if need[0] > self._tokens or need[1] > self._frames:
+        if need[0] > self._limits[0] or need[1] > self._limits[1]:
             raise UserError(
                 f"sample {item.recipe.id!r}: {need[0]} tokens and {need[1]} frames, "
-                f"but a row holds {self._tokens} and {self._frames}"
+                f"but a row holds {self._limits[0]} and {self._limits[1]}"
             )
         if self._bins == 0:
             return [item]
-        for row in self._open:
-            if row.tokens + need[0] <= self._tokens and row.frames + need[1] <= self._frames:
-                row.add(item)
-                return None
-        closed = None
-        if len(self._open) == self._bins:
-            closed = self._close()
-        row = _Bin()
-        row.add(item)
-        self._open.append(row)
-        return closed
+        self._append(item, self._rows)
+        return self._fill() if self.full else None
 
-    def _close(self) -> list[Placed]:
-        """Take out the fullest row, the oldest of equals, or the oldest of all if it has waited too long."""
-        fullest = max(self._open, key=self._fullness)
-        if self._open[0].waited >= 8 * self._bins:
-            fullest = self._open[0]
-        self._open.remove(fullest)
-        for row in self._open:
-            row.waited += 1
-        return fullest.items
+    @property
+    def full(self) -> bool:
+        """Whether enough samples wait for a row to be filled."""
+        return bool((self._totals >= self._bins * self._limits)[self._limits > 0].any())
 
-    def _fullness(self, row: "_Bin") -> float:
-        return max(row.tokens / self._tokens, row.frames / self._frames if self._frames else 0.0)
+    def _append(self, item: Placed, since: int) -> None:
+        n = len(self._waiting)
+        if n == len(self._needs):
+            self._needs = np.concatenate([self._needs, np.zeros_like(self._needs)])
+        self._needs[n] = len(item.recipe.tokens), item.recipe.frames
+        self._totals += self._needs[n]
+        self._waiting.append(item)
+        self._since.append(since)
+
+    def _fill(self) -> list[Placed]:
+        """Take out a row's samples."""
+        needs = self._needs[: len(self._waiting)]
+        sizes = (needs * self._shares).sum(1)
+        late = self._rows - self._since[0] >= 8 * self._bins
+        chosen = fill_row(needs, sizes, self._limits, 0 if late else int(sizes.argmax()))
+        row = [self._waiting[i] for i in sorted(chosen)]
+        keep = np.ones(len(self._waiting), bool)
+        keep[chosen] = False
+        self._totals -= needs[~keep].sum(0)
+        self._needs[: keep.sum()] = needs[keep]
+        kept = np.flatnonzero(keep).tolist()
+        self._waiting, self._since = [self._waiting[i] for i in kept], [self._since[i] for i in kept]
+        self._rows += 1
+        return row
 
     def state(self) -> list[list[int]]:
-        """The open rows, oldest first: how long each has waited, then its samples' places."""
-        return [[row.waited, *(item.place for item in row.items)] for row in self._open]
+        """The waiting samples, in order: for how many rows each has waited, its source and its number there."""
+        return [[self._rows - since, *item.place] for since, item in zip(self._since, self._waiting, strict=True)]
 
-    def restore(self, rows: Sequence[tuple[int, Sequence[Placed]]]) -> None:
-        """Open rows as `state` gave them, with the samples made again."""
-        self._open = []
-        for waited, items in rows:
-            row = _Bin(waited)
-            for item in items:
-                row.add(item)
-            self._open.append(row)
+    def restore(self, waiting: Sequence[tuple[int, Placed]]) -> None:
+        """Waiting samples as `state` gave them, made again."""
+        self._waiting, self._since, self._rows = [], [], 0
+        self._totals[:] = 0
+        for waited, item in waiting:
+            self._append(item, -waited)
 
 
-class _Bin:
-    """An open row."""
+def fill_row(needs: np.ndarray, sizes: np.ndarray, limits: np.ndarray, first: int) -> list[int]:
+    """Which samples share a row with sample `first`.
 
-    def __init__(self, waited: int = 0) -> None:
-        self.items: list[Placed] = []
-        self.tokens = self.frames = 0
-        self.waited = waited  # rows closed since this one was opened
+    Args:
+        needs: int64[n, 2], tokens and frames of each sample.
+        sizes: float64[n], the share of a row that each takes, tokens' and frames' added.
+        limits: int64[2], what a row holds.
+        first: the sample that begins the row.
 
-    def add(self, item: Placed) -> None:
-        self.items.append(item)
-        self.tokens += len(item.recipe.tokens)
-        self.frames += item.recipe.frames
+    Returns:
+        Their numbers, `first` among them; their needs add up to no more than `limits`.
+    """
+    order = np.argsort(-sizes, kind="stable").tolist()
+    order.remove(first)
+    tokens, frames = needs[:, 0].tolist(), needs[:, 1].tolist()
+    chosen = [first]
+    room = [int(limits[0]) - tokens[first], int(limits[1]) - frames[first]]
+
+    def take(i: int) -> None:
+        chosen.append(i)
+        order.remove(i)
+        room[0] -= tokens[i]
+        room[1] -= frames[i]
+
+    while True:
+        order = [i for i in order if tokens[i] <= room[0] and frames[i] <= room[1]]
+        if not order:
+            return chosen
+        a = order[0]
+        if _REACH * tokens[a] <= room[0] and _REACH * frames[a] <= room[1]:
+            take(a)
+            continue
+        pair = _best_pair(order, needs, sizes, room)
+        rest = [room[0] - sum(tokens[i] for i in pair), room[1] - sum(frames[i] for i in pair)]
+        full = any(rest[k] < _FULL * limits[k] for k in (0, 1))
+        for i in pair if full or len(pair) == 1 else [a]:
+            take(i)
+
+
+def _best_pair(order: list[int], needs: np.ndarray, sizes: np.ndarray, room: list[int]) -> list[int]:
+    """One or two of the samples `order` (all of which fit alone) that fill the room best."""
+    half = _PAIRED // 2
+    some = np.array(order if len(order) <= _PAIRED else order[:half] + order[-half:])
+    tokens, frames, size = needs[some, 0], needs[some, 1], sizes[some]
+    fits = (np.add.outer(tokens, tokens) <= room[0]) & (np.add.outer(frames, frames) <= room[1])
+    total = np.where(fits, np.add.outer(size, size), -1.0)
+    np.fill_diagonal(total, size)
+    a, b = divmod(int(total.argmax()), len(some))
+    return [int(some[a])] if a == b else [int(some[a]), int(some[b])]
+
+
+_PAIRED = 40  # samples among which the last pair of a row is sought
+_REACH = 4  # of the largest sample; a row with more room than so many takes it without a search
+_FULL = 0.02  # of a row's tokens or frames: with less room left it is as good as full
 
 
 # ---------------------------------------------------------------------------- rows to arrays

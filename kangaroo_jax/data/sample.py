@@ -17,28 +17,34 @@ g * v + g + 2 places.
 
 import dataclasses
 import functools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.conversation import TAG, Conversation, Media, Turn, count_tags
+from kangaroo_jax.data.conversation import TAG, Conversation, Media, Turn, count_tags, language_of
 from kangaroo_jax.data.tokenizer import Tokenizer
-from kangaroo_jax.data.video import FramePolicy, MediaInfo, clip_range, probe, sample_times
+from kangaroo_jax.data.video import FramePolicy, MediaInfo, clip_range, folder_of_frames, probe, sample_times
 
 LOSS_ON = ("assistant", "caption")
+Prober = Callable[[str, str], MediaInfo]  # (path, kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaRef:
-    """Frames to decode: those of `path` on display `times` seconds after `start`; an image at time 0."""
+    """Frames to decode: those of `path` on display `times` seconds after `start`; an image at time 0.
+
+    A video given as images has one of `frames` for each of `times`.
+    """
 
     kind: str  # "image" or "video"
     path: str
     times: tuple[float, ...]  # seconds; their number is a multiple of the frames a group
     start: float | None = None  # seconds
+    frames: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Recipe:
     """One sample before its pixels.
 
     tokens int32[n] with the placeholder where a vision token stands; weights float32[n], what each token
-    counts as a target (0 or 1); is_vision bool[n]. The vision tokens are, in order, the rows of the groups
+    counts as a target (0 for none); is_vision bool[n]. The vision tokens are, in order, the rows of the groups
     of all media, in order.
     """
 
@@ -57,6 +63,7 @@ class Recipe:
     media: tuple[MediaRef, ...]
     frames_per_group: int
     tokens_per_group: int
+    language: str = ""
 
     @property
     def frames(self) -> int:
@@ -83,6 +90,7 @@ def make_recipe(
     config: ConfigDict,
     frames_per_group: int,
     tokens_per_group: int,
+    probe_media: Prober | None = None,
 ) -> Recipe:
     """The recipe of a training sample.
 
@@ -97,6 +105,7 @@ def make_recipe(
         config: `config.data`.
         frames_per_group: frames joined by the patchify; the number of frames of each medium is a multiple.
         tokens_per_group: vision tokens that a group becomes.
+        probe_media: what tells a medium's length; by default `probe_cached`.
 
     Raises:
         UserError: a file cannot be probed, no round fits, or there is no target.
@@ -110,25 +119,27 @@ def make_recipe(
     turns = conversation.turns[: ends[-1]]
     if config.loss_on == "caption":
         turns = tuple(_media_only(turn) for turn in turns)
-    refs = plan_media(conversation.media, frame_policy(config, frames_per_group), frames_per_group)
+    policy = frame_policy(config, frames_per_group)
+    refs = plan_media(conversation.media, policy, frames_per_group, probe_media or probe_cached)
     writer = _Writer(tokenizer, refs, frames_per_group, tokens_per_group)
-    fitting = None
+    budget, fitting = config.frames_per_pack, None
     for i, turn in enumerate(turns, start=1):
         writer.turn(turn)
         if i in ends:
             frames = sum(len(ref.times) for ref in writer.used)
-            if writer.length > limit or frames > config.frames_per_pack:
+            if writer.length > limit or frames > budget:
                 if fitting is None:
                     raise UserError(
                         f"sample {conversation.id!r}: {writer.length} tokens and {frames} frames to its first answer, "
-                        f"but a sample may have {limit} and {config.frames_per_pack}"
+                        f"but a sample may have {limit} and {budget}"
                     )
                 break
-            fitting = writer.recipe(conversation.id)
+            fitting = writer.mark()
     assert fitting is not None
-    if not fitting.weights.any():
+    recipe = writer.recipe(conversation.id, fitting, language_of(conversation))
+    if not recipe.weights.any():
         raise UserError(f"sample {conversation.id!r}: nothing to learn from in its answers")
-    return fitting
+    return recipe
 
 
 def render_prompt(
@@ -166,37 +177,65 @@ def video_block_length(frames: int, frames_per_group: int, tokens_per_group: int
     return groups * tokens_per_group + groups + 2
 
 
-def plan_media(media: Sequence[Media], policy: FramePolicy, frames_per_group: int) -> tuple[MediaRef, ...]:
+def plan_media(
+    media: Sequence[Media], policy: FramePolicy, frames_per_group: int, probe_media: Prober | None = None
+) -> tuple[MediaRef, ...]:
     """Choose the moments to decode; an odd count repeats its last frame, and that frame's time.
+
+    A video given as images takes all of them, or as many as the policy allows, evenly chosen.
 
     Raises:
         UserError: a video cannot be opened, or has nothing between its start and end.
     """
+    probe_media = probe_media or probe_cached
     refs = []
     for medium in media:
+        frames: tuple[str, ...] = ()
         if medium.kind == "image":
-            probe_cached(medium.path)
+            probe_media(medium.path, medium.kind)
             times = [0.0]
+        elif medium.frames or os.path.isdir(medium.path):
+            frames, times = _plan_frames(medium, policy)
         else:
-            begin, end = clip_range(medium.path, probe_cached(medium.path).seconds, medium.start, medium.end)
-            times = sample_times(end - begin, policy.narrowed(medium.fps, medium.max_frames)).tolist()
-        times += times[-1:] * (-len(times) % frames_per_group)
-        refs.append(MediaRef(medium.kind, medium.path, tuple(times), medium.start))
+            seconds = probe_media(medium.path, medium.kind).seconds
+            begin, end = clip_range(medium.path, seconds, medium.start, medium.end)
+            wanted = policy.narrowed(medium.fps, medium.max_frames, medium.min_frames, medium.nframes)
+            times = sample_times(end - begin, wanted).tolist()
+        missing = -len(times) % frames_per_group
+        times += times[-1:] * missing
+        refs.append(MediaRef(medium.kind, medium.path, tuple(times), medium.start, frames + frames[-1:] * missing))
     return tuple(refs)
 
 
-def probe_cached(path: str) -> MediaInfo:
+def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], list[float]]:
+    """Which of a video's images to take, and when each is on display, in seconds from `start`."""
+    frames = medium.frames or folder_of_frames(medium.path)
+    rate = medium.sample_fps or policy.fps
+    begin, end = clip_range(medium.path, len(frames) / rate, medium.start, medium.end)
+    inside = range(math.ceil(begin * rate - 1e-9), min(len(frames), max(math.ceil(end * rate - 1e-9), 1)))
+    is_long = end - begin > policy.long_seconds
+    policy = policy.narrowed(None, medium.max_frames, medium.min_frames, medium.nframes)
+    most = policy.long_max_frames if is_long else policy.max_frames
+    chosen = list(inside)
+    if len(chosen) > most:
+        chosen = [inside[int((i + 0.5) * len(inside) / most)] for i in range(most)]
+    if not chosen:
+        raise UserError(f"{medium.path}: no frame between start {begin:g} s and end {end:g} s")
+    return tuple(frames[i] for i in chosen), [i / rate - begin for i in chosen]
+
+
+def probe_cached(path: str, kind: str | None = None) -> MediaInfo:
     """`probe`, remembered for the last 65,536 files while they stay unchanged. Raises UserError."""
     try:
         status = os.stat(path)
     except OSError:
-        return probe(path)  # says what is wrong
-    return _probe_version(path, status.st_mtime_ns, status.st_size)
+        return probe(path, kind)  # an address, a member of a container, or nothing: it says what is wrong
+    return _probe_version(path, kind, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=65_536)
-def _probe_version(path: str, _modified: int, _size: int) -> MediaInfo:
-    return probe(path)
+def _probe_version(path: str, kind: str | None, _modified: int, _size: int) -> MediaInfo:
+    return probe(path, kind)
 
 
 def _media_only(turn: Turn) -> Turn:
@@ -207,7 +246,7 @@ def _media_only(turn: Turn) -> Turn:
 
 
 class _Writer:
-    """Writes turns as token ids, piece after piece."""
+    """Writes turns as token ids; spans of them are vision tokens or count in the loss."""
 
     def __init__(
         self, tokenizer: Tokenizer, refs: Sequence[MediaRef], frames_per_group: int, tokens_per_group: int
@@ -215,61 +254,74 @@ class _Writer:
         self._tokenizer, self._refs = tokenizer, list(refs)
         self._frames_per_group, self._tokens_per_group = frames_per_group, tokens_per_group
         self.used: list[MediaRef] = []
-        self._pieces: list[np.ndarray] = []
-        self._weights: list[np.ndarray] = []
-        self._vision: list[np.ndarray] = []
-        self.length = 0
-        self._put([tokenizer.bos])
+        self._ids = [tokenizer.bos]
+        self._learnt: list[tuple[int, int, float]] = []  # begin, end, weight
+        self._blocks: list[tuple[int, int]] = []  # begin, groups
 
-    def _put(self, ids: Sequence[int] | np.ndarray, weight: float = 0.0, vision: np.ndarray | None = None) -> None:
-        piece = np.asarray(ids, np.int32)
-        self._pieces.append(piece)
-        self._weights.append(np.full(len(piece), weight, np.float32))
-        self._vision.append(np.zeros(len(piece), bool) if vision is None else vision)
-        self.length += len(piece)
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
 
     def header(self, role: str) -> None:
         """`<|start_header_id|>ROLE<|end_header_id|>` and two newlines."""
-        t = self._tokenizer
-        self._put([t.start_header, *t.encode(role), t.end_header, *t.encode("\n\n")])
+        self._ids += _header(self._tokenizer, role)
 
     def turn(self, turn: Turn) -> None:
         """A whole turn with its header and `<|eot_id|>`."""
         self.header(turn.role)
-        weight = float(turn.role == "assistant")
-        text = turn.text.strip()
+        text, begin = turn.text.strip(), len(self._ids)
         if turn.role == "assistant":
-            self._put(self._tokenizer.encode(text), weight)
+            self._ids += self._tokenizer.encode(text)
+            if turn.loss:
+                self._learnt.append((begin, len(self._ids) + 1, turn.loss))
+        elif "<" not in text:
+            self._ids += self._tokenizer.encode(text)
         else:
             for i, part in enumerate(TAG.split(text)):  # text, kind of tag, text, kind, ..., text
                 if i % 2:
                     self._block(self._refs[len(self.used)])
                 elif part:
-                    self._put(self._tokenizer.encode(part))
-        self._put([self._tokenizer.eot], weight)
+                    self._ids += self._tokenizer.encode(part)
+        self._ids.append(self._tokenizer.eot)
 
     def _block(self, ref: MediaRef) -> None:
         """`<vi_start>`, the groups each followed by `<eof>` (the last by `<eov>`), `<vi_end>`."""
         t = self._tokenizer
         groups = len(ref.times) // self._frames_per_group
-        body = np.full((groups, self._tokens_per_group + 1), t.vision, np.int32)
-        body[:, -1] = t.eof
-        body[-1, -1] = t.eov
-        vision = np.ones(body.shape, bool)
-        vision[:, -1] = False
-        self._put([t.vi_start])
-        self._put(body.reshape(-1), vision=vision.reshape(-1))
-        self._put([t.vi_end])
+        self._ids.append(t.vi_start)
+        self._blocks.append((len(self._ids), groups))
+        self._ids += ([t.vision] * self._tokens_per_group + [t.eof]) * groups
+        self._ids[-1] = t.eov
+        self._ids.append(t.vi_end)
         self.used.append(ref)
 
-    def recipe(self, name: str) -> Recipe:
-        """What has been written so far."""
+    def mark(self) -> tuple[int, int]:
+        """How far it has been written: tokens and media."""
+        return len(self._ids), len(self.used)
+
+    def recipe(self, name: str, mark: tuple[int, int] | None = None, language: str = "") -> Recipe:
+        """What has been written so far, or up to a mark."""
+        length, media = mark or self.mark()
+        weights, is_vision = np.zeros(length, np.float32), np.zeros(length, bool)
+        for begin, end, weight in self._learnt:
+            weights[begin:end] = weight
+        for begin, groups in self._blocks[:media]:
+            block = is_vision[begin : begin + groups * (self._tokens_per_group + 1)]
+            block.reshape(groups, -1)[:, :-1] = True
         return Recipe(
             id=name,
-            tokens=np.concatenate(self._pieces),
-            weights=np.concatenate(self._weights),
-            is_vision=np.concatenate(self._vision),
-            media=tuple(self.used),
+            tokens=np.array(self._ids[:length], np.int32),
+            weights=weights,
+            is_vision=is_vision,
+            media=tuple(self.used[:media]),
             frames_per_group=self._frames_per_group,
             tokens_per_group=self._tokens_per_group,
+            language=language,
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _header(tokenizer: Tokenizer, role: str) -> list[int]:
+    t = tokenizer
+    return [t.start_header, *t.encode(role), t.end_header, *t.encode("\n\n")]

@@ -41,24 +41,6 @@ class EndlessShuffle:
         return f"EndlessShuffle(n={self._n}, seed={self._seed})"
 
 
-class EndlessOrder:
-    """Place 0, 1, 2, ... of a stream that sees 0..n-1 in this order, again and again."""
-
-    def __init__(self, n: int) -> None:
-        """`n` indices, at least one."""
-        self._n = n
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, place: int) -> int:
-        """The index at a place of the stream."""
-        return place % self._n
-
-    def __repr__(self) -> str:
-        return f"EndlessOrder(n={self._n})"
-
-
 def _round_keys(seed: int, epoch: int) -> list[int]:
     key = _mix(_mix(seed & _MASK64) + epoch)
     return [_mix(key + i) for i in range(1, _ROUNDS + 1)]

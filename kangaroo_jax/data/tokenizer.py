@@ -72,7 +72,7 @@ _LONGEST_RUN = 25_000
 _SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """One face for every kind. Ids are ints in 0..vocab_size-1.
 

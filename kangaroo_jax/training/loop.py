@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.data.batches import LoaderStats
 from kangaroo_jax.data.ledger import Ledger
-from kangaroo_jax.data.loader import Loader, LoaderStats, make_loader
+from kangaroo_jax.data.loader import Loader, make_loader
 from kangaroo_jax.data.preview import batch_tree, save_picture
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.host import keep_freed_memory
@@ -25,7 +26,7 @@ from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.distributed import Preempted, Preemption, Watchdog, barrier, explained, is_main
-from kangaroo_jax.training.feed import Feed, threads_a_stream
+from kangaroo_jax.training.host_rows import HostRows, whole_data_state
 from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
@@ -82,7 +83,10 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
         write_json(workdir / "config.json", plain)
     ledger = Ledger(of_host(workdir / "ledger.jsonl"))
-    feed = open_feed(config, tokenizer, ledger, mesh)
+    rows = HostRows(mesh, config.data.packs_per_batch)
+    loader = open_loader(config, tokenizer, ledger, rows.numbers)
+    for line in loader.describe():
+        tell(f"{config.stage}: {line}")
 
     # ----------------------------------------------------------------- model and optimiser
     binding = checkpoint.abstract_model(config.model)
@@ -101,7 +105,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     )
     if checkpoints.latest() is not None:
         state, data_state = checkpoints.restore(state)
-        feed.set_state(data_state)
+        loader.set_state(data_state)
         tell(f"{config.stage}: goes on after step {int(state.step)}")
     first = int(state.step)
     rewind(workdir, log, first)
@@ -115,21 +119,28 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     with contextlib.ExitStack() as stack:
         stack.callback(preemption.close)
         stack.enter_context(watchdog)
-        for resource in (checkpoints, observer, log, feed):
+        for resource in (checkpoints, observer, log, loader):
             stack.callback(resource.close)
         stack.enter_context(explained(watchdog))
         stack.enter_context(mesh_scope(mesh))
         for step in range(first + 1, config.train.steps + 1):
             waiting = time.perf_counter()
-            host_batch, stats = next(feed)
+            host_batch, stats = next(loader)
             waiting = time.perf_counter() - waiting
             if step == first + 1 and is_main():
                 show_first_batch(host_batch, tokenizer, workdir, tell)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, feed.put(host_batch))
+                state, metrics = step_fn(state, rows.put(host_batch))
 
             observer.step(step, step_fn)
-            progress.add(tokens=stats.tokens, frames=stats.frames, places=host_batch.tokens.size, wait=waiting)
+            progress.add(
+                tokens=stats.tokens,
+                frames=stats.frames,
+                places=stats.token_places,
+                wait=waiting,
+                frame_places=stats.frame_places,
+                counts=stats.by_both,
+            )
             if pending is not None:  # the step before: the device never waits for the host
                 report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
                 watchdog.step(pending[0])
@@ -139,7 +150,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
                 report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
                 pending = None
                 log.flush()
-                checkpoints.save(state, feed.get_state(), plain)
+                checkpoints.save(state, whole_data_state(loader), plain)
             if stopping and step < config.train.steps:
                 checkpoints.wait()
                 tell(f"{config.stage}: asked to stop; saved after step {step}")
@@ -191,25 +202,17 @@ def open_tokenizer(config: ConfigDict) -> Tokenizer:
     return tokenizer
 
 
-def open_feed(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, mesh: Mesh) -> Feed:
-    """The stage's batches, this host's share of them. Raises UserError."""
-    streams = config.data.streams
-    here = max(1, streams // jax.process_count())
-
-    def open_stream(stream: int, streams: int) -> Loader:
-        return make_loader(
-            config.data,
-            tokenizer,
-            frames_per_group=frames_per_group(config.model),
-            tokens_per_group=tokens_per_group(config.model, config.data.image_size),
-            seed=config.seed,
-            ledger=ledger,
-            process_index=stream,
-            process_count=streams,
-            num_threads=threads_a_stream(here) if here > 1 else None,
-        )
-
-    return Feed(open_stream, packs=config.data.packs_per_batch, streams=streams, mesh=mesh)
+def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
+    """The stage's batches: `rows` of them, which this host needs. Raises UserError."""
+    return make_loader(
+        config.data,
+        tokenizer,
+        frames_per_group=frames_per_group(config.model),
+        tokens_per_group=tokens_per_group(config.model, config.data.image_size),
+        seed=config.seed,
+        ledger=ledger,
+        rows=rows,
+    )
 
 
 def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
@@ -259,7 +262,7 @@ def report(
 ) -> None:
     """Write a finished step's metrics; print every `every` steps."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    counts = {"tokens": stats.tokens, "frames": stats.frames, "samples": list(stats.sample_ids)}
+    counts = stats.to_json()
     if step % every:
         log.write(step, {**values, **counts})
         return

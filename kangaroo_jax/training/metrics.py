@@ -1,5 +1,6 @@
 """What a step reports: a line for people, JSONL always, TensorBoard where asked for."""
 
+import collections
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -84,12 +85,27 @@ class Progress:
         self._stage, self._steps, self._tell, self._chips = stage, steps, tell, chips
         self._clock = self._begin = time.perf_counter()
         self._first: int | None = None
-        self._sums = {"steps": 0, "tokens": 0, "frames": 0, "places": 0, "wait": 0.0}
+        self._sums = {"steps": 0, "tokens": 0, "frames": 0, "places": 0, "frame_places": 0, "wait": 0.0}
+        self._counts: collections.Counter[str] = collections.Counter()
 
-    def add(self, *, tokens: int, frames: int, places: int, wait: float) -> None:
-        """One step: useful tokens and frames, token places (B * T), seconds spent waiting for data."""
-        for key, value in (("steps", 1), ("tokens", tokens), ("frames", frames), ("places", places), ("wait", wait)):
+    def add(
+        self,
+        *,
+        tokens: int,
+        frames: int,
+        places: int,
+        wait: float,
+        frame_places: int = 0,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """One step: useful tokens and frames, their places (B * T, B * F), seconds spent waiting for data.
+
+        `counts` are samples by source and language, shown where there is more than one of them.
+        """
+        step = {"steps": 1, "tokens": tokens, "frames": frames, "places": places, "wait": wait}
+        for key, value in (step | {"frame_places": frame_places}).items():
             self._sums[key] += value
+        self._counts.update(counts or {})
 
     def window(self) -> tuple[int, float]:
         """(steps, seconds) since the last printed line."""
@@ -119,8 +135,21 @@ class Progress:
             f"{self._stage} {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.1e}  "
             f"{s['tokens'] / seconds:,.0f} tok/s  {s['frames'] / seconds:,.0f} frames/s  "
-            f"useful {100 * s['tokens'] / max(s['places'], 1):.0f}%  wait {100 * s['wait'] / seconds:.0f}%  {mfu}"
+            f"useful {100 * s['tokens'] / max(s['places'], 1):.0f}%"
+            f"{_share(' frames', s['frames'], s['frame_places'])}  {self._mix()}"
+            f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}"
             f"{'skipped ' + str(skipped) + '  ' if skipped else ''}ETA {duration(left)}"
         )
         self._clock = now
         self._sums = dict.fromkeys(s, 0)
+        self._counts.clear()
+
+    def _mix(self) -> str:
+        if len(self._counts) < 2:
+            return ""
+        total = sum(self._counts.values())
+        return "  ".join(f"{name} {100 * n / total:.0f}%" for name, n in self._counts.most_common(6)) + "  "
+
+
+def _share(name: str, part: float, whole: float) -> str:
+    return f"{name} {100 * part / whole:.0f}%" if whole else ""

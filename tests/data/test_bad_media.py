@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data import image, video
-from kangaroo_jax.data.video import FramePolicy, load_image, load_video, probe
+from kangaroo_jax.data import image, picker
+from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.video import FramePolicy, load_video, probe
 from tests.data.media import write_audio, write_video
 
 POLICY = FramePolicy(min_frames=8)
@@ -105,12 +106,12 @@ def test_clip_outside_the_file(tmp_path: Path, start: float, end: float | None) 
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 4)
-    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 1000)
+    monkeypatch.setattr(picker, "MAX_FRAME_PIXELS", 1000)
     with pytest.raises(UserError) as error:
         load_video(path, image_size=32, policy=POLICY)
     check_one_line(error, path, "too large")
-    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 10**8)
-    monkeypatch.setattr(video, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(picker, "MAX_FRAME_PIXELS", 10**8)
+    monkeypatch.setattr(picker, "MAX_SECONDS", 0.1)
     with pytest.raises(UserError) as error:
         probe(path)
     check_one_line(error, path, "too long")

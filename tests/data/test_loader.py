@@ -4,16 +4,17 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import FIELDS, PackedBatch, UserError
-from kangaroo_jax.data.conversation import read_conversations
 from kangaroo_jax.data.ledger import Ledger
 from kangaroo_jax.data.loader import Loader, LoaderStats, batch_from_recipes, make_loader
 from kangaroo_jax.data.sample import make_recipe
+from kangaroo_jax.data.sources import read_conversations
 from kangaroo_jax.data.tokenizer import Tokenizer
 from tests.data.media import read_number, write_video
 
@@ -48,7 +49,7 @@ def config(data_config: ConfigDict, tmp_path: Path, media: Path) -> ConfigDict:
     return data_config
 
 
-def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger | None = None, **kwargs: int) -> Loader:
+def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger | None = None, **kwargs: Any) -> Loader:
     settings = {"frames_per_group": K, "tokens_per_group": V, "seed": 5, "num_threads": 0} | kwargs
     return make_loader(config, tokenizer, ledger=ledger or Ledger(), **settings)
 
@@ -89,9 +90,13 @@ def test_an_epoch_sees_every_sample_once(config: ConfigDict, tokenizer: Tokenize
     while len(seen) < 90:
         seen += next(loader)[1].sample_ids
     counts = Counter(seen)
-    still_open = sum(len(row) - 1 for row in json.loads(loader.get_state())["open"])
+    lanes = json.loads(loader.get_state())["lanes"].values()
+    waiting = [(n, 2 * lane["next"]) for lane in lanes for _, _, n in lane["waiting"]]
+    drawn = sum(lane["next"] for lane in lanes)
+    assert drawn == len(seen) + len(waiting)
+    counts += Counter(f"s{n}" for n, _ in waiting)
     assert set(counts) == {f"s{i}" for i in range(30)}
-    assert max(counts.values()) - min(counts.values()) <= 2 and (len(seen) + still_open) >= 90
+    assert max(counts.values()) - min(counts.values()) <= 3  # lanes may be at places an epoch apart
     if bins == 0:
         assert [Counter(seen[i * 30 : i * 30 + 30]).most_common(1)[0][1] for i in range(3)] == [1, 1, 1]
         assert seen[:30] != seen[30:60]  # shuffled anew
@@ -122,7 +127,7 @@ def test_resume_is_exact_at_every_batch(config: ConfigDict, tokenizer: Tokenizer
     loader.set_state(whole[3][2])  # and back, in the same loader
     assert_same(whole[4], take(loader, 1)[0])
     loader.close()
-    assert len(whole[-1][2]) < 600  # the state stays small
+    assert len(whole[-1][2]) < 3000  # the state stays small
 
 
 @pytest.mark.parametrize("threads, workers, cache", [(1, 0, 0), (4, 0, 0), (2, 0, 8), (0, 2, 0)])
@@ -143,22 +148,19 @@ def test_hosts_share_the_samples(config: ConfigDict, tokenizer: Tokenizer) -> No
     config.packing_bins = 0
     seen = []
     for host in range(2):
-        loader = open_loader(config, tokenizer, process_index=host, process_count=2)
+        loader = open_loader(config, tokenizer, rows=[host])
         taken = take(loader, 15)
         assert taken[0][0].tokens.shape[0] == 1
         seen.append({name for _, stats, _ in taken for name in stats.sample_ids})
         loader.close()
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 30
-    config.packs_per_batch = 3
-    with pytest.raises(UserError, match="multiple of 2 processes"):
-        open_loader(config, tokenizer, process_count=2)
 
 
 def test_a_state_of_other_data_is_refused(config: ConfigDict, tokenizer: Tokenizer) -> None:
     loader = open_loader(config, tokenizer)
     state = loader.get_state()
     loader.close()
-    for change in ({"seed": 6}, {"tokens_per_group": 4}, {"process_count": 2}):
+    for change in ({"seed": 6}, {"tokens_per_group": 4}):
         other = open_loader(config, tokenizer, **change)
         with pytest.raises(UserError, match="saved data position"):
             other.set_state(state)

@@ -25,7 +25,7 @@ def make(place: int, text: int, media: list[int], k: int) -> Placed:
         times = tuple(float(place * 100 + time + i) for i in range(size * k))
         refs.append(MediaRef("video", f"{place}/{number}", times))
         time += size * k
-    return Placed(place, Recipe(f"s{place}", tokens, weights, is_vision, tuple(refs), k, V))
+    return Placed((0, place), Recipe(f"s{place}", tokens, weights, is_vision, tuple(refs), k, V))
 
 
 def decode(recipe: Recipe) -> list[Clip]:
@@ -45,7 +45,7 @@ def pack(items: list[Placed], bins: int) -> tuple[list[list[Placed]], list[list[
 
 
 def places_of(row: list[Placed] | None) -> list[int]:
-    return [item.place for item in row or []]
+    return [item.place[1] for item in row or []]
 
 
 samples = st.lists(st.tuples(st.integers(2, 12), st.lists(st.integers(1, 2), max_size=2)), min_size=1, max_size=40)
@@ -56,13 +56,16 @@ samples = st.lists(st.tuples(st.integers(2, 12), st.lists(st.integers(1, 2), max
 def test_rows_lose_nothing_and_keep_to_their_budgets(sizes: list, bins: int, k: int) -> None:
     items = [make(i, text, media, k) for i, (text, media) in enumerate(sizes)]
     rows, still_open = pack(items, bins)
-    places = [item.place for row in rows for item in row] + [p for _, *row in still_open for p in row]
+    places = [p for row in rows for p in places_of(row)] + [p for _, _, p in still_open]
     assert sorted(places) == list(range(len(items)))
-    assert len(still_open) <= bins
-    for row in rows + [[items[p] for p in row] for _, *row in still_open]:
+    waiting = [items[p].recipe for _, _, p in still_open]
+    assert sum(len(recipe.tokens) for recipe in waiting) < max(bins * T, 1)
+    assert sum(recipe.frames for recipe in waiting) < max(bins * F, 1)
+    for row in rows:
+        assert len(row) > 0
         assert sum(len(item.recipe.tokens) for item in row) <= T
         assert sum(item.recipe.frames for item in row) <= F
-        assert [item.place for item in row] == sorted(item.place for item in row)
+        assert places_of(row) == sorted(places_of(row))
     again, open_again = pack(items, bins)
     assert [places_of(row) for row in again] == [places_of(row) for row in rows] and open_again == still_open
 
@@ -74,7 +77,7 @@ def test_a_restored_packer_goes_on_the_same(sizes: list, bins: int, cut: int) ->
     first, second = Packer(T, F, bins), Packer(T, F, bins)
     for item in items[:cut]:
         first.add(item)
-    second.restore([(waited, [items[p] for p in places]) for waited, *places in first.state()])
+    second.restore([(waited, items[place]) for waited, _, place in first.state()])
     for item in items[cut:]:
         assert places_of(first.add(item)) == places_of(second.add(item))
     assert first.state() == second.state()
@@ -152,7 +155,7 @@ def test_no_row_waits_for_ever() -> None:
     packer.add(make(0, 6, [], 1))
     for place in range(1, 100):
         row = packer.add(make(place, 9, [], 1))
-        if row and row[0].place == 0:
+        if row and row[0].place[1] == 0:
             return
     pytest.fail("the first sample never left")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kangaroo_jax.data import video
+from kangaroo_jax.data import picker, video
 from kangaroo_jax.data.video import FramePolicy, load_video, probe, sample_times
 from tests.data.media import read_number, write_video
 
@@ -115,9 +115,9 @@ def test_seeking_changes_nothing(tmp_path: Path, gop: int, monkeypatch: pytest.M
     path = write_video(tmp_path / "a.mp4", 400, 8, gop=gop)
     for count in (2, 5, 40):
         times = (np.arange(count) + 0.5) * 50 / count
-        monkeypatch.setattr(video, "_SEEK_GAIN", 12)
+        monkeypatch.setattr(picker, "_SEEK_SECONDS", 0.0)
         seeking = load_video(path, image_size=48, times=times)
-        monkeypatch.setattr(video, "_SEEK_GAIN", 10**9)
+        monkeypatch.setattr(picker, "_SEEK_SECONDS", 1e9)
         forward = load_video(path, image_size=48, times=times)
         assert numbers(seeking) == np.floor(times * 8 + 1e-6).astype(int).tolist()
         np.testing.assert_array_equal(seeking.pixels, forward.pixels)
@@ -126,15 +126,16 @@ def test_seeking_changes_nothing(tmp_path: Path, gop: int, monkeypatch: pytest.M
 
 def test_seeks_skip_what_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 400, 8, gop=10)
+    monkeypatch.setattr(picker, "_SEEK_SECONDS", 0.0)
     decoded = []
-    whole = video._Picker._decode
+    whole = picker.FramePicker._decode
 
-    def counted(self: video._Picker):  # noqa: ANN202
+    def counted(self: picker.FramePicker):  # noqa: ANN202
         for item in whole(self):
             decoded.append(item[1])
             yield item
 
-    monkeypatch.setattr(video._Picker, "_decode", counted)
+    monkeypatch.setattr(picker.FramePicker, "_decode", counted)
     load_video(path, image_size=48, times=[10.0, 20.0, 45.0])
     assert len(decoded) < 60
 

@@ -18,7 +18,7 @@ def main() -> None:
 
     tokenizer = corpus / "tokenizer.model"
     config = curriculum.stage("stage4_instruct", "tiny", data=corpus, tokenizer=tokenizer, init_from="")
-    config.data.update(packs_per_batch=4, streams=4, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
+    config.data.update(packs_per_batch=4, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
     config.train.update(steps=steps, checkpoint_every=every, log_every=1, lost_seconds=8.0)
     config.model.vision.depth = config.model.llm.depth = 1
     train(config, workdir, tell=lambda line: print(line, flush=True))

@@ -1,0 +1,288 @@
+"""Where media lie: local files, members of archives and tables, and addresses fetched into a bounded cache.
+
+clips/7.mp4                              a file
+gs://bucket/7.mp4, s3://..., https://... fetched whole, once, by fsspec
+data:video/mp4;base64,...                in the address itself
+shard-000.tar::7.mp4@1536+80123          a member: its first byte and its size
+train.parquet::12/images/0               row 12, column `images`, medium 0
+set-train.array_record-0...::12/0        record 12 of `kangaroo data build`, medium 0
+"""
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import re
+import tempfile
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kangaroo_jax.conventions import UserError
+
+MEMBER = "::"  # between a container and what is in it
+_ADDRESS = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+_TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$")
+_PROTOCOL_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is an address that has to be fetched."""
+    text = str(path)
+    return text.startswith("data:") or (bool(_ADDRESS.match(text)) and not text.startswith("file://"))
+
+
+def join(root: str, path: str) -> str:
+    """`path` from `root`; addresses, members of containers and absolute paths stay as they are."""
+    if path.startswith("file://"):
+        path = urllib.parse.unquote(path.removeprefix("file://"))
+    if is_remote(path) or os.path.isabs(path):
+        return path
+    return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.normpath(os.path.join(root, path))
+
+
+def short(path: str | Path, longest: int = 200) -> str:
+    """A path for messages: the bytes of a `data:` address are left out."""
+    text = str(path)
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
+
+
+# ----------------------------------------------------------------------------------- cache
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaCache:
+    """A folder of fetched files, the least recently used removed beyond `limit` bytes.
+
+    Shared by any number of processes: files appear whole (written aside, then renamed); one that is open
+    while it is removed stays readable.
+    """
+
+    folder: Path
+    limit: int
+
+    def fetch(self, address: str) -> Path:
+        """The local copy of an address, fetched if it is not there. Raises UserError."""
+        name = urllib.parse.urlparse(address).path if not address.startswith("data:") else ""
+        target = self.folder / (hashlib.sha256(address.encode()).hexdigest()[:32] + _suffix(address, name))
+        with contextlib.suppress(OSError):
+            os.utime(target)  # used just now
+            return target
+        self._write(target, lambda file: _copy(address, file), address)
+        self._evict(keep=target)
+        return target
+
+    def _write(self, target: Path, fill: Callable[[BinaryIO], None], address: str) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot write the media cache ({error.strerror or error})") from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                fill(file)
+            os.replace(temporary, target)
+        except UserError:
+            raise
+        except Exception as error:  # fsspec's backends raise what their libraries raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{short(address)}: cannot be fetched ({reason[:200]})") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def _evict(self, keep: Path) -> None:
+        entries = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(OSError):
+                if not entry.name.startswith(".part-"):
+                    status = entry.stat()
+                    entries.append((status.st_mtime_ns, status.st_size, entry.path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.limit:
+                return
+            if path != str(keep):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    total -= size
+
+
+def _suffix(address: str, name: str) -> str:
+    """The file's ending, by which images are told from videos."""
+    if address.startswith("data:"):
+        kind = re.match(r"data:[\w.+-]+/([\w.+-]+)", address)
+        return f".{kind[1]}" if kind else ""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if re.fullmatch(r"\.\w{1,12}", ending) else ""
+
+
+def _copy(address: str, file: BinaryIO) -> None:
+    if address.startswith("data:"):
+        head, _, body = address.partition(",")
+        file.write(base64.b64decode(body) if head.endswith(";base64") else urllib.parse.unquote_to_bytes(body))
+        return
+    try:
+        import fsspec
+
+        with fsspec.open(address, "rb") as source:
+            while block := source.read(1 << 22):
+                file.write(block)
+    except ImportError:
+        package = _PROTOCOL_PACKAGES.get(address.partition("://")[0].lower(), "its fsspec backend")
+        raise UserError(f"{short(address)}: pip install fsspec {package} to read such addresses") from None
+
+
+def default_cache() -> MediaCache:
+    """`~/.cache/kangaroo/media` (or below XDG_CACHE_HOME), at most 50 GiB."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return MediaCache(Path(base) / "kangaroo" / "media", 50 << 30)
+
+
+_cache: list[MediaCache] = []
+
+
+def use_cache(cache: MediaCache) -> None:
+    """The cache of this process from now on."""
+    _cache[:] = [cache]
+
+
+def local(path: str | Path) -> Path:
+    """A local path for a path or address; addresses are fetched. Raises UserError."""
+    text = str(path)
+    if not is_remote(text):
+        return Path(text)
+    if not _cache:
+        use_cache(default_cache())
+    return _cache[0].fetch(text)
+
+
+# --------------------------------------------------------------------------------- members
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A medium inside a container: `label` for messages, a slice of a file, or its bytes."""
+
+    label: str
+    file: Path
+    offset: int = 0
+    size: int = 0
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The medium's bytes. Raises UserError."""
+        if self.data is not None:
+            return self.data
+        try:
+            with self.file.open("rb") as file:
+                return os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            raise UserError(f"{self.label}: cannot read {self.file} ({error.strerror or error})") from None
+
+    def ffmpeg_input(self) -> str | BinaryIO:
+        """What `av.open` takes: FFmpeg's own `subfile` protocol for a slice of a file."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:{self.file}"
+
+
+def member_of(path: str | Path) -> Member | None:
+    """The member that a path names, None if it is a plain file. Raises UserError."""
+    text = str(path)
+    if MEMBER not in text or is_remote(text) or os.path.exists(text):
+        return None
+    container, _, name = text.partition(MEMBER)
+    if match := _TAR_MEMBER.match(name):
+        return Member(text, Path(container), int(match[2]), int(match[3]))
+    if container.endswith(".parquet"):
+        return Member(text, Path(container), data=_parquet_bytes(text, container, name))
+    if ".array_record" in container:
+        from kangaroo_jax.data.dataset import embedded_bytes
+
+        record, _, medium = os.path.splitext(name)[0].partition("/")
+        return Member(text, Path(container), data=embedded_bytes(container, int(record), int(medium)))
+    return None
+
+
+def member_suffix(path: str | Path) -> str:
+    """The ending of a file's or member's name, lower case, "" where it has none."""
+    name = str(path)
+    if MEMBER in name:
+        name = re.sub(r"@\d+\+\d+$", "", name)
+    return os.path.splitext(name)[1].lower()
+
+
+def _parquet_bytes(label: str, container: str, name: str) -> bytes:
+    row, column, index = name.split("/")
+    value = parquet_table(container).row(int(row), [column])[column]
+    medium = value[int(index)] if isinstance(value, list) else value
+    data = medium.get("bytes") if isinstance(medium, dict) else medium
+    if not isinstance(data, bytes):
+        raise UserError(f"{label}: no bytes in this row")
+    return data
+
+
+class ParquetTable:
+    """Random access to the rows of a Parquet file; the row group read last is kept, in each thread."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UserError if it cannot be opened or pyarrow is not installed."""
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise UserError(f"{path}: pip install pyarrow to read Parquet files") from None
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._ends = [sum(groups[: i + 1]) for i in range(len(groups))]
+        self._lock, self._kept = threading.Lock(), threading.local()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def leaves(self) -> list[str]:
+        """Dotted names of all leaf columns."""
+        schema = self._file.schema
+        return [schema.column(i).path for i in range(len(schema))]
+
+    def row(self, index: int, columns: list[str]) -> dict[str, Any]:
+        """One row of some (leaf) columns, as plain values."""
+        group = next(i for i, end in enumerate(self._ends) if index < end)
+        key = (group, tuple(columns))
+        if getattr(self._kept, "key", None) != key:
+            with self._lock:
+                table = self._file.read_row_group(group, columns=columns, use_threads=False)
+            self._kept.key, self._kept.table = key, table
+        first = self._ends[group - 1] if group else 0
+        return self._kept.table.slice(index - first, 1).to_pylist()[0]
+
+
+@functools.lru_cache(maxsize=32)
+def parquet_table(path: str) -> ParquetTable:
+    """The opened file, shared by the threads of this process."""
+    return ParquetTable(path)
+
+
+# --------------------------------------------------------------------------------- archives
+
+
+def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, size) of every file in an uncompressed tar archive, from its headers. Raises UserError."""
+    import tarfile
+
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isreg():
+                    yield member.name, member.offset_data, member.size
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path}: not a readable tar archive, without compression ({error})") from None

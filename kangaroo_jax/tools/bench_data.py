@@ -1,0 +1,350 @@
+"""`kangaroo bench data`: how fast videos become batches, beside torchcodec, decord and OpenCV.
+
+Every reader gets the same files and the same frame numbers, resizes to the same letterboxed size and fills a
+uint8 batch, in two worker processes; they take turns. `--costs` measures what the choice between seeking and
+decoding on is made from. Readers that are not installed are left out.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.decode import ProcessDecoder
+from kangaroo_jax.data.image import letterbox
+from kangaroo_jax.data.picker import open_video
+from kangaroo_jax.data.sample import MediaRef
+from kangaroo_jax.data.video import Clip, load_video
+
+SIDE, RATE, SIZE = 448, 30, (854, 480)
+LENGTHS = {"10s": 10, "3min": 180, "20min": 1200}
+# Frames a second that a v5p chip takes at stage 5's shape: a pack of 22,528 tokens and 160 frames costs about 1.6e15
+# FLOPs (6 a token and parameter of the LLM, causal attention, the frozen ViT forward), at 40% of 459 TFLOP/s.
+V5P_FRAMES = 18.0
+_ENCODED_SECONDS = 60  # longer videos repeat what was encoded, packet by packet
+
+
+def make_video(path: Path, seconds: int, seed: int) -> Path:
+    """A moving picture with cuts, H.264 at 480p and 30 frames a second, a key frame every 250 as x264 has it."""
+    if seconds > _ENCODED_SECONDS:
+        return _repeated(make_video(path.with_name(f"part-{seed}.mp4"), _ENCODED_SECONDS, seed), path, seconds)
+    if path.exists():
+        return path
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 255, (SIZE[1] // 8 + 64, SIZE[0] // 8 + 64, 3), np.uint8)
+    field = np.asarray(letterboxless(small, 8))
+    temporary = path.with_suffix(".tmp.mp4")
+    with av.open(str(temporary), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "26"})
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for i in range(seconds * RATE):
+            x, y = int(256 + 250 * np.sin(i / 97)), int(256 + 250 * np.cos(i / 61))
+            if i % 200 == 0:
+                field = np.roll(field, int(rng.integers(64, 400)), axis=int(rng.integers(2)))  # a cut
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(field[y : y + SIZE[1], x : x + SIZE[0]]), format="rgb24"
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    temporary.rename(path)
+    return path
+
+
+def _repeated(part: Path, path: Path, seconds: int) -> Path:
+    temporary = path.with_suffix(".tmp.mp4")
+    with av.open(str(temporary), "w") as output, av.open(str(part)) as first:
+        stream = output.add_stream_from_template(first.streams.video[0])
+        for i in range(seconds // _ENCODED_SECONDS):
+            with av.open(str(part)) as container:
+                for packet in container.demux(video=0):
+                    if packet.pts is not None and packet.dts is not None and packet.size:
+                        shift = round(i * _ENCODED_SECONDS / packet.time_base)
+                        packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                        output.mux(packet)
+    temporary.rename(path)
+    return path
+
+
+def letterboxless(image: np.ndarray, factor: int) -> Any:
+    """The image enlarged smoothly."""
+    from PIL import Image
+
+    whole = Image.fromarray(image)
+    return whole.resize((whole.width * factor, whole.height * factor), Image.Resampling.BICUBIC)
+
+
+# --------------------------------------------------------------------------------- readers
+
+Job = tuple[str, tuple[int, ...]]  # file and frame numbers
+
+
+def read_torchcodec(job: Job) -> np.ndarray:
+    """uint8[n, S, S, 3] by torchcodec, approximate seeks (its fast mode) and one thread."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(job[0], seek_mode="approximate", num_ffmpeg_threads=1, dimension_order="NHWC")
+    frames = decoder.get_frames_at(list(job[1])).data.numpy()
+    return np.stack([letterbox(frame, SIDE) for frame in frames])
+
+
+def read_decord(job: Job) -> np.ndarray:
+    """By decord, one thread."""
+    import decord
+
+    reader = decord.VideoReader(job[0], num_threads=1)
+    return np.stack([letterbox(frame, SIDE) for frame in reader.get_batch(list(job[1])).asnumpy()])
+
+
+def read_opencv(job: Job) -> np.ndarray:
+    """By OpenCV: seeks where frames are far apart, grabs where they are near, as its users write it."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    capture = cv2.VideoCapture(job[0], cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    frames, position = [], 0
+    for number in job[1]:
+        if number - position > 250:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+            position = number
+        while position < number:
+            capture.grab()
+            position += 1
+        _, frame = capture.read()
+        position += 1
+        frames.append(letterbox(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), SIDE))
+    capture.release()
+    return np.stack(frames)
+
+
+READERS: dict[str, Callable[[Job], np.ndarray]] = {
+    "torchcodec": read_torchcodec,
+    "decord": read_decord,
+    "opencv": read_opencv,
+}
+
+
+class Jobs:
+    """A dataset of PyTorch's: a clip a job."""
+
+    def __init__(self, jobs: Sequence[Job], name: str) -> None:
+        self._jobs, self._name = jobs, name
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+
+        return torch.from_numpy(READERS[self._name](self._jobs[index]))
+
+
+def run_peer(name: str, jobs: Sequence[Job], workers: int) -> np.ndarray:
+    """A batch by a PyTorch DataLoader."""
+    import torch.utils.data
+
+    dataset: Any = Jobs(jobs, name)  # a sequence serves; torch names its own class
+    loader: Any = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=2
+    )
+    batch = np.zeros((len(jobs), len(jobs[0][1]), SIDE, SIDE, 3), np.uint8)
+    for i, clip in enumerate(loader):
+        batch[i] = clip.numpy()
+    return batch
+
+
+def run_ours(decoder: ProcessDecoder, jobs: Sequence[Job]) -> np.ndarray:
+    """A batch by our decoder."""
+    refs = [MediaRef("video", path, tuple((n + 0.5) / RATE for n in numbers)) for path, numbers in jobs]
+    batch = np.zeros((len(jobs), len(jobs[0][1]), SIDE, SIDE, 3), np.uint8)
+    for i, outcome in enumerate(decoder.decode(refs, SIDE)):
+        if not isinstance(outcome, Clip):
+            raise outcome
+        batch[i] = outcome.pixels
+    return batch
+
+
+def bare_seconds(job: Job) -> float:
+    """CPU seconds of FFmpeg's own decoding of what the frames need: seek to each key frame, decode, no pixels out."""
+    start = time.process_time()
+    with open_video(job[0]) as (container, stream):
+        tick = float(stream.time_base)
+        keys = [e.timestamp * tick for e in stream.index_entries if e.is_keyframe]
+        position, frames = -1.0, container.decode(stream)
+        for number in job[1]:
+            time_ = (number + 0.5) / RATE
+            key = max((k for k in keys if k <= time_), default=0.0)
+            if key > position:
+                container.seek(int(time_ / tick), stream=stream)
+                frames = container.decode(stream)
+            for frame in frames:
+                position = float(frame.pts * tick)
+                if position + 1 / RATE > time_:
+                    break
+    return time.process_time() - start
+
+
+def compare(folder: Path, lengths: Sequence[str], counts: Sequence[int], rounds: int, workers: int) -> list[dict]:
+    """A row a length and number of frames: frames a second of each reader, best of the rounds, and ratios."""
+    peers = [name for name in READERS if _installed(name)]
+    decoder, rows = ProcessDecoder(workers, 600.0), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for length in lengths:
+        paths = [folder / f"{length}-{i}.mp4" for i in range(workers)]
+        for i, path in enumerate(paths):
+            if not path.exists():
+                make_video(path, LENGTHS[length], i)
+        for count in counts:
+            total = LENGTHS[length] * RATE
+            numbers = tuple(int((i + 0.5) * total / count) for i in range(count))
+            jobs = [(str(path), numbers) for path in paths for _ in range(1 if length == "20min" else 2)]
+            rows.append(_compare_one(decoder, peers, jobs, rounds, workers) | {"video": length, "frames": count})
+            print(json.dumps(rows[-1]), flush=True)
+    decoder.close()
+    return rows
+
+
+def _compare_one(
+    decoder: ProcessDecoder, peers: Sequence[str], jobs: Sequence[Job], rounds: int, workers: int
+) -> dict[str, Any]:
+    frames = len(jobs) * len(jobs[0][1])
+    run_ours(decoder, jobs[:workers])  # processes start
+    seconds: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+    for _ in range(rounds):
+        for name in seconds:
+            start = time.perf_counter()
+            if name == "ours":
+                run_ours(decoder, jobs)
+            else:
+                run_peer(name, jobs, workers)
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: min(values) for name, values in seconds.items()}
+    start_up = {name: _start_up(name, workers) for name in peers}
+    best |= {name: max(best[name] - start_up[name], 1e-9) for name in peers}  # ours are started already
+    result: dict[str, Any] = {f"{name}_frames_per_second": round(frames / value, 1) for name, value in best.items()}
+    if peers:
+        result["ratio_to_best"] = round(min(best[name] for name in peers) / best["ours"], 2)
+    cpu = {name: _cpu_seconds(reader, jobs[0]) for name, reader in [("ours", _read_ours), *_chosen(peers)]}
+    result |= {f"{name}_cpu_ms_per_frame": round(1000 * value / len(jobs[0][1]), 2) for name, value in cpu.items()}
+    if peers:
+        result["cpu_ratio_to_best"] = round(min(cpu[name] for name in peers) / cpu["ours"], 2)
+    return result | {"decode_over_bare_ffmpeg": round(_decode_seconds(jobs[0]) / bare_seconds(jobs[0]), 3)}
+
+
+def _chosen(peers: Sequence[str]) -> list[tuple[str, Callable[[Job], np.ndarray]]]:
+    return [(name, READERS[name]) for name in peers]
+
+
+def _read_ours(job: Job) -> np.ndarray:
+    return load_video(job[0], image_size=SIDE, times=[(n + 0.5) / RATE for n in job[1]]).pixels
+
+
+def _cpu_seconds(reader: Callable[[Job], np.ndarray], job: Job) -> float:
+    """Of one clip in this process, the least of two: what other work on the machine disturbs little."""
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        reader(job)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def _decode_seconds(job: Job) -> float:
+    """CPU seconds of our decoding alone: the pixels are not converted or resized."""
+    from kangaroo_jax.data.picker import FramePicker
+
+    class Bare(FramePicker):
+        def _to_pixels(self, frame: Any) -> np.ndarray:
+            return np.zeros((self._side, self._side, 3), np.uint8)
+
+    start = time.process_time()
+    with open_video(job[0]) as (container, stream):
+        Bare(job[0], container, stream, 2).pick(np.array([(n + 0.5) / RATE for n in job[1]]))
+    return time.process_time() - start
+
+
+_STARTS: dict[str, float] = {}
+
+
+def _start_up(name: str, workers: int) -> float:
+    """Seconds that a DataLoader's workers take to start and import: not counted."""
+    if name not in _STARTS:
+        tiny = [(_tiny_video(), (0,))] * workers
+        start = time.perf_counter()
+        run_peer(name, tiny, workers)
+        _STARTS[name] = time.perf_counter() - start
+    return _STARTS[name]
+
+
+def _tiny_video() -> str:
+    import tempfile
+
+    path = Path(tempfile.gettempdir()) / f"kangaroo-bench-{multiprocessing.current_process().pid}.mp4"
+    if not path.exists():
+        make_video(path, 1, 0)
+    return str(path)
+
+
+def _installed(name: str) -> bool:
+    try:
+        __import__({"opencv": "cv2"}.get(name, name))
+        import torch  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """Microseconds of a seek and nanoseconds a pixel of decoding on, from which `picker` has its constants."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "10s-0.mp4"
+    if not path.exists():
+        make_video(path, 10, 0)
+    start = time.process_time()
+    with open_video(path) as (container, stream):
+        frames = sum(1 for _ in container.decode(stream))
+    each = (time.process_time() - start) / frames
+    with open_video(path) as (container, stream):
+        next(container.decode(stream))
+        start = time.process_time()
+        for i in range(50):
+            container.seek(int(i % 8 / float(stream.time_base)), stream=stream)
+            next(container.decode(stream))
+        seek = (time.process_time() - start) / 50
+    return {"seek_us": round(1e6 * seek), "decode_ns_per_pixel": round(1e9 * each / (SIZE[0] * SIZE[1]), 2)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """`bench data [--folder] [--lengths] [--frames] [--rounds] [--workers] [--costs] [--out]`. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="kangaroo bench data", description=__doc__)
+    parser.add_argument("--folder", default="bench_videos", help="where the videos are made, once")
+    parser.add_argument("--lengths", default="10s,3min,20min")
+    parser.add_argument("--frames", default="8,64,160")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--costs", action="store_true", help="measure a seek and a frame instead")
+    parser.add_argument("--out", default="", help="JSON file for the rows")
+    arguments = parser.parse_args(argv)
+    lengths = arguments.lengths.split(",")
+    if not set(lengths) <= LENGTHS.keys():
+        raise UserError(f"bench data: --lengths are of {', '.join(LENGTHS)}")
+    if arguments.costs:
+        print(json.dumps(costs(Path(arguments.folder))))
+        return
+    counts = [int(n) for n in arguments.frames.split(",")]
+    rows = compare(Path(arguments.folder), lengths, counts, arguments.rounds, arguments.workers)
+    worst = min(row["ours_frames_per_second"] for row in rows) / arguments.workers
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"a v5p chip at stage 5's shape takes about {V5P_FRAMES:.0f} frames/s: {V5P_FRAMES / worst:.2f} cores like "
+        f"these for the slowest row here; {peak:.0f} MiB in the parent"
+    )
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -1,0 +1,53 @@
+"""From the rows of a batch that a host reads to a batch over all devices, and one data position of all hosts."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.data.loader import Loader, merge_states
+from kangaroo_jax.sharding import sharding
+
+
+class HostRows:
+    """The rows of the batch that are on this host's devices.
+
+    Devices of several hosts may hold the same row, where the tokens or the weights' columns are cut over hosts:
+    then each of these hosts reads it.
+    """
+
+    def __init__(self, mesh: Mesh, packs: int) -> None:
+        """`packs` is B of the whole batch, which is laid over `mesh`."""
+        self._mesh, self._packs = mesh, packs
+        pieces = sharding(mesh, ("batch",), (packs,)).addressable_devices_indices_map((packs,)).values()
+        self.numbers = sorted({row for piece in pieces for row in self._range(piece)})
+
+    def _range(self, index: tuple[slice, ...] | None) -> range:
+        return range(*(index or (slice(None),))[0].indices(self._packs))
+
+    def put(self, batch: PackedBatch) -> PackedBatch:
+        """Numpy arrays of `numbers` rows as global arrays of B rows, cut over the mesh's batch axes."""
+        return jax.tree.map(self._put, batch)
+
+    def _put(self, x: np.ndarray) -> jax.Array:
+        shape = (self._packs, *x.shape[1:])
+        place = sharding(self._mesh, ("batch",) + (None,) * (x.ndim - 1), shape)
+        if len(self.numbers) == self._packs:
+            return jax.make_array_from_process_local_data(place, x, shape)
+        on_devices = []
+        for device, index in place.addressable_devices_indices_map(shape).items():
+            rows = self._range(index)  # neighbours in the batch are neighbours here: `numbers` is sorted
+            first = self.numbers.index(rows.start)
+            on_devices.append(jax.device_put(x[first : first + len(rows)], device))
+        return jax.make_array_from_single_device_arrays(shape, place, on_devices)
+
+
+def whole_data_state(loader: Loader) -> bytes:
+    """The loader's state with the rows of all hosts, which must call this after the same batch."""
+    mine = loader.get_state()
+    if jax.process_count() == 1:
+        return mine
+    sizes = multihost_utils.process_allgather(np.array(len(mine)))
+    padded = np.frombuffer(mine.ljust(int(sizes.max())), np.uint8)  # JSON may end in spaces
+    return merge_states([bytes(state) for state in multihost_utils.process_allgather(padded)])

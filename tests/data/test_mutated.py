@@ -1,0 +1,155 @@
+"""Broken files: nothing hangs, crashes or leaks, and whole samples arrive as if the others were not there."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from kangaroo_jax.conventions import FIELDS
+from kangaroo_jax.data.ledger import Ledger
+from kangaroo_jax.data.loader import make_loader
+from kangaroo_jax.data.tokenizer import Tokenizer
+from tests.data.media import numbered_frame, write_audio, write_video
+
+SECONDS_A_FILE = 20.0
+
+
+def originals(folder: Path) -> list[bytes]:
+    """Videos in several containers and codecs, and images."""
+    made = [
+        write_video(folder / "o.mp4", 40, 8, options={"movflags": "faststart"}),
+        write_video(folder / "tail.mp4", 40, 8),
+        write_video(folder / "o.mkv", 40, 8),
+        write_video(folder / "o.ts", 40, 8),
+        write_video(folder / "o.webm", 24, 8, codec="libvpx-vp9"),
+        write_video(folder / "o.avi", 40, 8),
+        write_video(folder / "one.mp4", 1, 8),
+    ]
+    for name in ("o.png", "o.jpg", "o.webp"):
+        Image.fromarray(numbered_frame(5)).save(folder / name)
+        made.append(folder / name)
+    return [path.read_bytes() for path in made] + [write_audio(folder / "sound.mp4").read_bytes()]
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """A truncation, bit flips, zeros, noise, a repeated part, a cut-out, or nothing at all."""
+    kind, n = int(rng.integers(8)), len(data)
+    at = int(rng.integers(n))
+    size = int(rng.integers(1, max(2, n // 4)))
+    changed = bytearray(data)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        for i in rng.integers(0, n, int(rng.integers(1, 40))):
+            changed[i] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        changed[at : at + size] = bytes(min(size, n - at))
+    elif kind == 3:
+        changed[at : at + size] = rng.bytes(min(size, n - at))
+    elif kind == 4:
+        return data[: at + size] + data[at:]
+    elif kind == 5:
+        return data[:at] + data[at + size :]
+    elif kind == 6:  # sizes and counts in headers become huge
+        for i in rng.integers(0, min(n, 2000), 6):
+            changed[i : i + 4] = b"\xff\xff\xff\x7f"
+    else:
+        return b""
+    return bytes(changed)
+
+
+def annotate(folder: Path, media: Path, mutants: int, rounds_of_healthy: int) -> tuple[Path, Path]:
+    """Healthy samples among mutants, and the healthy ones alone."""
+    rng = np.random.default_rng(7)
+    whole = originals(folder)
+    endings = [".mp4", ".mkv", ".ts", ".webm", ".avi", ".png", ".jpg", ".webp", ".gif"]
+    lines, healthy = [], []
+    for i in range(mutants):
+        ending = endings[int(rng.integers(len(endings)))]  # often the wrong one
+        path = folder / f"m{i}{ending}"
+        path.write_bytes(mutate(whole[int(rng.integers(len(whole)))], rng))
+        kind = "image" if ending in (".png", ".jpg", ".webp") else "video"
+        lines.append(record(f"bad{i}", kind, path, i))
+    for i in range(rounds_of_healthy):
+        kind, name = [("video", "2s.mp4"), ("video", "5s.mp4"), ("image", "photo.jpg")][i % 3]
+        healthy.append(record(f"good{i}", kind, media / name, i))
+    both = lines + healthy
+    random.Random(0).shuffle(both)
+    (folder / "both.jsonl").write_text("\n".join(both))
+    (folder / "healthy.jsonl").write_text("\n".join(healthy))
+    return folder / "both.jsonl", folder / "healthy.jsonl"
+
+
+def record(name: str, kind: str, path: Path, i: int) -> str:
+    talk = [{"from": "human", "value": f"<{kind}>\nWhat?"}, {"from": "gpt", "value": f"number {i}"}]
+    return json.dumps({"id": name, kind: str(path), "conversations": talk})
+
+
+def resident() -> float:
+    """MiB of this process and its children."""
+    total, mine = 0, os.getpid()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if parent == mine or int(entry.name) == mine:
+                    total += int((entry / "statm").read_text().split()[1])
+            except (OSError, IndexError, ValueError):
+                continue
+    return total * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def run(
+    config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, epochs: int
+) -> tuple[dict[str, bytes], list[float], float]:
+    """What arrives of each good sample, memory (MiB) after every epoch, and the longest wait for a batch (s).
+
+    With one sample a row (`packing_bins=0`) and one row a batch, a batch is a sample.
+    """
+    loader = make_loader(config, tokenizer, frames_per_group=2, tokens_per_group=3, seed=1, ledger=ledger)
+    samples = sum(1 for _ in open(config.train[0]))
+    seen: dict[str, bytes] = {}
+    memory, longest = [], 0.0
+    for epoch in range(1, epochs + 1):
+        while json.loads(loader.get_state())["lanes"]["0"]["next"] < epoch * samples:
+            start = time.monotonic()
+            batch, stats = next(loader)
+            longest = max(longest, time.monotonic() - start)
+            for name in stats.sample_ids:
+                if name.startswith("good"):
+                    arrays = b"".join(getattr(batch, field).tobytes() for field in FIELDS)
+                    assert seen.setdefault(name, arrays) == arrays
+        memory.append(resident())
+    loader.close()
+    return seen, memory, longest
+
+
+@pytest.mark.parametrize("mutants, epochs", [(36, 1), pytest.param(1000, 5, marks=pytest.mark.slow)])
+def test_mutated_media(
+    tmp_path: Path, media: Path, data_config: ConfigDict, tokenizer: Tokenizer, mutants: int, epochs: int
+) -> None:
+    both, healthy = annotate(tmp_path, media, mutants, 12)
+    data_config.update(packing_bins=0, packs_per_batch=1, num_workers=2, decode_seconds=SECONDS_A_FILE)
+    data_config.train = (str(both),)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    seen, memory, longest = run(data_config, tokenizer, ledger, epochs)
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    names = {entry["id"] for entry in entries}
+    print(f"{mutants} mutants: {len(names)} in the ledger, longest wait {longest:.1f} s, MiB {memory}")
+    assert longest < 3 * SECONDS_A_FILE  # two workers, and one that is replaced
+    assert set(seen) == {f"good{i}" for i in range(12)}
+    assert all(name.startswith("bad") for name in names) and len(names) > mutants // 4
+    for entry in entries:
+        assert entry["path"] and Path(entry["path"]).name[1:].split(".")[0] == entry["id"].removeprefix("bad")
+        assert entry["path"] in entry["reason"] and "\n" not in entry["reason"]
+    data_config.train = (str(healthy),)
+    alone, _, _ = run(data_config, tokenizer, Ledger(), 1)
+    assert alone == seen  # as if the others never existed
+    if epochs > 2:
+        assert max(memory[1:]) < 1.1 * memory[1]
