@@ -67,7 +67,7 @@ def _repeated(part: Path, path: Path, seconds: int) -> Path:
                 for packet in container.demux(video=0):
                     if packet.dts is not None and packet.size:
                         shift = round(i * _ENCODED_SECONDS / packet.time_base)
-                        packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                        packet.pts, packet.dts, packet.stream = (packet.pts or 0) + shift, packet.dts + shift, stream
                         output.mux(packet)
     temporary.rename(path)
     return path
@@ -150,8 +150,9 @@ def run_peer(name: str, jobs: Sequence[Job], workers: int) -> np.ndarray:
     """A batch by a PyTorch DataLoader."""
     import torch.utils.data
 
-    loader = torch.utils.data.DataLoader(
-        Jobs(jobs, name), batch_size=None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=2
+    dataset: Any = Jobs(jobs, name)
+    loader: Any = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=2
     )
     batch = np.zeros((len(jobs), len(jobs[0][1]), SIDE, SIDE, 3), np.uint8)
     for i, clip in enumerate(loader):
