@@ -67,7 +67,7 @@ def _repeated(part: Path, path: Path, seconds: int) -> Path:
                 for packet in container.demux(video=0):
                     if packet.pts is not None and packet.dts is not None and packet.size:
                         shift = round(i * _ENCODED_SECONDS / packet.time_base)
-                        packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                        packet.pts, packet.dts, packet.stream = (packet.pts or 0) + shift, packet.dts + shift, stream
                         output.mux(packet)
     temporary.rename(path)
     return path
