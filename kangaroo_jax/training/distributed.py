@@ -80,8 +80,9 @@ def barrier(name: str, timeout: float = 1800.0) -> None:
     if jax.process_count() > 1:
         from jax._src import distributed
 
+        client: Any = distributed.global_state.client
         try:
-            distributed.global_state.client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
+            client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
         except jax.errors.JaxRuntimeError as error:
             raise UserError(
                 f"{name}: not every process came in {timeout:.0f} s: {str(error).splitlines()[0]}"
@@ -205,6 +206,8 @@ class Watchdog:
                 continue
             lost = self._look(values, begin)
             if lost:
+                if is_main():  # the store goes with this process, and JAX aborts who loses it: the others look first
+                    time.sleep(3 * BEAT_SECONDS)
                 self._stop(lost)
                 return
 
