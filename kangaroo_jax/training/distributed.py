@@ -206,6 +206,8 @@ class Watchdog:
                 continue
             lost = self._look(values, begin)
             if lost:
+                if is_main():  # the store goes with this process, and JAX aborts who loses it: the others look first
+                    time.sleep(3 * BEAT_SECONDS)
                 self._stop(lost)
                 return
 

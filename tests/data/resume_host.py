@@ -26,7 +26,7 @@ def open_loader(workdir: Path, host: int, hosts: int, workers: int) -> Loader:
     config = ConfigDict(stage_config("tiny").data.to_dict() | settings["data"] | {"num_workers": workers})
     return make_loader(
         config, load_tokenizer(workdir / "tokenizer.model"), frames_per_group=2, tokens_per_group=3,
-        seed=settings["seed"], ledger=Ledger(workdir / f"ledger-{host}.jsonl"), 
+        seed=settings["seed"], ledger=Ledger(workdir / f"ledger-{host}.jsonl"),
         rows=range(host * config.packs_per_batch // hosts, (host + 1) * config.packs_per_batch // hosts),
     )  # fmt: skip
 
