@@ -14,6 +14,7 @@ from kangaroo_jax.data.tokenizer import (
     LLAMA3_SPECIALS,
     SENTENCEPIECE_IDS,
     SPECIAL_NAMES,
+    WHOLE_PIECES,
     Tokenizer,
     load_tokenizer,
 )
@@ -116,7 +117,8 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
     normal = {
         piece
         for i, piece in enumerate(pieces)
-        if not (model.IsByte(i) or model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i))
+        if piece not in WHOLE_PIECES
+        and not (model.IsByte(i) or model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i))
     }
     by_score = sorted((i for i, piece in enumerate(pieces) if piece in normal), key=lambda i: -model.GetScore(i))
     merges = []
@@ -138,7 +140,10 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
     decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]}
-    return _spec(bpe, specials, normalizer=space, decoder=decoder)
+    spec = _spec(bpe, specials, normalizer=space, decoder=decoder)
+    whole = {i: piece for i, piece in enumerate(pieces) if piece in WHOLE_PIECES}
+    spec["added_tokens"] += [{**entry, "special": False} for entry in _added(whole)]
+    return spec
 
 
 def from_ranks(path: Path) -> dict[str, Any]:

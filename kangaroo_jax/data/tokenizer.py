@@ -33,6 +33,7 @@ SPECIAL_NAMES = {
     "vision": "<vision>",
 }
 # Ids of a SentencePiece model of ours; unknown is 0.
+WHOLE_PIECES = ("\n\n",)  # of SentencePiece models trained here: found before any pair is joined
 SENTENCEPIECE_IDS = {
     "bos": 1,
     "eos": 2,
@@ -302,7 +303,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int,
                 remove_extra_whitespaces=False,
                 byte_fallback=True,
                 split_digits=split_digits,
-                user_defined_symbols=["\n\n"],
+                user_defined_symbols=list(WHOLE_PIECES),
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,
