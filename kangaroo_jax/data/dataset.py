@@ -22,6 +22,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import CLIP_KEYS, Conversation, Media, Turn
 from kangaroo_jax.data.image import check_file
 from kangaroo_jax.data.storage import MEMBER, is_remote, join, local, member_of, member_suffix
+from kangaroo_jax.whole_files import write_json
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -172,9 +173,7 @@ def _claim(plan: Plan, fingerprint: str, samples: int) -> None:
     mine = {"source": fingerprint, "samples": samples, "embed": plan.embed, "shard_samples": plan.shard_samples}
     path = plan.folder / "build.json"
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(mine), encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, mine)
     found = json.loads(path.read_text(encoding="utf-8"))
     if found != mine:
         different = ", ".join(key for key in mine if found.get(key) != mine[key])

@@ -29,7 +29,8 @@ from kangaroo_jax.tools import quickstart_ablations
 from kangaroo_jax.tools.corpus import Corpus, make_corpus
 from kangaroo_jax.tools.quickstart_report import write_quickstart_report
 from kangaroo_jax.training import curriculum
-from kangaroo_jax.training.loop import Tell, write_json
+from kangaroo_jax.training.loop import Tell
+from kangaroo_jax.whole_files import write_json
 
 WARMUP = "stage0_text_warmup"
 STAGES = (WARMUP, *curriculum.STAGES)

@@ -16,8 +16,9 @@ from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.models.kangaroo import tokens_per_group
 from kangaroo_jax.tools.corpus import Corpus
 from kangaroo_jax.training import curriculum
-from kangaroo_jax.training.loop import Tell, train, write_json
+from kangaroo_jax.training.loop import Tell, train
 from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.whole_files import write_json
 
 PRESET = "tiny"
 PACKING_STEPS = 30  # of each side of the packing comparison

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from kangaroo_jax.tools.report_charts import bar_chart, escape, loss_chart, stage_label
 from kangaroo_jax.tools.report_style import STYLE
+from kangaroo_jax.whole_files import write_text
 
 NAMES = {
     "short": "Short clips",
@@ -55,9 +56,7 @@ def write_report(path: str | Path, data: Mapping) -> Path:
     """Write the page for `data` (see the top of this module) to `path`, in one step. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(render_report(data), encoding="utf-8")
-    return temporary.replace(path)
+    return write_text(path, render_report(data))
 
 
 def render_report(data: Mapping) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.whole_files import write_json
 
 LOST = 75  # exit code (EX_TEMPFAIL of sysexits.h): try again
 BEAT_SECONDS = 2.0
@@ -227,9 +228,7 @@ class Watchdog:
             if silent > self._timeout and known["state"] != "finished":
                 return f"host {index} gave no sign of life for {silent:.0f} s (last at step {known['step']})"
         if self._path is not None and is_main():
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(hosts, indent=1), encoding="utf-8")
-            temporary.replace(self._path)
+            write_json(self._path, hosts)
         return ""
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kangaroo_jax.chips import find_chip
+from kangaroo_jax.chips import Chip, find_chip
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.data.batches import LoaderStats
@@ -33,7 +32,8 @@ from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
 from kangaroo_jax.training.parameters import Binding
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
-from kangaroo_jax.training.step import TrainState, make_train_step
+from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
+from kangaroo_jax.whole_files import write_json
 
 Tell = Callable[[str], None]
 
@@ -46,6 +46,25 @@ class Result:
     steps: int
     seconds: float  # of this process; a restarted stage counts from its restart
     useful_token_share: float  # tokens of samples over token places
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stage that is ready to go on after step `first`."""
+
+    config: ConfigDict  # resolved for these chips
+    plain: dict  # as given: another run of it may be on other chips
+    chip: Chip | None  # None where its peak is not known
+    mesh: Mesh
+    tokenizer: Tokenizer
+    ledger: Ledger
+    rows: HostRows
+    loader: Loader
+    step_fn: TrainStep
+    state: TrainState
+    checkpoints: checkpoint.Checkpoints
+    log: MetricLog
+    first: int
 
 
 def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Result:
@@ -65,18 +84,28 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     start = time.perf_counter()
     if not is_main():
         tell = lambda line: None  # noqa: E731
+    stage = prepare(config, workdir, tell)
+    config = stage.config
+    run_steps(stage, workdir, tell)
+    seconds = time.perf_counter() - start
+    tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
+    used = sum(line["tokens"] for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
+    places = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
+    return Result(workdir, config.train.steps, seconds, used / places)
 
+
+def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
+    """Everything that a stage's steps need, restored from its last checkpoint where there is one. Raises UserError."""
     # ------------------------------------------------------------------------------ mesh
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.train.compile_cache)
     devices = mesh_devices()
     chip = find_chip(devices[0].device_kind)
-    plain = to_plain(config)  # as given: another run of it may be on other chips
+    plain = to_plain(config)
     config = resolve(config, chip, len(devices), len({getattr(d, "slice_index", 0) or 0 for d in devices}))
     mesh = make_mesh(config.train.mesh, devices)
     if devices[0].platform == "cpu":
         keep_freed_memory()
-
     # ------------------------------------------------------------------------------ data
     tokenizer = open_tokenizer(config)
     if is_main():
@@ -87,7 +116,6 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     loader = open_loader(config, tokenizer, ledger, rows.numbers)
     for line in loader.describe():
         tell(f"{config.stage}: {line}")
-
     # ----------------------------------------------------------------- model and optimiser
     binding = checkpoint.abstract_model(config.model)
     state = initial_state(config, binding, mesh)
@@ -96,7 +124,6 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
     trained, frozen = count(state.params), count(state.frozen)
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
-
     # ------------------------------------------------------------------------- checkpoint
     barrier(f"{config.stage} begins")
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
@@ -109,10 +136,14 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         tell(f"{config.stage}: goes on after step {int(state.step)}")
     first = int(state.step)
     rewind(workdir, log, first)
+    return Stage(config, plain, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, log, first)
 
-    # ------------------------------------------------------------------------------- loop
-    progress = Progress(config.stage, config.train.steps, tell, chips=len(devices) // jax.process_count())
-    observer = Observer(config, chip, workdir=workdir, tell=tell)
+
+def run_steps(stage: Stage, workdir: Path, tell: Tell) -> None:
+    """From the stage's state to its last step, saved on the way; closes what the stage has open. Raises Preempted."""
+    config, state, loader, checkpoints, log = stage.config, stage.state, stage.loader, stage.checkpoints, stage.log
+    progress = Progress(config.stage, config.train.steps, tell, chips=stage.mesh.size // jax.process_count())
+    observer = Observer(config, stage.chip, workdir=workdir, tell=tell)
     watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
     preemption = Preemption()
     pending: tuple[int, dict[str, jax.Array], LoaderStats] | None = None
@@ -122,17 +153,17 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         for resource in (checkpoints, observer, log, loader):
             stack.callback(resource.close)
         stack.enter_context(explained(watchdog))
-        stack.enter_context(mesh_scope(mesh))
-        for step in range(first + 1, config.train.steps + 1):
+        stack.enter_context(mesh_scope(stage.mesh))
+        for step in range(stage.first + 1, config.train.steps + 1):
             waiting = time.perf_counter()
             host_batch, stats = next(loader)
             waiting = time.perf_counter() - waiting
-            if step == first + 1 and is_main():
-                show_first_batch(host_batch, tokenizer, workdir, tell)
+            if step == stage.first + 1 and is_main():
+                show_first_batch(host_batch, stage.tokenizer, workdir, tell)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, rows.put(host_batch))
+                state, metrics = stage.step_fn(state, stage.rows.put(host_batch))
 
-            observer.step(step, step_fn)
+            observer.step(step, stage.step_fn)
             progress.add(
                 tokens=stats.tokens,
                 frames=stats.frames,
@@ -150,16 +181,11 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
                 report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
                 pending = None
                 log.flush()
-                checkpoints.save(state, whole_data_state(loader), plain)
+                checkpoints.save(state, whole_data_state(loader), stage.plain)
             if stopping and step < config.train.steps:
                 checkpoints.wait()
                 tell(f"{config.stage}: asked to stop; saved after step {step}")
                 raise Preempted
-    seconds = time.perf_counter() - start
-    tell(f"{config.stage}: done in {duration(seconds)}, {ledger.count} samples skipped")
-    used = sum(line["tokens"] for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
-    places = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
-    return Result(workdir, config.train.steps, seconds, used / places)
 
 
 def mesh_devices() -> list[jax.Device]:
@@ -278,10 +304,3 @@ def show_first_batch(batch: PackedBatch, tokenizer: Tokenizer, workdir: Path, te
     tell(tree)
     (workdir / "first_batch.txt").write_text(tree + "\n", encoding="utf-8")
     save_picture(batch, tokenizer, workdir / "first_batch.png")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.whole_files import write_text
+
 
 class MetricLog:
     """`metrics.jsonl` of a stage: one line a step, in order, none twice even after a restart."""
@@ -55,9 +57,7 @@ class MetricLog:
 def drop_after(path: Path, step: int) -> None:
     """Rewrite a metrics file without the lines after `step`."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

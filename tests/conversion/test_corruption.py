@@ -1,5 +1,6 @@
 """What is damaged, wrong or hostile is named in one line with exit code 2, and nothing is left at the target."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -172,18 +173,25 @@ def test_it_is_one_line_exit_code_2_and_nothing_is_left(corrupt, pristine, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_before_it_is_written_to(pristine, tmp_path):
-    """A file system of 100 KB, which is smaller than the model."""
-    mount = tmp_path / "small"
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of `size` in `folder`; the test is skipped where none can be mounted."""
+    mount = folder / "small"
     mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(mount)], capture_output=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], capture_output=True)
     if made.returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
-        code = cli.main(["convert", f"--from={pristine}", f"--to={mount / 'target'}"])
-        assert code == 2 and not list(mount.iterdir())
+        yield mount
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_before_it_is_written_to(pristine, tmp_path):
+    """A file system of 100 KB, which is smaller than the model."""
+    with small_disk(tmp_path, "100k") as mount:
+        code = cli.main(["convert", f"--from={pristine}", f"--to={mount / 'target'}"])
+        assert code == 2 and not list(mount.iterdir())
 
 
 def test_a_disk_that_fills_while_it_is_written_to(pristine, tmp_path, monkeypatch, capsys):
@@ -191,18 +199,11 @@ def test_a_disk_that_fills_while_it_is_written_to(pristine, tmp_path, monkeypatc
     from kangaroo_jax.conversion.building import Building
 
     monkeypatch.setattr(Building, "need", lambda self, nbytes: None)
-    mount = tmp_path / "small"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(mount)], capture_output=True)
-    if made.returncode:
-        pytest.skip("file systems cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "200k") as mount:
         code = cli.main(["convert", f"--from={pristine}", f"--to={mount / 'target'}"])
         error = capsys.readouterr().err
         assert code == 2 and "the disk is full; nothing was kept" in error and error.count("\n") == 1
         assert not list(mount.iterdir())
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_a_limit_on_the_size_of_files(pristine, tmp_path, capsys):
