@@ -1,7 +1,7 @@
 """`kangaroo bench convert`: a large checkpoint of random numbers from Hugging Face's layout to ours and back.
 
-Each conversion runs in a process of its own, whose peak resident memory the kernel reports. A plain copy of
-the same files, before and after, says what the disk can do.
+Each conversion runs in a process of its own, whose peak resident memory the kernel keeps. A plain copy of the
+same files, before and after, says what the disk can do.
 """
 
 import filecmp
@@ -94,10 +94,10 @@ def bench_convert(folder: Path, config: ConfigDict, tell: Tell = print) -> dict[
         result: dict[str, Any] = {"gigabytes": round(total / 1e9, 2), "layers": config.model.llm.depth}
         result["copy_mb_per_second"] = [_copy(names["source"], names["copy"], total)]
         for name, source, target in (("to_orbax", "source", "orbax"), ("to_hf", "orbax", "back")):
-            seconds, usage = _convert(names[source], names[target])
+            seconds, cpu_seconds, peak = _convert(names[source], names[target])
             result[f"{name}_mb_per_second"] = round(total / 1e6 / seconds)
-            result[f"{name}_peak_gib"] = round(usage.ru_maxrss / 2**20, 2)
-            result[f"{name}_cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
+            result[f"{name}_peak_gib"] = round(peak, 2)
+            result[f"{name}_cpu_seconds"] = round(cpu_seconds, 1)
             tell(f"{name}: {result[f'{name}_mb_per_second']} MB/s, {result[f'{name}_peak_gib']} GiB")
         result["copy_mb_per_second"].append(_copy(names["source"], names["copy"], total))
         files = [path.name for path in names["source"].glob("model*")]
@@ -118,14 +118,25 @@ def _copy(source: Path, target: Path, total: int) -> int:
     return round(total / 1e6 / seconds)
 
 
-def _convert(source: Path, target: Path) -> tuple[float, Any]:
-    """(seconds, what the kernel counted) of `kangaroo convert` in a process of its own. Raises UserError."""
+def _convert(source: Path, target: Path) -> tuple[float, float, float]:
+    """(seconds, seconds of a CPU, peak GiB) of `kangaroo convert` in a process of its own. Raises UserError."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "kangaroo_jax", "convert", f"--from={source}", f"--to={target}"]
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0.0
     process = subprocess.Popen(command, env={**environment, "JAX_PLATFORMS": "cpu"})
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
+    ended = 0
+    while not ended:
+        peak = _peak_gib(process.pid) or peak
+        time.sleep(0.02)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         raise UserError(f"the conversion of {source} failed")
-    return time.perf_counter() - start, usage
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak
+
+
+def _peak_gib(pid: int) -> float:
+    """The most that a process has held so far; 0 when it has ended. (`ru_maxrss` also counts its parent's share.)"""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM"))

@@ -21,7 +21,7 @@ from kangaroo_jax.training.metrics import read_metrics
 SCRIPT = Path(__file__).with_name("processes.py")
 ROUNDS = int(os.environ.get("KANGAROO_TEST_ROUNDS", "1"))  # kills of a host
 SAVES = int(os.environ.get("KANGAROO_TEST_SAVES", "4"))  # kills during a save
-STEPS = 12
+STEPS = 40  # JAX looks for a SIGTERM once a second: steps enough for that to be in the midst of them
 STOP_SECONDS = 60
 
 
