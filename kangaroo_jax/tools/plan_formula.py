@@ -26,7 +26,7 @@ RECOMPUTED = {"full": 0.73, "offload": 0.45, "minimal": 0.45, "dots": 0.0, "none
 def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float, float]:
     """(bytes of weights and optimiser, of them gradients' bytes) of the whole model, over all devices."""
     moments = {"float32": 8.0, "bfloat16": 4.0}[config.optimizer.moment_dtype]
-    moments = 0.02 if config.optimizer.kind == "adafactor" else moments
+    moments = {"adafactor": 0.02, "muon": 4.0}.get(config.optimizer.kind, moments)
     trained = sum(n for name, n in counts.items() if name != "total" and part_trains(name, config))
     frozen = counts["total"] - trained
     return trained * (4.0 + moments) + frozen * 2.0, trained * 4.0

@@ -1,4 +1,4 @@
-"""AdamW or Adafactor, with a rate for each group of parameters, given by one list of (regex, multiplier)."""
+"""AdamW, Adafactor or Muon, with a rate for each group of parameters, given by one list of (regex, multiplier)."""
 
 import math
 import re
@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training.parameters import Params, multiplier
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+MUON_RMS = 0.2  # of an update, as large as AdamW's usually is (Liu et al. 2025, section 2.2)
 # Biases, norms and embeddings of position are not decayed (the usual rule; inferred for Kangaroo).
 NO_DECAY = re.compile(r".*(bias|scale|norm|position_embedding|cls_token|special_embedding).*")
 
@@ -35,7 +37,7 @@ def decayed(paths: Iterable[str]) -> dict[str, bool]:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam (or Adafactor), decoupled weight decay, then each parameter's own rate.
+    """Clip by the global norm, Adam (or another kind), decoupled weight decay, then each parameter's own rate.
 
     Args:
         config: `config.optimizer`.
@@ -54,15 +56,18 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        scale_by_moments(config),
+        scale_by_moments(config, params),
         optax.add_decayed_weights(config.weight_decay, mask=decayed(params)),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_each),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
 
 
-def scale_by_moments(config: ConfigDict) -> optax.GradientTransformation:
-    """What divides a gradient by its recent size: `config.kind` is adamw or adafactor (Shazeer and Stern 2018).
+def scale_by_moments(config: ConfigDict, params: Params) -> optax.GradientTransformation:
+    """What turns a gradient into a step of about unit size, by `config.kind`.
+
+    adamw; adafactor (Shazeer and Stern 2018); muon (Jordan et al. 2024), for the matrices inside the layers of
+    `params` and in the projector, scaled so that the rates of adamw fit (Liu et al. 2025), with Adam for the rest.
 
     Adam's moments are stored in `config.moment_dtype` and computed in float32.
     """
@@ -70,9 +75,11 @@ def scale_by_moments(config: ConfigDict) -> optax.GradientTransformation:
         raise UserError(f"optimizer.moment_dtype {config.moment_dtype!r}: one of {', '.join(MOMENT_DTYPES)}")
     if config.kind == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    if config.kind != "adamw":
-        raise UserError(f"optimizer.kind {config.kind!r}: one of adamw, adafactor")
+    if config.kind not in ("adamw", "muon"):
+        raise UserError(f"optimizer.kind {config.kind!r}: one of adamw, adafactor, muon")
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.kind == "muon":
+        return scale_by_muon({path: axes for path, x in params.items() if (axes := matrix_axes(path, x.ndim))}, adam)
     if config.moment_dtype == "float32":
         return adam
 
@@ -89,6 +96,52 @@ def scale_by_moments(config: ConfigDict) -> optax.GradientTransformation:
     ) -> tuple[Params, optax.ScaleByAdamState]:
         updates, state = adam.update(updates, cast(state, "float32"), params)
         return updates, cast(state, config.moment_dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers | None:
+    """Which axes of a weight are its matrix's inputs and outputs; None where it is no matrix inside the network.
+
+    Layers are stacked: axis 0 numbers them.
+    """
+    if path.startswith("projector/") and path.endswith("/kernel"):
+        return contrib.MuonDimensionNumbers((0,), (1,))
+    if not re.fullmatch(r".*/(layers|blocks)/.*/kernel", path):
+        return None
+    inputs = ndim - 2 if path.endswith("/out/kernel") else 1  # heads are among the inputs of `out` alone
+    return contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, ndim)))
+
+
+def scale_by_muon(
+    matrices: dict[str, contrib.MuonDimensionNumbers], others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Orthogonal steps for `matrices` (path -> axes), of the size that Adam's have on average; `others` for the rest.
+
+    Raises ValueError where a matrix has no parameter.
+    """
+    muon = contrib.scale_by_muon(weight_dimension_numbers=matrices)
+
+    def split(values: Params) -> tuple[Params, Params]:
+        return {path: values[path] for path in matrices}, {k: x for k, x in values.items() if k not in matrices}
+
+    def scaled(path: str, update: jax.Array) -> jax.Array:
+        """An orthogonal matrix of n rows and m columns has a root mean square of 1 / sqrt(max(n, m))."""
+        sides = (math.prod(update.shape[axis] for axis in axes) for axes in matrices[path])
+        return update * (MUON_RMS * math.sqrt(max(sides)))
+
+    def init(params: Params) -> tuple[optax.OptState, optax.OptState]:
+        inside, outside = split(params)
+        return muon.init(inside), others.init(outside)
+
+    def update(
+        updates: Params, state: tuple[optax.OptState, optax.OptState], params: Params | None = None
+    ) -> tuple[Params, tuple[optax.OptState, optax.OptState]]:
+        del params
+        inside, outside = split(updates)
+        inside, first = muon.update(inside, state[0])
+        outside, second = others.update(outside, state[1])
+        return {path: scaled(path, x) for path, x in inside.items()} | outside, (first, second)
 
     return optax.GradientTransformation(init, update)
 

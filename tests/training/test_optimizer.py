@@ -14,7 +14,7 @@ from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedu
 
 def optimizer_config(**changes):
     config = stage_config("tiny").optimizer
-    config.update(**changes)
+    config.update(kind="adamw", **changes)
     return config
 
 
@@ -65,7 +65,7 @@ def test_norms_biases_and_embeddings_of_position_are_not_decayed():
 
 
 def test_moments_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
-    config, params = stage_config("tiny").optimizer, {"a/kernel": jnp.linspace(-1, 1, 256).reshape(16, 16)}
+    config, params = optimizer_config(), {"a/kernel": jnp.linspace(-1, 1, 256).reshape(16, 16)}
     config.update(learning_rate=1e-2, weight_decay=0.0, warmup_fraction=0.0)
     moved = {}
     for dtype in ("float32", "bfloat16"):
@@ -96,6 +96,31 @@ def test_adafactor_learns_with_a_state_of_rows_and_columns():
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
     assert loss(params) < 0.2 * loss(start)
+
+
+def test_muon_takes_orthogonal_steps_of_adams_size_inside_the_network_and_adams_elsewhere():
+    """Against the polar factor of the gradient by SVD; Newton-Schulz brings singular values to 0.7 to 1.2 of 1."""
+    config = stage_config("tiny").optimizer
+    config.update(kind="muon", learning_rate=1.0, weight_decay=0.0, warmup_fraction=0.0, clip_norm=1e9)
+    config.trainable = ((".*", 1.0),)
+    shapes = {"llm/layers/attention/out/kernel": (2, 4, 8, 24), "llm/layers/mlp/up/kernel": (2, 24, 40)}
+    shapes |= {"projector/first/kernel": (12, 24), "llm/head/kernel": (24, 60), "llm/layers/mlp_norm/scale": (2, 24)}
+    random = np.random.default_rng(0)
+    params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+    gradient = {path: jnp.asarray(random.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
+    optimizer = make_optimizer(config, 10, params)
+    updates, state = optimizer.update(gradient, optimizer.init(params), params)
+    matrices = {"llm/layers/attention/out/kernel": (2, 32, 24), "llm/layers/mlp/up/kernel": (2, 24, 40)}
+    for path, shape in (matrices | {"projector/first/kernel": (1, 12, 24)}).items():
+        for step, grad in zip(updates[path].reshape(shape), gradient[path].reshape(shape), strict=True):
+            size = 0.2 * max(shape[1:]) ** 0.5
+            u, _, v = np.linalg.svd(grad, full_matrices=False)
+            np.testing.assert_allclose(np.linalg.svd(step, compute_uv=False), size, rtol=0.4)
+            assert np.sum(-step * (u @ v)) > 0.98 * np.linalg.norm(step) * np.linalg.norm(u @ v)
+    for path in ("llm/head/kernel", "llm/layers/mlp_norm/scale"):
+        np.testing.assert_allclose(updates[path], -np.sign(gradient[path]), rtol=1e-3)
+    moments = {path: x for path, x in jax.tree_util.tree_leaves_with_path(state) if x.ndim > 1}
+    assert sum(x.size for x in moments.values()) == 2 * 4 * 8 * 24 + 2 * 24 * 40 + 12 * 24 + 2 * 24 * 60 + 2 * 2 * 24
 
 
 @pytest.mark.parametrize("change", [{"kind": "sgd"}, {"moment_dtype": "int8"}])
