@@ -19,7 +19,7 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     if preset != "kangaroo_8b":
         c.data.loss_on = "assistant"  # the request says in which language to answer
         c.data.update(image_size=24, tokens_per_pack=256, frames_per_pack=8, packs_per_batch=8)
-        c.optimizer.learning_rate = 2e-3
-        c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
-        c.train.steps = 300
+        c.data.update(shuffle=False, packing_bins=1)  # captions first, then questions among them
+        c.optimizer.trainable = ((".*", 1.0),)  # the tiny decoder has no pretraining to protect
+        c.train.steps = 700
     return lock(c)

@@ -15,9 +15,9 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.trainable = (("vision/.*", 0.2), (".*", 1.0))
     c.train.steps = 8_200  # 2.24M conversations
     if preset != "kangaroo_8b":
-        c.data.update(image_size=48, min_frames=8, long_min_frames=8)
-        c.data.update(tokens_per_pack=768, frames_per_pack=64, packs_per_batch=4)
+        c.data.update(image_size=32, min_frames=8, long_min_frames=8)
+        c.data.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4)
         c.optimizer.learning_rate = 1e-3
         c.optimizer.trainable = ((".*", 1.0),)
-        c.train.steps = 300
+        c.train.steps = 400
     return lock(c)

@@ -15,8 +15,8 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
     c.train.steps = 6_700  # 700K conversations
     if preset != "kangaroo_8b":
-        c.data.update(image_size=48, min_frames=8)
-        c.data.update(tokens_per_pack=1024, frames_per_pack=160, packs_per_batch=2)
+        c.data.update(image_size=32, min_frames=8)
+        c.data.update(tokens_per_pack=768, frames_per_pack=160, packs_per_batch=3)
         c.optimizer.learning_rate = 1e-3
-        c.train.steps = 200
+        c.train.steps = 250
     return lock(c)

@@ -72,7 +72,9 @@ def model_config(preset: str) -> ConfigDict:
     if preset == "tiny":
         c.update(dtype="float32", scan=False)
         v.update(patch_size=8, width=96, depth=4, heads=3, mlp_width=256, remat="none")
-        v.update(pos_embed_grid=6, rope_reference_grid=6)
+        # Features of unit size, beside which the time encoding can be seen; those of a pretrained encoder can be
+        # larger, because the decoder has seen more.
+        v.update(pos_embed_grid=4, rope_reference_grid=4, output_norm=True)
         m.update(vocab_size=768, width=64, depth=4, heads=4, kv_heads=4, head_dim=16, mlp_width=192)
         m.update(rope_theta=10_000.0, remat="none", loss_chunk=128)
         c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
@@ -121,7 +123,7 @@ def stage_config(preset: str) -> ConfigDict:
     o.trainable = ((".*", 1.0),)
     o.warmup_fraction = 0.03  # inferred, as are the rest
     o.final_fraction = 0.1  # cosine decay to this share of the peak
-    o.kind = "adamw"  # or adafactor, whose state is a thousandth of the weights
+    o.kind = "adamw"  # adafactor, whose state is a thousandth of the weights; muon, which learns more in a step
     o.moment_dtype = "float32"  # of Adam's two moments: float32 or bfloat16
     o.b1 = 0.9
     o.b2 = 0.95
@@ -129,6 +131,8 @@ def stage_config(preset: str) -> ConfigDict:
     o.weight_decay = 0.1  # none on biases, norms and embeddings of position
     o.clip_norm = 1.0
     o.frozen_dtype = "bfloat16"
+    if preset == "tiny":
+        o.kind = "muon"  # learns from scratch what the other presets have from pretraining
 
     t = c.train = ConfigDict()
     t.steps = 1000

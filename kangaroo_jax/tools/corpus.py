@@ -40,7 +40,8 @@ from kangaroo_jax.tools.corpus_text import (
 )
 from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
-FORMAT = 2  # of the files; raise it when the same settings begin to give other records
+NEW = ("first", "last", "direction", "count")  # kinds of questions that clips bring; stage 2 begins with them
+FORMAT = 3  # of the files; raise it when the same settings begin to give other records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,34 +50,39 @@ class Mixture:
 
     # Media
     images: int = 12_000
-    shorts: int = 1500
-    longs: int = 300
+    shorts: int = 3000
+    longs: int = 400
     held_images: int = 60
     held_shorts: int = 120
     held_longs: int = 60
-    short_fps: int = 8
-    long_fps: int = 4
+    short_fps: int = 4
+    long_fps: int = 2
     image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_count", 1))
     short_kinds: tuple[tuple[str, float], ...] = (
-        ("still", 2),
-        ("count", 2),
-        ("move", 3),
-        ("order", 4),
+        ("still", 1),
+        ("count", 3),
+        ("move", 4),
+        ("order", 5),
         ("recolour", 1),
-        ("transform", 1),
+        ("transform", 2),
         ("appear", 1),
         ("disappear", 1),
     )
     # Conversations
-    rounds: int = 4  # questions about one video in one conversation, at most
+    rounds: int = 5  # questions about one video in one conversation, at most
     multiple_choice: float = 0.6  # share of the questions; the others are open
-    describe_last: float = 0.25  # share of instruction conversations that end with a description
-    stage2_images: int = 6000  # images with a conversation in stage 2, which is cheap at tiny size
-    stage4_per_short: int = 4  # conversations of a short clip in stage 4; languages take turns
-    stage4_images: int = 1500  # images with a conversation in stage 4
-    stage4_text: int = 1500  # conversations without media in stage 4, of the last lesson of the warm-up
+    describe_last: float = 0.2  # share of conversations that end with a description
+    stage1_captions: int = 7500  # captions of images that stage 1 begins with; conversations on every image follow,
+    stage1_more: int = 5000  # and so many captions among them
+    stage2_first_images: int = (
+        1000  # with conversations among those on what is new in videos, which stage 2 begins with
+    )
+    stage2_per_short: int = 3  # conversations of a short clip in stages 2 and 3; languages take turns
+    stage4_per_short: int = 4
+    some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4
+    some_text: int = 1000  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
     stage5_per_long: int = 10
-    stage5_shorts: int = 1500  # conversations of stage 4 repeated in stage 5
+    stage5_shorts: int = 2500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
     warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
@@ -87,7 +93,7 @@ class Mixture:
     def scaled(self, scale: float) -> "Mixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage2_images", "stage4_images", "stage4_text", "stage5_shorts")
+        records = ("stage1_captions", "stage1_more", "stage2_first_images", "some_images", "some_text", "stage5_shorts")
         counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
@@ -298,13 +304,18 @@ def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> di
     return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
 
 
-def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
-    """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
-    found = facts(scene)
+def _questions(
+    scene: Scene, language: str, plan: Mixture, rng: random.Random, asks: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end.
+
+    `asks` are the kinds of facts, none for all; nothing is returned for a scene that has none of them.
+    """
+    found = [fact for fact in facts(scene) if not asks or fact.kind in asks]
     chosen = rng.sample(found, min(plan.rounds, len(found)))
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
     turns = [(q.text, q.answer) for q in asked]
-    if rng.random() < plan.describe_last:
+    if turns and rng.random() < plan.describe_last:
         turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
     return turns
 
@@ -330,38 +341,71 @@ def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterat
 
 
 def _instructions(
-    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: Mixture, rng: random.Random
+    media: dict[str, list[Scene]],
+    folder: str,
+    count: int,
+    each: int,
+    plan: Mixture,
+    rng: random.Random,
+    asks: Sequence[str] = (),
 ) -> Iterator[dict]:
     """`each` conversations on each of the first `count` media of a folder; languages take turns."""
+    about = f"{'-'.join(asks)}-" if asks else ""
     for i, scene in enumerate(media[folder][:count]):
         for k in range(each):
             language = LANGUAGES[(i + k) % 2]
-            turns = _questions(scene, language, plan, rng)
-            yield _record(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
+            if turns := _questions(scene, language, plan, rng, asks):
+                yield _record(f"{folder}-{i:05d}-chat-{about}{k}-{language}", turns, media_name(folder, i))
 
 
 def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
     rng = random.Random(f"{seed}/records")
-    short = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
-    images = list(_instructions(media, "images", plan.stage4_images, 1, plan, rng))
-    early = list(_instructions(media, "images", plan.stage2_images, 1, plan, rng))
-    long = list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
-    texts = lesson(-1, plan.stage4_text, _text_maker(rng), rng, plan.short_kinds)
+    captions, dense, long_dense = (
+        list(_captions(media, folder, dense)) for folder, dense in (("images", False), ("short", True), ("long", True))
+    )
+    rng.shuffle(captions)
+    begin = {
+        1: captions[: plan.stage1_captions],
+        2: list(_instructions(media, "short", plan.shorts, 1, plan, rng, NEW)),
+    }
+    begin[2] += _instructions(media, "images", plan.stage2_first_images, 1, plan, rng, ("what", "colour", "count"))
+    rng.shuffle(begin[2])
+    more = captions[plan.stage1_captions :][: plan.stage1_more]
+    lately = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
     stages = [
-        list(_captions(media, "images", dense=False)),
-        list(_captions(media, "short", dense=False)) + short + early,
-        list(_captions(media, "short", dense=True)) + short,
-        short + images + [_record(f"text-{i:05d}", turns) for i, turns in enumerate(texts)],
-        long + list(_captions(media, "long", dense=True)) + rng.sample(short, min(plan.stage5_shorts, len(short))),
+        _with_others(more, media, plan.images, plan, rng),
+        *(
+            _with_others(
+                dense + list(_instructions(media, "short", plan.shorts, plan.stage2_per_short, plan, rng)),
+                media,
+                plan.some_images,
+                plan,
+                rng,
+            )
+            for _ in (2, 3)
+        ),
+        _with_others(lately, media, plan.some_images, plan, rng),
+        list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
+        + long_dense
+        + rng.sample(lately, min(plan.stage5_shorts, len(lately))),
     ]
     for i, records in enumerate(stages, 1):
         rng.shuffle(records)
-        _write(root / f"stage{i}.jsonl", records)
+        _write(root / f"stage{i}.jsonl", begin.get(i, []) + records)
     _write(root / "stage0.jsonl", _warmup_records(plan, seed))
     for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
         folder = f"held_out/{folder}"
         counts = getattr(plan, f"eval_{name}")
         _write(root / f"eval_{name}.jsonl", _evaluation(media[folder], folder, counts, seed))
+
+
+def _with_others(
+    records: list[dict], media: dict[str, list[Scene]], images: int, plan: Mixture, rng: random.Random
+) -> list[dict]:
+    """Records of a stage, conversations on `images` images, and some without media, so that neither is forgotten."""
+    texts = lesson(-1, plan.some_text, _text_maker(rng), rng, plan.short_kinds)
+    told = [_record(f"text-{i:05d}", turns) for i, turns in enumerate(texts)]
+    return records + list(_instructions(media, "images", images, 1, plan, rng)) + told
 
 
 def _write(path: Path, records: Iterable[dict]) -> None:

@@ -24,14 +24,13 @@ from kangaroo_jax.tools.corpus_scenes import (
 LANGUAGES = ("en", "zh")
 LETTERS = "ABCD"
 COUNTS = ("one", "two", "three", "four")
-HAPPENINGS = ("appears", "disappears", "moves", "changes")
 
 CHINESE = {
     **dict(zip(COLOURS, ("红色", "绿色", "蓝色", "黄色", "白色", "紫色"), strict=True)),
     **dict(circle="圆形", triangle="三角形", cross="十字形", ring="环形", bar="条形"),
     **dict(left="左", right="右", up="上", down="下", top="上", bottom="下", middle="中"),
     **dict(one="一个", two="两个", three="三个", four="四个"),
-    **dict(appears="出现", disappears="消失", moves="移动", changes="变化"),
+    **dict(appears="出现", disappears="消失", moves="移动"),
 }
 
 # Chinese phrases are cut into words by "|", which is for the tokenizer and never shown.
@@ -41,10 +40,8 @@ _QUESTIONS = {
     "colour_of": ("What colour is the {0}?", "{0}|是|什么|颜色|？"),
     "direction": ("Which way does it move?", "它|向|哪边|移动|？"),
     "count": ("How many are there?", "有|几个|？"),
-    "happens": ("What does it do?", "它|怎么了|？"),
     "first": ("What comes first?", "先|出现|什么|？"),
     "last": ("What comes last?", "最后|出现|什么|？"),
-    "change": ("What does it become?", "它|变成|什么|？"),
     "second_t": ("What is seen at second {0}?", "第|{0}|秒|看到|什么|？"),
     "duration": ("How long is the video?", "视频|有|多长|？"),
     "which": ("Which is {0}?", "哪个|是|{0}|？"),
@@ -151,15 +148,12 @@ def middle_second(scene: Scene, event: Event) -> int:
 
 def facts(scene: Scene) -> list[Fact]:
     """All that may be asked about a scene."""
-    first, last = scene.events[0], scene.events[-1]
+    first = scene.events[0]
     found: list[Fact] = []
-    if scene.kind == "order" or (scene.kind == "long" and len(scene.events) > 1):
+    if scene.kind in ("order", "transform") or (scene.kind == "long" and len(scene.events) > 1):
         found += _many_things(scene)
     elif scene.kind == "recolour":
         found += [_fact("what", first.thing.name, THINGS)]
-        found += [_fact("change", last.thing.colour, COLOURS, near=[first.thing.colour])]
-    elif scene.kind == "transform":
-        found += [_fact("change", last.thing.name, THINGS, near=[first.thing.name])]
     elif scene.kind == "count":
         found += [_fact("colour", first.thing.colour, COLOURS)]
     else:
@@ -168,11 +162,6 @@ def facts(scene: Scene) -> list[Fact]:
         found += [_fact("count", COUNTS[len(scene.events) - 1], COUNTS)]
     if scene.kind == "move":
         found += [_fact("direction", scene.direction, DIRECTIONS)]
-    happening = dict(
-        move="moves", recolour="changes", transform="changes", appear="appears", disappear="disappears"
-    ).get(scene.kind)
-    if happening:
-        found += [_fact("happens", happening, HAPPENINGS)]
     if scene.seconds:
         found += [_duration(scene)]
     return found
@@ -195,7 +184,7 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
 
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
-WORDS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, COUNTS, HAPPENINGS)
+WORDS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, COUNTS)
 
 
 def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4) -> Turn:
@@ -205,7 +194,7 @@ def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), opt
     found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default one of
     WORDS.
     """
-    pool = pool or rng.choices(WORDS, weights=(5, 4, 2, 1, 1))[0]
+    pool = pool or rng.choices(WORDS, weights=(5, 4, 2, 1))[0]
     keys = rng.sample(list(pool), min(options, len(pool)))
     place = rng.randrange(len(keys))
     asked = QUESTIONS["which"][LANGUAGES.index(language)].format(word(keys[place], language))

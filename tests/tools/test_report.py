@@ -20,7 +20,7 @@ STAGES = (
     "stage4_instruct",
     "stage5_long_video",
 )
-KINDS = ("what", "colour", "direction", "count", "first", "last", "change", "happens", "second_t", "duration")
+KINDS = ("what", "colour", "direction", "count", "first", "last", "second_t", "duration")
 
 
 class Checker(html.parser.HTMLParser):
