@@ -1,7 +1,8 @@
 """`kangaroo bench packing`: how full rows get on made-up samples with the lengths of the paper's stages.
 
 Beside what the streaming packer reaches stand two figures of the same samples: what first-fit and best-fit decreasing
-reach that see all of them at once, and what no packing can exceed.
+reach that see all of them at once, and what no packing can exceed. And what a useful token costs then: longer rows are
+fuller, but attention looks at every token of the row.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
 from kangaroo_jax.tools.data_stats import Sizes, fullness
+from kangaroo_jax.training.flops import step_flops
 
 STAGES = ("stage3_refine", "stage4_instruct", "stage5_long_video")
 TEXT = (50, 1500)  # tokens of a caption or conversation
@@ -44,11 +46,13 @@ def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[
 
 
 def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) -> dict[str, Any]:
-    """The shares of `data_stats.fullness` for a stage's rows."""
+    """The shares of `data_stats.fullness` for a stage's rows, and gflops_per_useful_token (of a train step, causal)."""
     data = config.data
-    return fullness(
+    found = fullness(
         made_up(config, samples, text, seed), data.tokens_per_pack, data.frames_per_pack, data.packing_bins, again=1
     )
+    useful = data.packs_per_batch * data.tokens_per_pack * found["useful_tokens"]
+    return found | {"gflops_per_useful_token": round(step_flops(config).causal / useful / 1e9, 1)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,9 +87,17 @@ def _row(text: str) -> tuple[int, int]:
 
 def _table(results: Sequence[dict[str, Any]]) -> str:
     """Shares in percent, tokens and frames."""
-    lines = ["| stage | row | text | packed | offline | at most |", "| --- | --- | --- | --- | --- | --- |"]
+    head = "stage | row | text | packed | offline | at most | GFLOP a useful token".split(" | ")
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for found in results:
         shares = [f"{100 * found[name]:.1f}" for name in _COLUMNS]
         pairs = [f"{tokens} / {frames}" for tokens, frames in zip(shares[::2], shares[1::2], strict=True)]
-        lines.append(f"| {' | '.join([found['stage'].split('_')[0], found['row'], found['text'], *pairs])} |")
+        cells = [
+            found["stage"].split("_")[0],
+            found["row"],
+            found["text"],
+            *pairs,
+            f"{found['gflops_per_useful_token']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -29,9 +29,8 @@ class Placement:
 # (chip, tokens a pack at most) -> placement; the first row that fits is taken.
 TABLE: tuple[tuple[str, int, Placement], ...] = (
     ("v5e", 1 << 15, Placement(tensor=4)),
-    ("v5e", 1 << 16, Placement(context=2, tensor=4)),
-    ("v6e", 1 << 16, Placement(tensor=4)),
-    ("v5p", 1 << 16, Placement()),
+    ("v6e", 1 << 15, Placement(tensor=4)),
+    ("v5p", 1 << 15, Placement()),
     ("v5p", 1 << 19, Placement(context=16, tensor=4)),
     ("v5p", 1 << 21, Placement(context=64, tensor=4)),
 )
