@@ -1,14 +1,22 @@
 """Files that are there whole or not at all."""
 
 import json
+import os
+import secrets
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write UTF-8 text under a temporary name beside `path`, then rename it. Returns the path."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)
+    """Write UTF-8 text under a temporary name of its own beside `path`, then rename it. Returns the path.
+
+    Processes (of several hosts, too) may write the same file at the same time: the last one's stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> Path:

@@ -374,13 +374,11 @@ def _serve(connection: Connection, job: Job, prepare: Callable[[], None] | None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if prepare is not None:
         prepare()
-    connection.send(None)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the other end is gone: its process was killed
+        connection.send(None)
+        while True:
             arguments = connection.recv()
-        except EOFError:
-            return
-        _send(connection, job(*arguments))
+            _send(connection, job(*arguments))
 
 
 def _send(connection: Connection, outcome: Any) -> None:

@@ -68,7 +68,10 @@ class RecipeMaker:
     def __call__(self, place: Place) -> Made:
         """From any thread."""
         source, number = place
-        conversation = self._files[source][number]
+        try:
+            conversation = self._files[source][number]
+        except UserError as error:  # a record that was not among those checked when the file was opened
+            return Unusable(f"{self._files[source].path}#{number}", "", str(error))
         try:
             return make_recipe(conversation, self._tokenizer, self._config, *self._sizes, self._probe)
         except UserError as error:

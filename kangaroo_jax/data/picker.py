@@ -37,7 +37,12 @@ _MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to dam
 _HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
 _SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
 _MOST_ERRORS = 10_000  # packets that cannot be decoded, after which a file is given up
-_OPEN = {"protocol_whitelist": "file,subfile"}
+# Playlists and scripts make a reader open other files, again and again, or itself without end.
+_PLAYLISTS = {"concat", "concatf", "dash", "hls", "imf", "rtsp", "sap", "sdp", "webm_dash_manifest"}
+_OPEN = {
+    "protocol_whitelist": "file,subfile",
+    "format_whitelist": ",".join(sorted(av.formats_available - _PLAYLISTS)),
+}
 _COVER = av.stream.Disposition.attached_pic
 
 
@@ -68,6 +73,8 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
             codec.thread_type = "NONE"
             codec.options = {"err_detect": "explode"}  # damage is an error, and no guess at a picture
             yield container, stream
+    except av.error.ArgumentError:  # what FFmpeg says of a format that is not allowed, and of some damage
+        raise UserError(f"{name}: not a readable video: damaged, or a playlist, which is not followed") from None
     except (av.error.FFmpegError, OverflowError) as error:
         detail = (getattr(error, "strerror", None) or str(error)).lower()
         raise UserError(f"{name}: not a readable video, or damaged or cut short ({detail})") from None

@@ -1,10 +1,10 @@
 """Annotation files with random access: JSON, JSONL, Parquet, WebDataset tar shards, built datasets.
 
-Every record is read and checked once when a file is opened (but those of built datasets, which were
-checked as they were written), so that a mistake in it is reported before training begins and not days into it.
+Records are read and checked when a file is opened, so that a mistake is reported before training begins and not days
+into it: all of them, or of a large file CHECKED, evenly chosen. A mistake in one of the others is found as it is drawn.
+(Built datasets were checked as they were written.)
 """
 
-import array
 import collections
 import glob
 import json
@@ -12,7 +12,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import TAG, Conversation
@@ -20,6 +22,7 @@ from kangaroo_jax.data.formats import FORMATS, Columns, Parsed, caption_record, 
 from kangaroo_jax.data.storage import MEMBER, is_remote, local, member_suffix, parquet_table, tar_members
 from kangaroo_jax.data.video import IMAGE_SUFFIXES
 
+CHECKED = 20_000  # records of a file that are read when it is opened, at most
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp")
 
@@ -60,7 +63,7 @@ class AnnotationFile:
     def __init__(
         self, path: str | Path, media_root: str | Path = "", *, columns: Columns | None = None, check: bool = True
     ) -> None:
-        """Open, and read everything once if `check`. Raises UserError naming file and line (or item)."""
+        """Open, and read up to CHECKED records once if `check`. Raises UserError naming file and line (or item)."""
         self.path = str(path)
         self.formats: collections.Counter[str] = collections.Counter()
         self.ignored: set[str] = set()
@@ -69,8 +72,8 @@ class AnnotationFile:
         self._reader = _open(self.path, file, root or ".", columns)
         if not len(self._reader):
             raise UserError(f"{path}: no conversations in this file")
-        numbers = range(len(self._reader)) if check and not isinstance(self._reader, _Built) else range(1)
-        for i in numbers:
+        most = CHECKED if check and not isinstance(self._reader, _Built) else 1
+        for i in evenly(len(self._reader), most):
             parsed = self._reader[i]
             self.formats[parsed.format] += 1
             self.ignored |= parsed.ignored
@@ -95,8 +98,17 @@ class AnnotationFile:
             FORMATS[name] + (f" ({count:,})" if len(self.formats) > 1 else "")
             for name, count in self.formats.most_common()
         )
+        if self.formats.total() < len(self):
+            kinds += f" in {self.formats.total():,} of them, which were checked"
         unread = f"; ignored: {', '.join(sorted(self.ignored))}" if self.ignored else ""
         return f"{self.path}: {len(self):,} samples, {self._reader.__class__.__name__.strip('_')}, {kinds}{unread}"
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """All of 0..count-1, or `most` of them, evenly chosen, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
 def _open(path: str, file: str, root: str, columns: Columns | None) -> _Reader:
@@ -157,26 +169,23 @@ class _Json:
 
 
 class _Jsonl:
-    """A record a line, of which only the offsets are held in memory."""
+    """A record a line, of which only the places are held in memory: 8 bytes a record."""
 
     def __init__(self, path: str, file: str, root: str, columns: Columns | None) -> None:
         self.files, self._path, self._root, self._columns = [Path(file)], path, root, columns
-        self._offsets, self._lengths, self._numbers = array.array("Q"), array.array("Q"), array.array("Q")
         self._file = _opened(path, file)
-        offset = 0
-        for number, line in enumerate(self._file, start=1):
-            if line.strip():
-                self._offsets.append(offset)
-                self._lengths.append(len(line))
-                self._numbers.append(number)  # for messages
-            offset += len(line)
+        self._begins, self._numbers, self._end = line_places(self._file)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._begins)
 
     def __getitem__(self, index: int) -> Parsed:
-        line = os.pread(self._file.fileno(), self._lengths[index], self._offsets[index])  # safe among threads
-        where = f"{self._path}, line {self._numbers[index]}"
+        begin = int(self._begins[index])
+        end = int(self._begins[index + 1]) if index + 1 < len(self._begins) else self._end
+        line = os.pread(
+            self._file.fileno(), end - begin, begin
+        ).rstrip()  # safe among threads; with empty lines after it
+        where = f"{self._path}, line {index + 1 if self._numbers is None else self._numbers[index]}"
         try:
             item = json.loads(line.decode("utf-8-sig"))
         except json.JSONDecodeError as error:
@@ -184,6 +193,37 @@ class _Jsonl:
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8 text") from None
         return parse_record(item, where, self._root, self._columns)
+
+
+def line_places(file: BinaryIO) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Where the lines of a file lie, but those of white space alone, without reading what is in them.
+
+    Returns:
+        The first byte of each, int64[n]; their numbers from 1, int64[n], None where no line is left out; the file's
+        size in bytes.
+    """
+    found, size = [np.zeros(1, np.int64)], 0
+    while block := file.read(_BLOCK):
+        found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
+        size += len(block)
+    begins = np.concatenate(found)
+    begins = begins[begins < size]
+    if not size:
+        return begins, None, 0
+    heads = np.memmap(file, np.uint8, "r")[begins]
+    ends = np.append(begins[1:], size)
+    blank = [
+        i
+        for i in np.flatnonzero(np.isin(heads, np.frombuffer(b" \t\r\n\v\f", np.uint8)))
+        if not os.pread(file.fileno(), int(ends[i] - begins[i]), int(begins[i])).strip()
+    ]
+    if not blank:
+        return begins, None, size
+    numbers = np.delete(np.arange(1, len(begins) + 1), blank)
+    return begins[numbers - 1], numbers, size
+
+
+_BLOCK = 1 << 24  # bytes
 
 
 class _Parquet:

@@ -1,8 +1,8 @@
 """`kangaroo bench`: how fast the real train step runs on this machine, on full packs of made-up pixels.
 
 `train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
-plainly in PyTorch, in turn; `data` the loader (`bench_data.py`). Imports nothing of the data stack itself, so that
-it runs where only jax, flax and optax are.
+plainly in PyTorch, in turn; `data` the loader (`bench_data.py`); `packing` how full rows get
+(`bench_packing.py`). Imports nothing of the data stack itself, so that it runs where only jax, flax and optax are.
 """
 
 import argparse
@@ -211,12 +211,16 @@ def bench_config(arguments: argparse.Namespace) -> ConfigDict:
 
 def main(argv: Sequence[str]) -> None:
     """`train`, `vision [--config=STAGE:PRESET] [--steps=N]`, `train-vs-torch [--steps=N] [--rounds=N] ...`,
-    `convert [--folder=DIR] [--layers=N]` or `data ...`.
+    `convert [--folder=DIR] [--layers=N]`, `data ...` or `packing ...`.
     """
     if argv and argv[0] == "data":  # the loader; needs the data stack
         from kangaroo_jax.tools import bench_data
 
         return bench_data.main(argv[1:])
+    if argv and argv[0] == "packing":
+        from kangaroo_jax.tools import bench_packing
+
+        return bench_packing.main(argv[1:])
     parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("train", "vision", "train-vs-torch", "convert"))
     parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")

@@ -1,10 +1,11 @@
 """What a dataset is like, and how full it would fill packs in each stage."""
 
 import collections
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
 
 STAGES = ("stage1_image_pretrain", "stage2_video_pretrain", "stage3_refine", "stage4_instruct", "stage5_long_video")
+_OFFLINE = 10_000  # samples packed offline, for comparison: its time grows with the square
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
@@ -100,22 +102,84 @@ def packing_of(conversations: Sequence[Conversation], config: ConfigDict, tokeni
     return result
 
 
-def fullness(recipes: Sequence[Recipe], tokens: int, frames: int, bins: int) -> dict[str, Any]:
-    """Useful shares of packs of samples drawn at random from `recipes`, and what no packing can exceed."""
-    need = np.array([[len(recipe.tokens), recipe.frames] for recipe in recipes], float)
-    limits = np.array([tokens, max(frames, 1)], float)
+class Measured(Protocol):
+    """What packing asks of a sample: a recipe, or `Sizes`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def tokens(self) -> Any: ...
+
+    @property
+    def frames(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A made-up sample of which only the sizes are known: `tokens` has the length of its tokens."""
+
+    id: str
+    tokens: range
+    frames: int
+
+
+def fullness(samples: Sequence[Measured], tokens: int, frames: int, bins: int, *, again: int = 4) -> dict[str, Any]:
+    """Useful shares of rows of `tokens` and `frames`.
+
+    Args:
+        samples: drawn at random, `again` times each on average (at least 2000 in all).
+        tokens, frames: of a row.
+        bins: of the `Packer`.
+
+    Returns:
+        useful_tokens and useful_frames, of the rows that the packer fills; offline_*, of rows filled by the better of
+        first-fit and best-fit decreasing over all the samples drawn (at most _OFFLINE); *_at_most, which no packing
+        can exceed, of samples cut at will; samples_per_pack.
+    """
+    limits = np.array([tokens, max(frames, 1)], np.int64)
     packer, rows = Packer(tokens, frames, bins), []
-    order = np.random.default_rng(0).integers(0, len(recipes), max(4 * len(recipes), 2000))
+    order = np.random.default_rng(0).integers(0, len(samples), max(again * len(samples), 2000))
     for i in order:
-        row = packer.add(Placed((0, int(i)), recipes[i]))
+        row = packer.add(Placed((0, int(i)), samples[i]))  # type: ignore[arg-type]
         if row is not None:
             rows.append([sum(len(item.recipe.tokens) for item in row), sum(item.recipe.frames for item in row)])
     shares = np.array(rows).mean(0) / limits if rows else np.zeros(2)
-    most = (need.mean(0) / limits) / (need.mean(0) / limits).max()
-    names = ("useful_tokens", "useful_frames")
-    result = {name: round(float(share), 4) for name, share in zip(names, shares, strict=True)}
-    result |= {f"{name}_at_most": round(float(share), 4) for name, share in zip(names, most, strict=True)}
+    need = np.array([[len(samples[i].tokens), samples[i].frames] for i in order], np.int64)
+    least = np.ceil((need.sum(0) / limits).max())  # rows that hold the sums
+    some = need[:_OFFLINE]
+    fewest = min(offline_rows(some, limits, best=best) for best in (False, True))
+    result = {}
+    for name, found in (
+        ("useful_{}", shares),
+        ("offline_{}", some.sum(0) / fewest / limits),
+        ("{}_at_most", need.sum(0) / least / limits),
+    ):
+        for kind, share in zip(("tokens", "frames"), found, strict=True):
+            result[name.format(kind)] = round(float(share), 4)
     return result | {"samples_per_pack": round(len(order) / max(len(rows), 1), 2)}
+
+
+def offline_rows(needs: np.ndarray, limits: np.ndarray, *, best: bool) -> int:
+    """Rows that first-fit decreasing (or best-fit decreasing) takes, all samples known beforehand.
+
+    Args:
+        needs: int64[n, 2], tokens and frames of each sample.
+        limits: int64[2], what a row holds.
+        best: take the row that is left with the least room (shares of tokens and frames added), not the first.
+    """
+    order = np.argsort(-(needs / limits).sum(1), kind="stable")
+    room = np.repeat(limits[None], len(needs), axis=0)
+    used = 0
+    for need in needs[order]:
+        fits = np.flatnonzero((room[:used] >= need).all(1))
+        if len(fits) == 0:
+            row = used
+            used += 1
+        else:
+            row = int(fits[np.argmin((room[fits] / limits).sum(1))]) if best else int(fits[0])
+        room[row] -= need
+    return used
 
 
 def _seconds_of(conversation: Conversation) -> list[float]:

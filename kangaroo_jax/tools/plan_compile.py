@@ -19,6 +19,7 @@ from kangaroo_jax.chips import Slices
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.tools import hlo
+from kangaroo_jax.whole_files import write_json
 
 GIB = 1 << 30
 # Products of [T, S] with the head width: forward scores and values; backward by the fused kernel, or by two.
@@ -145,9 +146,7 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
         result = _read(program, config, lower_seconds, time.perf_counter() - start, target.chip.gib)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
-        temporary.replace(kept)
+        write_json(kept, dataclasses.asdict(result))
     return result
 
 

@@ -124,6 +124,29 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeSt
             )
 
 
+# What decides which angle a position has: no shape shows it, and weights of another setting give another model.
+ROPE_SETTINGS = ("vision.rope_theta", "vision.rope_reference_grid", "tpe.theta", "llm.rope_theta", "llm.rope_scaling")
+
+
+def check_rope(path: str | Path, model: ml_collections.ConfigDict) -> None:
+    """Raise UserError that names the first rope setting in which a checkpoint's config differs from `model`.
+
+    `llm.rope_scaling` with factor 1 is none, whatever the rest of it says, as is none at all (older checkpoints).
+    """
+    folder = find(path)
+    found, wanted = load_config(folder).model, model
+    for name in ROPE_SETTINGS:
+        part, key = name.split(".")
+        before, now = found[part].get(key), wanted[part].get(key)
+        if key == "rope_scaling":
+            before, now = ({} if not x or x["factor"] == 1.0 else x.to_dict() for x in (before, now))
+        if before != now:
+            raise UserError(
+                f"{folder}: config.model.{name} of the checkpoint is {before or 'none'}, of this config "
+                f"{now or 'none'}; its weights were trained with the former: set --config.model.{name}"
+            )
+
+
 def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) -> Params:
     """The weights of a checkpoint for the model of `binding`, sharded over `mesh` where one is given.
 

@@ -54,6 +54,8 @@ def resolve(config: ConfigDict, chip: Chip | None, devices: int, slices: int = 1
         for part, policy in ((config.model.llm, row.llm_remat), (config.model.vision, row.vision_remat)):
             if part.remat == "auto":
                 part.remat = policy
+        if not config.train.mesh:
+            row = _shared_rows(config, row, chip, devices, slices)
         mesh = tuple(config.train.mesh) or (slices, -1, row.context, row.tensor)
         config.train.mesh = mesh_sizes(mesh, devices)
         rows = config.train.mesh[0] * config.train.mesh[1]
@@ -80,6 +82,26 @@ def _row(config: ConfigDict, chip: Chip | None, devices: int) -> Placement:
             tensor = math.gcd(placement.tensor, devices)
             return dataclasses.replace(placement, tensor=tensor, context=math.gcd(placement.context, devices // tensor))
     return DEFAULT
+
+
+def _shared_rows(config: ConfigDict, row: Placement, chip: Chip | None, devices: int, slices: int) -> Placement:
+    """The placement with larger groups, where there are more groups of devices than packs to give them.
+
+    A longer context axis, or on GPUs, whose attention has none, a longer tensor axis.
+    """
+    packs, tokens = config.data.packs_per_batch, config.data.tokens_per_pack
+    gpu = chip is not None and chip.platform == "gpu"
+    while packs % (devices // (row.context * row.tensor)):
+        larger = (
+            dataclasses.replace(row, tensor=2 * row.tensor)
+            if gpu
+            else dataclasses.replace(row, context=2 * row.context)
+        )
+        fits = larger.tensor <= config.model.llm.kv_heads if gpu else tokens % (2 * larger.context) == 0
+        if not fits or (devices // slices) % (larger.context * larger.tensor):
+            break
+        row = larger
+    return row
 
 
 def _accumulate(packs: int, at_a_time: int) -> int:

@@ -1,11 +1,14 @@
 """Broken files: nothing hangs, crashes or leaks, and whole samples arrive as if the others were not there."""
 
+import collections
+import hashlib
 import json
 import os
 import random
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -64,8 +67,43 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def annotate(folder: Path, media: Path, mutants: int, rounds_of_healthy: int) -> tuple[Path, Path]:
-    """Healthy samples among mutants, and the healthy ones alone."""
+def hostile(folder: Path) -> list[Path]:
+    """Files that no mutation makes: without end, without bottom, of huge dimensions, no files at all."""
+    write_video(folder / "part.ts", 24, 8)
+    texts = {
+        "live.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:3,\npart.ts\n",  # a stream that goes on for ever
+        "loop.mp4": "ffconcat version 1.0\n" + "file part.ts\n" * 20_000,
+        "self.mp4": "ffconcat version 1.0\nfile self.mp4\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "zero.mp4").symlink_to("/dev/zero")
+    with av.open(str(folder / "wide.mov"), "w") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.width = stream.height = 6500  # more than 8K
+        stream.pix_fmt = "gray"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((6500, 6500), np.uint8), format="gray")))
+        container.mux(stream.encode(None))
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    return [folder / name for name in (*texts, "pipe.mp4", "zero.mp4", "wide.mov", "bomb.png", "missing.mp4")]
+
+
+def long_video(path: Path, frames: int) -> Path:
+    """A small and whole video of very many frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.full((24, 16), i % 200, np.uint8), format="yuv420p")
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def annotate(folder: Path, media: Path, mutants: int, rounds_of_healthy: int, frames: int) -> tuple[Path, Path]:
+    """Healthy samples (one of them with very many `frames`) among mutants and hostile files; the healthy ones alone."""
     rng = np.random.default_rng(7)
     whole = originals(folder)
     endings = [".mp4", ".mkv", ".ts", ".webm", ".avi", ".png", ".jpg", ".webp", ".gif"]
@@ -76,9 +114,12 @@ def annotate(folder: Path, media: Path, mutants: int, rounds_of_healthy: int) ->
         path.write_bytes(mutate(whole[int(rng.integers(len(whole)))], rng))
         kind = "image" if ending in (".png", ".jpg", ".webp") else "video"
         lines.append(record(f"bad{i}", kind, path, i))
+    for i, path in enumerate(hostile(folder)):
+        lines.append(record(f"hostile{i}", "image" if path.suffix == ".png" else "video", path, i))
+    long_video(folder / "many.mp4", frames)
     for i in range(rounds_of_healthy):
-        kind, name = [("video", "2s.mp4"), ("video", "5s.mp4"), ("image", "photo.jpg")][i % 3]
-        healthy.append(record(f"good{i}", kind, media / name, i))
+        kind, path = [("video", media / "2s.mp4"), ("video", media / "5s.mp4"), ("image", media / "photo.jpg")][i % 3]
+        healthy.append(record(f"good{i}", kind, folder / "many.mp4" if i == 0 else path, i))
     both = lines + healthy
     random.Random(0).shuffle(both)
     (folder / "both.jsonl").write_text("\n".join(both))
@@ -107,14 +148,14 @@ def resident() -> float:
 
 def run(
     config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, epochs: int
-) -> tuple[dict[str, bytes], list[float], float]:
-    """What arrives of each good sample, memory (MiB) after every epoch, and the longest wait for a batch (s).
+) -> tuple[dict[str, set[bytes]], list[float], float]:
+    """The arrays that arrive of each sample, memory (MiB) after every epoch, and the longest wait for a batch (s).
 
     With one sample a row (`packing_bins=0`) and one row a batch, a batch is a sample.
     """
     loader = make_loader(config, tokenizer, frames_per_group=2, tokens_per_group=3, seed=1, ledger=ledger)
     samples = sum(1 for _ in open(config.train[0]))
-    seen: dict[str, bytes] = {}
+    seen: dict[str, set[bytes]] = collections.defaultdict(set)
     memory, longest = [], 0.0
     for epoch in range(1, epochs + 1):
         while json.loads(loader.get_state())["lanes"]["0"]["next"] < epoch * samples:
@@ -122,34 +163,42 @@ def run(
             batch, stats = next(loader)
             longest = max(longest, time.monotonic() - start)
             for name in stats.sample_ids:
-                if name.startswith("good"):
-                    arrays = b"".join(getattr(batch, field).tobytes() for field in FIELDS)
-                    assert seen.setdefault(name, arrays) == arrays
+                seen[name].add(hashlib.sha256(b"".join(getattr(batch, f).tobytes() for f in FIELDS)).digest())
         memory.append(resident())
     loader.close()
-    return seen, memory, longest
+    return dict(seen), memory, longest
 
 
-@pytest.mark.parametrize("mutants, epochs", [(36, 1), pytest.param(1000, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mutants, epochs, frames", [(36, 1, 5000), pytest.param(1000, 5, 100_000, marks=pytest.mark.slow)]
+)
 def test_mutated_media(
-    tmp_path: Path, media: Path, data_config: ConfigDict, tokenizer: Tokenizer, mutants: int, epochs: int
+    tmp_path: Path, media: Path, data_config: ConfigDict, tokenizer: Tokenizer, mutants: int, epochs: int, frames: int
 ) -> None:
-    both, healthy = annotate(tmp_path, media, mutants, 12)
+    both, healthy = annotate(tmp_path, media, mutants, 12, frames)
+    files = {entry["id"]: entry for entry in map(json.loads, both.read_text().splitlines())}
     data_config.update(packing_bins=0, packs_per_batch=1, num_workers=2, decode_seconds=SECONDS_A_FILE)
     data_config.train = (str(both),)
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    seen, memory, longest = run(data_config, tokenizer, ledger, epochs)
+    seen, memory, longest = run(data_config, tokenizer, Ledger(tmp_path / "ledger.jsonl"), epochs)
     entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     names = {entry["id"] for entry in entries}
-    print(f"{mutants} mutants: {len(names)} in the ledger, longest wait {longest:.1f} s, MiB {memory}")
+    late = sum("not decoded within" in entry["reason"] for entry in entries)
+    crashed = sum("crashed" in entry["reason"] for entry in entries)
+    print(
+        f"{mutants} mutants: {len(seen)} samples arrive, {len(names)} in the ledger ({late} too slow, {crashed} "
+        f"crashed a decoder), longest wait {longest:.1f} s, MiB {[round(m) for m in memory]}"
+    )
     assert longest < 3 * SECONDS_A_FILE  # two workers, and one that is replaced
-    assert set(seen) == {f"good{i}" for i in range(12)}
-    assert all(name.startswith("bad") for name in names) and len(names) > mutants // 4
+    # Every file ends as a sample, always the same, or as one line with a reason.
+    assert len(entries) == len(names) and not names & seen.keys() and names | seen.keys() == files.keys()
+    assert all(len(arrays) == 1 for arrays in seen.values())
+    good = {name: arrays for name, arrays in seen.items() if name.startswith("good")}
+    assert len(good) == 12 and not any(name.startswith("hostile") for name in seen) and len(names) > mutants // 4
     for entry in entries:
-        assert entry["path"] and Path(entry["path"]).name[1:].split(".")[0] == entry["id"].removeprefix("bad")
-        assert entry["path"] in entry["reason"] and "\n" not in entry["reason"]
+        path = files[entry["id"]].get("video") or files[entry["id"]]["image"]
+        assert entry["path"] == path and path in entry["reason"] and "\n" not in entry["reason"]
     data_config.train = (str(healthy),)
     alone, _, _ = run(data_config, tokenizer, Ledger(), 1)
-    assert alone == seen  # as if the others never existed
+    assert alone == good  # as if the others never existed
     if epochs > 2:
         assert max(memory[1:]) < 1.1 * memory[1]

@@ -16,7 +16,7 @@ from kangaroo_jax.data.loader import merge_states
 from kangaroo_jax.data.tokenizer import Tokenizer, train_sentencepiece
 from tests.data.media import write_video
 
-BATCHES, ROWS = 10, 12
+ROWS = 12
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,12 @@ def rows_of(folder: Path) -> dict[tuple[int, int], set[str]]:
     return rows
 
 
-def keep_last_state(folder: Path, hosts: int) -> int:
-    """The last batch whose state all hosts have kept becomes the run's state, as a checkpoint would."""
-    for batch in range(BATCHES, 0, -1):
+def keep_last_state(folder: Path, hosts: int, batches: int) -> int:
+    """The last batch whose state all hosts have kept becomes the run's state, as a checkpoint would.
+
+    Returns its number; 0 if there is none since the last time.
+    """
+    for batch in range(batches, 0, -1):
         files = [folder / "states" / f"{batch}-{host}.json" for host in range(hosts)]
         if all(file.exists() for file in files):
             state = merge_states([file.read_bytes() for file in files])
@@ -91,51 +94,64 @@ def keep_last_state(folder: Path, hosts: int) -> int:
     return batch
 
 
-def run_with_kills(folder: Path, setups: list[tuple[int, int]], rng: random.Random) -> int:
-    """Run to the end with a kill after a random number of batches in each setup (hosts, workers) but the last."""
-    kills = 0
+def run_with_kills(folder: Path, setups: list[tuple[int, int]], rng: random.Random, batches: int) -> list[int]:
+    """Run to the end with a kill at a random moment of each setup (hosts, workers) but the last.
+
+    One kill of four comes while the loader is being opened or restored, the others some batches later. Returns the
+    batch from which each start went on.
+    """
+    went_on = []
     for i, (hosts, workers) in enumerate(setups):
-        processes = start(folder, hosts, workers, BATCHES)
+        state = folder / "state.json"
+        went_on.append(json.loads(state.read_text())["batch"] if state.exists() else 0)
+        processes = start(folder, hosts, workers, batches)
         try:
             if i < len(setups) - 1:
-                target = rng.randint(1, 3)
-                deadline = time.monotonic() + 120
-                while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-                    if len(list((folder / "states").glob("*-0.json"))) >= target:
-                        break
-                    time.sleep(0.005)
-                time.sleep(rng.random() * 0.05)
-                for process in processes:
+                wait_for_kill(folder, processes, rng)
+                for process in rng.sample(processes, len(processes)):
                     process.send_signal(signal.SIGKILL)
-                kills += 1
-            for process in processes:
-                process.wait(timeout=240)
+            codes = [process.wait(timeout=600) for process in processes]
+            assert codes == [0] * hosts if i == len(setups) - 1 else -signal.SIGKILL in codes
         finally:
             for process in processes:
                 process.kill()
-        keep_last_state(folder, hosts)
-    return kills
+        keep_last_state(folder, hosts, batches)
+    return went_on
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict:
-    folder = new_run(corpus, tmp_path_factory.mktemp("runs") / "whole")
-    (process,) = start(folder, 1, 0, BATCHES)
-    assert process.wait(timeout=240) == 0
+def wait_for_kill(folder: Path, processes: list[subprocess.Popen], rng: random.Random) -> None:
+    """Until a random moment after the start, or after one to three batches of a random host."""
+    if rng.random() < 0.25:
+        time.sleep(rng.uniform(0.0, 6.0))
+        return
+    target, host = rng.randint(1, 3), rng.randrange(len(processes))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        if len(list((folder / "states").glob(f"*-{host}.json"))) >= target:
+            break
+        time.sleep(0.005)
+    time.sleep(rng.random() * 0.05)
+
+
+def uninterrupted(corpus: Path, folder: Path, batches: int) -> dict[tuple[int, int], set[str]]:
+    """The rows of a run that nothing stopped."""
+    new_run(corpus, folder)
+    (process,) = start(folder, 1, 0, batches)
+    assert process.wait(timeout=600) == 0
     rows = rows_of(folder)
-    assert len(rows) == BATCHES * ROWS and all(len(digests) == 1 for digests in rows.values())
+    assert len(rows) == batches * ROWS and all(len(digests) == 1 for digests in rows.values())
     return rows
 
 
 @pytest.mark.parametrize(
-    "setups",
-    [
-        [(1, 0), (2, 0), (1, 0)],
-        pytest.param([(4, 0), (1, 2), (3, 0), (2, 1), (1, 4)], marks=pytest.mark.slow),
-    ],
-    ids=["two kills", "four kills"],
+    "kills", [2, pytest.param(int(os.environ.get("KANGAROO_TEST_KILLS", "6")), marks=pytest.mark.slow)]
 )
-def test_killed_runs_give_the_same_batches(whole: dict, corpus: Path, tmp_path: Path, setups: list) -> None:
-    folder = new_run(corpus, tmp_path / "run")
-    assert run_with_kills(folder, setups, random.Random(len(setups))) == len(setups) - 1
-    assert rows_of(folder) == whole
+def test_killed_runs_give_the_same_batches(corpus: Path, tmp_path: Path, tokenizer: Tokenizer, kills: int) -> None:
+    """Every start has other hosts and decoding processes; each row of each batch is ever written with one content."""
+    folder, rng, batches = new_run(corpus, tmp_path / "run"), random.Random(kills), 4 + 4 * kills
+    hosts, workers = ((1, 2), (0,)) if kills == 2 else ((1, 2, 3, 4), (0, 1, 2, 4))
+    setups = [(rng.choice(hosts), rng.choice(workers)) for _ in range(kills + 1)]
+    went_on = run_with_kills(folder, setups, rng, batches)
+    print(f"{kills} kills; (hosts, workers) and the batch it began at: {list(zip(setups, went_on, strict=True))}")
+    assert went_on == sorted(went_on) and went_on[-1] > 0
+    assert rows_of(folder) == uninterrupted(corpus, tmp_path / "whole", batches)

@@ -74,7 +74,7 @@ def test_stats(data: Path) -> None:
     )
     assert stats["distributions"]["video_seconds"]["mean"] == 5.0 and stats["distributions"]["rounds"]["most"] == 1
     packing = stats["packing"]["stage4_instruct"]
-    assert 0.3 < packing["useful_tokens"] <= packing["useful_tokens_at_most"] + 1e-3
+    assert 0.3 < packing["useful_tokens"] <= packing["tokens_at_most"] + 1e-3
     assert packing["tokens_per_pack_that_fit"] % 128 == 0
     assert (out / "stats.png").stat().st_size > 1000
 

@@ -56,7 +56,7 @@ def test_flops_of_llama_are_six_per_weight_and_token_and_frozen_parts_cost_less(
     in_products = counts["llm"] - config.model.llm.vocab_size * config.model.llm.width  # all but the embedding
     assert flops.llm_linear + flops.head == pytest.approx(6 * in_products * tokens, rel=1e-3)
     assert flops.llm_attention_full == 12 * 32 * tokens**2 * 4096 == 2 * flops.llm_attention_causal
-    vision = 64 * (6 * 304.1e6 * 1025 + 12 * 24 * 1025**2 * 1024)
+    vision = 96 * (6 * 304.1e6 * 1025 + 12 * 24 * 1025**2 * 1024)
     assert flops.vision == pytest.approx(vision, rel=0.01)
     with config.unlocked():
         config.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
@@ -100,10 +100,21 @@ def test_every_stage_is_placed_on_every_slice():
     assert two.train.mesh[0] == 2
 
 
+def test_more_chips_than_packs_share_rows():
+    """On a TPU by context, on a GPU (whose attention has no context axis) by tensor."""
+    config = load_config("stage5_long_video:kangaroo_8b")
+    assert config.data.packs_per_batch == 64
+    assert resolve(config, CHIPS["v5p"], 64).train.mesh == (1, 64, 1, 1)
+    assert resolve(config, CHIPS["v5p"], 256).train.mesh == (1, 64, 4, 1)
+    assert resolve(config, CHIPS["v5e"], 1024, 2).train.mesh == (2, 32, 4, 4)
+    assert resolve(config, CHIPS["H100"], 128).train.mesh == (1, 64, 1, 2)
+
+
 def test_a_batch_that_does_not_fit_the_mesh_is_one_line():
     config = load_config("stage5_long_video:kangaroo_8b")
     with config.unlocked():
         config.data.packs_per_batch = 12
+        config.train.mesh = (1, 8, 1, 4)
     with pytest.raises(UserError, match="packs_per_batch 12 must be a multiple of 8"):
         resolve(config, CHIPS["v5e"], 32)
 

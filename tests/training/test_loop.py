@@ -180,7 +180,7 @@ def test_kill_9_at_random_moments_changes_no_loss_and_no_sample(corpus, tmp_path
             assert a["loss"] == b["loss"] and a["samples"] == b["samples"], (stage, a["step"])
 
 
-def test_missing_checkpoint_and_checkpoint_of_another_size_are_one_line(corpus, tmp_path):
+def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus, tmp_path):
     with pytest.raises(UserError, match="no such checkpoint folder"):
         train(small_stage("stage4_instruct", corpus, 2, init_from=str(tmp_path / "none")), tmp_path / "a", tell=print)
     train(small_stage("stage4_instruct", corpus, 2), tmp_path / "small", tell=lambda _: None)
@@ -189,6 +189,18 @@ def test_missing_checkpoint_and_checkpoint_of_another_size_are_one_line(corpus, 
     with pytest.raises(UserError, match=r"tensor llm/\S*mlp\S* has shape .* the config wants") as error:
         train(wider, tmp_path / "b", tell=lambda _: None)
     assert "\n" not in str(error.value)
+    # Rope settings, which no shape shows: the first that differs is named.
+    faster = small_stage("stage5_long_video", corpus, 2, init_from=str(tmp_path / "small"))
+    faster.model.llm.rope_scaling.low_freq_factor = 2.0  # means nothing where the factor is 1
+    checkpoint.check_rope(tmp_path / "small", faster.model)
+    for name, value in (("llm.rope_scaling", 8.0), ("llm.rope_theta", 5e5), ("vision.rope_reference_grid", 16)):
+        key = f"{name}.factor" if "scaling" in name else name  # each comes before the last in order
+        faster.update_from_flattened_dict({f"model.{key}": value})
+        with pytest.raises(UserError, match=f"small.*: config.model.{name} of the checkpoint is") as error:
+            checkpoint.check_rope(tmp_path / "small", faster.model)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="rope_reference_grid of the checkpoint is 6, of this config 16"):
+        train(faster, tmp_path / "b", tell=lambda _: None)
 
 
 def test_wrong_tokenizer_and_missing_data_are_one_line(corpus, tmp_path):
