@@ -75,28 +75,29 @@ WAY = ("direction",)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
     (3_000, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
     (6_500, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (5_500, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
-    (6_500, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
+    (7_000, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
+    (8_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
     (
-        4_000,
+        9_000,
         (
-            (1, Drill()),
-            (1, Note(IMAGES, 1, 1.0)),
-            (1.4, Note(ORDER, 2, 0, 0, asks=FIRST)),
-            (0.6, Note(MOVE, 1, 0, 0, asks=WAY)),
+            (2, Drill()),
+            (2, Note(IMAGES, 1, 1.0)),
+            (1.2, Note(ORDER, 2, 0, 0, asks=FIRST)),
+            (0.5, Note(MOVE, 1, 0, 0, asks=WAY)),
+            (0.8, Note(None, 3)),
         ),
     ),
     (
-        4_500,
+        14_000,
         (
-            (1, Drill()),
-            (1.5, Note(IMAGES, 1, 1.0)),
-            (1, Note(ORDER, 2, 0.6, 0, asks=FIRST)),
-            (0.5, Note(MOVE, 1, 0.6, 0, asks=WAY)),
-            (1, Note(ORDER, 5, 0, 0)),
+            (0.8, Drill()),
+            (0.2, Drill((4,), SECONDS)),
+            (1.3, Note(IMAGES, 1, 1.0)),
+            (0.8, Note(ORDER, 2, 0.6, 0, asks=FIRST)),
+            (0.4, Note(MOVE, 1, 0.6, 0, asks=WAY)),
+            (2, Note(None, 3, 0.6)),
         ),
     ),
-    (10_000, ((0.7, Drill()), (0.2, Drill((4,), SECONDS)), (0.8, Note(IMAGES, 1, 1.0)), (3, Note(None, 4, 0.6)))),
 )
 
 
