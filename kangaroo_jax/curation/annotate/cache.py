@@ -1,7 +1,6 @@
 """Answers of models, kept in an SQLite file: what was paid for once is never asked again."""
 
 import dataclasses
-import json
 import sqlite3
 from pathlib import Path
 
@@ -86,11 +85,3 @@ class Cache:
     def close(self) -> None:
         """Write everything into the one file."""
         self._base.close()
-
-
-def parse_json(text: str) -> object:
-    """The JSON value of an answer, also where a model wrapped it in a Markdown fence. Raises ValueError."""
-    text = text.strip()
-    if text.startswith("```"):
-        text = text.split("\n", 1)[-1].rsplit("```", 1)[0]
-    return json.loads(text)

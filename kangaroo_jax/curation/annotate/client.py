@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.curation.annotate.cache import Cache, parse_json
+from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.requests import Backend, Completion, Failure, Reply, Request, key_of
+from kangaroo_jax.curation.annotate.schemas import mistake, parse_json
 from kangaroo_jax.curation.annotate.text import is_refusal
 
-_UNREACHABLE_AFTER = 8  # requests that no attempt of reached the server, with none answered before
+_UNREACHABLE_AFTER = 8  # connections that failed before the first answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,8 @@ class Client:
             if self._cache is not None and reply.outcome != "error":
                 self._cache.put(key, self.backend.model, request.prompt, reply)
             future.set_result(reply)
-        except BaseException as error:
-            future.set_exception(error)
-            future.exception()  # nobody may be waiting for it
+        except BaseException:
+            future.cancel()  # what stops this one stops the whole run
             raise
         finally:
             del self._under_way[key]
@@ -199,14 +199,14 @@ def _with_data(reply: Reply, request: Request) -> Reply:
     """The reply with its answer parsed, where the request has a schema; an error where it does not obey it."""
     if request.schema is None or reply.outcome != "ok":
         return reply
-    import jsonschema
-
     try:
         data = parse_json(reply.text)
-        jsonschema.validate(data, dict(request.schema))
-    except (ValueError, jsonschema.ValidationError) as error:
+    except ValueError as error:
         if is_refusal(reply.text[:120]):
             return dataclasses.replace(reply, outcome="refused", reason="the answer declines")
-        message = " ".join(str(getattr(error, "message", error)).split())[:160]
-        return dataclasses.replace(reply, outcome="error", transient=True, reason=f"malformed: {message}")
-    return dataclasses.replace(reply, data=data)
+        problem = str(error)
+    else:
+        problem = mistake(data, request.schema)
+        if not problem:
+            return dataclasses.replace(reply, data=data)
+    return dataclasses.replace(reply, outcome="error", transient=True, reason=f"malformed: {problem}")
