@@ -56,14 +56,16 @@ class Endpoint:
         body = self._body(request, images, max_tokens, attempt)
         openai = self._openai
         try:
-            raw = await self._client.chat.completions.with_raw_response.create(**body)
+            # The client's own `chat.completions.create` checks every key of the body against its types, and the
+            # answer too: more than half of its CPU time.
+            content = await self._client.post("/chat/completions", cast_to=str, body=body)
         except openai.APITimeoutError:
             raise Failure("timeout") from None
         except openai.APIConnectionError as error:
             raise Failure("connection", str(error.__cause__ or error)) from None
         except openai.APIStatusError as error:
             raise _failure(error, self._url, self.name) from None
-        return _completion(raw.http_response.content)
+        return _completion(content)
 
     def _body(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> dict[str, Any]:
         content: Any = request.text
@@ -130,7 +132,7 @@ def _seconds(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _completion(content: bytes) -> Completion:
+def _completion(content: str) -> Completion:
     """The answer in a response's body. Raises Failure where the body is not what the protocol says."""
     try:
         body = json.loads(content)

@@ -105,10 +105,10 @@ class SceneRules:
                 used.add((fact.question, fact.about))
                 rounds.append(_asked(fact, language, rng) | {"fits": True})
         if task["shape"] == "rounds":
-            for one in rounds:
-                one.pop("distractors"), one.pop("fits")
-            return json.dumps({"fits": len(rounds) >= 2, "rounds": rounds[:8]}, ensure_ascii=False)
-        empty = {"fits": False, "question": "", "answer": "", "distractors": []}
+            told = [{"question": one["question"], "answer": one["answer"]} for one in rounds]
+            told += [{"question": "", "answer": ""}] * (2 - len(told))
+            return json.dumps({"fits": len(rounds) >= 2, "rounds": told}, ensure_ascii=False)
+        empty = {"fits": False, "question": "", "answer": "", "distractors": [""] * 3}
         one = rounds[0] if rounds else empty
         if task["shape"] == "open":
             one.pop("distractors")
