@@ -388,7 +388,9 @@ def _define_annotate(values: "flags.FlagValues") -> None:
 
     define = _definer(values)
     define(flags.DEFINE_string, "input", None, "JSONL of clips with key frames, as kangaroo curate select writes it")
-    define(flags.DEFINE_string, "output", None, "folder of captions.jsonl and refined.jsonl; by default that of --input")
+    define(
+        flags.DEFINE_string, "output", None, "folder of captions.jsonl and refined.jsonl; by default that of --input"
+    )
     define(flags.DEFINE_string, "config", "annotation", "FILE[:PRESET], such as configs/annotation.py:endpoint")
     define(flags.DEFINE_bool, "dry_run", False, "only estimate calls, tokens and cost")
 
@@ -401,9 +403,7 @@ def _run_annotate(values: "flags.FlagValues", rest: list[str]) -> None:
     annotate_main(source, output, config, dry_run=values.dry_run)
 
 
-def _annotation_arguments(
-    job: str, values: "flags.FlagValues", rest: list[str]
-) -> "tuple[Path, Path, ConfigDict]":
+def _annotation_arguments(job: str, values: "flags.FlagValues", rest: list[str]) -> "tuple[Path, Path, ConfigDict]":
     """(file of --input, folder of --output, config) of a job. Raises UserError."""
     from kangaroo_jax.config_files import load_config
 

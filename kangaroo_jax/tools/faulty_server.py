@@ -111,9 +111,7 @@ def _sentences(rng: random.Random, chinese: bool, count: int) -> str:
     return " ".join(" ".join(rng.sample(words, rng.randint(7, 12))).capitalize() + "." for _ in range(count))
 
 
-def _fill(
-    schema: Mapping[str, Any], rng: random.Random, chinese: bool, key: str, truths: Mapping[str, str]
-) -> Any:
+def _fill(schema: Mapping[str, Any], rng: random.Random, chinese: bool, key: str, truths: Mapping[str, str]) -> Any:
     """A value that obeys a schema. A share of the questions is one that anybody can answer."""
     if "enum" in schema:
         return rng.choice(schema["enum"])

@@ -164,5 +164,3 @@ def _standing(event: Any, time: float) -> Any:
     """An event as one frame shows it: at its place of that time, and not moving."""
     x, y = event.at(time) if event.end > event.start else (event.x0, event.y0)
     return dataclasses.replace(event, start=0.0, end=0.0, x0=x, y0=y, x1=x, y1=y)
-
-

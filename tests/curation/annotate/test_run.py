@@ -1,21 +1,11 @@
 """The whole of `kangaroo annotate` against a real socket server that fails on purpose."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
-from kangaroo_jax import cli
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.curation.annotate.run import annotate_main, estimate
-from kangaroo_jax.curation.annotate.files import read_clips
-from kangaroo_jax.tools.bench_annotate import bench_annotate, statistics_of
+from kangaroo_jax.curation.annotate.run import annotate_main
+from kangaroo_jax.tools.bench_annotate import statistics_of
 
 ROOT = Path(__file__).parents[3]
 
