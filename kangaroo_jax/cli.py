@@ -388,9 +388,7 @@ def _define_annotate(values: "flags.FlagValues") -> None:
 
     define = _definer(values)
     define(flags.DEFINE_string, "input", None, "JSONL of clips with key frames, as kangaroo curate select writes it")
-    define(
-        flags.DEFINE_string, "output", None, "folder of captions.jsonl and refined.jsonl; by default that of --input"
-    )
+    define(flags.DEFINE_string, "output", None, "folder for captions.jsonl, refined.jsonl; by default that of --input")
     define(flags.DEFINE_string, "config", "annotation", "FILE[:PRESET], such as configs/annotation.py:endpoint")
     define(flags.DEFINE_bool, "dry_run", False, "only estimate calls, tokens and cost")
 

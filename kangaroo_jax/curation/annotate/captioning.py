@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def _task(clip: Clip, name: str, language: str) -> dict[str, Any]:
     return {"name": name, "media": clip.media, "start": clip.start, "end": clip.end, "language": language}
 
 
-def _outcome(reply: Reply) -> Mapping[str, Any]:
+def _outcome(reply: Reply) -> dict[str, Any]:
     """Outcome and reason, and for errors whether another run may do better."""
     found: dict[str, Any] = {"outcome": reply.outcome, "reason": reply.reason}
     return found | {"transient": True} if reply.outcome == "error" and reply.transient else found

@@ -182,7 +182,10 @@ def _read(path: str) -> bytes:
 def _judged(completion: Completion, request: Request) -> Reply:
     """The typed outcome of an answer."""
     text = completion.text.strip()
-    tokens = {"prompt_tokens": completion.prompt_tokens, "completion_tokens": completion.completion_tokens}
+    tokens: dict[str, Any] = {
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+    }
     if completion.finish == "refused":
         return Reply("refused", text, reason="the model's filter", **tokens)
     if completion.finish == "length":

@@ -72,12 +72,23 @@ class Reply:
 
 
 class Backend(Protocol):
-    """Something that answers requests. `cached` is whether answers are worth keeping; `settings` decide them."""
+    """Something that answers requests."""
 
-    name: str
-    model: str
-    settings: Mapping[str, Any]  # what changes an answer besides the request: temperature, seed, ...
-    cached: bool
+    @property
+    def name(self) -> str:
+        """Its name in the config."""
+
+    @property
+    def model(self) -> str:
+        """Which model answers."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What changes an answer besides the request: temperature, seed, ..."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether its answers are worth keeping."""
 
     async def complete(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
         """One attempt, counted from 0. Raises Failure; UserError where no request can ever succeed."""

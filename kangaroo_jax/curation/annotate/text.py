@@ -4,7 +4,9 @@ import re
 from collections.abc import Set
 
 LANGUAGES = ("en", "zh")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？；])[”’）]*\s*|\n+")
+_SENTENCE_END = re.compile(  # a space after the mark (and a quote), or in Chinese nothing
+    r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[^a-z\s])|(?<=[。！？；])(?![”’）」])|(?<=[。！？；][”’）」])|\n+"
+)
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+(?:\.\d+)?|[\u3400-\u4dbf\u4e00-\u9fff]")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z]+")
@@ -13,12 +15,15 @@ _COMMON = frozenset(
     "a an the and or but of in on at to from by with into onto over under for as is are was were be been being it its "
     "this that these those there then while who which what has have had does do did not no he she they them his her "
     "their we you i s can could will would also very some other one image picture video frame scene shows showing "
-    "shown seen see appears 的 了 在 是 一 个 有 和 与 着 中 上 下 里 这 那 他 她 它 们 也 都 就 并 而 及 其 到 被 把 对 从 图 片 视 频 画 面".split()
+    "shown seen see appears "
+    "的 了 在 是 一 个 有 和 与 着 中 上 下 里 这 那 他 她 它 们 也 都 就 并 而 及 其 到 被 把 "
+    "对 从 图 片 视 频 画 面".split()
 )
 _REFUSALS = re.compile(
     r"\b(i'?m sorry|i am sorry|i apologi[sz]e|i (?:can'?t|cannot|can not|am unable to|'m unable to) (?:assist|help|"
     r"describe|provide|see|view|identify|answer|process)|as an ai\b|as a (?:large )?language model|unable to "
-    r"(?:process|view|see) (?:the|this) (?:image|video|frame))|抱歉|对不起|我(?:无法|不能)(?:描述|提供|查看|看到|回答|协助|帮助|识别)|"
+    r"(?:process|view|see) (?:the|this) (?:image|video|frame))|"
+    r"抱歉|对不起|我(?:无法|不能)(?:描述|提供|查看|看到|回答|协助|帮助|识别)|"
     r"作为(?:一个|一名)?(?:人工智能|AI|语言模型)",
     re.IGNORECASE,
 )

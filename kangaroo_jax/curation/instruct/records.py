@@ -74,7 +74,7 @@ def _record(made: Made, letter: str, maker: Maker, folder: Path, output: Path, g
     for number, (question, answer) in enumerate(rounds):
         turns.append({"from": "human", "value": question if number else f"<{kind}>\n{question}"})
         turns.append({"from": "gpt", "value": answer})
-    record = {"id": slot.id, kind: relative(absolute(row["media"], folder), output)}
+    record: dict[str, Any] = {"id": slot.id, kind: relative(absolute(row["media"], folder), output)}
     if kind == "video":
         record |= {key: row[key] for key in ("start", "end") if row.get(key) is not None}
     record |= {"language": slot.language, "task": slot.task, "types": list(slot.types)}

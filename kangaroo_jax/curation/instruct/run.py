@@ -62,7 +62,7 @@ def instruct_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bo
 
 def read_captions(source: Path, config: ConfigDict) -> list[Row]:
     """Captions that are ok and good enough. Raises UserError, also where there are none."""
-    rows = []
+    rows: list[Row] = []
     for where, row in read_lines(source):
         if not all(isinstance(row.get(key), str) for key in ("id", "clip", "language", "media", "outcome")):
             raise UserError(f"{where}: no object of captions.jsonl (id, clip, language, media, outcome)")
