@@ -211,14 +211,18 @@ def bench_config(arguments: argparse.Namespace) -> ConfigDict:
 
 def main(argv: Sequence[str]) -> None:
     """`train`, `vision [--config=STAGE:PRESET] [--steps=N]`, `train-vs-torch [--steps=N] [--rounds=N] ...`,
-    `convert [--folder=DIR] [--layers=N]`, `annotate [--requests=N] [--in_flight=N] [--faults=SHARE]` or `data ...`.
+    `convert [--folder=DIR] [--layers=N]`, `data ...` or `annotate [--requests=N] ...`.
     """
     if argv and argv[0] == "data":  # the loader; needs the data stack
         from kangaroo_jax.tools import bench_data
 
         return bench_data.main(argv[1:])
+    if argv and argv[0] == "annotate":  # the client of annotation; needs no model
+        from kangaroo_jax.tools import bench_annotate
+
+        return bench_annotate.main(argv[1:])
     parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "vision", "train-vs-torch", "convert", "annotate"))
+    parser.add_argument("what", choices=("train", "vision", "train-vs-torch", "convert"))
     parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
     parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
     parser.add_argument("--frames", type=int, default=64, help="vision: frames a call")
@@ -228,19 +232,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--segments", type=int, default=1, help="train-vs-torch: samples packed into a row")
     parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=32, help="convert: of the decoder; 32 is the 8B model, 17 GB")
-    parser.add_argument("--requests", type=int, default=5000, help="annotate: requests, each asked twice")
-    parser.add_argument("--in_flight", type=int, default=64, help="annotate: requests at a time")
-    parser.add_argument("--faults", type=float, default=0.1, help="annotate: share of the calls that fail")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     config = bench_config(arguments)
     result: dict[str, Any]
-    if arguments.what == "annotate":
-        from kangaroo_jax.tools.bench_annotate import bench_annotate
-
-        result = bench_annotate(arguments.requests, arguments.in_flight, arguments.faults)
-    elif arguments.what == "convert":
+    if arguments.what == "convert":
         from kangaroo_jax.tools.bench_convert import bench_convert, published_sizes
 
         result = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))

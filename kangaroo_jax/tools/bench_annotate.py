@@ -4,6 +4,7 @@ The server (`faulty_server.py`) is another process behind a socket. The same req
 time every answer must come out of the cache.
 """
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -97,6 +98,18 @@ def _first_pass(client: Client, replies: Sequence[Reply], seconds: float, cpu: f
         "faults": dict(client.faults),
         "outcomes": dict(outcomes),
     }
+
+
+def main(argv: Sequence[str]) -> None:
+    """`kangaroo bench annotate`: prints what `bench_annotate` returns."""
+    parser = argparse.ArgumentParser(prog="kangaroo bench annotate", description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=5000, help="different requests, each asked twice")
+    parser.add_argument("--in_flight", type=int, default=64, help="requests at a time")
+    parser.add_argument("--faults", type=float, default=0.1, help="share of the calls that fail")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    result = bench_annotate(arguments.requests, arguments.in_flight, arguments.faults)
+    print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))
 
 
 def _cpu_seconds() -> float:

@@ -14,7 +14,7 @@ from kangaroo_jax.curation.annotate.prompts import load_prompt, prompt_folder
 from kangaroo_jax.curation.annotate.requests import Reply, Request
 from kangaroo_jax.curation.annotate.schemas import object_schema, text_schema
 from kangaroo_jax.curation.annotate.team import Team
-from kangaroo_jax.curation.annotate.text import joined, sentences
+from kangaroo_jax.curation.annotate.text import joined, language_share, sentences
 
 CAPTION_SCHEMA = object_schema(short=text_schema(400), detailed=text_schema())
 
@@ -39,7 +39,7 @@ def usable(reply: Reply) -> str:
     if reply.outcome != "truncated":
         return ""
     whole = sentences(reply.text)[:-1]
-    return joined(whole, "en")
+    return joined(whole, "zh" if language_share(reply.text, "zh") > 0.5 else "en")
 
 
 class Captioner:

@@ -20,8 +20,7 @@ class Team:
         """Only the backends that `names` names are made. Raises UserError for a name or setting that is wrong."""
         self.clients: dict[str, Client] = {}
         self._configs: dict[str, ConfigDict] = {}
-        for name in dict.fromkeys(names):
-            config = backend_config(backends, name)
+        for name, config in {name: backend_config(backends, name) for name in names}.items():
             limits = {field.name: config[field.name] for field in dataclasses.fields(Limits)}
             self._configs[name] = config
             self.clients[name] = Client(make_backend(name, config), Limits(**limits), cache)
