@@ -74,11 +74,11 @@ class Server:
         if fault == "truncated":
             text, finish = text[: len(text) // 2], "length"
         elif fault == "malformed":
-            half = _completion('{"short": ', "stop", body)  # an answer that breaks off
+            half = _completion('{"short": ', "stop", request)  # an answer that breaks off
             return 200, [], half if "response_format" in request and digest[0] < "8" else b'{"choices": [{'
         else:
             self.answered[digest] += 1
-        return 200, [], _completion(text, finish, body)
+        return 200, [], _completion(text, finish, request)
 
     def _answer(self, request: dict[str, Any], digest: str) -> str:
         content = request["messages"][-1]["content"]
@@ -93,8 +93,8 @@ class Server:
         return json.dumps(_fill(schema, rng, chinese, "", self._truths), ensure_ascii=False)
 
 
-def _completion(text: str, finish: str, body: bytes) -> dict[str, Any]:
-    usage = {"prompt_tokens": len(body) // 4, "completion_tokens": len(text) // 2}
+def _completion(text: str, finish: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    usage = {"prompt_tokens": len(str(request["messages"])) // 4, "completion_tokens": len(text) // 2}
     return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}], "usage": usage}
 
 

@@ -38,10 +38,10 @@ def start(source: Path, output: Path, url: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, server, make_clips):
-    source = make_clips(tmp_path / "in", 30, frames=3)
+    source = make_clips(tmp_path / "in", 20, frames=3)
     assert start(source, tmp_path / "whole", server).wait(120) == 0
     killed, rng = 0, random.Random(0)
-    for _ in range(10):
+    for _ in range(6):
         process = start(source, tmp_path / "killed", server)
         time.sleep(rng.uniform(0.05, 1.0))
         if process.poll() is None:
@@ -50,7 +50,7 @@ def test_killed_at_random_moments(tmp_path, server, make_clips):
         for path in (tmp_path / "killed").rglob("*.jsonl"):  # what is there is whole
             for line in path.read_text().splitlines():
                 json.loads(line)
-    assert killed >= 3
+    assert killed >= 2
     assert start(source, tmp_path / "killed", server).wait(120) == 0
     for name in ("captions.jsonl", "refined.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -63,9 +63,9 @@ def check_set(folder: Path, config: ConfigDict, samples: int) -> list[dict]:
 
 
 def test_shares_letters_schema_and_give_aways(tmp_path, server, make_captions):
-    source, config = make_captions(tmp_path, 60), config_for(server, 120)
+    source, config = make_captions(tmp_path, 40), config_for(server, 80)
     instruct_main(source, tmp_path / "out", config, tell=lambda line: None)
-    records = check_set(tmp_path / "out", config, 120)
+    records = check_set(tmp_path / "out", config, 80)
     captions = {row["id"]: row for row in rows_of(source)}
     for record in records:
         row = captions[record["source"]["caption"]]
@@ -75,7 +75,7 @@ def test_shares_letters_schema_and_give_aways(tmp_path, server, make_captions):
     asked = rows_of(tmp_path / "out/instruct_dropped.jsonl") + records
     planted = [one for one in asked if one["task"] == "mcq" and any(truth in str(one) for truth in TRUTHS)]
     kept = [one for one in planted if "conversations" in one]
-    assert len(planted) >= 5 and not kept
+    assert len(planted) >= 3 and not kept
     assert {one["reason"] for one in planted} == {"answered blind"}
 
     before = statistics_of(server)["given"]
