@@ -2,6 +2,8 @@
 
 import base64
 import email.utils
+import functools
+import importlib.util
 import json
 import os
 import time
@@ -41,20 +43,24 @@ class Endpoint:
 
         Raises UserError where `openai` is not installed, or the key's variable is not set.
         """
-        try:
-            import openai
-        except ImportError:
-            raise UserError("the package openai is missing: pip install 'kangaroo-jax[curation]'") from None
+        if importlib.util.find_spec("openai") is None:
+            raise UserError("the package openai is missing: pip install 'kangaroo-jax[curation]'")
         self.name, self.model, self.settings = name, model, dict(settings or {})
-        self._structured, self._openai, self._url = structured, openai, base_url
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=_key(name, api_key_env), max_retries=0, timeout=timeout
-        )
+        self._structured, self._url, self._timeout = structured, base_url, timeout
+        self._key = _key(name, api_key_env)
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        """Made for the first call: a second is spent on it, and a run that finds all answers needs none."""
+        import openai
+
+        return openai.AsyncOpenAI(base_url=self._url, api_key=self._key, max_retries=0, timeout=self._timeout)
 
     async def complete(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
         """See `Backend`. Another attempt has another seed."""
         body = self._body(request, images, max_tokens, attempt)
-        openai = self._openai
+        import openai
+
         try:
             # The client's own `chat.completions.create` checks every key of the body against its types, and the
             # answer too: more than half of its CPU time.
@@ -86,7 +92,8 @@ class Endpoint:
 
     async def close(self) -> None:
         """See `Backend`."""
-        await self._client.close()
+        if "_client" in self.__dict__:
+            await self._client.close()
 
 
 def data_uri(image: bytes) -> str:

@@ -19,14 +19,19 @@ class OwnModel:
     cached = True
 
     def __init__(self, name: str, checkpoint: str, *, batch_size: int = 16, settings: Mapping[str, Any]) -> None:
-        """`settings`: temperature, top_p and seed. Loads the model. Raises UserError."""
+        """`settings`: temperature, top_p and seed. Raises UserError where there is none."""
         self.name, self.settings = name, dict(settings)
         folder = _folder_of(checkpoint)
-        self._kangaroo = _load(str(folder))
+        self._path = str(folder)
         self.model = f"kangaroo:{folder.parent.name}/{folder.name}@{folder.stat().st_mtime_ns}"
         self._batch_size = batch_size
         self._waiting: list[tuple[Any, int, asyncio.Future[str]]] = []
         self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def _kangaroo(self) -> Any:
+        """The model, loaded for the first call."""
+        return _load(self._path)
 
     async def complete(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
         """See `Backend`. Token counts are those of the text, without vision tokens."""

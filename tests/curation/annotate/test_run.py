@@ -4,10 +4,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from kangaroo_jax.curation.annotate.run import annotate_main
-from kangaroo_jax.tools.bench_annotate import statistics_of
+import pytest
 
-ROOT = Path(__file__).parents[3]
+from kangaroo_jax.curation.annotate.files import read_clips
+from kangaroo_jax.curation.annotate.run import annotate_main, estimate
+from kangaroo_jax.tools.bench_annotate import bench_annotate, statistics_of
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -69,3 +70,52 @@ def test_order_and_text_do_not_depend_on_concurrency_or_faults(
     assert len(texts[0][0].splitlines()) == 8
     told = [[row["caption"] for row in rows_of(tmp_path / f"out{n}/captions.jsonl")] for n in (1, 2)]
     assert told[0] == told[1] and len(set(told[0])) == 8
+
+
+def test_an_estimate_counts_calls_that_the_cache_saves(tmp_path, honest_server, make_clips, make_config, capsys):
+    source = make_clips(tmp_path / "in", 4, frames=2)
+    config = make_config(honest_server)
+    config.backends.captioner_a.update(price_in=1.0, price_out=10.0, image_tokens=500)
+    clips = read_clips(source)
+    before = estimate(clips, tmp_path / "out", config)
+    assert before["backends"]["captioner_a"]["calls"] == 8 and before["backends"]["writer"]["calls"] == 8
+    assert before["total"]["calls"] == 4 * (2 * 3 + 2) and before["missing_images"] == 0
+    tokens = before["backends"]["captioner_a"]
+    assert tokens["prompt_tokens"] > 8 * 500 and tokens["completion_tokens"] == 8 * 128
+    money = (tokens["prompt_tokens"] + 10 * tokens["completion_tokens"]) / 1e6
+    assert tokens["cost"] == pytest.approx(money, abs=1e-4) == before["total"]["cost"]
+    annotate_main(source, tmp_path / "out", config, tell=no_words)
+    after = estimate(clips, tmp_path / "out", config)
+    assert after["backends"]["captioner_a"]["calls"] == 0 and after["backends"]["captioner_a"]["from_cache"] == 8
+    (tmp_path / "in/frames/0000_0.jpg").unlink()
+    assert estimate(clips, tmp_path / "out", config)["missing_images"] == 1
+
+
+def test_a_clip_whose_frames_cannot_be_read_is_an_error_and_costs_only_itself(
+    tmp_path, honest_server, make_clips, make_config
+):
+    source = make_clips(tmp_path / "in", 3, frames=2)
+    for k in range(2):
+        (tmp_path / f"in/frames/0001_{k}.jpg").unlink()
+    (tmp_path / "in/frames/0002_0.jpg").write_bytes(b"no picture")
+    config = make_config(honest_server)
+    annotate_main(source, tmp_path / "out", config, tell=no_words)
+    rows = rows_of(tmp_path / "out/captions.jsonl")
+    assert [row["outcome"] for row in rows] == ["ok", "ok", "error", "error", "ok", "ok"]
+    assert "0 of 2 were described" in rows[2]["reason"] and "0001_0.jpg" in rows[2]["reason"]
+    assert rows[4]["frames"][0]["captions"][0]["reason"] == "image: no JPEG, PNG, WebP or GIF"
+    assert {row["clip"] for row in rows_of(tmp_path / "out/refined.jsonl")} <= {"clip0000", "clip0002"}
+
+
+@pytest.mark.slow
+def test_five_thousand_requests():
+    found = bench_annotate(5000, 64, 0.1)
+    print(found)
+    assert (found["lost"], found["answered"], found["again_from_cache"], found["again_different"]) == (0, 5000, 5000, 0)
+    assert found["calls"] > 5300 and set(found["faults"]) == {
+        "status 429",
+        "status 503",
+        "timeout",
+        "truncated",
+        "malformed",
+    }

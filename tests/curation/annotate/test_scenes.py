@@ -77,10 +77,15 @@ def test_from_clips_to_a_checked_instruction_set(corpus, tmp_path, capsys):
         assert row["outcome"] == "ok" and row["short"] == caption(scene, row["language"])
 
     command = ["instruct", f"--input={tmp_path / 'refined.jsonl'}", "--config=instruct:corpus"]
-    assert cli.main([*command, backends[-1], "--config.samples=40"]) == 0
+    checks = ["--config.verifier=writer", "--config.blind=blind", f"--config.backends.blind.corpus={corpus / 'corpus'}"]
+    assert cli.main([*command, backends[-1], *checks, "--config.samples=40"]) == 0
     summary = json.loads((tmp_path / "instruct.json").read_text())
     assert summary["conversations"] >= 30 and set(summary["languages"]) == {"en", "zh"}
     for record in read_records(tmp_path / "instruct.jsonl"):
+        if record["task"] == "mcq":  # asked blind in four orders, and of one who knows
+            assert record["source"]["checks"] == {"blind_asked": 4, "verified": True} | {
+                "blind_right": record["source"]["checks"]["blind_right"]
+            }
         if record["task"] == "mcq" and record["types"] == ["attribute"]:
             colour = record["options"]["ABCD".index(record["answer"])]
             assert colour in next(row["caption"] for row in rows if row["id"] == record["source"]["caption"])
