@@ -30,7 +30,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
-    "curation": ["onnxruntime", "opencv-python-headless", "rapidocr", "ray"],
+    "curation": ["jsonschema", "onnxruntime", "openai", "opencv-python-headless", "rapidocr", "ray"],
     "serve": ["fastapi", "gradio", "uvicorn"],
     "data": ["matplotlib", "pyarrow", "tensorflow-datasets"],  # no TensorFlow
     "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],
@@ -41,8 +41,10 @@ EXTRAS = {
         "beartype",
         "fsspec",
         "hypothesis",
+        "jsonschema",
         "llama-models",
         "mypy",
+        "openai",
         "pyarrow",
         "pytest",
         "pytest-xdist",
@@ -80,6 +82,10 @@ setup(
     # `configs/` stands beside the package in a clone, and inside it once installed.
     packages=[*find_packages(include=["kangaroo_jax", "kangaroo_jax.*"]), "kangaroo_jax.configs"],
     package_dir={"kangaroo_jax.configs": "configs"},
+    package_data={
+        "kangaroo_jax.curation.annotate": ["prompts/*.txt"],
+        "kangaroo_jax.curation.instruct": ["prompts/*.txt", "schema.json"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["kangaroo = kangaroo_jax.cli:main"]},

@@ -383,6 +383,54 @@ def _run_data(values: "flags.FlagValues", rest: list[str]) -> None:
     data.main(rest)
 
 
+def _define_annotate(values: "flags.FlagValues") -> None:
+    from absl import flags
+
+    define = _definer(values)
+    define(flags.DEFINE_string, "input", None, "JSONL of clips with key frames, as kangaroo curate select writes it")
+    define(flags.DEFINE_string, "output", None, "folder for captions.jsonl, refined.jsonl; by default that of --input")
+    define(flags.DEFINE_string, "config", "annotation", "FILE[:PRESET], such as configs/annotation.py:endpoint")
+    define(flags.DEFINE_bool, "dry_run", False, "only estimate calls, tokens and cost")
+
+
+def _run_annotate(values: "flags.FlagValues", rest: list[str]) -> None:
+    source, output, config = _annotation_arguments("annotate", values, rest)
+
+    from kangaroo_jax.curation.annotate.run import annotate_main
+
+    annotate_main(source, output, config, dry_run=values.dry_run)
+
+
+def _annotation_arguments(job: str, values: "flags.FlagValues", rest: list[str]) -> "tuple[Path, Path, ConfigDict]":
+    """(file of --input, folder of --output, config) of a job. Raises UserError."""
+    from kangaroo_jax.config_files import load_config
+
+    _no_more(job, values, _not_of_config(rest))
+    _required(job, values, "input")
+    config = load_config(values.config)
+    _override(job, values, config, rest)
+    source = Path(values.input)
+    return source, Path(values.output) if values.output else source.parent, config
+
+
+def _define_instruct(values: "flags.FlagValues") -> None:
+    from absl import flags
+
+    define = _definer(values)
+    define(flags.DEFINE_string, "input", None, "captions.jsonl or refined.jsonl, as kangaroo annotate writes them")
+    define(flags.DEFINE_string, "output", None, "folder of instruct.jsonl; by default that of --input")
+    define(flags.DEFINE_string, "config", "instruct", "FILE[:PRESET], such as configs/instruct.py:endpoint")
+    define(flags.DEFINE_bool, "dry_run", False, "only estimate calls, tokens and cost")
+
+
+def _run_instruct(values: "flags.FlagValues", rest: list[str]) -> None:
+    source, output, config = _annotation_arguments("instruct", values, rest)
+
+    from kangaroo_jax.curation.instruct.run import instruct_main
+
+    instruct_main(source, output, config, dry_run=values.dry_run)
+
+
 def _definer(values: "flags.FlagValues") -> Callable[..., Any]:
     """`define(DEFINE_x, name, default, help)` for the flags of one job."""
     return lambda define, *args, **kwargs: define(*args, flag_values=values, **kwargs)
@@ -396,5 +444,7 @@ JOBS = {
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
     "data": Job("check, measure, build and look at training data", None, _run_data),
+    "annotate": Job("caption clips by their key frames, with any models", _define_annotate, _run_annotate),
+    "instruct": Job("make an instruction set out of captions", _define_instruct, _run_instruct),
     "bench": Job("measure the speed of training steps", None, _run_bench),
 }

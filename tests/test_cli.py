@@ -158,7 +158,8 @@ def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeyp
 
 
 def test_every_stage_file_loads_with_every_preset():
-    names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    files = (ROOT / "configs").glob("*.py")
+    names = sorted(path.stem for path in files if "stage_config" in path.read_text())  # the others train nothing
     assert len(names) >= 5
     for name in names:
         for preset in ("tiny", "base_100m", "kangaroo_8b"):

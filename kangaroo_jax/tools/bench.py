@@ -2,10 +2,12 @@
 
 `train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
 plainly in PyTorch, in turn; `data` the loader (`bench_data.py`); `packing` how full rows get
-(`bench_packing.py`). Imports nothing of the data stack itself, so that it runs where only jax, flax and optax are.
+(`bench_packing.py`); `annotate` the client of annotation (`bench_annotate.py`). Imports nothing of the data stack
+itself, so that it runs where only jax, flax and optax are.
 """
 
 import argparse
+import importlib
 import json
 import time
 from collections.abc import Sequence
@@ -29,6 +31,8 @@ from kangaroo_jax.training.parameters import Binding
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
+
+ELSEWHERE = ("data", "packing", "annotate")  # benchmarks with a module of their own, which may need more
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
@@ -211,16 +215,10 @@ def bench_config(arguments: argparse.Namespace) -> ConfigDict:
 
 def main(argv: Sequence[str]) -> None:
     """`train`, `vision [--config=STAGE:PRESET] [--steps=N]`, `train-vs-torch [--steps=N] [--rounds=N] ...`,
-    `convert [--folder=DIR] [--layers=N]`, `data ...` or `packing ...`.
+    `convert [--folder=DIR] [--layers=N]`, `data ...`, `packing ...` or `annotate [--requests=N] ...`.
     """
-    if argv and argv[0] == "data":  # the loader; needs the data stack
-        from kangaroo_jax.tools import bench_data
-
-        return bench_data.main(argv[1:])
-    if argv and argv[0] == "packing":
-        from kangaroo_jax.tools import bench_packing
-
-        return bench_packing.main(argv[1:])
+    if argv and argv[0] in ELSEWHERE:
+        return importlib.import_module(f"kangaroo_jax.tools.bench_{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("train", "vision", "train-vs-torch", "convert"))
     parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")

@@ -171,6 +171,18 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def scenes_of(folder: Path) -> dict[str, Scene]:
+    """The scene of every medium of a finished corpus, by its path relative to the folder: what is true of it.
+
+    Raises UserError where the corpus was made by another version of this module.
+    """
+    settings = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    if settings["format"] != FORMAT:
+        raise UserError(f"{folder}: a corpus of format {settings['format']}, and this is format {FORMAT}; make it anew")
+    plan = _plan_media(Mixture(**settings["mixture"]), settings["seed"])
+    return {media_name(name, i): scene for name, scenes in plan.items() for i, scene in enumerate(scenes)}
+
+
 def make_corpus(
     folder: str | Path,
     seed: int = 0,

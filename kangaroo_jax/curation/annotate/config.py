@@ -1,0 +1,102 @@
+"""The configuration of annotation: every key once, with its default and unit. The paper publishes none of these.
+
+`configs/annotation.py` and `configs/instruct.py` begin with these and change what a run changes.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("endpoint", "own", "corpus")
+CAPTIONERS = ("captioner_a", "captioner_b", "captioner_c")
+
+
+def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
+    """A model that is asked: `endpoint` (an OpenAI-compatible server), `kangaroo` (ours) or `scenes` (rules).
+
+    Raises ValueError for another kind.
+    """
+    if kind not in ("endpoint", "kangaroo", "scenes"):
+        raise ValueError(f"unknown kind of backend {kind!r}: one of endpoint, kangaroo, scenes")
+    c = ConfigDict()
+    c.kind = kind
+    c.base_url = f"http://127.0.0.1:{port}/v1"  # endpoint
+    c.model = ""  # endpoint: the name that its server knows
+    c.api_key_env = ""  # endpoint: the environment variable that holds its key
+    c.structured = True  # endpoint: it knows response_format json_schema
+    c.timeout = 120.0  # endpoint: seconds
+    c.checkpoint = ""  # kangaroo: a folder that training wrote
+    c.batch_size = 16  # kangaroo: prompts a batch
+    c.corpus = ""  # scenes: a folder that kangaroo_jax.tools.corpus wrote
+    c.view = "all"  # scenes: all, or thing (tells less)
+    c.temperature = 0.0
+    c.top_p = 1.0
+    c.seed = 0
+    c.concurrency = 64  # requests under way
+    c.requests_per_minute = 0.0  # 0: no limit
+    c.tokens_per_minute = 0.0  # 0: no limit; asked for, not used
+    c.retries = 6  # calls after the first that failed
+    c.answer_retries = 4  # questions after the first answer that was truncated, refused or malformed
+    c.first_wait = 0.5  # seconds before the second call, doubled for each further one
+    c.longest_wait = 60.0  # seconds
+    c.longest_answer = 4096  # tokens, to which a truncated answer may grow
+    c.image_tokens = 1000  # of one image, for --dry_run
+    c.price_in = 0.0  # for a million tokens, in any currency
+    c.price_out = 0.0
+    return c
+
+
+def annotation_config(preset: str = "endpoint") -> ConfigDict:
+    """All of `kangaroo annotate`.
+
+    Presets: `endpoint` (three captioners and a writer behind four addresses), `own` (the captioners are a
+    Kangaroo in this process), `corpus` (rules on a generated corpus). Raises ValueError for another.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")
+    kinds = {"endpoint": ("endpoint", "endpoint"), "own": ("kangaroo", "endpoint"), "corpus": ("scenes", "scenes")}
+    captioner, writer = kinds[preset]
+    c = ConfigDict()
+    c.languages = ("en", "zh")  # of the captions of the video
+    c.frame_language = "en"  # of the captions of frames
+    c.captioners = CAPTIONERS  # names of backends
+    c.writer = "writer"
+    c.backends = ConfigDict({name: backend(captioner, 8001 + i) for i, name in enumerate(CAPTIONERS)})
+    c.backends.writer = backend(writer, 8000)
+    c.prompts = ""  # a folder of prompts, in place of the package's own
+    c.frame_tokens = 256  # longest answer
+    c.caption_tokens = 800  # longest answer
+    c.source_caption = True  # show the writer the text that came with the video
+    c.part_clips = 1000  # clips a file that is written at once
+    c.refine = _refine()
+    c.choose = ConfigDict(
+        dict(
+            share=0.1,  # of the clips; the paper's 6M of 60M
+            count=0,  # of clips, in place of the share
+            min_score=0.0,  # from 0 to 1
+            balance=True,  # the same cap for every category
+        )
+    )
+    if preset == "own":
+        c.captioners = CAPTIONERS[:1]
+        del c.backends.captioner_b, c.backends.captioner_c
+        c.backends.captioner_a.update(concurrency=16, answer_retries=0)
+    if preset == "corpus":
+        c.backends.captioner_b.view = c.backends.captioner_c.view = "thing"
+        c.refine.update(min_words=2, min_sentence_support=0.0, repeat_iou=1.0)
+    return c
+
+
+def _refine() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            repeat_iou=0.6,  # inferred: sentences whose word sets overlap more are one; 1 keeps all
+            min_language=0.6,  # share of words in the script of the language
+            min_words=8.0,  # of the detailed caption; two Chinese characters are a word
+            max_words=300.0,  # further sentences are cut
+            min_sentence_support=0.15,  # share of a sentence's words that some frame caption has
+            min_frames=0.5,  # share of key frames that at least one captioner described
+            support_weight=0.5,  # of the words that frame captions have, in the score
+            consensus_weight=0.3,  # of what captioners of a frame have in common, in the score
+            length_weight=0.2,  # of the length in the score
+            full_length=60.0,  # words with which length counts fully
+        )
+    )

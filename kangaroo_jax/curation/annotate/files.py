@@ -1,0 +1,151 @@
+"""Files of one JSON object a line: clips in, captions out, there whole or not at all."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.image import IMAGE_SUFFIXES
+from kangaroo_jax.data.storage import is_remote
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyFrame:
+    """An image file and its time in the medium (seconds)."""
+
+    path: str
+    time: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A part of a video, or an image. Paths are absolute or addresses; `start` and `end` are in seconds.
+
+    `row` is the object that it was read from.
+    """
+
+    id: str
+    media: str
+    keyframes: tuple[KeyFrame, ...]
+    start: float | None = None
+    end: float | None = None
+    category: str = ""
+    language: str = ""
+    caption: str = ""
+    source: str = ""
+    licence: str = ""
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def kind(self) -> str:
+        """ "image" or "video"."""
+        return "image" if self.media.lower().endswith(IMAGE_SUFFIXES) else "video"
+
+    @property
+    def seconds(self) -> float:
+        """Length, as far as it is known: of a clip without an end up to its last key frame."""
+        first, last = self.start or 0.0, max((frame.time for frame in self.keyframes), default=0.0)
+        return max((self.end if self.end is not None else last) - first, 0.0)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE: line N", object) of every line that is not empty. Raises UserError."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}: line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+                yield where, row
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write objects as lines under a temporary name, then rename. Returns how many. Raises UserError."""
+    temporary, count = path.with_name(path.name + ".tmp"), 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return count
+
+
+def read_clips(path: Path) -> list[Clip]:
+    """The clips that curation selected. Paths are relative to the file's folder.
+
+    Raises:
+        UserError: the file cannot be read, is empty, a line is no clip, or two have one id.
+    """
+    clips, seen = [], dict[str, str]()
+    for where, row in read_lines(path):
+        clip = _clip(row, where, path.parent)
+        if clip.id in seen:
+            raise UserError(f"{where}: the id {clip.id!r} is taken by {seen[clip.id].rpartition(': ')[2]}")
+        seen[clip.id] = where
+        clips.append(clip)
+    if not clips:
+        raise UserError(f"{path}: no clips in it; `kangaroo curate select` writes them")
+    return clips
+
+
+def absolute(path: str, folder: Path) -> str:
+    """A path from where its file stands; addresses stay."""
+    return path if is_remote(path) else os.path.normpath(os.path.join(folder.resolve(), path))
+
+
+def relative(path: str, folder: Path) -> str:
+    """An absolute path as seen from a folder, so that data can be moved as a whole; addresses stay."""
+    return path if is_remote(path) else os.path.relpath(path, folder.resolve())
+
+
+def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
+    texts = {}
+    for key in ("id", "media", "category", "language", "caption", "source", "licence"):
+        value = row.get(key)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {key!r} must be text, found {value!r}")
+        texts[key] = value or ""
+    if not texts["id"] or not texts["media"]:
+        raise UserError(f"{where}: a clip needs 'id' and 'media'")
+    texts["media"] = absolute(texts["media"], folder)
+    frames = row.get("keyframes")
+    if not isinstance(frames, list) or not frames:
+        raise UserError(f"{where}: 'keyframes' must be a list of at least one {{'path', 'time'}}")
+    start, end = (_seconds(row.get(key), key, where) for key in ("start", "end"))
+    if start is not None and end is not None and start >= end:
+        raise UserError(f"{where}: 'start' {start:g} is not before 'end' {end:g}")
+    return Clip(
+        keyframes=tuple(_keyframe(frame, where, folder) for frame in frames), start=start, end=end, row=row, **texts
+    )
+
+
+def _keyframe(value: Any, where: str, folder: Path) -> KeyFrame:
+    if not isinstance(value, dict) or not isinstance(value.get("path"), str):
+        raise UserError(f"{where}: a key frame needs 'path' and 'time', found {value!r}")
+    return KeyFrame(absolute(value["path"], folder), _seconds(value.get("time"), "time", where) or 0.0)
+
+
+def _seconds(value: Any, key: str, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise UserError(f"{where}: {key!r} must be seconds, found {value!r}")
+    return float(value)

@@ -1,0 +1,242 @@
+"""`kangaroo annotate`: clips -> captions.jsonl and refined.jsonl, in parts that a kill leaves whole."""
+
+import asyncio
+import collections
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.curation.annotate.cache import Cache
+from kangaroo_jax.curation.annotate.captioning import Captioner, FrameCaptions
+from kangaroo_jax.curation.annotate.choose import choose
+from kangaroo_jax.curation.annotate.estimate import Estimate, told
+from kangaroo_jax.curation.annotate.files import Clip, read_clips, read_lines, write_lines
+from kangaroo_jax.curation.annotate.ordered import Progress, in_order
+from kangaroo_jax.curation.annotate.prompts import check_language
+from kangaroo_jax.curation.annotate.requests import Reply, canonical, key_of
+from kangaroo_jax.curation.annotate.team import Team
+from kangaroo_jax.whole_files import write_json
+
+Tell = Callable[[str], None]
+
+
+def annotate_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print) -> None:
+    """Annotate the clips of a file.
+
+    Args:
+        source: one clip a line, as `kangaroo curate select` writes them.
+        output: folder for captions.jsonl, refined.jsonl, annotation.json (counts) and cache.sqlite.
+        config: `config.annotation_config`.
+        dry_run: only say how many calls and tokens it would be, and what they cost; nothing is asked or written.
+
+    Raises:
+        UserError: a clip, the config or a backend is wrong, or an endpoint cannot be reached.
+    """
+    for language in (*config.languages, config.frame_language):
+        check_language(language)
+    if not config.captioners or not config.languages or config.part_clips < 1:
+        raise UserError("annotate: config.captioners, config.languages and config.part_clips must be at least one each")
+    clips = read_clips(source)
+    if dry_run:
+        tell(told(estimate(clips, output, config)))
+        return
+    cache = Cache(output / "cache.sqlite")
+    try:
+        asyncio.run(_annotate(clips, output, config, cache, tell))
+    finally:
+        cache.close()
+
+
+async def _annotate(clips: Sequence[Clip], output: Path, config: ConfigDict, cache: Cache, tell: Tell) -> None:
+    team = Team(config.backends, (*config.captioners, config.writer), cache)
+    captioner = Captioner(config, team)
+    try:
+        parts = _plan(clips, output, captioner)
+        wanted = {"parts": [path.name for path, _ in parts], "choose": config.choose.to_dict()}
+        mark = hashlib.sha256(canonical(wanted).encode()).hexdigest()
+        if _finished(output, mark):
+            tell(f"{output}: finished already; nothing to do")
+            return
+        rows, missing = await _parts(parts, captioner, output, tell, len(clips))
+    finally:
+        await team.close()
+    summary = _finish(rows, len(clips), output, config)
+    summary |= {"prompts": captioner.prompts, "this_run": team.summary(), "all_runs": cache.totals()}
+    if not missing:
+        summary["finished"] = mark
+    write_json(output / "annotation.json", summary)
+    tell(_last_line(summary, output))
+    if missing:
+        tell(f"{missing:,} clips met errors that may pass; run the same command again to ask for them once more")
+    else:
+        shutil.rmtree(output / "parts", ignore_errors=True)
+
+
+def _plan(clips: Sequence[Clip], output: Path, captioner: Captioner) -> list[tuple[Path, Sequence[Clip]]]:
+    """Parts and their files, whose names change with all that decides what is in them."""
+    assert captioner.team is not None
+    config = captioner.config
+    settings = {key: config[key] for key in ("languages", "frame_tokens", "caption_tokens", "source_caption")}
+    common = [captioner.team.identity(), captioner.prompts, settings, config.refine.to_dict()]
+    common.append([list(config.captioners), config.writer])
+    parts, size = [], config.part_clips
+    for first in range(0, len(clips), size):
+        part = clips[first : first + size]
+        images = [_state(frame.path) for clip in part for frame in clip.keyframes]
+        parts_of_name = [common, [clip.row for clip in part], images]
+        digest = hashlib.sha256(canonical(parts_of_name).encode()).hexdigest()[:12]
+        parts.append((output / "parts" / f"{first // size:05d}-{digest}.jsonl", part))
+    return parts
+
+
+def _state(path: str) -> list[Any]:
+    """Size and time of a file, which tell whether it changed."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return [path]
+    return [path, found.st_size, found.st_mtime_ns]
+
+
+def _finished(output: Path, mark: str) -> bool:
+    """Whether the files are there, of just these inputs."""
+    try:
+        summary = json.loads((output / "annotation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    there = all((output / name).is_file() for name in ("captions.jsonl", "refined.jsonl"))
+    return there and summary.get("finished") == mark
+
+
+async def _parts(
+    parts: Sequence[tuple[Path, Sequence[Clip]]], captioner: Captioner, output: Path, tell: Tell, clips: int
+) -> tuple[list[Path | list[dict[str, Any]]], int]:
+    """Annotate the parts that are not there yet. Returns files (or rows, where some may be asked again) in order.
+
+    Also returns how many clips met an error that may pass.
+    """
+    assert captioner.team is not None
+    progress = Progress(clips, "clips", tell, captioner.team.line)
+    results: list[Path | list[dict[str, Any]]] = []
+    missing = 0
+    for path, part in parts:
+        if path.is_file():
+            progress.skip(len(part))
+            results.append(path)
+            continue
+        made = await in_order(lambda clip: captioner.annotate(clip, output), part, _at_once(captioner), progress.step)
+        rows = [row for of_clip in made for row in of_clip]
+        again = {row["clip"] for row in rows if row.get("transient")}
+        missing += len(again)
+        if not again:
+            write_lines(path, rows)
+        results.append(rows if again else path)
+    progress.line()
+    return results, missing
+
+
+def _at_once(captioner: Captioner) -> int:
+    """Clips under way: enough that every backend has as many requests as it takes, twice over."""
+    assert captioner.team is not None
+    most = max(client.limits.concurrency for client in captioner.team.clients.values())
+    return max(4, 2 * -(-most // 5))
+
+
+def _rows_of(results: Sequence[Path | list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    for part in results:
+        if isinstance(part, Path):
+            yield from (row for _, row in read_lines(part))
+        else:
+            yield from part
+
+
+def _finish(
+    results: Sequence[Path | list[dict[str, Any]]], clips: int, output: Path, config: ConfigDict
+) -> dict[str, Any]:
+    """Write captions.jsonl and refined.jsonl; returns their counts."""
+    counts: dict[str, collections.Counter[str]] = {
+        name: collections.Counter() for name in ("outcomes", "reasons", "dropped_sentences", "categories", "chosen")
+    }
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in _rows_of(results):
+            counts["outcomes"][row["outcome"]] += 1
+            counts["categories"][row["category"]] += 1
+            counts["dropped_sentences"].update(one["rule"] for one in row.get("dropped", ()))
+            if row["reason"]:
+                counts["reasons"][row["reason"].split(":")[0]] += 1
+            yield row
+
+    captions = write_lines(output / "captions.jsonl", counted())
+    chosen = choose(_rows_of(results), clips, config.choose)
+
+    def refined() -> Iterator[dict[str, Any]]:
+        for row in _rows_of(results):
+            if row["clip"] in chosen:
+                counts["chosen"][row["category"]] += 1
+                yield row
+
+    refined_rows = write_lines(output / "refined.jsonl", refined())
+    return {
+        "clips": clips,
+        "captions": captions,
+        "refined_clips": len(chosen),
+        "refined_captions": refined_rows,
+    } | {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+
+
+def _last_line(summary: dict[str, Any], output: Path) -> str:
+    outcomes = ", ".join(f"{count:,} {name}" for name, count in summary["outcomes"].items())
+    return (
+        f"{summary['captions']:,} captions of {summary['clips']:,} clips ({outcomes}); {summary['refined_clips']:,} "
+        f"clips chosen; see {output / 'captions.jsonl'}, refined.jsonl and annotation.json"
+    )
+
+
+# --------------------------------------------------------------------------------- estimate
+
+
+def estimate(clips: Sequence[Clip], output: Path, config: ConfigDict) -> dict[str, Any]:
+    """Requests, calls that the cache does not save, tokens and cost, per backend and together.
+
+    What the writer reads is not known yet: its prompts are taken with frame captions of the usual length, and
+    none of its answers as kept. Backends of models in this process are not loaded.
+    """
+    captioner, sums = Captioner(config), Estimate(config.backends)
+    kept = _kept(config, output)
+    usual = Reply("ok", " ".join(["word"] * round(config.frame_tokens / 3)))
+    for clip in clips:
+        requests = captioner.frame_requests(clip)
+        for name in config.captioners:
+            sums.add(name, requests, kept=sum(kept(name, request) for request in requests))
+        frames = [FrameCaptions(frame.time, (usual,) * len(config.captioners)) for frame in clip.keyframes]
+        sums.add(config.writer, [captioner.video_request(clip, frames, language) for language in config.languages])
+    return sums.result()
+
+
+def _kept(config: ConfigDict, output: Path) -> Callable[[str, Any], bool]:
+    """Whether the cache has the answer of an endpoint to a request."""
+    path = output / "cache.sqlite"
+    if not path.is_file():
+        return lambda name, request: False
+    cache = Cache(path)
+    names = [name for name in config.captioners if config.backends[name].kind == "endpoint"]
+    team = Team(config.backends, names)
+
+    def kept(name: str, request: Any) -> bool:
+        if name not in team.clients:
+            return False
+        try:
+            images = tuple(Path(image).read_bytes() for image in request.images)
+        except OSError:
+            return False
+        return cache.get(key_of(team[name].backend, request, images)) is not None
+
+    return kept

@@ -1,0 +1,1 @@
+"""Conversations about clips, made from their captions: the instruction tuning set."""

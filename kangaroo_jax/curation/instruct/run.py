@@ -1,0 +1,248 @@
+"""`kangaroo instruct`: captions -> an instruction set in the paper's mix, and why the others were dropped."""
+
+import asyncio
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.curation.annotate.cache import Cache
+from kangaroo_jax.curation.annotate.estimate import Estimate, told
+from kangaroo_jax.curation.annotate.files import read_lines, write_lines
+from kangaroo_jax.curation.annotate.ordered import Progress, in_order
+from kangaroo_jax.curation.annotate.requests import canonical
+from kangaroo_jax.curation.annotate.team import Team
+from kangaroo_jax.curation.instruct.checks import normal
+from kangaroo_jax.curation.instruct.making import Made, Maker
+from kangaroo_jax.curation.instruct.plan import Cell, Row, Slot, cells_of, slots, targets
+from kangaroo_jax.curation.instruct.records import is_image, schema, sound, to_records
+from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS
+from kangaroo_jax.whole_files import write_json
+
+Tell = Callable[[str], None]
+AT_ONCE = 64  # conversations under way
+OUTPUTS = ("instruct.jsonl", "instruct_dropped.jsonl", "instruct.json", "instruct_schema.json")
+
+
+def instruct_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print) -> None:
+    """Make an instruction set of the captions of a file.
+
+    Args:
+        source: captions.jsonl or refined.jsonl of `kangaroo annotate`.
+        output: folder for instruct.jsonl (LLaVA records), instruct_dropped.jsonl, instruct.json (counts) and
+            instruct_schema.json.
+        config: `config.instruct_config`.
+        dry_run: only say how many calls and tokens it would be, and what they cost.
+
+    Raises:
+        UserError: the captions, the config or a backend is wrong, or an endpoint cannot be reached.
+    """
+    cells = cells_of(config)
+    if not 2 <= config.options <= 8 or not 2 <= config.min_rounds <= config.max_rounds <= 8:
+        raise UserError("instruct: config.options must be 2 to 8, and 2 <= min_rounds <= max_rounds <= 8")
+    if any(task not in CAPTION_TASKS for task, _ in cells) and not config.generator:
+        raise UserError("instruct: config.generator must name a backend, as config.shares has questions")
+    rows = read_captions(source, config)
+    if dry_run:
+        tell(told(estimate(rows, cells, source.parent, config)))
+        return
+    cache = Cache(output / "cache.sqlite")
+    try:
+        asyncio.run(_instruct(rows, cells, source, output, config, cache, tell))
+    finally:
+        cache.close()
+
+
+def read_captions(source: Path, config: ConfigDict) -> list[Row]:
+    """Captions that are ok and good enough. Raises UserError, also where there are none."""
+    rows: list[Row] = []
+    for where, row in read_lines(source):
+        if not all(isinstance(row.get(key), str) for key in ("id", "clip", "language", "media", "outcome")):
+            raise UserError(f"{where}: no object of captions.jsonl (id, clip, language, media, outcome)")
+        if row["outcome"] == "ok" and row["scores"]["score"] >= config.min_score:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{source}: no caption in it is ok and has a score of at least {config.min_score:g}")
+    return rows
+
+
+async def _instruct(
+    rows: Sequence[Row],
+    cells: Mapping[Cell, float],
+    source: Path,
+    output: Path,
+    config: ConfigDict,
+    cache: Cache,
+    tell: Tell,
+) -> None:
+    asks = [name for name in (config.generator, config.blind, config.verifier) if name]
+    team = Team(config.backends, asks if any(task not in CAPTION_TASKS for task, _ in cells) else [], cache)
+    maker = Maker(config, source.parent, team)
+    try:
+        mark = _mark(source, output, config, maker, team)
+        if _finished(output, mark):
+            tell(f"{output}: finished already; nothing to do")
+            return
+        kept, dropped = await build(rows, cells, maker, tell)
+    finally:
+        await team.close()
+    generator = team[config.generator].backend.model if config.generator in team.clients else ""
+    records = to_records(kept, maker, source.parent, output, generator)
+    again = sum(1 for one in dropped if one.transient)
+    summary = counts_of(records, dropped, cells) | {"this_run": team.summary(), "all_runs": cache.totals()}
+    summary |= {"prompts": maker.versions} | ({} if again else {"finished": mark})
+    write_lines(output / OUTPUTS[1], (_dropped(one) for one in dropped))
+    write_json(output / OUTPUTS[3], schema())
+    write_lines(output / OUTPUTS[0], records)
+    write_json(output / OUTPUTS[2], summary)
+    tell(_last_line(summary, output))
+    if again:
+        tell(f"{again:,} conversations met errors that may pass; run the same command again to ask for them once more")
+
+
+def _mark(source: Path, output: Path, config: ConfigDict, maker: Maker, team: Team) -> str:
+    """A hash of all that decides the output."""
+    settings = config.to_dict()
+    settings.pop("backends")
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    where = str(source.parent.resolve()), str(output.resolve())
+    return hashlib.sha256(canonical([digest, where, settings, maker.versions, team.identity()]).encode()).hexdigest()
+
+
+def _finished(output: Path, mark: str) -> bool:
+    try:
+        summary = json.loads((output / OUTPUTS[2]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return summary.get("finished") == mark and all((output / name).is_file() for name in OUTPUTS)
+
+
+# ------------------------------------------------------------------------------------ making
+
+
+async def build(
+    rows: Sequence[Row], cells: Mapping[Cell, float], maker: Maker, tell: Tell
+) -> tuple[list[Made], list[Made]]:
+    """Make conversations until every share is filled or its captions are used up. Returns (kept, dropped).
+
+    It goes in rounds: what a round drops is made up for by the next captions in the plan, so that the result
+    does not depend on which answer came first.
+    """
+    config = maker.config
+    wanted = targets(cells, config.samples)
+    plans = {cell: _fitting(slots(cell, rows, config)) for cell in cells}
+    kept: dict[Cell, list[Made]] = {cell: [] for cell in cells}
+    dropped: list[Made] = []
+    asked: set[tuple[str, str, str]] = set()
+    progress = Progress(sum(wanted.values()), "conversations", tell, maker.team.line if maker.team else str)
+    while True:
+        batch = [
+            slot for cell in cells for slot in itertools.islice(plans[cell], max(wanted[cell] - len(kept[cell]), 0))
+        ]
+        if not batch:
+            break
+        for made in _not_twice(await in_order(maker.make, batch, AT_ONCE, progress.step), asked):
+            if made.reason:
+                dropped.append(made)
+            else:
+                kept[made.slot.task, made.slot.language].append(made)
+    progress.line()
+    cut = _same_shares(kept, wanted) if config.keep_shares else []
+    return [made for of_cell in kept.values() for made in of_cell], dropped + cut
+
+
+def _fitting(plan: Iterator[Slot]) -> Iterator[Slot]:
+    """Images have captions alone: the questions are about videos."""
+    return (slot for slot in plan if slot.task in CAPTION_TASKS or not is_image(slot.row))
+
+
+def _not_twice(found: Sequence[Made], asked: set[tuple[str, str, str]]) -> Iterator[Made]:
+    """Each, dropped where its first question was asked of the clip before or its text holds tags of media."""
+    for made in found:
+        if made.reason or made.slot.task in CAPTION_TASKS:
+            yield made
+            continue
+        key = (made.slot.row["clip"], made.slot.task, normal(made.rounds[0][0]))
+        if not sound([made]):
+            made = dataclasses.replace(made, reason="tag of a medium", detail=made.rounds[0][0])
+        elif key in asked:
+            made = dataclasses.replace(made, reason="asked before", detail=made.rounds[0][0])
+        asked.add(key)
+        yield made
+
+
+def _same_shares(kept: dict[Cell, list[Made]], wanted: Mapping[Cell, int]) -> list[Made]:
+    """Cut every task to the share of its target that the poorest one reached; returns what is cut."""
+    reached = min((len(kept[cell]) / count for cell, count in wanted.items() if count), default=1.0)
+    cut = []
+    for cell, count in wanted.items():
+        most = round(reached * count)
+        cut += [dataclasses.replace(one, reason="share of its task is full") for one in kept[cell][most:]]
+        del kept[cell][most:]
+    return cut
+
+
+def _dropped(made: Made) -> dict[str, Any]:
+    slot = made.slot
+    found = {"id": slot.id, "caption": slot.row["id"], "task": slot.task, "language": slot.language}
+    found |= {"types": list(slot.types), "reason": made.reason, "detail": made.detail}
+    return found | {"rounds": [list(pair) for pair in made.rounds], "checks": dict(made.checks)}
+
+
+def counts_of(records: Sequence[Mapping[str, Any]], dropped: Sequence[Made], cells: Mapping[Cell, float]) -> dict:
+    """Counts by task, language, type and letter; shares beside their targets; reasons of what was dropped."""
+    made = collections.Counter((record["task"], record["language"]) for record in records)
+    total, of_target = max(len(records), 1), sum(cells.values())
+    shares = {
+        f"{task}_{language}": {
+            "count": made[task, language],
+            "share": round(made[task, language] / total, 4),
+            "target": round(share / of_target, 4),
+        }
+        for (task, language), share in cells.items()
+    }
+    counters = {
+        "languages": collections.Counter(record["language"] for record in records),
+        "types": collections.Counter(key for record in records for key in record["types"]),
+        "letters": collections.Counter(record["answer"] for record in records if "answer" in record),
+        "dropped": collections.Counter(one.reason for one in dropped),
+    }
+    return {"conversations": len(records), "shares": shares} | {n: dict(sorted(c.items())) for n, c in counters.items()}
+
+
+def _last_line(summary: Mapping[str, Any], output: Path) -> str:
+    dropped = sum(summary["dropped"].values())
+    languages = ", ".join(f"{count:,} {language}" for language, count in summary["languages"].items())
+    return f"{summary['conversations']:,} conversations ({languages}), {dropped:,} dropped; see {output / OUTPUTS[0]}"
+
+
+# --------------------------------------------------------------------------------- estimate
+
+
+def estimate(rows: Sequence[Row], cells: Mapping[Cell, float], folder: Path, config: ConfigDict) -> dict[str, Any]:
+    """Requests, tokens and cost of the first round, in which nothing is dropped; cached answers are not looked for."""
+    maker, sums = Maker(config, folder), Estimate(config.backends)
+    for cell, count in targets(cells, config.samples).items():
+        if cell[0] in CAPTION_TASKS:
+            continue
+        for slot in itertools.islice(_fitting(slots(cell, rows, config)), count):
+            sums.add(config.generator, [maker.question_request(slot)])
+            usual = ("word " * 12, "word " * 4)
+            made = Made(slot, (usual,) * max(len(slot.types), 1), ("word " * 4,) * (config.options - 1))
+            if cell[0] == "mcq":
+                checks = maker.choice_requests(made)
+                if config.blind:
+                    sums.add(config.blind, checks)
+                if config.verifier:
+                    sums.add(config.verifier, [maker.question_request(slot)])
+            elif config.blind and config.blind_open:
+                sums.add(config.blind, maker.choice_requests(made)[:1], times=len(made.rounds))
+    return sums.result()

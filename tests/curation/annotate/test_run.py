@@ -1,0 +1,121 @@
+"""The whole of `kangaroo annotate` against a real socket server that fails on purpose."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kangaroo_jax.curation.annotate.files import read_clips
+from kangaroo_jax.curation.annotate.run import annotate_main, estimate
+from kangaroo_jax.tools.bench_annotate import bench_annotate, statistics_of
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def no_words(line: str) -> None:
+    """Nothing is to be printed."""
+
+
+def test_faults_lose_and_double_nothing_and_a_second_run_asks_nothing(tmp_path, server, make_clips, make_config):
+    source = make_clips(tmp_path / "in", 12, frames=3)
+    before = statistics_of(server)
+    config = make_config(server)
+    annotate_main(source, tmp_path / "out", config, tell=no_words)
+    rows = rows_of(tmp_path / "out/captions.jsonl")
+    assert [row["id"] for row in rows] == [f"clip{i:04d}-{lang}" for i in range(12) for lang in ("en", "zh")]
+    assert Counter(row["outcome"] for row in rows) == {"ok": 24}
+    after, summary = statistics_of(server), json.loads((tmp_path / "out/annotation.json").read_text())
+    asked = 12 * (3 * 3 + 2)
+    assert after["answered"] - before["answered"] == asked
+    late = sum(one["faults"].get("timeout", 0) for one in summary["this_run"].values()) - after["given"]["hang"]
+    assert after["doubled"] <= max(late, 0)  # only answers that came after this slow machine had given up on them
+    assert sum(one["answers"] for one in summary["all_runs"].values()) == asked
+    assert sum(sum(one["faults"].values()) for one in summary["this_run"].values()) > 5
+    row = rows[3]
+    assert row["language"] == "zh" and row["models"]["writer"] == "writer" and len(row["frames"]) == 3
+    assert row["media"] == "../in/media/0001.mp4" and row["frames"][2]["path"] == "../in/frames/0001_2.jpg"
+    assert row["frames"][1]["time"] == 2.0 and len(row["frames"][1]["captions"]) == 3
+    assert row["prompts"]["video_caption"].startswith("video_caption.zh@1:")
+
+    refined = rows_of(tmp_path / "out/refined.jsonl")
+    assert Counter(row["category"] for row in refined if row["language"] == "en").most_common()[-1][1] == 2
+    assert len(refined) == 12 and [r for r in rows if r["clip"] in {x["clip"] for x in refined}] == refined
+
+    lines: list[str] = []
+    annotate_main(source, tmp_path / "out", config, tell=lines.append)
+    assert len(lines) == 1 and "nothing to do" in lines[0]
+    config.choose.count = 4  # what is asked stays the same: every answer is in the cache
+    annotate_main(source, tmp_path / "out", config, tell=no_words)
+    summary = json.loads((tmp_path / "out/annotation.json").read_text())
+    assert sum(one.get("calls", 0) for one in summary["this_run"].values()) == 0
+    assert sum(one["from_cache"] for one in summary["this_run"].values()) == asked
+    assert summary["refined_clips"] == 4 and statistics_of(server)["given"] == after["given"]
+
+
+def test_order_and_text_do_not_depend_on_concurrency_or_faults(
+    tmp_path, server, honest_server, make_clips, make_config
+):
+    source = make_clips(tmp_path / "in", 4, frames=2)
+    texts = []
+    for number, (url, concurrency) in enumerate(((server, 1), (server, 16), (honest_server, 5))):
+        config = make_config(url, part_clips=3)
+        for backend in config.backends.values():
+            backend.concurrency = concurrency
+        annotate_main(source, tmp_path / f"out{number}", config, tell=no_words)
+        texts.append([(tmp_path / f"out{number}" / f).read_bytes() for f in ("captions.jsonl", "refined.jsonl")])
+    assert texts[0] == texts[1]
+    assert len(texts[0][0].splitlines()) == 8
+    told = [[row["caption"] for row in rows_of(tmp_path / f"out{n}/captions.jsonl")] for n in (1, 2)]
+    assert told[0] == told[1] and len(set(told[0])) == 8
+
+
+def test_an_estimate_counts_calls_that_the_cache_saves(tmp_path, honest_server, make_clips, make_config, capsys):
+    source = make_clips(tmp_path / "in", 4, frames=2)
+    config = make_config(honest_server)
+    config.backends.captioner_a.update(price_in=1.0, price_out=10.0, image_tokens=500)
+    clips = read_clips(source)
+    before = estimate(clips, tmp_path / "out", config)
+    assert before["backends"]["captioner_a"]["calls"] == 8 and before["backends"]["writer"]["calls"] == 8
+    assert before["total"]["calls"] == 4 * (2 * 3 + 2) and before["missing_images"] == 0
+    tokens = before["backends"]["captioner_a"]
+    assert tokens["prompt_tokens"] > 8 * 500 and tokens["completion_tokens"] == 8 * 128
+    money = (tokens["prompt_tokens"] + 10 * tokens["completion_tokens"]) / 1e6
+    assert tokens["cost"] == pytest.approx(money, abs=1e-4) == before["total"]["cost"]
+    annotate_main(source, tmp_path / "out", config, tell=no_words)
+    after = estimate(clips, tmp_path / "out", config)
+    assert after["backends"]["captioner_a"]["calls"] == 0 and after["backends"]["captioner_a"]["from_cache"] == 8
+    (tmp_path / "in/frames/0000_0.jpg").unlink()
+    assert estimate(clips, tmp_path / "out", config)["missing_images"] == 1
+
+
+def test_a_clip_whose_frames_cannot_be_read_is_an_error_and_costs_only_itself(
+    tmp_path, honest_server, make_clips, make_config
+):
+    source = make_clips(tmp_path / "in", 3, frames=2)
+    for k in range(2):
+        (tmp_path / f"in/frames/0001_{k}.jpg").unlink()
+    (tmp_path / "in/frames/0002_0.jpg").write_bytes(b"no picture")
+    config = make_config(honest_server)
+    annotate_main(source, tmp_path / "out", config, tell=no_words)
+    rows = rows_of(tmp_path / "out/captions.jsonl")
+    assert [row["outcome"] for row in rows] == ["ok", "ok", "error", "error", "ok", "ok"]
+    assert "0 of 2 were described" in rows[2]["reason"] and "0001_0.jpg" in rows[2]["reason"]
+    assert rows[4]["frames"][0]["captions"][0]["reason"] == "image: no JPEG, PNG, WebP or GIF"
+    assert {row["clip"] for row in rows_of(tmp_path / "out/refined.jsonl")} <= {"clip0000", "clip0002"}
+
+
+@pytest.mark.slow
+def test_five_thousand_requests():
+    found = bench_annotate(5000, 64, 0.1)
+    print(found)
+    assert (found["lost"], found["answered"], found["again_from_cache"], found["again_different"]) == (0, 5000, 5000, 0)
+    assert found["calls"] > 5300 and set(found["faults"]) == {
+        "status 429",
+        "status 503",
+        "timeout",
+        "truncated",
+        "malformed",
+    }
