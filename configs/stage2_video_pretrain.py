@@ -20,7 +20,6 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
         c.data.loss_on = "assistant"  # the request says in which language to answer
         c.data.update(image_size=24, tokens_per_pack=512, frames_per_pack=28, packs_per_batch=4)
         c.optimizer.learning_rate = 1e-3
-        c.data.update(shuffle=False, packing_bins=1)  # what is new in videos first
         c.optimizer.trainable = ((".*", 1.0),)  # as in stage 1
-        c.train.steps = 750
+        c.train.steps = 700
     return lock(c)

@@ -40,7 +40,6 @@ from kangaroo_jax.tools.corpus_text import (
 )
 from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
-NEW = ("first", "last", "direction", "count")  # kinds of questions that clips bring; stage 2 begins with them
 FORMAT = 3  # of the files; raise it when the same settings begin to give other records
 
 
@@ -70,13 +69,10 @@ class Mixture:
     )
     # Conversations
     rounds: int = 5  # questions about one video in one conversation, at most
-    multiple_choice: float = 0.6  # share of the questions; the others are open
+    multiple_choice: float = 0.7  # share of the questions; the others are open
     describe_last: float = 0.2  # share of conversations that end with a description
     stage1_captions: int = 7500  # captions of images that stage 1 begins with; conversations on every image follow,
     stage1_more: int = 5000  # and so many captions among them
-    stage2_first_images: int = (
-        1000  # with conversations among those on what is new in videos, which stage 2 begins with
-    )
     stage2_per_short: int = 3  # conversations of a short clip in stages 2 and 3; languages take turns
     stage4_per_short: int = 4
     some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4
@@ -84,7 +80,7 @@ class Mixture:
     stage5_per_long: int = 10
     stage5_shorts: int = 2500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
-    warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
+    warmup: float = 0.85  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
     eval_image: tuple[int, int] = (80, 40)  # multiple choice, open
     eval_short: tuple[int, int] = (400, 200)
@@ -93,7 +89,7 @@ class Mixture:
     def scaled(self, scale: float) -> "Mixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage1_captions", "stage1_more", "stage2_first_images", "some_images", "some_text", "stage5_shorts")
+        records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_shorts")
         counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
@@ -316,18 +312,13 @@ def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> di
     return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
 
 
-def _questions(
-    scene: Scene, language: str, plan: Mixture, rng: random.Random, asks: Sequence[str] = ()
-) -> list[tuple[str, str]]:
-    """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end.
-
-    `asks` are the kinds of facts, none for all; nothing is returned for a scene that has none of them.
-    """
-    found = [fact for fact in facts(scene) if not asks or fact.kind in asks]
+def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
+    """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
+    found = facts(scene)
     chosen = rng.sample(found, min(plan.rounds, len(found)))
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
     turns = [(q.text, q.answer) for q in asked]
-    if turns and rng.random() < plan.describe_last:
+    if rng.random() < plan.describe_last:
         turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
     return turns
 
@@ -353,21 +344,14 @@ def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterat
 
 
 def _instructions(
-    media: dict[str, list[Scene]],
-    folder: str,
-    count: int,
-    each: int,
-    plan: Mixture,
-    rng: random.Random,
-    asks: Sequence[str] = (),
+    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: Mixture, rng: random.Random
 ) -> Iterator[dict]:
     """`each` conversations on each of the first `count` media of a folder; languages take turns."""
-    about = f"{'-'.join(asks)}-" if asks else ""
     for i, scene in enumerate(media[folder][:count]):
         for k in range(each):
             language = LANGUAGES[(i + k) % 2]
-            if turns := _questions(scene, language, plan, rng, asks):
-                yield _record(f"{folder}-{i:05d}-chat-{about}{k}-{language}", turns, media_name(folder, i))
+            turns = _questions(scene, language, plan, rng)
+            yield _record(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
 
 
 def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
@@ -376,13 +360,7 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
         list(_captions(media, folder, dense)) for folder, dense in (("images", False), ("short", True), ("long", True))
     )
     rng.shuffle(captions)
-    begin = {
-        1: captions[: plan.stage1_captions],
-        2: list(_instructions(media, "short", plan.shorts, 1, plan, rng, NEW)),
-    }
-    begin[2] += _instructions(media, "images", plan.stage2_first_images, 1, plan, rng, ("what", "colour", "count"))
-    rng.shuffle(begin[2])
-    more = captions[plan.stage1_captions :][: plan.stage1_more]
+    first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
     lately = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
     stages = [
         _with_others(more, media, plan.images, plan, rng),
@@ -403,7 +381,7 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
     ]
     for i, records in enumerate(stages, 1):
         rng.shuffle(records)
-        _write(root / f"stage{i}.jsonl", begin.get(i, []) + records)
+        _write(root / f"stage{i}.jsonl", first + records if i == 1 else records)
     _write(root / "stage0.jsonl", _warmup_records(plan, seed))
     for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
         folder = f"held_out/{folder}"

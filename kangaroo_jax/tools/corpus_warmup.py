@@ -38,25 +38,24 @@ class Drill:
 class Note:
     """A scene written out, and up to `rounds` questions on it, a share of them `multiple_choice`.
 
-    `scenes` are kinds and weights; None means all: images, short clips and long videos. `asks` are the kinds of
-    questions, none for all. A share `describe` of the conversations also has a description.
+    `scenes` are kinds and weights; None means all: images, short clips and long videos. With `describe` a share
+    of the conversations also has a description.
     """
 
     scenes: tuple[tuple[str, float], ...] | None = None
     rounds: int = 1
     multiple_choice: float = 0.0
-    describe: float = 0.2
+    describe: float = 0.3
     languages: tuple[str, ...] = LANGUAGES
-    asks: tuple[str, ...] = ()
 
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
         """Rounds in random order, the first of which begins with the note."""
         language = rng.choice(self.languages)
         everything: list[Sequence[tuple[str, float]]] = [IMAGES, short_kinds, (("long", 1.0),)]
-        scenes = rng.choices(everything, weights=(0.1, 0.65, 0.25))[0] if self.scenes is None else self.scenes
+        scenes = rng.choices(everything, weights=(0.3, 0.5, 0.2))[0] if self.scenes is None else self.scenes
         names, weights = zip(*(scenes or short_kinds), strict=True)
         scene = maker.make(rng.choices(names, weights)[0])
-        found = [fact for fact in facts(scene) if not self.asks or fact.kind in self.asks]
+        found = facts(scene)
         chosen = rng.sample(found, min(self.rounds, len(found)))
         asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
         turns = [(question.text, question.answer) for question in asked]
@@ -68,36 +67,13 @@ class Note:
 
 # (records at scale 1, what they are drawn from and with which weight)
 SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
-ORDER = (("order", 2.0), ("transform", 1.0))
-MOVE = (("move", 1.0),)
-FIRST = ("first", "last")
-WAY = ("direction",)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
-    (3_000, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (6_500, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (7_000, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
-    (8_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
-    (
-        9_000,
-        (
-            (2, Drill()),
-            (2, Note(IMAGES, 1, 1.0)),
-            (1.2, Note(ORDER, 2, 0, 0, asks=FIRST)),
-            (0.5, Note(MOVE, 1, 0, 0, asks=WAY)),
-            (0.8, Note(None, 3)),
-        ),
-    ),
-    (
-        14_000,
-        (
-            (0.8, Drill()),
-            (0.2, Drill((4,), SECONDS)),
-            (1.3, Note(IMAGES, 1, 1.0)),
-            (0.8, Note(ORDER, 2, 0.6, 0, asks=FIRST)),
-            (0.4, Note(MOVE, 1, 0.6, 0, asks=WAY)),
-            (2, Note(None, 3, 0.6)),
-        ),
-    ),
+    (3_700, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (7_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (10_700, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
+    (14_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
+    (10_800, ((1.7, Drill()), (0.3, Drill((4,), SECONDS)), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 3)))),
+    (14_000, ((0.8, Drill()), (0.2, Drill((4,), SECONDS)), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 2, 0.6)))),
 )
 
 

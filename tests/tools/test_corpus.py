@@ -38,7 +38,6 @@ TINY = dataclasses.replace(
     warmup=0.01,
     stage1_captions=20,
     stage1_more=6,
-    stage2_first_images=4,
     some_images=5,
     some_text=6,
     stage5_shorts=8,
