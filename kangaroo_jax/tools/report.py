@@ -31,6 +31,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kangaroo_jax.evaluation.scoring import extract_letter
 from kangaroo_jax.tools.report_charts import bar_chart, escape, loss_chart, stage_label
 from kangaroo_jax.tools.report_style import STYLE
 from kangaroo_jax.whole_files import write_text
@@ -266,9 +267,9 @@ def _sample(sample: Mapping) -> str:
     language = {"en": "English", "zh": "Chinese"}.get(sample["language"], sample["language"])
     tags = verdict + "".join(f'<span class="tag">{escape(t)}</span>' for t in (_name(sample["kind"]), language))
     question, options = sample["question"], list(sample.get("options") or ())
-    items = []
+    items, said = [], extract_letter(sample["answer"]) if options else ""
     for letter, option in zip("ABCDEFGHIJ", options, strict=False):
-        mark = "good" if letter == sample["truth"] else "bad" if letter == sample["answer"].strip()[:1] else ""
+        mark = "good" if letter == sample["truth"] else "bad" if letter == said else ""
         items.append(f'<li class="{mark}"{_language(option)}>{letter}. {escape(option)}</li>')
     if options:  # the question may hold the options, which are listed below it
         question = question.split("\nA")[0]
