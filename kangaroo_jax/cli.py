@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("kangaroo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from kangaroo_jax.conventions import UserError
+        from kangaroo_jax.errors import UserError
 
         if not isinstance(error, UserError):
             raise
@@ -62,7 +62,7 @@ def _run_job(name: str, arguments: list[str]) -> None:
     from absl import flags
 
     from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     if name not in JOBS:
         raise UserError(f"no job {name!r}{nearest(name, JOBS)}: kangaroo --help lists them")
@@ -93,7 +93,7 @@ def _parse(values: "flags.FlagValues", job: str, arguments: list[str]) -> list[s
     """Parse the flags among `arguments`; returns the other arguments. Raises UserError for a bad value."""
     from absl import flags
 
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     values.set_gnu_getopt(True)
     try:
@@ -105,7 +105,7 @@ def _parse(values: "flags.FlagValues", job: str, arguments: list[str]) -> list[s
 def _no_more(job: str, values: "flags.FlagValues", rest: Sequence[str]) -> None:
     """Raise UserError for the first argument that is left over."""
     from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     if not rest:
         return
@@ -116,7 +116,7 @@ def _no_more(job: str, values: "flags.FlagValues", rest: Sequence[str]) -> None:
 
 
 def _required(job: str, values: "flags.FlagValues", *names: str) -> None:
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     for name in names:
         if not values[name].value:
@@ -125,7 +125,7 @@ def _required(job: str, values: "flags.FlagValues", *names: str) -> None:
 
 def _workdir(values: "flags.FlagValues") -> Path:
     """The folder of --workdir, made where it does not exist."""
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     path = Path(values.workdir)
     try:
@@ -149,7 +149,7 @@ def _override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: 
     from ml_collections import config_flags
 
     from kangaroo_jax.config_files import config_keys, nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     keys = list(config_keys(config))
     for argument in rest:
@@ -210,7 +210,7 @@ def _preset(name: str) -> str:
     """The name of a preset. Raises UserError for another."""
     from kangaroo_jax.config import PRESETS
     from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
@@ -309,7 +309,7 @@ def _define_convert(values: "flags.FlagValues") -> None:
 
 def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.config import stage_config
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     _no_more("convert", values, _not_of_config(rest))
     _required("convert", values, "to")
