@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     m.short_side = 256  # pixels
 
     c.fingerprint = ConfigDict(dict(min_contrast=3.0))  # grey levels; a flatter frame has no fingerprint
-    c.language = ConfigDict(dict(enabled=True, min_probability=0.5))
+    c.caption_language = ConfigDict(dict(enabled=True, min_probability=0.5))
     c.embed = ConfigDict(dict(checkpoint="", batch=8))  # "" leaves the stage out
 
     c.select = s = ConfigDict()

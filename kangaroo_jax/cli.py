@@ -327,6 +327,33 @@ def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
     convert_main(sources, values.to, verify=values.verify, checks=checks, overrides=overrides, **options)
 
 
+def _define_curate(values: "flags.FlagValues") -> None:
+    from absl import flags
+
+    define = _definer(values)
+    define(flags.DEFINE_list, "input", None, "folders, media files or manifests (.jsonl, .csv, .parquet), with commas")
+    define(flags.DEFINE_string, "output", None, "folder for scores, key frames and the choice; run again to go on")
+    define(flags.DEFINE_string, "config", "curation", "FILE; every threshold is in it")
+    define(flags.DEFINE_string, "engine", "local", "local (processes of this machine) or ray")
+    define(flags.DEFINE_string, "ray_address", "", "of a Ray cluster; without it Ray is started here")
+    define(flags.DEFINE_bool, "retry", False, "try again what failed")
+    define(flags.DEFINE_string, "name", "curated", "of the dataset that `curate export` writes")
+    define(flags.DEFINE_string, "annotations", None, "conversations for `curate export`; by default captions of the input")
+
+
+def _run_curate(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.config_files import load_config
+
+    words = [word for word in rest if not word.startswith("-")]
+    config = load_config(values.config)
+    _override("curate", values, config, [flag for flag in rest if flag.startswith("-")])
+    options: dict[str, Any] = {name: values[name].value for name in values if name != "config"}
+
+    from kangaroo_jax.curation.curate import main as curate_main
+
+    curate_main(words, config, **options)
+
+
 def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.tools import bench
 
@@ -396,5 +423,6 @@ JOBS = {
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
     "data": Job("check, measure, build and look at training data", None, _run_data),
+    "curate": Job("score raw videos and images and choose among them", _define_curate, _run_curate),
     "bench": Job("measure the speed of training steps", None, _run_bench),
 }

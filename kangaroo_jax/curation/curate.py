@@ -9,14 +9,15 @@
 """
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.curation import engine, shards
+from kangaroo_jax.curation import engine, select, shards
 from kangaroo_jax.curation.manifest import read_inputs
 from kangaroo_jax.curation.run_shard import Plan
 from kangaroo_jax.curation.shards import Shard
@@ -30,25 +31,55 @@ ENGINES = ("local", "ray")
 class Options:
     """Flags of the command line."""
 
+    output: str
     inputs: tuple[str, ...] = ()
-    output: str = ""
     engine: str = "local"
     ray_address: str = ""
+    retry: bool = False
+    name: str = "curated"
+    annotations: str = ""
+
+    @property
+    def root(self) -> Path:
+        """The output folder."""
+        return Path(self.output).resolve()
 
 
-def curate(options: Options, config: ConfigDict) -> Path:
-    """Score the inputs, choose, and write the report. Returns the output folder. Raises UserError."""
+def main(words: Sequence[str], config: ConfigDict, *, input: Sequence[str] | None, **flags: Any) -> None:
+    """Run a job of `kangaroo curate`: `words` is empty, or names one. Raises UserError."""
+    job, *rest = words or ["curate"]
+    if job not in _JOBS:
+        raise UserError(f"curate: no job {job!r}; there are {', '.join(_JOBS)} (and none, to score and choose)")
+    if len(rest) != (job == "explain"):
+        raise UserError("curate explain: name one clip or file" if job == "explain" else f"curate: what is {rest[0]!r}?")
+    if not flags["output"] and job != "doctor":
+        raise UserError("curate: --output is missing (the folder of scores and key frames)")
+    if not input and job == "curate":
+        raise UserError("curate: --input is missing (folders, media files or manifests)")
+    given = {key: value for key, value in flags.items() if value is not None}
+    _JOBS[job](Options(inputs=tuple(input or ()), **{"output": "", **given}), config, *rest)
+
+
+def curate(options: Options, config: ConfigDict) -> None:
+    """Score the inputs and choose. Raises UserError."""
     if options.engine not in ENGINES:
         raise UserError(f"curate: no engine {options.engine!r}; there are {', '.join(ENGINES)}")
-    root = Path(options.output).resolve()
-    plain = plain_config(config)
+    root, plain = options.root, plain_config(config)
     plan = Plan(root, enabled(plain), plain)
     items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"])
     with shards.claimed(root):
         parts = shards.make_shards(items, plain["engine"]["shard_items"])
+        if options.retry:
+            forget_failures(root)
         score(parts, plan, options)
         remove_old(root, parts)
-    return root
+        print(select.table(select.select(root, plain["select"])))
+
+
+def select_again(options: Options, config: ConfigDict) -> None:
+    """Choose anew from the scores that are there. Raises UserError."""
+    with shards.claimed(options.root):
+        print(select.table(select.select(options.root, plain_config(config)["select"])))
 
 
 def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
@@ -58,6 +89,17 @@ def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
         engine.run_ray(parts, plan, options.ray_address, workers)
     else:
         engine.run_local(parts, plan, workers)
+
+
+def forget_failures(root: Path) -> None:
+    """Let stages score again the shards in which they failed on something."""
+    for folder in (root / "work").iterdir():
+        for file in folder.glob("*.done") if folder.is_dir() else ():
+            if json.loads(file.read_bytes()).get("failed"):
+                file.unlink()
+    for file in (root / "scores").glob("*.done"):
+        if json.loads(file.read_bytes())["failed"]:
+            file.unlink()
 
 
 def remove_old(root: Path, parts: Sequence[Shard]) -> None:
@@ -82,6 +124,10 @@ def remove_old(root: Path, parts: Sequence[Shard]) -> None:
 
 def plain_config(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON has it: lists for tuples."""
-    import json
-
     return json.loads(json.dumps(config.to_dict()))
+
+
+_JOBS: dict[str, Callable[..., None]] = {
+    "curate": curate,
+    "select": select_again,
+}

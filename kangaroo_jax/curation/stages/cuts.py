@@ -88,7 +88,7 @@ def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -
 
 def _hurry(stream: Any) -> None:
     codec = stream.codec_context
-    codec.options = {**codec.options, "skip_loop_filter": "all"}
+    codec.options = {"err_detect": "explode", "skip_loop_filter": "all"}  # damage is an error, as in training
     if codec.name in ("h264", "hevc", "mpeg4", "mpeg2video"):
         codec.skip_frame = "NONREF"
 
