@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     k.threshold = 27.0  # PySceneDetect's ContentDetector
     k.min_scene_seconds = 0.6
     k.side = 160  # pixels of the longest side of what it looks at
+    k.full_pass_pixels = 3e8  # width x height x frames; beyond it, only what key frames tell of is decoded
     k.whole_seconds = 60.0  # a longer video is split into clips at its cuts
     k.min_clip_seconds = 5.0  # scenes are joined until a clip is so long
     k.max_clip_seconds = 60.0  # and a longer scene is divided evenly
@@ -38,7 +39,7 @@ def get_config() -> ConfigDict:
     f.side = 768  # pixels of the longest side
     f.quality = 90  # of the JPEG files
     f.candidates = 3  # frames of which the sharpest is taken
-    f.reach_seconds = 0.5  # how far from the middle of its part of the clip
+    f.reach_seconds = 0.4  # from the first to the last of them
     f.cut_margin_seconds = 0.15  # and how far from any cut
 
     c.text = t = ConfigDict()

@@ -338,7 +338,9 @@ def _define_curate(values: "flags.FlagValues") -> None:
     define(flags.DEFINE_string, "ray_address", "", "of a Ray cluster; without it Ray is started here")
     define(flags.DEFINE_bool, "retry", False, "try again what failed")
     define(flags.DEFINE_string, "name", "curated", "of the dataset that `curate export` writes")
-    define(flags.DEFINE_string, "annotations", None, "conversations for `curate export`; by default captions of the input")
+    define(
+        flags.DEFINE_string, "annotations", None, "conversations for `curate export`; by default captions of the input"
+    )
 
 
 def _run_curate(values: "flags.FlagValues", rest: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""From raw videos and images to a training set: scores for everything, then a choice, then annotation and export."""
+"""Curation, annotation and instruction sets: from raw videos to a bilingual training set."""

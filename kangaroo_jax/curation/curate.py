@@ -1,11 +1,11 @@
 """`kangaroo curate`: score everything, then choose; and the jobs that look at what was found.
 
-    kangaroo curate --input=DIR|manifest.{jsonl,csv,parquet} --output=OUT     score, select, report
-    kangaroo curate select --output=OUT [--config.select.max_face=0.1]        choose again, from the scores
-    kangaroo curate explain ID --output=OUT                                   all that is known of one clip
-    kangaroo curate report --output=OUT                                       write report.html again
-    kangaroo curate export --output=OUT [--annotations=FILE] --name=NAME      a dataset for kangaroo data
-    kangaroo curate doctor                                                    what is installed, and works
+kangaroo curate --input=DIR|manifest.{jsonl,csv,parquet} --output=OUT     score, select, report
+kangaroo curate select --output=OUT [--config.select.max_face=0.1]        choose again, from the scores
+kangaroo curate explain ID --output=OUT                                   all that is known of one clip
+kangaroo curate report --output=OUT                                       write report.html again
+kangaroo curate export --output=OUT [--annotations=FILE] --name=NAME      a dataset for kangaroo data
+kangaroo curate doctor                                                    what is installed, and works
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ def main(words: Sequence[str], config: ConfigDict, *, input: Sequence[str] | Non
     if job not in _JOBS:
         raise UserError(f"curate: no job {job!r}; there are {', '.join(_JOBS)} (and none, to score and choose)")
     if len(rest) != (job == "explain"):
-        raise UserError("curate explain: name one clip or file" if job == "explain" else f"curate: what is {rest[0]!r}?")
+        raise UserError(
+            "curate explain: name one clip or file" if job == "explain" else f"curate: what is {rest[0]!r}?"
+        )
     if not flags["output"] and job != "doctor":
         raise UserError("curate: --output is missing (the folder of scores and key frames)")
     if not input and job == "curate":

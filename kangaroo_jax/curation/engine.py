@@ -148,7 +148,9 @@ def run_ray(shards: Sequence[Shard], plan: Plan, address: str = "", workers: int
 def _connect(address: str, workers: int) -> None:
     import ray
 
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}} if not address else {}
+    environment = (
+        {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}} if not address else {}
+    )
     try:
         ray.init(
             address=address or None,

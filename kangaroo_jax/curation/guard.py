@@ -44,8 +44,8 @@ class Guard:
         self._connection: Connection | None = None
         self._closed = threading.Event()
 
-    def call(self, *arguments: Any) -> tuple[Any, float]:
-        """What the job returns, and the CPU seconds that it took.
+    def call(self, *arguments: Any) -> tuple[Any, float, float]:
+        """What the job returns, the CPU seconds that it took, and the most memory so far (resident MiB).
 
         Raises:
             SetupError: a package is missing, or the process does not start.
@@ -56,7 +56,7 @@ class Guard:
         connection = self._started()
         try:
             connection.send(arguments)
-            kind, value, seconds = self._wait(connection)
+            kind, value, seconds, memory = self._wait(connection)
         except (EOFError, OSError):
             self._check_open()
             raise Lost(self._end()) from None
@@ -66,7 +66,7 @@ class Guard:
             raise UserError(value)
         if kind == "lost":
             raise Lost(value)
-        return value, seconds
+        return value, seconds, memory
 
     def close(self) -> None:
         """End the process, even in the middle of a call from another thread."""
@@ -96,10 +96,12 @@ class Guard:
             self._connection.recv()
         except (EOFError, OSError):
             self._check_open()
-            raise SetupError(f"a process of curation ended as it started ({self._end()}); see the lines above") from None
+            raise SetupError(
+                f"a process of curation ended as it started ({self._end()}); see the lines above"
+            ) from None
         return self._connection
 
-    def _wait(self, connection: Connection) -> tuple[str, Any, float]:
+    def _wait(self, connection: Connection) -> tuple[str, Any, float, float]:
         deadline = time.monotonic() + self._seconds
         while not connection.poll(_POLL):
             self._check_open()
@@ -136,6 +138,15 @@ def _resident_mib(pid: int) -> float:
         return 0.0
 
 
+def _most_mib() -> float:
+    """The most that this process had resident, of its own."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
 def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, parent: int) -> None:
     """The loop of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -164,7 +175,7 @@ def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, par
         except Exception as error:  # what a library raises on a file
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             outcome = ("lost", _too_much(memory_mib) if "alloc" in reason.lower() else reason)
-        connection.send((*outcome, time.process_time() - begin))
+        connection.send((*outcome, time.process_time() - begin, _most_mib()))
 
 
 def _end_with_parent(parent: int) -> None:

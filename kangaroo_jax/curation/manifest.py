@@ -24,12 +24,37 @@ from kangaroo_jax.data.storage import is_remote, join, member_suffix, short
 from kangaroo_jax.errors import UserError
 
 Item = dict[str, Any]
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".flv", ".wmv", ".ts", ".mpg", ".mpeg", ".3gp", ".gif")
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".webm",
+    ".mkv",
+    ".mov",
+    ".avi",
+    ".m4v",
+    ".flv",
+    ".wmv",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".3gp",
+    ".gif",
+)
 _MANIFESTS = (".jsonl", ".csv", ".tsv", ".parquet")
 # Columns by what they mean, the first that a row has; those of WebVid (videoid, page_dir, contentUrl, name),
 # Youku-mPLUG (video_id:FILE, golden_caption), LAION and COYO (url or URL, text or TEXT, key, hash) and Wukong (dir).
 _COLUMNS = {
-    "path": ("path", "video", "image", "media", "file", "video_path", "image_path", "video_id:FILE", "image:FILE", "dir"),
+    "path": (
+        "path",
+        "video",
+        "image",
+        "media",
+        "file",
+        "video_path",
+        "image_path",
+        "video_id:FILE",
+        "image:FILE",
+        "dir",
+    ),
     "url": ("url", "URL", "contentUrl", "image_url", "video_url"),
     "source_id": ("id", "videoid", "video_id", "image_id", "key", "hash", "SAMPLE_ID"),
     "caption": ("caption", "text", "TEXT", "name", "title", "golden_caption"),

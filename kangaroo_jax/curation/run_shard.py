@@ -71,6 +71,7 @@ class Spent:
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._seconds, self._begin = tell, list[float](), time.time()
+        self.memory = 0.0  # resident MiB of the process, at most
 
     def __call__(self, stage: str, failure: str, seconds: float) -> None:
         self._seconds.append(seconds)
@@ -79,7 +80,11 @@ class Spent:
     def write(self, root: Path, stage: str, shard: str) -> None:
         """OUTPUT/timings/STAGE/SHARD.json."""
         if self._seconds:
-            value = {"cpu_seconds": [round(s, 4) for s in self._seconds], "wall": round(time.time() - self._begin, 3)}
+            value: Row = {
+                "cpu_seconds": [round(s, 4) for s in self._seconds],
+                "wall": round(time.time() - self._begin, 3),
+            }
+            value["memory_mib"] = round(self.memory, 1)
             shards.put(root, root / "timings" / stage / f"{shard}.json", json.dumps(value).encode())
 
 
@@ -91,13 +96,14 @@ def _scored(row: Row, stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> Ro
     """What the stage says of a row, or why it cannot say anything; key frames are written here."""
     settings = plan.config.get(stage.name, {})
     try:
-        outcome, seconds = guard.call(stage.name, row, settings, str(plan.root))
+        outcome, seconds, memory = guard.call(stage.name, row, settings, str(plan.root))
     except SetupError:
         raise
     except (UserError, Lost) as error:
         tell(stage.name, str(error), 0.0)
         return {"id": row["id"], "failure": str(error)}
     tell(stage.name, "", seconds)
+    tell.memory = max(tell.memory, memory)
     if outcome.files:
         folder = plan.root / "keyframes" / row["id"]
         for k, data in enumerate(outcome.files):

@@ -1,8 +1,8 @@
 """`kangaroo curate select`: which clips are kept, from the scores alone, and the first rule that each other one fails.
 
 Rules, in this order: broken, seconds, size, text, face, motion, language (thresholds); duplicate (of a group the
-best video is kept: most pixels, then longest); category (a cap), source (a quota). Caps keep those with the lowest hash of
-their id, so that the choice is the same wherever and however often it is made.
+best video is kept: most pixels, then longest); category (a cap), source (a quota). Caps keep those with the lowest
+hash of their id, so that the choice is the same wherever and however often it is made.
 """
 
 import collections
@@ -72,7 +72,11 @@ def threshold_verdict(row: Row, settings: Settings) -> Verdict | None:
         ("text", text > settings["max_text"], f"{text:.1%} of the picture"),
         ("face", face > settings["max_face"], f"{face:.1%} of the picture"),
         ("motion", video and motion is None, "no two frames to compare"),
-        ("motion", video and motion is not None and motion < settings["min_motion"], f"{motion or 0:.4f}% of the diagonal"),
+        (
+            "motion",
+            video and motion is not None and motion < settings["min_motion"],
+            f"{motion or 0:.4f}% of the diagonal",
+        ),
         ("language", bool(settings["languages"] and language) and language not in settings["languages"], language),
     )
     return next(((rule, reason) for rule, failed, reason in checks if failed), None)

@@ -1,7 +1,8 @@
 """Cuts between scenes, and the clips that a long video is divided into.
 
-One pass over the video, with what makes decoding cheap: small pictures, frames that no other refers to passed over,
-no deblocking. PySceneDetect's content detector decides. The same pass counts the frames that can be decoded.
+PySceneDetect's content detector decides, on small pictures, decoded without deblocking and without the frames that no
+other refers to. Of a video with more pixels than `full_pass_pixels` only those stretches are decoded whose key frames
+tell of a cut. The same pass counts the frames that can be decoded.
 """
 
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
@@ -21,6 +23,8 @@ from kangaroo_jax.errors import UserError
 
 _TICKS = 1000.0  # a second, of the detector's clock
 _MOST_BAD = 10_000  # packets
+_OUT_OF_TURN = 0.9  # of the longest distance of key frames: a shorter one is out of turn
+_TAIL = 0.01  # seconds, so that a span has the key frame that ends it
 
 
 def cuts(row: Row, settings: Settings, root: Path) -> Outcome:
@@ -59,38 +63,110 @@ def clips_between(
 
 def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -> tuple[list[float], float]:
     """Seconds of the cuts between `begin` and `end`, and the share of frames that could be decoded."""
+    counts = {"whole": 0, "lost": 0}
+    cost = probe["width"] * probe["height"] * probe["frames"] * (end - begin) / probe["seconds"]
+    with open_video(path) as (container, stream):
+        shrink = _Shrink(settings["side"] / max(probe["width"], probe["height"]))
+        found, spans = [], [(begin, end)]
+        if cost > settings["full_pass_pixels"]:
+            found, spans = _between_keys(container, stream, begin, end, counts, shrink, settings)
+        for first, last in spans:
+            found += _scan(container, stream, first, last, counts, shrink, settings)
+        if not counts["whole"]:
+            raise UserError(f"{short(path)}: no frame can be decoded")
+    apart: list[float] = []
+    for time in sorted(found):
+        if not apart or time - apart[-1] >= settings["min_scene_seconds"]:
+            apart.append(time)
+    return apart, counts["whole"] / (counts["whole"] + counts["lost"])
+
+
+class _Shrink:
+    """Frames as small pictures, BGR."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale, self._reformatter = min(1.0, scale), VideoReformatter()
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        width, height = (max(16, round(side * self._scale)) for side in (frame.width, frame.height))
+        options: dict[str, Any] = {"format": "bgr24", "interpolation": Interpolation.FAST_BILINEAR, "threads": 1}
+        return self._reformatter.reformat(frame, width, height, **options).to_ndarray()
+
+
+def _scan(
+    container: Any,
+    stream: Any,
+    begin: float,
+    end: float,
+    counts: dict[str, int],
+    shrink: _Shrink,
+    settings: Settings,
+) -> list[float]:
+    """Cuts among the frames from `begin` to `end`, by PySceneDetect."""
     from scenedetect import FrameTimecode
     from scenedetect.detectors import ContentDetector
 
     detector = ContentDetector(settings["threshold"], float(settings["min_scene_seconds"]))
-    scale = min(1.0, settings["side"] / max(probe["width"], probe["height"]))
-    counts = {"whole": 0, "lost": 0}
+    _hurry(stream, "NONREF")
+    _seek(container, stream, begin)
     found: list[int] = []
-    with open_video(path) as (container, stream):
-        _hurry(stream)
-        if begin > 0:
-            container.seek(int((begin + start_seconds(stream)) / float(stream.time_base)), stream=stream)
-        small = VideoReformatter()
-        last = -1
-        for frame, time in _frames(container, stream, end, counts):
-            tick = round((time - begin) * _TICKS)
-            if tick < 0 or tick <= last:
-                continue
+    last = -1
+    for frame, time in _frames(container, stream, end, counts):
+        tick = round((time - begin) * _TICKS)
+        if tick > last:
             last = tick
-            size = {"width": max(16, round(frame.width * scale)), "height": max(16, round(frame.height * scale))}
-            picture = small.reformat(frame, format="bgr24", interpolation=Interpolation.FAST_BILINEAR, threads=1, **size)
             code = FrameTimecode(tick, _TICKS)
-            found += [cut.frame_num for cut in detector.process_frame(code, picture.to_ndarray())]
-        if not counts["whole"]:
-            raise UserError(f"{short(path)}: no frame can be decoded")
-    return [begin + tick / _TICKS for tick in found], counts["whole"] / (counts["whole"] + counts["lost"])
+            found += [cut.frame_num for cut in detector.process_frame(code, shrink(frame))]
+    return [begin + tick / _TICKS for tick in found]
 
 
-def _hurry(stream: Any) -> None:
+def _between_keys(
+    container: Any,
+    stream: Any,
+    begin: float,
+    end: float,
+    counts: dict[str, int],
+    shrink: _Shrink,
+    settings: Settings,
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Cuts that the key frames alone show, and the spans that have to be decoded to see where the others are.
+
+    Of two key frames that look alike nothing between is looked at. An encoder puts a key frame out of turn where the
+    picture changes: there, if they differ, is the cut. If they differ and the later one came in its turn, the cut is
+    somewhere between.
+    """
+    _hurry(stream, "NONKEY")
+    _seek(container, stream, begin)
+    keys = [(time, shrink(frame)) for frame, time in _frames(container, stream, end, counts)]
+    gaps = np.diff([time for time, _ in keys])
+    turn = gaps.max(initial=0.0) * _OUT_OF_TURN
+    found, spans = [], []
+    for k, gap in enumerate(gaps):
+        difference = _difference(keys[k][1], keys[k + 1][1])
+        if difference >= settings["threshold"] and gap < turn:
+            found.append(keys[k + 1][0])
+        elif difference >= settings["threshold"] / 2:
+            spans.append((keys[k][0], keys[k + 1][0] + _TAIL))
+    if keys:
+        spans.append((keys[-1][0], end))
+    return found, spans
+
+
+def _difference(one: np.ndarray, two: np.ndarray) -> float:
+    """Mean absolute difference of hue, saturation and value, as the content detector has it."""
+    return float(cv2.absdiff(cv2.cvtColor(one, cv2.COLOR_BGR2HSV), cv2.cvtColor(two, cv2.COLOR_BGR2HSV)).mean())
+
+
+def _seek(container: Any, stream: Any, time: float) -> None:
+    container.seek(int((time + start_seconds(stream)) / float(stream.time_base)), stream=stream)
+
+
+def _hurry(stream: Any, skip: str) -> None:
+    """Pass over frames (those that no other refers to, or all but key frames), and over deblocking."""
     codec = stream.codec_context
     codec.options = {"err_detect": "explode", "skip_loop_filter": "all"}  # damage is an error, as in training
-    if codec.name in ("h264", "hevc", "mpeg4", "mpeg2video"):
-        codec.skip_frame = "NONREF"
+    if skip == "NONKEY" or codec.name in ("h264", "hevc", "mpeg4", "mpeg2video"):
+        codec.skip_frame = skip
 
 
 def _frames(container: Any, stream: Any, end: float, counts: dict[str, int]) -> Iterator[tuple[Any, float]]:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.curation.stages.pictures import frames_at
+from kangaroo_jax.curation.stages.pictures import frames_at, times_within
 from kangaroo_jax.errors import UserError
 
 _SHARP_SIDE = 256  # pixels; sharpness is compared at this size
@@ -19,7 +19,8 @@ def keyframes(row: Row, settings: Settings, root: Path) -> Outcome:
     if row["kind"] == "image":
         wanted = np.zeros((1, 1))
     else:
-        wanted = candidate_times(row["end"] - row["start"], _cuts(row), settings)
+        cuts, keys = times_within(row, row["cuts"]["times"]), times_within(row, row["probe"].get("keys", []))
+        wanted = candidate_times(row["end"] - row["start"], cuts, keys, settings)
     pictures, seen = frames_at(row, wanted.ravel(), settings["side"])
     sharp = np.array([sharpness(picture) for picture in pictures]).reshape(wanted.shape)
     best = sharp.argmax(1)
@@ -33,28 +34,27 @@ def keyframes(row: Row, settings: Settings, root: Path) -> Outcome:
     return Outcome(scores, files=files)
 
 
-def _cuts(row: Row) -> list[float]:
-    return [time - row["start"] for time in row["cuts"]["times"] if row["start"] < time < row["end"]]
-
-
-def candidate_times(seconds: float, cuts: Sequence[float], settings: Settings) -> np.ndarray:
+def candidate_times(seconds: float, cuts: Sequence[float], keys: Sequence[float], settings: Settings) -> np.ndarray:
     """Seconds to look at, float64[count, candidates], ascending in rows and from row to row.
 
-    Candidates lie around the middle of each part, within a quarter of it; one nearer to a cut than the margin is
-    replaced by the nearest of its part that is not.
+    Candidates lie around the middle of each part of the clip; or after the frame nearest to it, within a quarter of
+    the part, from which decoding can begin. One nearer to a cut than the margin is replaced by the nearest time of its
+    part that is not.
     """
-    count, candidates = settings["count"], settings["candidates"]
+    count = settings["count"]
     part = seconds / count
-    reach = min(settings["reach_seconds"], part / 4)
-    offsets = np.linspace(-reach, reach, candidates) if candidates > 1 else np.zeros(1)
-    times = (np.arange(count)[:, None] + 0.5) * part + offsets
-    margin = min(settings["cut_margin_seconds"], part / 4)
+    reach, margin = (min(settings[key], part / 4) for key in ("reach_seconds", "cut_margin_seconds"))
+    offsets = np.linspace(0.0, reach, settings["candidates"])
+    times = np.empty((count, settings["candidates"]))
     for k in range(count):
+        middle = (k + 0.5) * part - reach / 2
+        near = [key + margin for key in keys if abs(key + margin - middle) <= part / 4]
+        times[k] = min(near, key=lambda time: abs(time - middle), default=middle) + offsets  # noqa: B023
         grid = np.linspace(k * part, (k + 1) * part, 41)[1:-1]
-        clear = np.array([all(abs(t - cut) >= margin for cut in cuts) for t in grid])
+        clear = grid[[all(abs(time - cut) >= margin for cut in cuts) for time in grid]]
         for i, time in enumerate(times[k]):
-            if clear.any() and any(abs(time - cut) < margin for cut in cuts):
-                times[k, i] = grid[clear][np.abs(grid[clear] - time).argmin()]
+            if clear.size and any(abs(time - cut) < margin * 0.99 for cut in cuts):
+                times[k, i] = clear[np.abs(clear - time).argmin()]
         times[k].sort()
     return times
 

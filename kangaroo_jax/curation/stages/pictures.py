@@ -26,6 +26,11 @@ def frames_at(row: Row, times: Sequence[float], side: int) -> tuple[list[np.ndar
     return [_without_bars(picture, width, height) for picture in clip.pixels], clip.times
 
 
+def times_within(row: Row, times: Sequence[float]) -> list[float]:
+    """Those of the file's seconds that lie in the clip, as seconds of the clip."""
+    return [time - row["start"] for time in times if row["start"] <= time < row["end"]]
+
+
 def _without_bars(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     """What a letterbox of a picture of that shape holds, without its bars."""
     side = picture.shape[0]

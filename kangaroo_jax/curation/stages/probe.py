@@ -23,7 +23,8 @@ _MOST_BAD = 1000  # packets, after which a place is given up
 
 
 def probe(row: Row, settings: Settings, root: Path) -> Outcome:
-    """Container, codec, size as displayed, seconds, frames a second, decodable share, sha256 of the file.
+    """Container, codec, size as displayed, seconds, frames a second, decodable share, sha256 of the file,
+    `keys` (seconds of the key frames; none where every frame is one).
 
     Raises UserError: the file is missing, unreadable or too large.
     """
@@ -75,7 +76,7 @@ def _video(path: str, settings: Settings) -> Row:
         if codec.width * codec.height > settings["max_pixels"]:
             raise UserError(f"{short(path)}: {codec.width}x{codec.height} pixels is too large")
         seconds = stream_seconds(path, container, stream)
-        frames, present = _packets(container, stream, seconds)
+        frames, present, keys = _packets(container, stream, seconds)
         whole, tried, turned = _sample(container, stream, seconds, settings)
         if not tried:
             raise UserError(f"{short(path)}: no frame can be decoded")
@@ -83,20 +84,24 @@ def _video(path: str, settings: Settings) -> Row:
         width, height = (height, width) if turned else (width, height)
         fps = float(stream.average_rate or 0) or frames / seconds
         shape = _shape(round(width), round(height), container.format.name, codec.name, seconds, fps, frames, 0.0)
-        return shape | {"present": rounded(present), "decodable": rounded(min(present, whole / tried))}
+        decodable = rounded(min(present, whole / tried))
+        return shape | {"present": rounded(present), "decodable": decodable, "keys": keys}
 
 
-def _packets(container: Any, stream: Any, seconds: float) -> tuple[int, float]:
-    """Packets of the stream, and the share of the stated length at whose end the last one is."""
-    count, end = 0, -math.inf
+def _packets(container: Any, stream: Any, seconds: float) -> tuple[int, float, list[float]]:
+    """Packets of the stream, the share of the stated length at whose end the last one is, seconds of key frames."""
+    count, end, zero = 0, -math.inf, start_seconds(stream)
+    keys: list[float] = []
     try:
         for packet in container.demux(stream):
             if packet.size and packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if packet.is_keyframe:
+                    keys.append(rounded(float(packet.pts * packet.time_base) - zero, 3))
             count += packet.size > 0
     except av.error.FFmpegError:
         pass  # it ends here
-    return count, min(1.0, max(0.0, (end - start_seconds(stream)) / seconds)) if count else 0.0
+    return count, min(1.0, max(0.0, (end - zero) / seconds)) if count else 0.0, keys if len(keys) < count else []
 
 
 def _sample(container: Any, stream: Any, seconds: float, settings: Settings) -> tuple[int, int, bool]:

@@ -4,14 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-for package in ("cv2", "scenedetect"):
-    pytest.importorskip(package, reason="of the extra `curation`")
-
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import load_config
-from tests.curation.clips import moving, write_clip
+from tests.curation.scoring.clips import moving, write_clip
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from kangaroo_jax.curation.run_shard import Plan
 from kangaroo_jax.curation.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME
 from kangaroo_jax.errors import UserError
-from tests.curation.clips import breaking_job, moving, write_clip
+from tests.curation.scoring.clips import breaking_job, moving, write_clip
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 LIGHT = ("text", "face", "caption_language")
 
 
@@ -114,10 +114,17 @@ def test_faults_cost_their_own_file_only(clips, config, tmp_path):
     assert rows["fine_0"]["motion"]["score"] > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_moment_of_a_kill_leads_to_the_same_bytes(clips, whole, tmp_path, tree, workers):
+    assert kill_and_resume(clips, tmp_path / "out", workers, kills=7) > 0
+    assert tree(tmp_path / "out") == tree(whole)
+
+
+@pytest.mark.slow
 def test_ray_writes_what_local_writes(clips, whole, tmp_path, tree):
     pytest.importorskip("ray", reason="of the extra `curation`")
-    done = run_job(clips, tmp_path / "out", "--engine=ray")
-    assert done.returncode == 0, done.stderr
+    kill_and_resume(clips, tmp_path / "out", 2, 1, "--engine=ray", most=20.0)
     assert tree(tmp_path / "out") == tree(whole)
 
 
