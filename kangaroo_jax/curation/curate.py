@@ -11,6 +11,7 @@ kangaroo curate doctor                                                    what i
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,45 @@ def curate(options: Options, config: ConfigDict) -> None:
             forget_failures(root)
         score(parts, plan, options)
         remove_old(root, parts)
-        print(select.table(select.select(root, plain["select"])))
+        _choose(options, plain)
+
+
+def _choose(options: Options, config: dict[str, Any]) -> None:
+    from kangaroo_jax.curation.report import write_report
+
+    print(select.table(select.select(options.root, config["select"])))
+    print(write_report(options.root, config["select"], options.annotations))
 
 
 def select_again(options: Options, config: ConfigDict) -> None:
     """Choose anew from the scores that are there. Raises UserError."""
     with shards.claimed(options.root):
-        print(select.table(select.select(options.root, plain_config(config)["select"])))
+        _choose(options, plain_config(config))
+
+
+def report(options: Options, config: ConfigDict) -> None:
+    """Write report.html anew. Raises UserError."""
+    from kangaroo_jax.curation.report import write_report
+
+    if not (options.root / "funnel.json").exists():
+        raise UserError(f"{options.root}: nothing was chosen here yet; run kangaroo curate select first")
+    with shards.claimed(options.root):
+        print(write_report(options.root, plain_config(config)["select"], options.annotations))
+
+
+def explain(options: Options, config: ConfigDict, name: str) -> None:
+    """All that is known of a clip. Raises UserError."""
+    from kangaroo_jax.curation.doctor import explain as explain_clip
+
+    explain_clip(options.root, name, plain_config(config)["select"])
+
+
+def doctor(options: Options, config: ConfigDict) -> None:
+    """What is installed, and works; exit code 1 if something is missing."""
+    from kangaroo_jax.curation.doctor import doctor as check
+
+    if not check():
+        sys.exit(1)
 
 
 def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
@@ -132,4 +165,7 @@ def plain_config(config: ConfigDict) -> dict[str, Any]:
 _JOBS: dict[str, Callable[..., None]] = {
     "curate": curate,
     "select": select_again,
+    "explain": explain,
+    "report": report,
+    "doctor": doctor,
 }
