@@ -61,7 +61,6 @@ def get_config() -> ConfigDict:
 
     c.fingerprint = ConfigDict(dict(min_contrast=3.0))  # grey levels; a flatter frame has no fingerprint
     c.caption_language = ConfigDict(dict(enabled=True, min_probability=0.5))
-    c.embed = ConfigDict(dict(checkpoint="", batch=8))  # "" leaves the stage out
 
     c.select = s = ConfigDict()
     s.min_decodable = 0.9  # share of frames
@@ -79,5 +78,7 @@ def get_config() -> ConfigDict:
     s.seed = 0  # of the hash by which categories and sources are thinned
     s.category_keywords = ()  # for what names none: such as (("sport", ("football", "足球")),)
 
-    c.export = ConfigDict(dict(embed=True, shard_samples=1024, clips="reencode"))
+    x = c.export = ConfigDict()
+    x.media = "embed"  # the clips' bytes; reference: paths and seconds; keyframes: the JPEG files, by path
+    x.shard_samples = 1024
     return lock(c)

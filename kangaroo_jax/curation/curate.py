@@ -109,6 +109,14 @@ def explain(options: Options, config: ConfigDict, name: str) -> None:
     explain_clip(options.root, name, plain_config(config)["select"])
 
 
+def export(options: Options, config: ConfigDict) -> None:
+    """Write what was kept as a dataset. Raises UserError."""
+    from kangaroo_jax.curation.export import export as write
+
+    with shards.claimed(options.root):
+        print(write(options.root, plain_config(config), options.name, options.annotations))
+
+
 def doctor(options: Options, config: ConfigDict) -> None:
     """What is installed, and works; exit code 1 if something is missing."""
     from kangaroo_jax.curation.doctor import doctor as check
@@ -167,5 +175,6 @@ _JOBS: dict[str, Callable[..., None]] = {
     "select": select_again,
     "explain": explain,
     "report": report,
+    "export": export,
     "doctor": doctor,
 }
