@@ -5,7 +5,7 @@ frame's hash meet in a bucket, and only those are compared: `tables` random choi
 number of bits grows with the number of clips, so that buckets stay small and a small set is compared almost in full.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,10 @@ def _hashes(rows: Sequence[Row], name: str) -> np.ndarray:
     return hashes
 
 
-def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Any:
-    """Pairs of clips to compare: arrays of first and of second indices, a block at a time."""
+def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of clips to compare: arrays of first and of second indices, those of one key frame at a time."""
     clips, frames = plain.shape
-    if clips < 2 or not frames:
+    if clips < 2:
         return
     width = int(np.clip(np.ceil(np.log2(clips)), 6, 24))
     rng = np.random.default_rng(0)
@@ -72,24 +72,26 @@ def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Any:
     owner = np.concatenate([np.arange(clips), np.arange(clips)])
     for frame in range(frames):
         known = np.flatnonzero(both[:, frame])
+        met = np.zeros(0, np.int64)
         for _ in range(tables):
             bits = rng.choice(64, width, replace=False).astype(np.uint64)
-            mask = np.uint64(sum(1 << int(bit) for bit in bits))
-            key = both[known, frame] & mask
+            key = both[known, frame] & np.bitwise_or.reduce(np.uint64(1) << bits)
             order = np.argsort(key, kind="stable")
-            yield from _bucket_pairs(key[order], owner[known][order])
+            met = np.union1d(met, _bucket_pairs(key[order], owner[known][order], clips))
+        for begin in range(0, len(met), _BLOCK):
+            yield met[begin : begin + _BLOCK] // clips, met[begin : begin + _BLOCK] % clips
 
 
-def _bucket_pairs(keys: np.ndarray, owners: np.ndarray) -> Any:
+def _bucket_pairs(keys: np.ndarray, owners: np.ndarray, clips: int) -> np.ndarray:
+    """Pairs of owners whose keys are equal, as int64 first * clips + second; `keys` are sorted."""
+    found = []
     for step in range(1, min(_MOST_IN_BUCKET, len(keys))):
         same = np.flatnonzero(keys[step:] == keys[:-step])
         if not same.size:
-            return
+            break
         one, two = owners[same], owners[same + step]
-        different = one != two
-        one, two = np.minimum(one, two)[different], np.maximum(one, two)[different]
-        for begin in range(0, len(one), _BLOCK):
-            yield one[begin : begin + _BLOCK], two[begin : begin + _BLOCK]
+        found.append((np.minimum(one, two) * clips + np.maximum(one, two))[one != two])
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def _close(
@@ -99,11 +101,12 @@ def _close(
     near = np.zeros(len(one), bool)
     for other in (plain, mirrored):
         known = (plain[one] != 0) & (other[two] != 0)
-        bits = np.bitwise_count(plain[one] ^ other[two]).astype(np.float64)
-        bits[~known] = np.nan
-        enough = known.sum(1) * 2 > np.maximum((plain[one] != 0).sum(1), (other[two] != 0).sum(1))
-        with np.errstate(all="ignore"):
-            median = np.full(len(one), np.inf)
-            median[enough] = np.nanmedian(bits[enough], axis=1)
-        near |= median <= most_bits
+        bits = np.where(known, np.bitwise_count(plain[one] ^ other[two]), 99).astype(np.int64)
+        bits.sort(axis=1)
+        count = known.sum(1)
+        middle = (np.maximum(count, 1) - 1) / 2
+        index = np.arange(len(one))
+        median = (bits[index, np.floor(middle).astype(int)] + bits[index, np.ceil(middle).astype(int)]) / 2
+        enough = count * 2 > np.maximum((plain[one] != 0).sum(1), (other[two] != 0).sum(1))
+        near |= enough & (median <= most_bits)
     return list(zip(one[near].tolist(), two[near].tolist(), strict=True))

