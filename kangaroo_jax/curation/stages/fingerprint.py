@@ -41,11 +41,12 @@ def difference_hash(small: np.ndarray) -> int:
 def without_black_bars(grey: np.ndarray) -> np.ndarray:
     """The picture without dark rows above and below and dark columns beside it; never less than half of either."""
     height, width = grey.shape
+    # Three quarters of a row: a logo does not make it part of the picture.
     darkest = np.quantile(grey, 0.01)  # not 0 where the whole picture was made brighter
     if darkest > _DARK:
         return grey
-    rows = np.flatnonzero(np.quantile(grey, 0.98, axis=1) > darkest + _BAR)
-    columns = np.flatnonzero(np.quantile(grey, 0.98, axis=0) > darkest + _BAR)
+    rows = np.flatnonzero(np.quantile(grey, 0.75, axis=1) > darkest + _BAR)
+    columns = np.flatnonzero(np.quantile(grey, 0.75, axis=0) > darkest + _BAR)
     if rows.size and rows[-1] + 1 - rows[0] >= height / 2:
         grey = grey[rows[0] : rows[-1] + 1]
     if columns.size and columns[-1] + 1 - columns[0] >= width / 2:
