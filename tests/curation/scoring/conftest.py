@@ -31,11 +31,11 @@ def config() -> ConfigDict:
 
 @pytest.fixture
 def tree() -> Callable[[Path], dict[str, bytes]]:
-    """All files of an output folder but for the seconds that it took."""
+    """All files of an output folder but for the seconds that it took, and the report that shows them."""
 
     def read(root: Path) -> dict[str, bytes]:
         files = (file for file in root.rglob("*") if file.is_file())
         names = {file.relative_to(root).as_posix(): file for file in files}
-        return {name: file.read_bytes() for name, file in names.items() if not name.startswith("timings/")}
+        return {name: file.read_bytes() for name, file in names.items() if not name.startswith(("timings/", "report"))}
 
     return read
