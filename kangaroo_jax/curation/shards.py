@@ -3,7 +3,7 @@
     OUTPUT/work/STAGE/00003-of-00008-KEY.jsonl, .done    what a stage found, a row a line
     OUTPUT/keyframes/CLIP/0.jpg ...
     OUTPUT/scores/00003-of-00008.jsonl                   all scores of the shard's clips, a line each
-    OUTPUT/timings/...                                   seconds: with report.html, which shows them, all that differs between two runs
+    OUTPUT/timings/...             seconds: with report.html, which shows them, all that differs between two runs
 
 KEY is a hash of the items (and of the size and time of their files), of the stage's settings and the version of its
 code, and of the same of the stages that it follows. A file that is there under its name is what a new run would write.
