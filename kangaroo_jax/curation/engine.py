@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kangaroo_jax.curation.guard import Guard, Stopped
 from kangaroo_jax.curation.run_shard import Plan, is_done, run_shard
@@ -168,7 +169,8 @@ def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:
 
     task = ray.remote(num_cpus=1, max_retries=-1)(_ray_task)
     shared = ray.put(plan)
-    waiting, running = collections.deque(todo), {}
+    waiting = collections.deque(todo)
+    running: dict[Any, Shard] = {}
     while waiting or running:
         ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while waiting and len(running) < ahead:

@@ -259,8 +259,10 @@ def _versions(annotations: str) -> list[tuple[str, str]]:
     """Models and prompts that the rows of an annotation file name."""
     found: dict[tuple[str, str], None] = {}
     for row in shards.rows_of(Path(annotations)) if annotations.endswith(".jsonl") else ():
-        trace = row.get("source") if isinstance(row.get("source"), dict) else row
+        source = row.get("source")
+        trace: Row = source if isinstance(source, dict) else row
         for part in ("models", "prompts"):
-            for key, value in (trace.get(part) or {}).items() if isinstance(trace.get(part), dict) else ():
+            named = trace.get(part)
+            for key, value in named.items() if isinstance(named, dict) else ():
                 found[(f"{part}: {key}", str(value))] = None
     return sorted(found)

@@ -182,14 +182,14 @@ def _thumbnail(root: Path, row: Row, k: int | None = None) -> str:
 
 def _annotated(root: Path, rows: Mapping[str, Row], annotations: str) -> str:
     """Captions or conversations beside the frames of their clips."""
-    cards = []
+    cards: list[str] = []
     for entry in shards.rows_of(Path(annotations)) if annotations else ():
         row = rows.get(str(entry.get("clip", entry.get("id"))))
         if row is None or len(cards) >= _SHOWN:
             continue
         frames = "".join(f"<figure>{_thumbnail(root, row, k)}</figure>" for k in range(len(row["keyframe_times"])))
         texts = [str(entry["caption"])] if entry.get("caption") else []
-        for turn in entry.get("conversations", entry.get("messages", ())):
+        for turn in entry.get("conversations") or entry.get("messages") or ():
             texts.append(f"{turn.get('from', turn.get('role'))}: {turn.get('value', turn.get('content'))}")
         body = "".join(f"<p>{escape(text)}</p>" for text in texts)
         cards.append(f'<div class="card"><div class="frames">{frames}</div>{body}</div>')

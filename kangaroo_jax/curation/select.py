@@ -43,7 +43,7 @@ def judge(rows: Sequence[Row], settings: Settings) -> list[Verdict | None]:
     verdicts = [threshold_verdict(row, settings) for row in rows]
     if settings["duplicates"]:
         _judge_duplicates(rows, verdicts, settings)
-    caps = collections.defaultdict(lambda: settings["category_cap"] or None)
+    caps: dict[str, int | None] = collections.defaultdict(lambda: settings["category_cap"] or None)
     _judge_caps(rows, verdicts, "category", lambda row: category_of(row, settings), caps, settings["seed"])
     quotas = dict(settings["source_quotas"])
     _judge_caps(rows, verdicts, "source", lambda row: row["source"], quotas, settings["seed"])
@@ -102,8 +102,8 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
         [rows[i] for i in kept], most_bits=settings["duplicate_bits"], tables=settings["duplicate_tables"]
     )
     members: dict[int, list[int]] = collections.defaultdict(list)
-    for i, group in zip(kept, found, strict=True):
-        members[group].append(i)
+    for i, first in zip(kept, found, strict=True):
+        members[first].append(i)
     for group in members.values():
         best = min(group, key=lambda i: _worth(rows[i]))
         for i in group:

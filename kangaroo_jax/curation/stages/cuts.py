@@ -36,10 +36,10 @@ def cuts(row: Row, settings: Settings, root: Path) -> Outcome:
     if begin >= end:
         raise UserError(f"no video between {begin:g} and {end:g} s; it is {length:g} s long")
     if member_suffix(row["path"]) in animation.SUFFIXES:
-        found, decodable = [], 1.0
+        found, decodable = list[float](), 1.0
     else:
         found, decodable = _find(row["path"], begin, end, row["probe"], settings)
-    spans = ((begin, end),)
+    spans: tuple[tuple[float, float], ...] = ((begin, end),)
     if end - begin > settings["whole_seconds"]:
         spans = clips_between(found, begin, end, settings["min_clip_seconds"], settings["max_clip_seconds"])
     return Outcome({"times": [rounded(t, 3) for t in found], "decodable": rounded(decodable)}, clips=spans)
@@ -67,7 +67,7 @@ def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -
     cost = probe["width"] * probe["height"] * probe["frames"] * (end - begin) / probe["seconds"]
     with open_video(path) as (container, stream):
         shrink = _Shrink(settings["side"] / max(probe["width"], probe["height"]))
-        found, spans = [], [(begin, end)]
+        found, spans = list[float](), [(begin, end)]
         if cost > settings["full_pass_pixels"]:
             found, spans = _between_keys(container, stream, begin, end, counts, shrink, settings)
         for first, last in spans:
@@ -140,7 +140,7 @@ def _between_keys(
     keys = [(time, shrink(frame)) for frame, time in _frames(container, stream, end, counts)]
     gaps = np.diff([time for time, _ in keys])
     turn = gaps.max(initial=0.0) * _OUT_OF_TURN
-    found, spans = [], []
+    found, spans = list[float](), list[tuple[float, float]]()
     for k, gap in enumerate(gaps):
         difference = _difference(keys[k][1], keys[k + 1][1])
         if difference >= settings["threshold"] and gap < turn:
