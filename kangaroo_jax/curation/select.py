@@ -1,7 +1,7 @@
 """`kangaroo curate select`: which clips are kept, from the scores alone, and the first rule that each other one fails.
 
 Rules, in this order: broken, seconds, size, text, face, motion, language (thresholds); duplicate (of a group the
-best video is kept: most pixels, then longest); category (a cap), source (a quota). Caps keep those with the lowest
+best video is kept: most pixels, longest, sharpest); category (a cap), source (a quota). Caps keep those with the lowest
 hash of their id, so that the choice is the same wherever and however often it is made.
 """
 
@@ -111,10 +111,11 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
                 verdicts[i] = ("duplicate", f"of {rows[best]['id']}")
 
 
-def _worth(row: Row) -> tuple[float, float, bool, str]:
-    """Sorts the best of a group first."""
+def _worth(row: Row) -> tuple[float, float, float, str]:
+    """Sorts the best of a group first: most pixels, longest, sharpest."""
     probe = row["probe"]
-    return -probe["width"] * probe["height"], -(row["end"] - row["start"]), not row["caption"], row["id"]
+    sharp = sum(row.get("keyframes", {}).get("sharpness", ()))
+    return -probe["width"] * probe["height"], -(row["end"] - row["start"]), -sharp, row["id"]
 
 
 def _judge_caps(
