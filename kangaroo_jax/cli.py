@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("kangaroo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from kangaroo_jax.conventions import UserError
+        from kangaroo_jax.errors import UserError
 
         if not isinstance(error, UserError):
             raise
@@ -62,7 +62,7 @@ def _run_job(name: str, arguments: list[str]) -> None:
     from absl import flags
 
     from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     if name not in JOBS:
         raise UserError(f"no job {name!r}{nearest(name, JOBS)}: kangaroo --help lists them")
@@ -93,7 +93,7 @@ def _parse(values: "flags.FlagValues", job: str, arguments: list[str]) -> list[s
     """Parse the flags among `arguments`; returns the other arguments. Raises UserError for a bad value."""
     from absl import flags
 
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     values.set_gnu_getopt(True)
     try:
@@ -105,7 +105,7 @@ def _parse(values: "flags.FlagValues", job: str, arguments: list[str]) -> list[s
 def _no_more(job: str, values: "flags.FlagValues", rest: Sequence[str]) -> None:
     """Raise UserError for the first argument that is left over."""
     from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     if not rest:
         return
@@ -116,7 +116,7 @@ def _no_more(job: str, values: "flags.FlagValues", rest: Sequence[str]) -> None:
 
 
 def _required(job: str, values: "flags.FlagValues", *names: str) -> None:
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     for name in names:
         if not values[name].value:
@@ -125,7 +125,7 @@ def _required(job: str, values: "flags.FlagValues", *names: str) -> None:
 
 def _workdir(values: "flags.FlagValues") -> Path:
     """The folder of --workdir, made where it does not exist."""
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     path = Path(values.workdir)
     try:
@@ -149,7 +149,7 @@ def _override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: 
     from ml_collections import config_flags
 
     from kangaroo_jax.config_files import config_keys, nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     keys = list(config_keys(config))
     for argument in rest:
@@ -210,7 +210,7 @@ def _preset(name: str) -> str:
     """The name of a preset. Raises UserError for another."""
     from kangaroo_jax.config import PRESETS
     from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
@@ -309,7 +309,7 @@ def _define_convert(values: "flags.FlagValues") -> None:
 
 def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.config import stage_config
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     _no_more("convert", values, _not_of_config(rest))
     _required("convert", values, "to")
@@ -325,6 +325,35 @@ def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
 
     sources = list(given["from"] or [path for path in (given["vision"], given["llm"]) if path])
     convert_main(sources, values.to, verify=values.verify, checks=checks, overrides=overrides, **options)
+
+
+def _define_curate(values: "flags.FlagValues") -> None:
+    from absl import flags
+
+    define = _definer(values)
+    define(flags.DEFINE_list, "input", None, "folders, media files or manifests (.jsonl, .csv, .parquet), with commas")
+    define(flags.DEFINE_string, "output", None, "folder for scores, key frames and the choice; run again to go on")
+    define(flags.DEFINE_string, "config", "curation", "FILE; every threshold is in it")
+    define(flags.DEFINE_string, "engine", "local", "local (processes of this machine) or ray")
+    define(flags.DEFINE_string, "ray_address", "", "of a Ray cluster; without it Ray is started here")
+    define(flags.DEFINE_bool, "retry", False, "try again what failed")
+    define(flags.DEFINE_string, "name", "curated", "of the dataset that `curate export` writes")
+    define(
+        flags.DEFINE_string, "annotations", None, "conversations for `curate export`; by default captions of the input"
+    )
+
+
+def _run_curate(values: "flags.FlagValues", rest: list[str]) -> None:
+    from kangaroo_jax.config_files import load_config
+
+    words = [word for word in rest if not word.startswith("-")]
+    config = load_config(values.config)
+    _override("curate", values, config, [flag for flag in rest if flag.startswith("-")])
+    options: dict[str, Any] = {name: values[name].value for name in values if name != "config"}
+
+    from kangaroo_jax.curation.curate import main as curate_main
+
+    curate_main(words, config, **options)
 
 
 def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:
@@ -444,6 +473,7 @@ JOBS = {
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
     "data": Job("check, measure, build and look at training data", None, _run_data),
+    "curate": Job("score raw videos and images and choose among them", _define_curate, _run_curate),
     "annotate": Job("caption clips by their key frames, with any models", _define_annotate, _run_annotate),
     "instruct": Job("make an instruction set out of captions", _define_instruct, _run_instruct),
     "bench": Job("measure the speed of training steps", None, _run_bench),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 

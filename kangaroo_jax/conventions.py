@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from kangaroo_jax.errors import UserError as UserError  # named here too: most modules know it from here
+
 Array = Any  # np.ndarray on the host, jax.Array on the device
 
 
@@ -43,7 +45,3 @@ class PackedBatch:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(PackedBatch))
-
-
-class UserError(Exception):
-    """Bad input. The command line prints its one-line message and exits with code 2."""

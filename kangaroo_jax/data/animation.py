@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.image import MAX_PIXELS, letterbox, opened_image, to_rgb
+from kangaroo_jax.errors import UserError
 
 SUFFIXES = (".webp", ".png", ".apng")
 MAX_FRAMES = 100_000

@@ -18,9 +18,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.image import check_file, letterbox
 from kangaroo_jax.data.storage import local, member_of, short
+from kangaroo_jax.errors import UserError
 
 MAX_FRAME_PIXELS = 8192 * 4608  # 8K; anything larger is refused before it is decoded
 MAX_SECONDS = 24 * 3600.0

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 MEMBER = "::"  # between a container and what is in it
 _ADDRESS = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data import animation
 from kangaroo_jax.data.image import IMAGE_SUFFIXES, image_size_of, load_image
 from kangaroo_jax.data.picker import FramePicker, open_video, stream_seconds
 from kangaroo_jax.data.storage import local, member_suffix
+from kangaroo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""Curation: how raw videos and images are scored, and which are kept.
+
+The paper names the filters (text coverage, face coverage, optical flow, category balance) and publishes no
+threshold. Every number here is ours, chosen on the videos of docs/curation.md; change them and run
+`kangaroo curate select`, which recomputes no score.
+"""
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config import lock
+
+
+def get_config() -> ConfigDict:
+    """The config of `kangaroo curate` and its jobs."""
+    c = ConfigDict()
+    c.input = ConfigDict(dict(media_root="", fetch=False))  # fetch: also http(s):// addresses of a manifest
+    c.engine = e = ConfigDict()
+    e.workers = 0  # processes; 0 is one a core
+    e.item_seconds = 300.0  # for one stage of one video, then it is given up and its process replaced
+    e.memory_mib = 2048  # for one process; a video that needs more is given up
+    e.shard_items = 64  # at most so many of the input are scored, written and resumed together, on average
+
+    c.probe = p = ConfigDict()
+    p.max_pixels = 8192 * 4608  # of a frame; larger is not decoded
+    p.spans = 4  # places where frames are decoded to see whether they can be
+    p.span_frames = 8
+
+    c.cuts = k = ConfigDict()
+    k.threshold = 27.0  # PySceneDetect's ContentDetector
+    k.min_scene_seconds = 0.6
+    k.side = 160  # pixels of the longest side of what it looks at
+    k.full_pass_pixels = 3e8  # width x height x frames; beyond it, only what key frames tell of is decoded
+    k.whole_seconds = 60.0  # a longer video is split into clips at its cuts
+    k.min_clip_seconds = 5.0  # scenes are joined until a clip is so long
+    k.max_clip_seconds = 60.0  # and a longer scene is divided evenly
+
+    c.keyframes = f = ConfigDict()
+    f.count = 5  # as the paper has it
+    f.side = 768  # pixels of the longest side
+    f.quality = 90  # of the JPEG files
+    f.candidates = 3  # frames of which the sharpest is taken
+    f.reach_seconds = 0.4  # from the first to the last of them
+    f.cut_margin_seconds = 0.15  # and how far from any cut
+
+    c.text = t = ConfigDict()
+    t.enabled = True
+    t.side = 480  # pixels of the longest side for detection
+    t.verify_above = 0.05  # mean coverage from which boxes are read, too: those that hold no text do not count
+    t.min_score = 0.6  # of a reading that counts
+    t.min_letters = 2
+
+    c.face = a = ConfigDict()
+    a.enabled = True
+    a.width, a.height = 320, 192  # pixels
+    a.min_score = 0.5
+
+    c.motion = m = ConfigDict()
+    m.pairs = 8
+    m.gap_seconds = 0.2
+    m.short_side = 256  # pixels
+
+    c.fingerprint = ConfigDict(dict(min_contrast=3.0))  # grey levels; a flatter frame has no fingerprint
+    c.caption_language = ConfigDict(dict(enabled=True, min_probability=0.5))
+
+    c.select = s = ConfigDict()
+    s.min_decodable = 0.9  # share of frames
+    s.min_seconds, s.max_seconds = 2.0, 1200.0
+    s.min_short_side = 144  # pixels
+    s.max_text = 0.15  # share of the picture that is text, mean of the key frames
+    s.max_face = 0.25
+    s.min_motion = 0.015  # percent of the diagonal in 0.2 s
+    s.languages = ()  # of captions, such as ("en", "zh"); () keeps all. No caption, no rule
+    s.duplicates = True
+    s.duplicate_bits = 14  # of 64, median over the key frames
+    s.duplicate_tables = 12  # for each key frame: what finds the pairs that are compared
+    s.category_cap = 0  # most of a category; 0: no cap
+    s.source_quotas = ()  # such as (("webvid", 100_000),)
+    s.seed = 0  # of the hash by which categories and sources are thinned
+    s.category_keywords = ()  # for what names none: such as (("sport", ("football", "足球")),)
+
+    x = c.export = ConfigDict()
+    x.media = "embed"  # the clips' bytes; reference: paths and seconds; keyframes: the JPEG files, by path
+    x.shard_samples = 1024
+    return lock(c)

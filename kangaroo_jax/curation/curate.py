@@ -1,0 +1,180 @@
+"""`kangaroo curate`: score everything, then choose; and the jobs that look at what was found.
+
+kangaroo curate --input=DIR|manifest.{jsonl,csv,parquet} --output=OUT     score, select, report
+kangaroo curate select --output=OUT [--config.select.max_face=0.1]        choose again, from the scores
+kangaroo curate explain ID --output=OUT                                   all that is known of one clip
+kangaroo curate report --output=OUT                                       write report.html again
+kangaroo curate export --output=OUT [--annotations=FILE] --name=NAME      a dataset for kangaroo data
+kangaroo curate doctor                                                    what is installed, and works
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.curation import engine, select, shards
+from kangaroo_jax.curation.manifest import read_inputs
+from kangaroo_jax.curation.run_shard import Plan
+from kangaroo_jax.curation.shards import Shard
+from kangaroo_jax.curation.stages import enabled
+from kangaroo_jax.errors import UserError
+
+ENGINES = ("local", "ray")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of the command line."""
+
+    output: str
+    inputs: tuple[str, ...] = ()
+    engine: str = "local"
+    ray_address: str = ""
+    retry: bool = False
+    name: str = "curated"
+    annotations: str = ""
+
+    @property
+    def root(self) -> Path:
+        """The output folder."""
+        return Path(self.output).resolve()
+
+
+def main(words: Sequence[str], config: ConfigDict, *, input: Sequence[str] | None, **flags: Any) -> None:
+    """Run a job of `kangaroo curate`: `words` is empty, or names one. Raises UserError."""
+    job, *rest = words or ["curate"]
+    if job not in _JOBS:
+        raise UserError(f"curate: no job {job!r}; there are {', '.join(_JOBS)} (and none, to score and choose)")
+    if len(rest) != (job == "explain"):
+        raise UserError(
+            "curate explain: name one clip or file" if job == "explain" else f"curate: what is {rest[0]!r}?"
+        )
+    if not flags["output"] and job != "doctor":
+        raise UserError("curate: --output is missing (the folder of scores and key frames)")
+    if not input and job == "curate":
+        raise UserError("curate: --input is missing (folders, media files or manifests)")
+    given = {key: value for key, value in flags.items() if value is not None}
+    _JOBS[job](Options(inputs=tuple(input or ()), **{"output": "", **given}), config, *rest)
+
+
+def curate(options: Options, config: ConfigDict) -> None:
+    """Score the inputs and choose. Raises UserError."""
+    if options.engine not in ENGINES:
+        raise UserError(f"curate: no engine {options.engine!r}; there are {', '.join(ENGINES)}")
+    root, plain = options.root, plain_config(config)
+    plan = Plan(root, enabled(plain), plain)
+    items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"])
+    with shards.claimed(root):
+        parts = shards.make_shards(items, plain["engine"]["shard_items"])
+        if options.retry:
+            forget_failures(root)
+        score(parts, plan, options)
+        remove_old(root, parts)
+        _choose(options, plain)
+
+
+def _choose(options: Options, config: dict[str, Any]) -> None:
+    from kangaroo_jax.curation.report import write_report
+
+    print(select.table(select.select(options.root, config["select"])))
+    print(write_report(options.root, config["select"], options.annotations))
+
+
+def select_again(options: Options, config: ConfigDict) -> None:
+    """Choose anew from the scores that are there. Raises UserError."""
+    with shards.claimed(options.root):
+        _choose(options, plain_config(config))
+
+
+def report(options: Options, config: ConfigDict) -> None:
+    """Write report.html anew. Raises UserError."""
+    from kangaroo_jax.curation.report import write_report
+
+    if not (options.root / "funnel.json").exists():
+        raise UserError(f"{options.root}: nothing was chosen here yet; run kangaroo curate select first")
+    with shards.claimed(options.root):
+        print(write_report(options.root, plain_config(config)["select"], options.annotations))
+
+
+def explain(options: Options, config: ConfigDict, name: str) -> None:
+    """All that is known of a clip. Raises UserError."""
+    from kangaroo_jax.curation.doctor import explain as explain_clip
+
+    explain_clip(options.root, name, plain_config(config)["select"])
+
+
+def export(options: Options, config: ConfigDict) -> None:
+    """Write what was kept as a dataset. Raises UserError."""
+    from kangaroo_jax.curation.export import export as write
+
+    with shards.claimed(options.root):
+        print(write(options.root, plain_config(config), options.name, options.annotations))
+
+
+def doctor(options: Options, config: ConfigDict) -> None:
+    """What is installed, and works; exit code 1 if something is missing."""
+    from kangaroo_jax.curation.doctor import doctor as check
+
+    if not check():
+        sys.exit(1)
+
+
+def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
+    """Run the engine."""
+    workers = plan.config["engine"]["workers"]
+    if options.engine == "ray":
+        engine.run_ray(parts, plan, options.ray_address, workers)
+    else:
+        engine.run_local(parts, plan, workers)
+
+
+def forget_failures(root: Path) -> None:
+    """Let stages score again the shards in which they failed on something."""
+    for folder in (root / "work").iterdir():
+        for file in folder.glob("*.done") if folder.is_dir() else ():
+            if json.loads(file.read_bytes()).get("failed"):
+                file.unlink()
+    for file in (root / "scores").glob("*.done"):
+        if json.loads(file.read_bytes())["failed"]:
+            file.unlink()
+
+
+def remove_old(root: Path, parts: Sequence[Shard]) -> None:
+    """Remove what earlier runs wrote of shards that there are no more."""
+    names = {part.name for part in parts}
+    old = [file for file in (root / "scores").glob("*.jsonl") if file.stem not in names]
+    if not old:
+        return
+    for file in old:
+        shards.marker(file).unlink(missing_ok=True)
+        file.unlink()
+    for folder in (root / "work").iterdir():
+        if folder.is_dir():
+            for file in folder.glob("*-of-*"):
+                if file.stem.rpartition("-")[0] not in names:
+                    file.unlink()
+    kept = {row["id"] for row in shards.all_scores(root)}
+    for folder in (root / "keyframes").iterdir():
+        if folder.name not in kept:
+            shutil.rmtree(folder)
+
+
+def plain_config(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+_JOBS: dict[str, Callable[..., None]] = {
+    "curate": curate,
+    "select": select_again,
+    "explain": explain,
+    "report": report,
+    "export": export,
+    "doctor": doctor,
+}

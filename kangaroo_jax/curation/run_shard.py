@@ -1,0 +1,165 @@
+"""A shard through all stages: what every engine runs. What is done already is read, and not computed again."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.curation import shards
+from kangaroo_jax.curation.guard import Guard, Lost, SetupError
+from kangaroo_jax.curation.shards import Shard
+from kangaroo_jax.curation.stages import run_stage
+from kangaroo_jax.curation.stages.base import Row, Stage
+from kangaroo_jax.errors import UserError
+
+Job = Callable[..., Any]
+Tell = Callable[[str, str, float], None]  # stage, "" or why it failed, CPU seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is done to all shards. `job` is what a process runs: (stage's name, row, settings, root)."""
+
+    root: Path
+    stages: tuple[Stage, ...]
+    config: Mapping[str, Any]
+    job: Job = run_stage
+
+    def guard(self) -> Guard:
+        """A process for this plan's jobs."""
+        engine = self.config["engine"]
+        return Guard(self.job, seconds=engine["item_seconds"], memory_mib=engine["memory_mib"])
+
+
+def is_done(shard: Shard, plan: Plan) -> bool:
+    """Whether the shard's scores are those that `run_shard` would write."""
+    found = shards.done(shards.score_file(plan.root, shard.name))
+    return found is not None and found["keys"] == shards.stage_keys(shard, plan.stages, plan.config)
+
+
+def run_shard(shard: Shard, plan: Plan, guard: Guard, tell: Tell) -> Row:
+    """Score a shard, stage by stage; returns its marker: counts of rows and of failures.
+
+    Raises Stopped if the guard is closed; what was finished before stays.
+    """
+    keys = shards.stage_keys(shard, plan.stages, plan.config)
+    rows = [dict(item) for item in shard.items]
+    for stage in plan.stages:
+        file = shards.stage_file(plan.root, stage.name, shard.name, keys[stage.name])
+        if shards.done(file) is None:
+            _remove_others(file)
+            spent = Spent(tell)
+            found = [_scored(row, stage, plan, guard, spent) for row in rows if _applies(stage, row)]
+            failed = sum("failure" in one for one in found)
+            shards.put_rows(plan.root, file, found, {"rows": len(found), "failed": failed})
+            spent.write(plan.root, stage.name, shard.name)
+        rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
+    target = shards.score_file(plan.root, shard.name)
+    shards.marker(target).unlink(missing_ok=True)
+    _forget_old(plan.root, target, {row["id"] for row in rows})
+    rows = [_final(row) for row in rows]
+    done = {"rows": len(rows), "failed": sum(bool(row["failures"]) for row in rows), "keys": keys}
+    shards.put_rows(plan.root, target, rows, done)
+    return done
+
+
+class Spent:
+    """CPU seconds of a stage in a shard; passes on to another what it is told."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._seconds, self._begin = tell, list[float](), time.time()
+        self.memory = 0.0  # resident MiB of the process, at most
+
+    def __call__(self, stage: str, failure: str, seconds: float) -> None:
+        self._seconds.append(seconds)
+        self._tell(stage, failure, seconds)
+
+    def write(self, root: Path, stage: str, shard: str) -> None:
+        """OUTPUT/timings/STAGE/SHARD.json."""
+        if self._seconds:
+            value: Row = {
+                "cpu_seconds": [round(s, 4) for s in self._seconds],
+                "wall": round(time.time() - self._begin, 3),
+            }
+            value["memory_mib"] = round(self.memory, 1)
+            shards.put(root, root / "timings" / stage / f"{shard}.json", json.dumps(value).encode())
+
+
+def _applies(stage: Stage, row: Row) -> bool:
+    return row["kind"] in stage.kinds and all(name in row for name in stage.after)
+
+
+def _scored(row: Row, stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> Row:
+    """What the stage says of a row, or why it cannot say anything; key frames are written here."""
+    settings = plan.config.get(stage.name, {})
+    try:
+        outcome, seconds, memory = guard.call(stage.name, row, settings, str(plan.root))
+    except SetupError:
+        raise
+    except (UserError, Lost) as error:
+        tell(stage.name, str(error), 0.0)
+        return {"id": row["id"], "failure": str(error)}
+    tell(stage.name, "", seconds)
+    tell.memory = max(tell.memory, memory)
+    if outcome.files:
+        folder = plan.root / "keyframes" / row["id"]
+        for k, data in enumerate(outcome.files):
+            shards.put(plan.root, folder / f"{k}.jpg", data)
+        for extra in folder.iterdir():  # of settings with more of them
+            if int(extra.stem) >= len(outcome.files):
+                extra.unlink()
+    found = {"id": row["id"], "scores": outcome.scores}
+    return found if outcome.clips is None else {**found, "clips": outcome.clips}
+
+
+def _merged(rows: Sequence[Row], stage: Stage, found: Mapping[str, Row]) -> list[Row]:
+    """Rows with what the stage found; a row for each clip where it divides them."""
+    merged: list[Row] = []
+    for row in rows:
+        one = found.get(row["id"])
+        if one is None:
+            merged.append(row)
+        elif "failure" in one:
+            merged.append({**row, "failures": {**row.get("failures", {}), stage.name: one["failure"]}})
+        else:
+            scored = {**row, stage.name: one["scores"]}
+            clips = one.get("clips")
+            if clips is None:
+                merged.append(scored)
+            else:
+                merged += [
+                    {
+                        **scored,
+                        "item": row["id"],
+                        "id": row["id"] if len(clips) == 1 else f"{row['id']}.{number:04d}",
+                        "start": start,
+                        "end": end,
+                    }
+                    for number, (start, end) in enumerate(clips)
+                ]
+    return merged
+
+
+def _remove_others(file: Path) -> None:
+    """Remove what the stage found of this shard under other settings; its key frames are about to be replaced."""
+    shard = file.stem.rpartition("-")[0]
+    for other in file.parent.glob(f"{shard}-*"):
+        if other.stem != file.stem:
+            shards.marker(other).unlink(missing_ok=True)
+            other.unlink(missing_ok=True)
+
+
+def _forget_old(root: Path, target: Path, ids: set[str]) -> None:
+    """Remove the key frames of clips that the shard no longer has."""
+    if target.exists():
+        for row in shards.rows_of(target):
+            if row["id"] not in ids:
+                shutil.rmtree(root / "keyframes" / row["id"], ignore_errors=True)
+
+
+def _final(row: Row) -> Row:
+    times = row.get("keyframes", {}).get("times", [])
+    return {"item": row["id"], **row, "failures": row.get("failures", {}), "keyframe_times": times}

@@ -1,0 +1,189 @@
+"""`kangaroo curate select`: which clips are kept, from the scores alone, and the first rule that each other one fails.
+
+Rules, in this order: broken, seconds, size, text, face, motion, language (thresholds); duplicate (of a group the
+best video is kept: most pixels, longest, sharpest); category (a cap), source (a quota). Caps keep those with the lowest
+hash of their id, so that the choice is the same wherever and however often it is made.
+"""
+
+import collections
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.curation import duplicates, shards
+from kangaroo_jax.curation.stages.base import Row
+
+RULES = ("broken", "seconds", "size", "text", "face", "motion", "language", "duplicate", "category", "source")
+Settings = Mapping[str, Any]
+Verdict = tuple[str, str]  # the rule, and why
+
+
+def select(root: Path, settings: Settings) -> dict[str, Any]:
+    """Write OUTPUT/selected.jsonl, dropped.jsonl and funnel.json; returns the funnel. Raises UserError."""
+    rows = list(shards.all_scores(root))
+    verdicts = judge(rows, settings)
+    kept, dropped = [], []
+    for row, verdict in zip(rows, verdicts, strict=True):
+        entry = _entry(row, settings)
+        if verdict is None:
+            kept.append(entry)
+        else:
+            dropped.append({**entry, "rule": verdict[0], "reason": verdict[1]})
+    result = funnel(rows, verdicts, settings)
+    shards.put(root, root / "selected.jsonl", shards.lines(kept))
+    shards.put(root, root / "dropped.jsonl", shards.lines(dropped))
+    shards.put(root, root / "funnel.json", (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    return result
+
+
+def judge(rows: Sequence[Row], settings: Settings) -> list[Verdict | None]:
+    """The verdict of each row, None for what is kept."""
+    verdicts = [threshold_verdict(row, settings) for row in rows]
+    if settings["duplicates"]:
+        _judge_duplicates(rows, verdicts, settings)
+    caps: dict[str, int | None] = collections.defaultdict(lambda: settings["category_cap"] or None)
+    _judge_caps(rows, verdicts, "category", lambda row: category_of(row, settings), caps, settings["seed"])
+    quotas = dict(settings["source_quotas"])
+    _judge_caps(rows, verdicts, "source", lambda row: row["source"], quotas, settings["seed"])
+    return verdicts
+
+
+def threshold_verdict(row: Row, settings: Settings) -> Verdict | None:
+    """The first threshold that a row fails by its own scores."""
+    if row["failures"]:
+        stage, reason = next(iter(row["failures"].items()))
+        return "broken", f"{stage}: {reason}"
+    probe = row["probe"]
+    decodable = min(probe["decodable"], row.get("cuts", {}).get("decodable", 1.0))
+    video = row["kind"] == "video"
+    seconds = (row["end"] or 0.0) - (row["start"] or 0.0)
+    text = row.get("text", {}).get("coverage", 0.0)
+    face = row.get("face", {}).get("coverage", 0.0)
+    motion = row.get("motion", {}).get("score")
+    side = min(probe["width"], probe["height"])
+    language = language_of(row)
+    checks = (
+        ("broken", decodable < settings["min_decodable"], f"{decodable:.0%} of its frames can be decoded"),
+        ("seconds", video and seconds < settings["min_seconds"], f"{seconds:.1f} s"),
+        ("seconds", video and seconds > settings["max_seconds"], f"{seconds:.1f} s"),
+        ("size", side < settings["min_short_side"], f"{probe['width']}x{probe['height']} pixels"),
+        ("text", text > settings["max_text"], f"{text:.1%} of the picture"),
+        ("face", face > settings["max_face"], f"{face:.1%} of the picture"),
+        ("motion", video and motion is None, "no two frames to compare"),
+        (
+            "motion",
+            video and motion is not None and motion < settings["min_motion"],
+            f"{motion or 0:.4f}% of the diagonal",
+        ),
+        ("language", bool(settings["languages"] and language) and language not in settings["languages"], language),
+    )
+    return next(((rule, reason) for rule, failed, reason in checks if failed), None)
+
+
+def language_of(row: Row) -> str:
+    """Of the caption: as declared, else as detected, "" where there is none."""
+    return row["language"] or row.get("caption_language", {}).get("code", "")
+
+
+def category_of(row: Row, settings: Settings) -> str:
+    """As declared, else the first whose keywords the caption has, else ""."""
+    if row["category"]:
+        return row["category"]
+    caption = row["caption"].lower()
+    return next((name for name, words in settings["category_keywords"] if any(w.lower() in caption for w in words)), "")
+
+
+def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], settings: Settings) -> None:
+    """Only what is otherwise kept is compared, so that a dropped clip takes no other with it."""
+    kept = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    found = duplicates.groups(
+        [rows[i] for i in kept], most_bits=settings["duplicate_bits"], tables=settings["duplicate_tables"]
+    )
+    members: dict[int, list[int]] = collections.defaultdict(list)
+    for i, first in zip(kept, found, strict=True):
+        members[first].append(i)
+    for group in members.values():
+        best = min(group, key=lambda i: _worth(rows[i]))
+        for i in group:
+            if rows[i]["item"] != rows[best]["item"]:
+                verdicts[i] = ("duplicate", f"of {rows[best]['id']}")
+
+
+def _worth(row: Row) -> tuple[float, float, float, str]:
+    """Sorts the best of a group first: most pixels, longest, sharpest."""
+    probe = row["probe"]
+    sharp = sum(row.get("keyframes", {}).get("sharpness", ()))
+    return -probe["width"] * probe["height"], -(row["end"] - row["start"]), -sharp, row["id"]
+
+
+def _judge_caps(
+    rows: Sequence[Row],
+    verdicts: list[Verdict | None],
+    rule: str,
+    name_of: Callable[[Row], str],
+    most: Mapping[str, int | None],
+    seed: int,
+) -> None:
+    """Thin each name (category or source) to its cap. What has no category is a category."""
+    members: dict[str, list[int]] = collections.defaultdict(list)
+    for i, verdict in enumerate(verdicts):
+        if verdict is None:
+            members[name_of(rows[i])].append(i)
+    for name, indices in members.items():
+        cap = most[name] if name in most or isinstance(most, collections.defaultdict) else None
+        if cap is None or len(indices) <= cap:
+            continue
+        indices.sort(key=lambda i: hashlib.sha256(f"{seed} {rows[i]['id']}".encode()).digest())
+        for i in indices[cap:]:
+            verdicts[i] = (rule, f"{name or 'no category'} has {len(indices)}, {cap} are kept")
+
+
+def _entry(row: Row, settings: Settings) -> Row:
+    """A line of selected.jsonl."""
+    start = row["start"] or 0.0
+    times = [round(start + seconds, 3) for seconds in row["keyframe_times"]]  # of the medium, as start and end are
+    frames = [{"path": f"keyframes/{row['id']}/{k}.jpg", "time": time} for k, time in enumerate(times)]
+    keys = ("id", "kind", "start", "end", "caption", "source", "licence", "source_id")
+    entry = {key: row[key] for key in keys}
+    if row["kind"] == "image":
+        entry["start"] = entry["end"] = None
+    return {
+        **entry,
+        "media": row["path"],
+        "keyframes": frames,
+        "category": category_of(row, settings),
+        "language": language_of(row),
+    }
+
+
+def funnel(rows: Sequence[Row], verdicts: Sequence[Verdict | None], settings: Settings) -> dict[str, Any]:
+    """Counts: of items and clips, left after each rule, by category, source and language before and after."""
+    rules = collections.Counter(verdict[0] for verdict in verdicts if verdict is not None)
+    left, steps = len(rows), []
+    for rule in RULES:
+        left -= rules[rule]
+        steps.append({"rule": rule, "dropped": rules[rule], "left": left})
+    result: dict[str, Any] = {"items": len({row["item"] for row in rows}), "clips": len(rows), "kept": left}
+    result["seconds"] = round(sum(_seconds(row) for row in rows), 1)
+    kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict is None]
+    result["kept_seconds"] = round(sum(_seconds(row) for row in kept), 1)
+    result["rules"] = steps
+    names = {"category": lambda row: category_of(row, settings), "source": lambda row: row["source"]}
+    for what, name_of in {**names, "language": language_of, "licence": lambda row: row["licence"]}.items():
+        before = collections.Counter(name_of(row) for row in rows)
+        after = collections.Counter(name_of(row) for row in kept)
+        result[what] = {name: [count, after[name]] for name, count in sorted(before.items())}
+    return result
+
+
+def _seconds(row: Row) -> float:
+    return (row["end"] or 0.0) - (row["start"] or 0.0)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The funnel for a terminal."""
+    lines = [f"{result['items']:,} items, {result['clips']:,} clips"]
+    lines += [f"  {step['rule']:10}{-step['dropped']:>10,}{step['left']:>12,}" for step in result["rules"]]
+    return "\n".join([*lines, f"kept {result['kept']:,} clips, {result['kept_seconds'] / 3600:.2f} h of video"])

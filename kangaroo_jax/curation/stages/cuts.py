@@ -1,0 +1,197 @@
+"""Cuts between scenes, and the clips that a long video is divided into.
+
+PySceneDetect's content detector decides, on small pictures, decoded without deblocking and without the frames that no
+other refers to. Of a video with more pixels than `full_pass_pixels` only those stretches are decoded whose key frames
+tell of a cut. The same pass counts the frames that can be decoded.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
+from kangaroo_jax.data import animation
+from kangaroo_jax.data.picker import open_video, start_seconds
+from kangaroo_jax.data.storage import member_suffix, short
+from kangaroo_jax.errors import UserError
+
+_TICKS = 1000.0  # a second, of the detector's clock
+_MOST_BAD = 10_000  # packets
+_OUT_OF_TURN = 0.9  # of the longest distance of key frames: a shorter one is out of turn
+_TAIL = 0.01  # seconds, so that a span has the key frame that ends it
+
+
+def cuts(row: Row, settings: Settings, root: Path) -> Outcome:
+    """Times of cuts, and the clips. An image is one clip, and so is a video up to `whole_seconds`."""
+    if row["kind"] == "image":
+        return Outcome({}, clips=((0.0, 0.0),))
+    length = row["probe"]["seconds"]
+    begin, end = row["start"] or 0.0, min(row["end"] if row["end"] is not None else math.inf, length)
+    if begin >= end:
+        raise UserError(f"no video between {begin:g} and {end:g} s; it is {length:g} s long")
+    if member_suffix(row["path"]) in animation.SUFFIXES:
+        found, decodable = list[float](), 1.0
+    else:
+        found, decodable = _find(row["path"], begin, end, row["probe"], settings)
+    spans: tuple[tuple[float, float], ...] = ((begin, end),)
+    if end - begin > settings["whole_seconds"]:
+        spans = clips_between(found, begin, end, settings["min_clip_seconds"], settings["max_clip_seconds"])
+    return Outcome({"times": [rounded(t, 3) for t in found], "decodable": rounded(decodable)}, clips=spans)
+
+
+def clips_between(
+    cut_times: Sequence[float], begin: float, end: float, shortest: float, longest: float
+) -> tuple[tuple[float, float], ...]:
+    """Scenes joined until a clip has `shortest` seconds; a longer one than `longest` is divided evenly."""
+    edges = [begin]
+    for time in cut_times:
+        if time - edges[-1] >= shortest and end - time >= shortest:
+            edges.append(time)
+    clips: list[tuple[float, float]] = []
+    for first, last in zip(edges, [*edges[1:], end], strict=True):
+        parts = max(1, math.ceil((last - first) / longest))
+        inner = np.linspace(first, last, parts + 1)
+        clips += [(rounded(a, 3), rounded(b, 3)) for a, b in zip(inner[:-1], inner[1:], strict=True)]
+    return tuple(clips)
+
+
+def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -> tuple[list[float], float]:
+    """Seconds of the cuts between `begin` and `end`, and the share of frames that could be decoded."""
+    counts = {"whole": 0, "lost": 0}
+    cost = probe["width"] * probe["height"] * probe["frames"] * (end - begin) / probe["seconds"]
+    with open_video(path) as (container, stream):
+        shrink = _Shrink(settings["side"] / max(probe["width"], probe["height"]))
+        found, spans = list[float](), [(begin, end)]
+        if cost > settings["full_pass_pixels"]:
+            found, spans = _between_keys(container, stream, begin, end, counts, shrink, settings)
+        for first, last in spans:
+            found += _scan(container, stream, first, last, counts, shrink, settings)
+        if not counts["whole"]:
+            raise UserError(f"{short(path)}: no frame can be decoded")
+    apart: list[float] = []
+    for time in sorted(found):
+        if not apart or time - apart[-1] >= settings["min_scene_seconds"]:
+            apart.append(time)
+    return apart, counts["whole"] / (counts["whole"] + counts["lost"])
+
+
+class _Shrink:
+    """Frames as small pictures, BGR."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale, self._reformatter = min(1.0, scale), VideoReformatter()
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        width, height = (max(16, round(side * self._scale)) for side in (frame.width, frame.height))
+        options: dict[str, Any] = {"format": "bgr24", "interpolation": Interpolation.FAST_BILINEAR, "threads": 1}
+        return self._reformatter.reformat(frame, width, height, **options).to_ndarray()
+
+
+def _scan(
+    container: Any,
+    stream: Any,
+    begin: float,
+    end: float,
+    counts: dict[str, int],
+    shrink: _Shrink,
+    settings: Settings,
+) -> list[float]:
+    """Cuts among the frames from `begin` to `end`, by PySceneDetect."""
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import ContentDetector
+
+    detector = ContentDetector(settings["threshold"], float(settings["min_scene_seconds"]))
+    _hurry(stream, "NONREF")
+    _seek(container, stream, begin)
+    found: list[int] = []
+    last = -1
+    for frame, time in _frames(container, stream, end, counts):
+        tick = round((time - begin) * _TICKS)
+        if tick > last:
+            last = tick
+            code = FrameTimecode(tick, _TICKS)
+            found += [cut.frame_num for cut in detector.process_frame(code, shrink(frame))]
+    return [begin + tick / _TICKS for tick in found]
+
+
+def _between_keys(
+    container: Any,
+    stream: Any,
+    begin: float,
+    end: float,
+    counts: dict[str, int],
+    shrink: _Shrink,
+    settings: Settings,
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Cuts that the key frames alone show, and the spans that have to be decoded to see where the others are.
+
+    Of two key frames that look alike nothing between is looked at. An encoder puts a key frame out of turn where the
+    picture changes: there, if they differ, is the cut. If they differ and the later one came in its turn, the cut is
+    somewhere between.
+    """
+    _hurry(stream, "NONKEY")
+    _seek(container, stream, begin)
+    keys = [(time, shrink(frame)) for frame, time in _frames(container, stream, end, counts)]
+    gaps = np.diff([time for time, _ in keys])
+    turn = gaps.max(initial=0.0) * _OUT_OF_TURN
+    found, spans = list[float](), list[tuple[float, float]]()
+    for k, gap in enumerate(gaps):
+        difference = _difference(keys[k][1], keys[k + 1][1])
+        if difference >= settings["threshold"] and gap < turn:
+            found.append(keys[k + 1][0])
+        elif difference >= settings["threshold"] / 2:
+            spans.append((keys[k][0], keys[k + 1][0] + _TAIL))
+    if keys:
+        spans.append((keys[-1][0], end))
+    return found, spans
+
+
+def _difference(one: np.ndarray, two: np.ndarray) -> float:
+    """Mean absolute difference of hue, saturation and value, as the content detector has it."""
+    return float(cv2.absdiff(cv2.cvtColor(one, cv2.COLOR_BGR2HSV), cv2.cvtColor(two, cv2.COLOR_BGR2HSV)).mean())
+
+
+def _seek(container: Any, stream: Any, time: float) -> None:
+    container.seek(int((time + start_seconds(stream)) / float(stream.time_base)), stream=stream)
+
+
+def _hurry(stream: Any, skip: str) -> None:
+    """Pass over frames (those that no other refers to, or all but key frames), and over deblocking."""
+    codec = stream.codec_context
+    codec.options = {"err_detect": "explode", "skip_loop_filter": "all"}  # damage is an error, as in training
+    if skip == "NONKEY" or codec.name in ("h264", "hevc", "mpeg4", "mpeg2video"):
+        codec.skip_frame = skip
+
+
+def _frames(container: Any, stream: Any, end: float, counts: dict[str, int]) -> Iterator[tuple[Any, float]]:
+    """Whole frames with their seconds from the first one. Those from damage to the next key frame are lost."""
+    zero = start_seconds(stream)
+    whole = True
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError:
+            return
+        if packet is None or counts["lost"] > _MOST_BAD:
+            return
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            counts["lost"] += 1
+            whole = False
+            continue
+        for frame in frames:
+            whole = (whole or frame.key_frame) and not frame.is_corrupt
+            counts["whole" if whole else "lost"] += 1
+            if whole and frame.pts is not None:
+                time = float(frame.pts * frame.time_base) - zero
+                if time >= end:
+                    return
+                yield frame, time

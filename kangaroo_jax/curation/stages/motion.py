@@ -1,0 +1,60 @@
+"""Motion: optical flow between frames a fifth of a second apart, in percent of the picture's diagonal.
+
+The median over the pairs, because the mean is fooled by a cut between two still pictures; pairs across a known
+cut are not looked at. Of the diagonal, because flow in pixels grows with the size of the picture.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
+from kangaroo_jax.curation.stages.pictures import frames_at, times_within
+
+_AFTER_KEY = 0.04  # seconds: a key frame at a cut is not across it
+
+
+def motion(row: Row, settings: Settings, root: Path) -> Outcome:
+    """`score` (median of the mean length of the flow), `pairs` (each), `moving` (share of pixels over one pixel)."""
+    seconds, probed = row["end"] - row["start"], row["probe"]
+    interval = probed["seconds"] / max(1, probed["frames"])
+    times = pair_times(seconds, interval, times_within(row, probed.get("keys", [])), settings)
+    width, height = row["probe"]["width"], row["probe"]["height"]
+    side = math.ceil(settings["short_side"] * max(width, height) / min(width, height))
+    pictures, seen = frames_at(row, times.ravel(), side)
+    cuts = times_within(row, row["cuts"]["times"])
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    lengths, moving = [], []
+    for k in range(len(times)):
+        if any(times[k, 0] < cut <= times[k, 1] + 1e-3 for cut in cuts) and len(times) > 1:
+            continue
+        one, two = (cv2.cvtColor(pictures[2 * k + i], cv2.COLOR_RGB2GRAY) for i in (0, 1))
+        length = np.linalg.norm(flow.calc(one, two, None), axis=2)
+        lengths.append(100 * float(length.mean()) / math.hypot(*one.shape))
+        moving.append(float((length > 1).mean()))
+    scores = {
+        "score": rounded(np.median(lengths)) if lengths else None,
+        "pairs": [rounded(x) for x in lengths],
+        "moving": rounded(np.median(moving)) if moving else None,
+    }
+    return Outcome(scores)
+
+
+def pair_times(seconds: float, interval: float, keys: Sequence[float], settings: Settings) -> np.ndarray:
+    """Seconds of the pairs, float64[pairs, 2], ascending; fewer where the clip has no room for all.
+
+    Pairs are spread evenly; where there is a key frame near, from which decoding can begin, a pair begins there.
+    Of a clip with fewer frames than `gap_seconds` asks for, pairs are neighbours.
+    """
+    gap = min(max(settings["gap_seconds"], 1.05 * interval), seconds / 2)
+    last = max(0.0, seconds - gap - 1.5 * interval)  # the last frame's own time is before the end
+    pairs = max(1, min(settings["pairs"], int(last / gap)))
+    room = last / pairs
+    first = (np.arange(pairs) + 0.5) * room
+    for k, middle in enumerate(first):
+        near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= room / 2 - gap / 2]
+        first[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
+    return np.stack([first, first + gap], axis=1)

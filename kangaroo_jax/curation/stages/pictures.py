@@ -1,0 +1,60 @@
+"""Pictures for the stages: frames of a clip in their own shape, and the key frames that were written."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.video import load_video
+from kangaroo_jax.errors import UserError
+
+
+def frames_at(row: Row, times: Sequence[float], side: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Frames on display at ascending `times` (seconds of the clip), longest side at most `side`, and their times.
+
+    RGB, uint8[height, width, 3], contiguous. Raises UserError.
+    """
+    width, height = row["probe"]["width"], row["probe"]["height"]
+    side = min(side, max(width, height))
+    if row["kind"] == "image":
+        return [_without_bars(load_image(row["path"], side), width, height)], np.zeros(1)
+    clip = load_video(row["path"], image_size=side, times=times, start=row["start"])
+    return [_without_bars(picture, width, height) for picture in clip.pixels], clip.times
+
+
+def times_within(row: Row, times: Sequence[float]) -> list[float]:
+    """Those of the file's seconds that lie in the clip, as seconds of the clip."""
+    return [time - row["start"] for time in times if row["start"] <= time < row["end"]]
+
+
+def _without_bars(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """What a letterbox of a picture of that shape holds, without its bars."""
+    side = picture.shape[0]
+    wide, high = (side, max(1, round(side * height / width))) if width >= height else (0, side)
+    wide = wide or max(1, round(side * width / height))
+    top, left = (side - high) // 2, (side - wide) // 2
+    return np.ascontiguousarray(picture[top : top + high, left : left + wide])
+
+
+def key_frame_paths(row: Row, root: Path) -> list[Path]:
+    """The JPEG files of a clip's key frames."""
+    folder = root / "keyframes" / row["id"]
+    return [folder / f"{k}.jpg" for k in range(len(row["keyframes"]["times"]))]
+
+
+def key_frames(row: Row, root: Path) -> list[np.ndarray]:
+    """The key frames, BGR as OpenCV has it: uint8[height, width, 3]. Raises UserError."""
+    return list(_read(tuple(map(str, key_frame_paths(row, root))), row["keyframes"]["digest"]))
+
+
+@functools.lru_cache(maxsize=2)  # several stages look at the same frames, one after the other
+def _read(paths: tuple[str, ...], digest: str) -> tuple[np.ndarray, ...]:
+    pictures = tuple(cv2.imread(path) for path in paths)
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture is None:
+            raise UserError(f"{path}: this key frame is gone; remove its folder's work/keyframes and run again")
+    return pictures

@@ -1,0 +1,120 @@
+"""Text coverage: the share of the picture under text, mean of the key frames.
+
+PP-OCR (the recogniser of PaddleOCR, as its ONNX files in the package rapidocr) finds boxes in a small picture. A
+detector alone sees text in plain walls and in hands that hold cups; so where the boxes cover more than a little, they
+are read, and only those count in which letters or digits are read with some certainty. Boxes that overlap count once.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
+from kangaroo_jax.curation.stages.pictures import key_frames
+
+_SAME = 0.8  # intersection over union of a box that stays where it is
+
+
+def text(row: Row, settings: Settings, root: Path) -> Outcome:
+    """`coverage`, `frames` (each), `detected` (before reading), `static_share` (of the text's area: at the same place
+    in another key frame, as logos and captions are), `sample` (what was read first).
+    """
+    pictures = key_frames(row, root)
+    reader = _reader(settings["side"])
+    boxes = [_boxes(reader, picture) for picture in pictures]
+    detected = [coverage(found, picture.shape) for found, picture in zip(boxes, pictures, strict=True)]
+    words: list[str] = []
+    if verified := np.mean(detected) > settings["verify_above"]:
+        for k, picture in enumerate(pictures):
+            if boxes[k]:
+                boxes[k], read = _read(reader, picture, settings)
+                words += read
+    frames = [coverage(found, picture.shape) for found, picture in zip(boxes, pictures, strict=True)]
+    scores = {
+        "coverage": rounded(np.mean(frames)),
+        "frames": [rounded(x) for x in frames],
+        "detected": rounded(np.mean(detected)),
+        "verified": bool(verified),
+        "static_share": rounded(static_share(boxes)),
+        "sample": " ".join(words)[:120],
+    }
+    return Outcome(scores)
+
+
+@functools.cache
+def _reader(side: int) -> Any:
+    """The models, once in a process."""
+    from rapidocr import RapidOCR
+
+    params = {
+        "Global.log_level": "error",
+        "Global.use_cls": False,
+        "Det.limit_side_len": side,
+        "Det.limit_type": "max",
+        "Rec.rec_batch_num": 1,  # more takes more memory and no less time on one core
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+        "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+    }
+    return RapidOCR(params=params)
+
+
+def _boxes(reader: Any, picture: np.ndarray) -> list[np.ndarray]:
+    found = reader(picture, use_det=True, use_cls=False, use_rec=False).boxes
+    return [] if found is None else [np.asarray(box, np.float32) for box in found]
+
+
+def _read(reader: Any, picture: np.ndarray, settings: Settings) -> tuple[list[np.ndarray], list[str]]:
+    """Boxes in which text is read, and the text."""
+    result = reader(picture, use_det=True, use_cls=False, use_rec=True)
+    if result.boxes is None or result.txts is None:
+        return [], []
+    kept = [
+        (np.asarray(box, np.float32), words)
+        for box, words, score in zip(result.boxes, result.txts, result.scores, strict=True)
+        if score >= settings["min_score"] and sum(letter.isalnum() for letter in words) >= settings["min_letters"]
+    ]
+    return [box for box, _ in kept], [words for _, words in kept]
+
+
+def coverage(boxes: Sequence[np.ndarray], shape: tuple[int, ...]) -> float:
+    """Share of a picture [height, width, ...] under the union of boxes, float32[4, 2] each (x, y)."""
+    return float(_mask(boxes, shape).mean()) if boxes else 0.0
+
+
+def _mask(boxes: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(shape[:2], np.uint8)
+    for box in boxes:  # one at a time: where two of one call overlap, OpenCV leaves a hole
+        cv2.fillPoly(mask, [np.round(box).astype(np.int32)], 1)
+    return mask
+
+
+def static_share(boxes: Sequence[Sequence[np.ndarray]]) -> float:
+    """Share of the area of all boxes whose box is also, nearly the same, in another frame; 0 without boxes."""
+    total = still = 0.0
+    for k, found in enumerate(boxes):
+        others = [other for j, more in enumerate(boxes) if j != k for other in more]
+        for box in found:
+            area = _area(_bounds(box))
+            total += area
+            still += area * any(_overlap(box, other) > _SAME for other in others)
+    return still / total if total else 0.0
+
+
+def _bounds(box: np.ndarray) -> tuple[float, float, float, float]:
+    (left, top), (right, bottom) = box.min(0), box.max(0)
+    return float(left), float(top), float(right), float(bottom)
+
+
+def _area(bounds: tuple[float, float, float, float]) -> float:
+    return max(0.0, bounds[2] - bounds[0]) * max(0.0, bounds[3] - bounds[1])
+
+
+def _overlap(one: np.ndarray, two: np.ndarray) -> float:
+    """Intersection over union of the boxes' bounds."""
+    a, b = _bounds(one), _bounds(two)
+    shared = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return shared / max(_area(a) + _area(b) - shared, 1e-9)

@@ -1,0 +1,52 @@
+"""Ray: the bytes of the local engine, a node lost half-way, and nothing lost or doubled."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from kangaroo_jax.curation import engine
+from kangaroo_jax.curation.manifest import read_inputs
+from kangaroo_jax.curation.run_shard import Plan
+from kangaroo_jax.curation.shards import all_scores, make_shards
+from kangaroo_jax.curation.stages import BY_NAME
+
+ray = pytest.importorskip("ray", reason="of the extra `ray`")
+pytestmark = pytest.mark.slow
+STAGES = tuple(BY_NAME[name] for name in ("probe", "cuts", "keyframes", "motion", "fingerprint"))
+
+
+def test_a_node_that_is_lost_half_way_costs_nothing(clips, config, tmp_path, tree):
+    from ray.cluster_utils import Cluster
+
+    plain = json.loads(json.dumps(config.to_dict()))
+    shards = make_shards(read_inputs([str(clips)]), 1)
+    alone = Plan(tmp_path / "local", STAGES, plain)
+    engine.run_local(shards, alone, workers=1)
+    plan = Plan(tmp_path / "ray", STAGES, plain)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        lost = threading.Event()
+
+        def kill_when_half_is_done() -> None:
+            while len(list((plan.root / "work/probe").glob("*.done"))) < len(shards) // 2:
+                time.sleep(0.02)
+            cluster.remove_node(second, allow_graceful=False)
+            lost.set()
+
+        killer = threading.Thread(target=kill_when_half_is_done, daemon=True)
+        killer.start()
+        engine.run_ray(shards, plan)
+        killer.join(timeout=60)
+        assert lost.is_set()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert sorted(row["id"] for row in all_scores(plan.root)) == sorted(row["id"] for row in all_scores(alone.root))
+    leftovers = {
+        name for name in tree(plan.root) if name.startswith("work/tmp/")
+    }  # of the lost node; a run removes them
+    assert {k: v for k, v in tree(plan.root).items() if k not in leftovers} == tree(alone.root)
