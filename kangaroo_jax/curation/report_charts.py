@@ -24,7 +24,7 @@ def histogram(
         return ""
     least = max(values[values > 0].min(initial=1.0), 1e-4) if logarithmic else 0.0
 
-    def scaled(numbers: Sequence[float]) -> np.ndarray:
+    def scaled(numbers: Sequence[float] | np.ndarray) -> np.ndarray:
         array = np.asarray(numbers, float)
         return np.log10(np.maximum(array, least)) if logarithmic else array
 

@@ -80,7 +80,7 @@ class Mixture:
     stage5_per_long: int = 10
     stage5_shorts: int = 2500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
-    warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
+    warmup: float = 0.85  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
     eval_image: tuple[int, int] = (80, 40)  # multiple choice, open
     eval_short: tuple[int, int] = (400, 200)

@@ -68,11 +68,11 @@ class Note:
 # (records at scale 1, what they are drawn from and with which weight)
 SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
-    (2_500, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (4_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (7_000, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
-    (9_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
-    (10_000, ((1.7, Drill()), (0.3, Drill((4,), SECONDS)), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 3)))),
+    (3_700, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (7_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (10_700, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
+    (14_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
+    (10_800, ((1.7, Drill()), (0.3, Drill((4,), SECONDS)), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 3)))),
     (14_000, ((0.8, Drill()), (0.2, Drill((4,), SECONDS)), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 2, 0.6)))),
 )
 

@@ -24,10 +24,8 @@ TYPES = {
     "attribute": ("colour",),
     "count": ("count",),
     "motion": ("direction",),
-    "action": ("happens",),
     "order": ("first", "last"),
     "moment": ("second_t",),
-    "change": ("change",),
     "duration": ("duration",),
 }
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 Row = dict[str, Any]  # an item, with `ROW[stage]` for each stage that scored it
 Settings = Mapping[str, Any]
@@ -30,6 +30,6 @@ class Stage:
     needs: tuple[str, ...] = ()  # packages
 
 
-def rounded(value: float, digits: int = 5) -> float:
+def rounded(value: SupportsFloat, digits: int = 5) -> float:
     """For JSON: no more digits than mean something."""
     return round(float(value), digits)

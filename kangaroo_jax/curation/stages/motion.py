@@ -26,13 +26,13 @@ def motion(row: Row, settings: Settings, root: Path) -> Outcome:
     side = math.ceil(settings["short_side"] * max(width, height) / min(width, height))
     pictures, seen = frames_at(row, times.ravel(), side)
     cuts = times_within(row, row["cuts"]["times"])
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     lengths, moving = [], []
     for k in range(len(times)):
         if any(times[k, 0] < cut <= times[k, 1] + 1e-3 for cut in cuts) and len(times) > 1:
             continue
         one, two = (cv2.cvtColor(pictures[2 * k + i], cv2.COLOR_RGB2GRAY) for i in (0, 1))
-        length = np.linalg.norm(flow.calc(one, two, None), axis=2)
+        length = np.linalg.norm(flow.calc(one, two, np.empty(0, np.float32)), axis=2)
         lengths.append(100 * float(length.mean()) / math.hypot(*one.shape))
         moving.append(float((length > 1).mean()))
     scores = {

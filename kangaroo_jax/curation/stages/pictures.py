@@ -13,7 +13,7 @@ from kangaroo_jax.data.video import load_video
 from kangaroo_jax.errors import UserError
 
 
-def frames_at(row: Row, times: Sequence[float], side: int) -> tuple[list[np.ndarray], np.ndarray]:
+def frames_at(row: Row, times: Sequence[float] | np.ndarray, side: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Frames on display at ascending `times` (seconds of the clip), longest side at most `side`, and their times.
 
     RGB, uint8[height, width, 3], contiguous. Raises UserError.
@@ -53,8 +53,10 @@ def key_frames(row: Row, root: Path) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=2)  # several stages look at the same frames, one after the other
 def _read(paths: tuple[str, ...], digest: str) -> tuple[np.ndarray, ...]:
-    pictures = tuple(cv2.imread(path) for path in paths)
-    for path, picture in zip(paths, pictures, strict=True):
+    pictures = []
+    for path in paths:
+        picture = cv2.imread(path)
         if picture is None:
             raise UserError(f"{path}: this key frame is gone; remove its folder's work/keyframes and run again")
-    return pictures
+        pictures.append(picture)
+    return tuple(pictures)

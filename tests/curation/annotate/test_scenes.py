@@ -9,11 +9,11 @@ from kangaroo_jax import cli
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.scenes import SceneRules, part_of
 from kangaroo_jax.tools.corpus import Mixture, make_corpus, read_records, scenes_of
-from kangaroo_jax.tools.corpus_text import caption, facts
+from kangaroo_jax.tools.corpus_text import caption, dense_caption, facts
 
 TINY = Mixture(
     **dict.fromkeys(("images", "longs", "held_images", "held_shorts", "held_longs"), 1),
-    **dict.fromkeys(("stage2_images", "stage4_images", "stage4_text", "stage5_shorts"), 1),
+    **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_shorts"), 1),
     shorts=8,
     warmup=0.001,
     eval_image=(8, 8),
@@ -42,10 +42,10 @@ def test_scenes_are_those_that_the_corpus_was_made_of(corpus):
     scenes = scenes_of(corpus / "corpus")
     told = {}
     for record in read_records(corpus / "corpus/stage2.jsonl"):
-        if "-caption-" in record["id"]:
+        if "-dense-" in record["id"]:
             told[record["video"], record["id"][-2:]] = record["conversations"][1]["value"]
     assert len(told) >= 16
-    assert all(caption(scenes[media], language) == text for (media, language), text in told.items())
+    assert all(dense_caption(scenes[media], language) == text for (media, language), text in told.items())
     with pytest.raises(UserError, match="no generated corpus"):
         SceneRules("rules", str(corpus))
 
