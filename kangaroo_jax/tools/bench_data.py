@@ -26,7 +26,7 @@ from kangaroo_jax.data.video import Clip, load_video
 
 SIDE, RATE, SIZE = 448, 30, (854, 480)
 LENGTHS = {"10s": 10, "3min": 180, "20min": 1200}
-# Frames a second that a v5p chip takes at stage 5's shape: a pack of 28,160 tokens and 216 frames costs about 2.1e15
+# Frames a second that a v5p chip takes at stage 5's shape: a pack of 26,624 tokens and 204 frames costs about 2.0e15
 # FLOPs (6 a token and parameter of the LLM, causal attention, the frozen ViT forward), at 40% of 459 TFLOP/s.
 V5P_FRAMES = 18.5
 _ENCODED_SECONDS = 60  # longer videos repeat what was encoded, packet by packet
