@@ -87,6 +87,7 @@ def stage_config(preset: str) -> ConfigDict:
     c.stage = ""  # name of the stage; a folder of the curriculum's workdir
     c.model = model_config(preset)
     c.init_from = ""  # checkpoint folder whose weights the stage starts from; "" is a fresh start
+    c.init_other_rope = False  # True: the stage may change the rope settings of init_from, as for longer contexts
     c.seed = 0
 
     d = c.data = ConfigDict()

@@ -143,7 +143,8 @@ def check_rope(path: str | Path, model: ml_collections.ConfigDict) -> None:
         if before != now:
             raise UserError(
                 f"{folder}: config.model.{name} of the checkpoint is {before or 'none'}, of this config "
-                f"{now or 'none'}; its weights were trained with the former: set --config.model.{name}"
+                f"{now or 'none'}; its weights were trained with the former: set --config.model.{name}, or "
+                "--config.init_other_rope=True to change it on purpose"
             )
 
 

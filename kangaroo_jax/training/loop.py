@@ -249,7 +249,8 @@ def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainStat
 
     places = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
     if config.init_from:
-        checkpoint.check_rope(config.init_from, config.model)
+        if not config.init_other_rope:
+            checkpoint.check_rope(config.init_from, config.model)
         params = checkpoint.load_params(config.init_from, binding, mesh)
     else:
         params = jax.jit(fresh, out_shardings=places)()

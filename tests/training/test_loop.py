@@ -199,8 +199,10 @@ def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus,
         with pytest.raises(UserError, match=f"small.*: config.model.{name} of the checkpoint is") as error:
             checkpoint.check_rope(tmp_path / "small", faster.model)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="rope_reference_grid of the checkpoint is 6, of this config 16"):
+    with pytest.raises(UserError, match="rope_reference_grid of the checkpoint is 4, of this config 16"):
         train(faster, tmp_path / "b", tell=lambda _: None)
+    faster.init_other_rope = True  # on purpose
+    assert train(faster, tmp_path / "c", tell=lambda _: None)
 
 
 def test_wrong_tokenizer_and_missing_data_are_one_line(corpus, tmp_path):
