@@ -204,8 +204,10 @@ Turn = tuple[str, str]  # what the user says, what the assistant answers
 WORDS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, COUNTS)
 
 
-def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4) -> Turn:
-    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `red, B`.
+def drill(
+    language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4, lone: bool = False
+) -> Turn:
+    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `red, B`; `B` if `lone`.
 
     Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. It is
     found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default one of
@@ -216,7 +218,8 @@ def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), opt
     place = rng.randrange(len(keys))
     words = [word(key, language) for key in keys]
     asked = QUESTIONS["which"][LANGUAGES.index(language)].format(words[place])
-    return "\n".join([asked, *_option_lines(words, language)]), chosen(words[place], LETTERS[place], language)
+    answer = LETTERS[place] if lone else chosen(words[place], LETTERS[place], language)
+    return "\n".join([asked, *_option_lines(words, language)]), answer
 
 
 def _option_lines(options: Sequence[str], language: str) -> list[str]:

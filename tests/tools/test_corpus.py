@@ -202,7 +202,7 @@ def test_drills_of_the_warmup_grow_harder(corpus):
         first, *lines = question.split("\n")
         options = {line[0]: line[2:].strip() for line in lines}
         assert list(options) == list("ABCD")[: len(lines)] and len(set(options.values())) == len(lines)
-        assert options[answer[-1]] in first and answer[:-1].rstrip(" ,，") == options[answer[-1]]
+        assert options[answer[-1]] in first and answer[:-1].rstrip(" ,，") in ("", options[answer[-1]])
         assert extract_letter(answer) == answer[-1]
     assert all(question.count("\n") == 2 and question.isascii() for question, _ in lessons["0"])
     assert any(not question.isascii() for question, _ in lessons["3"])
