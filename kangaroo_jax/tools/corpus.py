@@ -40,7 +40,7 @@ from kangaroo_jax.tools.corpus_text import (
 )
 from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
-FORMAT = 4  # of the files; raise it when the same settings begin to give other records
+FORMAT = 3  # of the files; raise it when the same settings begin to give other records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +317,7 @@ def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -
     found = facts(scene)
     chosen = rng.sample(found, min(plan.rounds, len(found)))
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
-    turns = [(q.text, q.told) for q in asked]
+    turns = [(q.text, q.answer) for q in asked]
     if rng.random() < plan.describe_last:
         turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
     return turns

@@ -90,23 +90,6 @@ class Question:
     answer: str
     options: tuple[str, ...] = ()
 
-    @property
-    def told(self) -> str:
-        """What the assistant says: the words, and the letter where there are options."""
-        return (
-            chosen(self.options[LETTERS.index(self.answer)], self.answer, self.language)
-            if self.options
-            else self.answer
-        )
-
-
-def chosen(words: str, letter: str, language: str) -> str:
-    """An answer to a multiple-choice question: `red, B`.
-
-    The words come first, so that a decoder of a few layers has found them when it looks for their letter.
-    """
-    return f"{words}, {letter}" if language == "en" else f"{words}，{letter}"
-
 
 def word(key: str | int, language: str) -> str:
     """A word of the corpus in a language; a whole number is a length in seconds."""
@@ -204,10 +187,8 @@ Turn = tuple[str, str]  # what the user says, what the assistant answers
 WORDS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, COUNTS)
 
 
-def drill(
-    language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4, lone: bool = False
-) -> Turn:
-    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `red, B`; `B` if `lone`.
+def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4) -> Turn:
+    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `B`.
 
     Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. It is
     found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default one of
@@ -216,10 +197,8 @@ def drill(
     pool = pool or rng.choices(WORDS, weights=(5, 4, 2, 1))[0]
     keys = rng.sample(list(pool), min(options, len(pool)))
     place = rng.randrange(len(keys))
-    words = [word(key, language) for key in keys]
-    asked = QUESTIONS["which"][LANGUAGES.index(language)].format(words[place])
-    answer = LETTERS[place] if lone else chosen(words[place], LETTERS[place], language)
-    return "\n".join([asked, *_option_lines(words, language)]), answer
+    asked = QUESTIONS["which"][LANGUAGES.index(language)].format(word(keys[place], language))
+    return "\n".join([asked, *_option_lines([word(key, language) for key in keys], language)]), LETTERS[place]
 
 
 def _option_lines(options: Sequence[str], language: str) -> list[str]:

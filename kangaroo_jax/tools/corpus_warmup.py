@@ -1,7 +1,7 @@
 """Lessons of the text warm-up, from simple to hard: stands in for the pretraining of a decoder of a million weights.
 
 Two skills must meet before a video can be asked about by multiple choice: to read an answer off what was told, and
-the bond of an option and its letter. A decoder of this size hardly ever finds the second in scenes from the start. It
+the bond of a letter and its option. A decoder of this size hardly ever finds the second in scenes from the start. It
 finds both in minutes where few words come first (six colours, two options, one language) and the two skills are
 taught side by side; then come more options, all words, the other language, longer notes, and questions on notes by
 multiple choice.
@@ -22,21 +22,16 @@ EN = ("en",)
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-    """`Which is red?` with some of `options` options, of the words of `pool` (none: of any kind of word).
-
-    `lone` letters as answers are the quicker way to the bond: after the same lessons nearly all drills were answered
-    with lone letters, and half of those in Chinese with the words before them.
-    """
+    """`Which is red?` with some of `options` options, of the words of `pool` (none: of any kind of word)."""
 
     options: tuple[int, ...] = (4,)
     pool: tuple[str | int, ...] = ()
     languages: tuple[str, ...] = LANGUAGES
-    lone: bool = False
 
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
         """One question and its letter."""
         del maker, short_kinds
-        return [drill(rng.choice(self.languages), rng, self.pool, rng.choice(self.options), self.lone)]
+        return [drill(rng.choice(self.languages), rng, self.pool, rng.choice(self.options))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Note:
         found = facts(scene)
         chosen = rng.sample(found, min(self.rounds, len(found)))
         asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
-        turns = [(question.text, question.told) for question in asked]
+        turns = [(question.text, question.answer) for question in asked]
         if rng.random() < self.describe:
             turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
         rng.shuffle(turns)
@@ -73,10 +68,10 @@ class Note:
 # (records at scale 1, what they are drawn from and with which weight)
 SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
-    (3_700, ((2, Drill((2,), COLOURS, EN, True)), (1, Note(IMAGE, 2, languages=EN)))),
-    (7_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN, True)), (1, Note(IMAGE, 2, languages=EN)))),
-    (10_700, ((3, Drill(languages=EN, lone=True)), (1, Drill((4,), COLOURS, EN, True)), (1, Note(IMAGE, 2)))),
-    (14_000, ((3, Drill(lone=True)), (1, Drill(languages=EN, lone=True)), (1, Note(IMAGES, 2)))),
+    (3_700, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (7_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (10_700, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
+    (14_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
     (10_800, ((1.7, Drill()), (0.3, Drill((4,), SECONDS)), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 3)))),
     (14_000, ((0.8, Drill()), (0.2, Drill((4,), SECONDS)), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 2, 0.6)))),
 )

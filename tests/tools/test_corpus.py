@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.evaluation.scoring import extract_letter
 from kangaroo_jax.tools.corpus import Mixture, make_corpus, read_records
 from kangaroo_jax.tools.corpus_draw import RGB, Painter, load_scans, split_scans
 from kangaroo_jax.tools.corpus_scenes import (
@@ -198,12 +197,11 @@ def test_drills_of_the_warmup_grow_harder(corpus):
         turns = [t["value"] for t in record["conversations"]]
         if turns[0].startswith(("Which is", "哪个是")):
             lessons.setdefault(record["id"].split("-")[1], []).append(turns)
-    for question, answer in (turns for drills in lessons.values() for turns in drills):
+    for question, letter in (turns for drills in lessons.values() for turns in drills):
         first, *lines = question.split("\n")
         options = {line[0]: line[2:].strip() for line in lines}
         assert list(options) == list("ABCD")[: len(lines)] and len(set(options.values())) == len(lines)
-        assert options[answer[-1]] in first and answer[:-1].rstrip(" ,，") in ("", options[answer[-1]])
-        assert extract_letter(answer) == answer[-1]
+        assert options[letter] in first
     assert all(question.count("\n") == 2 and question.isascii() for question, _ in lessons["0"])
     assert any(not question.isascii() for question, _ in lessons["3"])
 
