@@ -136,7 +136,7 @@ def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
 
 def forget_failures(root: Path) -> None:
     """Let stages score again the shards in which they failed on something."""
-    for folder in (root / "work").iterdir():
+    for folder in (root / "stages").iterdir():
         for file in folder.glob("*.done") if folder.is_dir() else ():
             if json.loads(file.read_bytes()).get("failed"):
                 file.unlink()
@@ -154,7 +154,7 @@ def remove_old(root: Path, parts: Sequence[Shard]) -> None:
     for file in old:
         shards.marker(file).unlink(missing_ok=True)
         file.unlink()
-    for folder in (root / "work").iterdir():
+    for folder in (root / "stages").iterdir():
         if folder.is_dir():
             for file in folder.glob("*-of-*"):
                 if file.stem.rpartition("-")[0] not in names:

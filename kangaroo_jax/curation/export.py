@@ -171,7 +171,7 @@ def cut_clip(path: str, start: float, end: float, root: Path, name: str) -> tupl
     note = target.with_suffix(".json")
     if note.exists() and target.exists():
         return target, json.loads(note.read_bytes())["offset"]
-    temporary = root / "work" / "tmp" / f"{name}.mkv"
+    temporary = root / "stages" / "tmp" / f"{name}.mkv"
     for folder in (target.parent, temporary.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with open_video(local(path)) as (container, stream):

@@ -1,13 +1,13 @@
 """Shards: parts of the input that are scored, written and resumed together.
 
-    OUTPUT/work/STAGE/00003-of-00008-KEY.jsonl, .done    what a stage found, a row a line
+    OUTPUT/stages/STAGE/00003-of-00008-KEY.jsonl, .done    what a stage found, a row a line
     OUTPUT/keyframes/CLIP/0.jpg ...
     OUTPUT/scores/00003-of-00008.jsonl                   all scores of the shard's clips, a line each
     OUTPUT/timings/...             seconds: with report.html, which shows them, all that differs between two runs
 
 KEY is a hash of the items (and of the size and time of their files), of the stage's settings and the version of its
 code, and of the same of the stages that it follows. A file that is there under its name is what a new run would write.
-Files are written in OUTPUT/work/tmp, flushed to the disk and renamed; `.done` is written last.
+Files are written in OUTPUT/stages/tmp, flushed to the disk and renamed; `.done` is written last.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def stage_keys(shard: Shard, stages: Sequence[Stage], config: Settings) -> dict[
 
 def put(root: Path, target: Path, data: bytes) -> None:
     """A file that is there whole or not at all, also after a crash of the machine."""
-    temporary = root / "work" / "tmp" / uuid.uuid4().hex
+    temporary = root / "stages" / "tmp" / uuid.uuid4().hex
     temporary.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
@@ -109,7 +109,7 @@ def rows_of(path: Path) -> Iterator[Row]:
 
 def stage_file(root: Path, stage: str, shard: str, key: str) -> Path:
     """What a stage wrote of a shard."""
-    return root / "work" / stage / f"{shard}-{key}.jsonl"
+    return root / "stages" / stage / f"{shard}-{key}.jsonl"
 
 
 def score_file(root: Path, shard: str) -> Path:
@@ -130,8 +130,8 @@ def all_scores(root: Path) -> Iterator[Row]:
 def claimed(root: Path) -> Iterator[None]:
     """The folder for this run alone; what a killed run was writing is removed. Raises UserError."""
     try:
-        (root / "work").mkdir(parents=True, exist_ok=True)
-        file: Any = open(root / "work" / "lock", "w")  # noqa: SIM115
+        (root / "stages").mkdir(parents=True, exist_ok=True)
+        file: Any = open(root / "stages" / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{root}: cannot be written ({error.strerror or error})") from None
     with file:
@@ -139,6 +139,6 @@ def claimed(root: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{root}: another run is writing here; wait for it, or give another --output") from None
-        shutil.rmtree(root / "work" / "tmp", ignore_errors=True)
+        shutil.rmtree(root / "stages" / "tmp", ignore_errors=True)
         yield
-        shutil.rmtree(root / "work" / "tmp", ignore_errors=True)
+        shutil.rmtree(root / "stages" / "tmp", ignore_errors=True)

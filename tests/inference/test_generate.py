@@ -14,7 +14,7 @@ from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 
-NO_STOP = (399,)
+NO_STOP = (400,)  # no token of the vocabulary
 T, F = 40, 6
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training import checkpoint, curriculum
 from kangaroo_jax.training.loop import initial_state, train
@@ -60,6 +61,7 @@ def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
 
 def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, tmp_path):
     config = small_stage("stage1_image_pretrain", corpus, 3)
+    config.optimizer.trainable = load_config("stage1_image_pretrain:kangaroo_8b").optimizer.trainable
     binding = checkpoint.abstract_model(config.model)
     with jax.sharding.Mesh(
         np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "context", "tensor")

@@ -57,6 +57,6 @@ def _read(paths: tuple[str, ...], digest: str) -> tuple[np.ndarray, ...]:
     for path in paths:
         picture = cv2.imread(path)
         if picture is None:
-            raise UserError(f"{path}: this key frame is gone; remove its folder's work/keyframes and run again")
+            raise UserError(f"{path}: this key frame is gone; remove its folder's stages/keyframes and run again")
         pictures.append(picture)
     return tuple(pictures)

@@ -38,7 +38,7 @@ def start(source: Path, output: Path, url: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, server, make_clips):
-    source = make_clips(tmp_path / "in", 20, frames=3)
+    source = make_clips(tmp_path / "in", 60, frames=3)
     assert start(source, tmp_path / "whole", server).wait(120) == 0
     killed, rng = 0, random.Random(0)
     for _ in range(6):

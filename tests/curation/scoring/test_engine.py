@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(clips, whole, tmp_path, tree):
 
 
 def test_a_finished_run_computes_nothing_and_thresholds_recompute_no_score(clips, whole, config, monkeypatch, capsys):
-    stamps = {file: file.stat().st_mtime_ns for file in (whole / "work").rglob("*.jsonl")}
+    stamps = {file: file.stat().st_mtime_ns for file in (whole / "stages").rglob("*.jsonl")}
     monkeypatch.setattr(Plan, "guard", lambda self: pytest.fail("a process was started"))
     curate(Options(str(whole), (str(clips),)), config)
     assert "kept 6 clips" in capsys.readouterr().out
@@ -73,16 +73,16 @@ def test_a_finished_run_computes_nothing_and_thresholds_recompute_no_score(clips
     assert [row["rule"] for row in dropped] == ["motion"] * 6
     config.select.min_motion = 0.015
     select_again(Options(str(whole)), config)
-    assert stamps == {file: file.stat().st_mtime_ns for file in (whole / "work").rglob("*.jsonl")}
+    assert stamps == {file: file.stat().st_mtime_ns for file in (whole / "stages").rglob("*.jsonl")}
 
 
 def test_a_stage_whose_settings_change_is_computed_again_with_what_follows_it(clips, config, tmp_path):
     run = Options(str(tmp_path / "out"), (str(clips),))
     curate(run, config)
-    stamps = {file.parent.name: file.stat().st_mtime_ns for file in (tmp_path / "out/work").rglob("*.jsonl")}
+    stamps = {file.parent.name: file.stat().st_mtime_ns for file in (tmp_path / "out/stages").rglob("*.jsonl")}
     config.keyframes.count = 3
     curate(run, config)
-    after = {file.parent.name: file.stat().st_mtime_ns for file in (tmp_path / "out/work").rglob("*.jsonl")}
+    after = {file.parent.name: file.stat().st_mtime_ns for file in (tmp_path / "out/stages").rglob("*.jsonl")}
     assert {name for name in stamps if stamps[name] != after[name]} == {"keyframes", "fingerprint"}
     folders = list((tmp_path / "out/keyframes").iterdir())
     assert len(folders) == 6 and all(len(list(folder.iterdir())) == 3 for folder in folders)

@@ -32,7 +32,7 @@ def test_a_node_that_is_lost_half_way_costs_nothing(clips, config, tmp_path, tre
         lost = threading.Event()
 
         def kill_when_half_is_done() -> None:
-            while len(list((plan.root / "work/probe").glob("*.done"))) < len(shards) // 2:
+            while len(list((plan.root / "stages/probe").glob("*.done"))) < len(shards) // 2:
                 time.sleep(0.02)
             cluster.remove_node(second, allow_graceful=False)
             lost.set()
@@ -47,6 +47,6 @@ def test_a_node_that_is_lost_half_way_costs_nothing(clips, config, tmp_path, tre
         cluster.shutdown()
     assert sorted(row["id"] for row in all_scores(plan.root)) == sorted(row["id"] for row in all_scores(alone.root))
     leftovers = {
-        name for name in tree(plan.root) if name.startswith("work/tmp/")
+        name for name in tree(plan.root) if name.startswith("stages/tmp/")
     }  # of the lost node; a run removes them
     assert {k: v for k, v in tree(plan.root).items() if k not in leftovers} == tree(alone.root)
