@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,13 +42,19 @@ def run_job(clips: Path, output: Path, *more: str) -> subprocess.CompletedProces
     return subprocess.run(command(clips, output, 2, *more), cwd=ROOT, capture_output=True, text=True)
 
 
-def kill_and_resume(clips: Path, output: Path, workers: int, kills: int, *more: str, most: float = 6.0) -> int:
-    """Kill -9 at random moments, then run to the end; returns how many of the kills hit a run that was at work."""
-    rng, hits = random.Random(workers), 0
+def kill_and_resume(clips: Path, output: Path, workers: int, kills: int, *more: str) -> int:
+    """Kill -9 at random moments, then run to the end; returns how many of the kills hit a run that was at work.
+
+    The moments are spread over the time that a run takes here. A run that ended all the same is begun anew.
+    """
+    begin = time.monotonic()
+    subprocess.run(command(clips, output.with_name("timed"), workers, *more), cwd=ROOT, check=True, capture_output=True)
+    most, rng, hits = time.monotonic() - begin, random.Random(workers), 0
     for _ in range(kills):
         run = subprocess.Popen(command(clips, output, workers, *more), cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
-            run.wait(timeout=rng.uniform(0.5, most))
+            run.wait(timeout=rng.uniform(0.2, 0.9) * most)
+            shutil.rmtree(output)
         except subprocess.TimeoutExpired:
             hits += 1
             run.send_signal(signal.SIGKILL)
@@ -124,7 +131,7 @@ def test_any_moment_of_a_kill_leads_to_the_same_bytes(clips, whole, tmp_path, tr
 @pytest.mark.slow
 def test_ray_writes_what_local_writes(clips, whole, tmp_path, tree):
     pytest.importorskip("ray", reason="of the extra `curation`")
-    kill_and_resume(clips, tmp_path / "out", 2, 1, "--engine=ray", most=20.0)
+    kill_and_resume(clips, tmp_path / "out", 2, 1, "--engine=ray")
     assert tree(tmp_path / "out") == tree(whole)
 
 
