@@ -138,9 +138,9 @@ def test_ray_writes_what_local_writes(clips, whole, tmp_path, tree):
 def test_ctrl_c_ends_at_once_and_leaves_no_process(clips, whole, tmp_path, tree):
     run = subprocess.Popen(command(clips, tmp_path / "out"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert "6 items" in run.stdout.readline()  # it is at work
-    time.sleep(1.0)
+    time.sleep(0.4)
     run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=30) in (130, 0)
+    assert run.wait(timeout=30) in (130, 0, -signal.SIGINT)  # the last where it had ended but for Python itself
     run.stdout.close()
     run_job(clips, tmp_path / "out").check_returncode()
     assert tree(tmp_path / "out") == tree(whole)
