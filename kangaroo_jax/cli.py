@@ -413,12 +413,19 @@ def _run_data(values: "flags.FlagValues", rest: list[str]) -> None:
 
 
 def _define_annotate(values: "flags.FlagValues") -> None:
+    reads = "JSONL of clips with key frames, as kangaroo curate select writes it"
+    writes = "folder for captions.jsonl, refined.jsonl; by default that of --input"
+    _annotation_flags(values, "annotation", reads, writes)
+
+
+def _annotation_flags(values: "flags.FlagValues", config: str, reads: str, writes: str) -> None:
+    """The flags of a job that asks models; see `_annotation_arguments`."""
     from absl import flags
 
     define = _definer(values)
-    define(flags.DEFINE_string, "input", None, "JSONL of clips with key frames, as kangaroo curate select writes it")
-    define(flags.DEFINE_string, "output", None, "folder for captions.jsonl, refined.jsonl; by default that of --input")
-    define(flags.DEFINE_string, "config", "annotation", "FILE[:PRESET], such as configs/annotation.py:endpoint")
+    define(flags.DEFINE_string, "input", None, reads)
+    define(flags.DEFINE_string, "output", None, writes)
+    define(flags.DEFINE_string, "config", config, f"FILE[:PRESET], such as configs/{config}.py:endpoint")
     define(flags.DEFINE_bool, "dry_run", False, "only estimate calls, tokens and cost")
 
 
@@ -443,13 +450,8 @@ def _annotation_arguments(job: str, values: "flags.FlagValues", rest: list[str])
 
 
 def _define_instruct(values: "flags.FlagValues") -> None:
-    from absl import flags
-
-    define = _definer(values)
-    define(flags.DEFINE_string, "input", None, "captions.jsonl or refined.jsonl, as kangaroo annotate writes them")
-    define(flags.DEFINE_string, "output", None, "folder of instruct.jsonl; by default that of --input")
-    define(flags.DEFINE_string, "config", "instruct", "FILE[:PRESET], such as configs/instruct.py:endpoint")
-    define(flags.DEFINE_bool, "dry_run", False, "only estimate calls, tokens and cost")
+    reads = "captions.jsonl or refined.jsonl, as kangaroo annotate writes them"
+    _annotation_flags(values, "instruct", reads, "folder of instruct.jsonl; by default that of --input")
 
 
 def _run_instruct(values: "flags.FlagValues", rest: list[str]) -> None:
