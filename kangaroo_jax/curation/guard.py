@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.host import peak_mib
 
 _POLL = 0.05  # seconds between looks at the memory of the process
 _START_SECONDS = 300.0
@@ -142,15 +143,6 @@ def _resident_mib(pid: int) -> float:
         return 0.0
 
 
-def _most_mib() -> float:
-    """The most that this process had resident, of its own."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return 0.0
-
-
 def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, parent: int) -> None:
     """The loop of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -179,7 +171,7 @@ def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, par
         except Exception as error:  # what a library raises on a file
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             outcome = ("lost", _too_much(memory_mib) if "alloc" in reason.lower() else reason)
-        connection.send((*outcome, time.process_time() - begin, _most_mib()))
+        connection.send((*outcome, time.process_time() - begin, peak_mib()))
 
 
 def _end_with_parent(parent: int) -> None:

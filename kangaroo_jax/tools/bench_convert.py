@@ -26,6 +26,7 @@ from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
 from kangaroo_jax.conversion.sources import shapes_of, table_for
 from kangaroo_jax.conversion.weights import Box, Spec
+from kangaroo_jax.host import peak_mib
 
 BLOCK = (64 << 20) - 39  # random numbers, used again and again from other places
 
@@ -127,16 +128,10 @@ def _convert(source: Path, target: Path) -> tuple[float, float, float]:
     process = subprocess.Popen(command, env={**environment, "JAX_PLATFORMS": "cpu"})
     ended = 0
     while not ended:
-        peak = _peak_gib(process.pid) or peak
+        peak = peak_mib(process.pid) / 1024 or peak
         time.sleep(0.02)
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"the conversion of {source} failed")
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak
-
-
-def _peak_gib(pid: int) -> float:
-    """The most that a process has held so far; 0 when it has ended. (`ru_maxrss` also counts its parent's share.)"""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM"))
