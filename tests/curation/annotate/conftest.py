@@ -12,9 +12,9 @@ from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.tools.bench_annotate import faulty_server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def server() -> Iterator[str]:
-    """Address of a server whose every tenth call fails."""
+    """Address of a server whose every tenth call fails; one for every test, because tests read what it counted."""
     with faulty_server("--faults=0.1", "--latency=0.005", "--hang=5") as url:
         yield url
 

@@ -21,7 +21,6 @@ def no_words(line: str) -> None:
 
 def test_faults_lose_and_double_nothing_and_a_second_run_asks_nothing(tmp_path, server, make_clips, make_config):
     source = make_clips(tmp_path / "in", 12, frames=3)
-    before = statistics_of(server)
     config = make_config(server)
     annotate_main(source, tmp_path / "out", config, tell=no_words)
     rows = rows_of(tmp_path / "out/captions.jsonl")
@@ -29,7 +28,7 @@ def test_faults_lose_and_double_nothing_and_a_second_run_asks_nothing(tmp_path, 
     assert Counter(row["outcome"] for row in rows) == {"ok": 24}
     after, summary = statistics_of(server), json.loads((tmp_path / "out/annotation.json").read_text())
     asked = 12 * (3 * 3 + 2)
-    assert after["answered"] - before["answered"] == asked
+    assert after["answered"] == asked
     late = sum(one["faults"].get("timeout", 0) for one in summary["this_run"].values()) - after["given"]["hang"]
     assert after["doubled"] <= max(late, 0)  # only answers that came after this slow machine had given up on them
     assert sum(one["answers"] for one in summary["all_runs"].values()) == asked
