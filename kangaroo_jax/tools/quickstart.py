@@ -84,7 +84,8 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
     with clock.part("tokenizer"):
         tokenizer = workdir / "tokenizer.model"
         if not tokenizer.exists():
-            train_sentencepiece(corpus.texts_for_tokenizer(), tokenizer, vocab_size=vocabulary(), split_digits=False)
+            texts = corpus.texts_for_tokenizer()
+            train_sentencepiece(texts, tokenizer, vocabulary(), split_digits=False, space_after=True)
 
     def after_stage(name: str, config: ConfigDict, folder: Path) -> None:
         clock_stage(clock, name, folder)
