@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import export, formats
+from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building, Progress, Tell
-from kangaroo_jax.conversion.lora import Merged
+from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
 from kangaroo_jax.conversion.sources import fingerprint, open_source, shapes_of, special_ids, table_for
@@ -49,11 +50,14 @@ def convert(
     overrides: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     lora: str | Path | None = None,
+    base: str | Path | None = None,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     tell: Tell = print,
 ) -> Path:
     """Convert one source, or assemble a model from several (an encoder and a decoder).
+
+    A source that is a LoRA adapter is converted by itself; see `adapters.convert_adapter`.
 
     Args:
         sources: files or folders; what they hold is found out.
@@ -63,7 +67,8 @@ def convert(
         preset: the model where the files do not say (an encoder has no config of its own).
         overrides: keys of a stage's config that win over both.
         tokenizer: file that goes with the model; by default the one beside the source.
-        lora: folder of a PEFT adapter of the decoder, which is added to its weights.
+        lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
+        base: of a source that is a PEFT adapter, the model that it adapts; by default that of `preset`.
         seed: of what an assembled model initialises.
         shard_bytes: largest safetensors file.
         tell: prints a line.
@@ -74,6 +79,10 @@ def convert(
     Raises:
         UserError: see `open_source`; or the target exists, a weight is NaN, the disk is full. Nothing is kept.
     """
+    if any(layout_of(source) for source in sources):
+        return _adapter_alone(sources, target, base, preset, overrides, lora, format=format, dtype=dtype, tell=tell)
+    if base is not None:
+        raise UserError(f"--base={base}: is for a source that is a LoRA adapter, which none is here; leave it out")
     opened = [open_source(source, preset, overrides) for source in sources]
     for source in opened:
         tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
@@ -83,9 +92,12 @@ def convert(
     format = format or ("hf" if opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
+    read_from = [fingerprint(source.path, source.files) for source in opened]
     if lora is not None:
-        weights = Merged(weights, lora, config.model)
-        tell(f"{lora}: added to {len(weights.adapted)} matrices")
+        adapter = open_adapter(lora, config.model)
+        read_from.append(fingerprint(adapter.path, adapter.files))
+        weights = Merged(weights, adapter)
+        tell(f"{lora}: added to {sum(map(len, adapter.adapted.values()))} linear maps")
     if dtype != "keep":
         weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
     found = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
@@ -93,7 +105,7 @@ def convert(
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
     plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer))
-    plan["sources"] = [fingerprint(source) for source in opened] + [str(lora)]
+    plan["sources"] = read_from
     with Building(target, plan) as building:
         if format == "orbax":
             _write_ours(model, building, tell)
@@ -101,6 +113,24 @@ def convert(
             _write_theirs(model, format, building, shard_bytes, tell)
     tell(f"{target}: {format}, done")
     return Path(target)
+
+
+def _adapter_alone(
+    sources: Sequence[str | Path],
+    target: str | Path,
+    base: str | Path | None,
+    preset: str,
+    overrides: Mapping[str, Any] | None,
+    lora: str | Path | None,
+    **options: Any,
+) -> Path:
+    """Convert a source that is a LoRA adapter. Raises UserError where there is more than that."""
+    if len(sources) > 1 or lora is not None:
+        raise UserError(
+            f"{', '.join(map(str, sources))}: a LoRA adapter is converted alone; "
+            "--from=MODEL --lora=ADAPTER adds it to a model"
+        )
+    return convert_adapter(sources[0], target, model_of(sources[0], base, preset, overrides), **options)
 
 
 def convert_main(

@@ -158,26 +158,28 @@ def test_a_config_that_disagrees_or_asks_for_what_is_not_done(tmp_path, change, 
 
 
 def test_an_adapter_is_added(tmp_path):
-    """W + alpha / r * B A, against the sum written out; everything else stays as it was."""
+    """W + alpha / r * B A, against the sum written out; everything else stays as it was. PEFT's own: test_adapters."""
     from safetensors.numpy import save_file
 
     theirs = make_llama(tmp_path / "hf")
     rng, state = np.random.default_rng(0), {k: v.numpy() for k, v in theirs.state_dict().items()}
     factors, expected = {}, dict(state)
-    for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.0.self_attn.o_proj"):
+    adapted = ["model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.0.self_attn.o_proj"]
+    for name in adapted:
         rows, columns = state[f"{name}.weight"].shape
         a, b = rng.standard_normal((4, columns)).astype("f4"), rng.standard_normal((rows, 4)).astype("f4")
         factors[f"base_model.model.{name}.lora_A.weight"], factors[f"base_model.model.{name}.lora_B.weight"] = a, b
         expected[f"{name}.weight"] = state[f"{name}.weight"] + 2.0 * (b @ a)
     (tmp_path / "lora").mkdir()
     save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": adapted}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
     convert([tmp_path / "hf"], tmp_path / "merged", format="llama", lora=tmp_path / "lora")
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, value in expected.items():
         np.testing.assert_allclose(merged[name].numpy(), value, atol=1e-5, err_msg=name)
     factors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = factors.popitem()[1]
     save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="A or B is missing of model.layers"):
+    with pytest.raises(UserError, match="missing: .*o_proj.lora_B.weight; unknown: .*layers.9.mlp"):
         convert([tmp_path / "hf"], tmp_path / "no", format="llama", lora=tmp_path / "lora")
     assert not (tmp_path / "no").exists()
