@@ -141,20 +141,24 @@ def convert_main(
     checks: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """`kangaroo convert`: convert, and with `verify` compare the two sides; see `convert` and `verify.verify`.
+    """`kangaroo convert`: convert, and with `verify` compare each source with the target; see `verify.verify`.
 
     With `verify` a target that exists is not written again. Raises UserError.
     """
     if not verify:
         convert(sources, target, **options)
         return
-    from kangaroo_jax.conversion.verify import QUESTION, pair
-    from kangaroo_jax.conversion.verify import verify as compare
+    from kangaroo_jax.conversion.verify import QUESTION, verify_all
 
+    if options.get("lora") or any(layout_of(source) for source in sources):
+        raise UserError(
+            "--verify compares models that are the same: convert with --lora first, then --from=THAT --verify"
+        )
     if not Path(target).exists():
         convert(sources, target, **options)
     given = dict(checks or {})
-    compare(*pair([*sources, target]), media=given.get("media"), query=given.get("query") or QUESTION)
+    settings = {key: options[key] for key in ("preset", "overrides") if key in options}
+    verify_all(sources, target, media=given.get("media"), query=given.get("query") or QUESTION, **settings)
 
 
 def _and(words: str) -> str:
