@@ -22,7 +22,7 @@ from kangaroo_jax.conversion.building import Building, Progress, Tell
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
-from kangaroo_jax.conversion.sources import fingerprint, open_source, shapes_of, special_ids, table_for
+from kangaroo_jax.conversion.sources import Source, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
 
@@ -55,7 +55,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     tell: Tell = print,
 ) -> Path:
-    """Convert one source, or assemble a model from several (an encoder and a decoder).
+    """Convert one source, or assemble a model from several (an encoder and a decoder); returns the target.
 
     A source that is a LoRA adapter is converted by itself; see `adapters.convert_adapter`.
 
@@ -73,9 +73,6 @@ def convert(
         shard_bytes: largest safetensors file.
         tell: prints a line.
 
-    Returns:
-        The target.
-
     Raises:
         UserError: see `open_source`; or the target exists, a weight is NaN, the disk is full. Nothing is kept.
     """
@@ -84,11 +81,7 @@ def convert(
     if base is not None:
         raise UserError(f"--base={base}: is for a source that is a LoRA adapter, which none is here; leave it out")
     opened = [open_source(source, preset, overrides) for source in sources]
-    for source in opened:
-        tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
-    weights, config, told = combine(opened, preset, overrides or {}, seed)
-    for line in told:
-        tell(line)
+    weights, config = _joined(opened, preset, overrides or {}, seed, tell)
     format = format or ("hf" if opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
@@ -100,19 +93,25 @@ def convert(
         tell(f"{lora}: added to {sum(map(len, adapter.adapted.values()))} linear maps")
     if dtype != "keep":
         weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
-    found = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
-    model = Model(weights, config, Path(tokenizer) if tokenizer else found)
+    beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
+    model = Model(weights, config, Path(tokenizer) if tokenizer else beside)
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
-    plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer))
-    plan["sources"] = read_from
-    with Building(target, plan) as building:
-        if format == "orbax":
-            _write_ours(model, building, tell)
-        else:
-            _write_theirs(model, format, building, shard_bytes, tell)
-    tell(f"{target}: {format}, done")
+    plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer), sources=read_from)
+    _write(model, format, target, plan, shard_bytes, tell)
     return Path(target)
+
+
+def _joined(
+    opened: Sequence[Source], preset: str, overrides: Mapping[str, Any], seed: int, tell: Tell
+) -> tuple[Weights, ConfigDict]:
+    """The sources as one, and said what they are; see `combine`."""
+    for source in opened:
+        tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
+    weights, config, told = combine(opened, preset, overrides, seed)
+    for line in told:
+        tell(line)
+    return weights, config
 
 
 def _adapter_alone(
@@ -176,6 +175,17 @@ def _check_complete(model: Model, format: str, where: list[str]) -> None:
             f"{', '.join(where)}: has no {tops}, which the format {format} holds; "
             "assemble a model with --vision and --llm, or choose another --format"
         )
+
+
+def _write(
+    model: Model, format: str, target: str | Path, plan: Mapping[str, Any], shard_bytes: int, tell: Tell
+) -> None:
+    with Building(target, plan) as building:
+        if format == "orbax":
+            _write_ours(model, building, tell)
+        else:
+            _write_theirs(model, format, building, shard_bytes, tell)
+    tell(f"{target}: {format}, done")
 
 
 def _write_ours(model: Model, building: Building, tell: Tell) -> None:

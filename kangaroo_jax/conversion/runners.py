@@ -146,7 +146,8 @@ class InTorch:
         with _quiet():
             if source.layout == "llama":
                 kind: Any = transformers.LlamaForCausalLM
-                self.model, report = kind.from_pretrained(str(folder), output_loading_info=True, **options)
+                options.update(config=_llama_config(folder), output_loading_info=True)
+                self.model, report = kind.from_pretrained(str(folder), **options)
                 if (folder / "tokenizer.json").is_file():
                     self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             elif runs_itself(folder):
@@ -188,6 +189,18 @@ class InTorch:
         """The greedy answer, by the method that users call."""
         options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, do_sample=False)
         return self.model.chat(video_path=str(media), query=query, tokenizer=self.tokenizer, **options)[0]
+
+
+def _llama_config(folder: Path) -> Any:
+    """transformers 4 overlooks `rope_parameters`, which 5 writes in place of `rope_theta` and `rope_scaling`."""
+    from transformers import LlamaConfig
+
+    config: Any = LlamaConfig.from_pretrained(str(folder), local_files_only=True)
+    rope = dict(read_json(folder / "config.json").get("rope_parameters") or {})
+    if rope and not hasattr(LlamaConfig(), "rope_parameters"):
+        config.rope_theta = rope.pop("rope_theta", config.rope_theta)
+        config.rope_scaling = rope if rope.get("rope_type", "default") != "default" else None
+    return config
 
 
 def runs_itself(folder: Path) -> bool:

@@ -115,6 +115,14 @@ def test_what_else_a_clip_file_holds_is_named_and_its_tables_are_checked(parts, 
     source = open_source(eva_file(parts, tmp_path, 10_000.0), "tiny", FLAGS)
     assert source.layout == "eva"
     assert source.left_out == "4 tensors are left out: CLIP's projection, text tower and temperature"
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(array) for name, array in load_file(tmp_path / "EVA.safetensors").items()}
+    torch.save({"epoch": 9, "state_dict": state}, tmp_path / "EVA.pt")
+    quiet = dict(preset="tiny", overrides=FLAGS, format="eva", tell=lambda line: None)
+    for suffix in ("safetensors", "pt"):
+        convert([tmp_path / f"EVA.{suffix}"], tmp_path / suffix, **quiet)
+    files = [(tmp_path / suffix / "model.safetensors").read_bytes() for suffix in ("safetensors", "pt")]
+    assert files[0] == files[1] == (tmp_path / "eva/model.safetensors").read_bytes()
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="freqs_(cos|sin) is not the rotary table of this config"):
         open_source(eva_file(parts, tmp_path / "other", 100.0), "tiny", FLAGS)

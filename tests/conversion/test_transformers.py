@@ -33,6 +33,9 @@ SCALING = {
 def make_llama(folder: Path, scaling: dict | None = None, theta: float = 500_000.0, **options) -> "torch.nn.Module":
     """A random Llama of transformers, saved by it."""
     torch.manual_seed(0)
+    rope: dict = {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": theta}}
+    if not hasattr(transformers.LlamaConfig(), "rope_parameters"):  # transformers 4
+        rope = {"rope_theta": theta, "rope_scaling": scaling}
     config = transformers.LlamaConfig(
         vocab_size=320,
         hidden_size=48,
@@ -42,7 +45,7 @@ def make_llama(folder: Path, scaling: dict | None = None, theta: float = 500_000
         num_key_value_heads=2,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": theta},
+        **rope,
         initializer_range=0.3,
         eos_token_id=319,
         **options,
@@ -103,7 +106,7 @@ def test_the_scaling_matters(tmp_path):
     ids = np.random.default_rng(0).integers(0, 319, (1, LENGTH))
     right = runner(our_llama(tmp_path / "hf"))(ids)
     raw = json.loads((tmp_path / "hf/config.json").read_text())
-    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 500_000.0}
+    raw.update(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, rope_scaling=None)
     (tmp_path / "hf/config.json").write_text(json.dumps(raw))
     assert np.abs(runner(our_llama(tmp_path / "hf"))(ids) - right).max() > 1e-1
 
@@ -122,7 +125,8 @@ def test_what_we_write_transformers_loads_strictly(tmp_path, scaling):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, parameter in theirs.state_dict().items():
         assert torch.equal(parameter, loaded.state_dict()[name]), name
-    assert loaded.config.rope_parameters == theirs.config.rope_parameters
+    for key in ("rope_parameters", "rope_theta", "rope_scaling"):  # of transformers 5, and of 4
+        assert getattr(loaded.config, key, None) == getattr(theirs.config, key, None)
     assert loaded.config.rms_norm_eps == theirs.config.rms_norm_eps
 
 

@@ -34,6 +34,8 @@ def test_our_decoder_and_transformers_llama(changes, make_checkpoint, tmp_path, 
     assert code == 0 and "(orbax, JAX)" in line and "(llama, PyTorch)" in line
     assert "(0 of them vision)" in line and "KL" in line and "32 of 32 greedy tokens agree" in line
     assert int(line.split("PyTorch): ")[1].split(" tokens")[0]) >= 600
+    if not changes:  # once is enough
+        return
     raw = json.loads((tmp_path / "llama/config.json").read_text())
     (tmp_path / "llama/config.json").write_text(json.dumps({**raw, "rope_theta": 50_000.0}))
     code, _, error = run(capsys, *flags)
