@@ -80,7 +80,8 @@ def layout_of(path: str | Path) -> str:
     metadata = path / "params" / "_METADATA"
     if not metadata.is_file():
         return ""
-    keys = [key for entry in read_json(metadata).get("tree_metadata", {}).values() for key in entry["key_metadata"]]
+    entries = read_json(metadata).get("tree_metadata", {}).values()
+    keys = [key for entry in entries for key in entry.get("key_metadata", [])]
     return "orbax" if keys and all(str(k.get("key")).endswith(("/lora_a", "/lora_b")) for k in keys) else ""
 
 
@@ -351,8 +352,9 @@ class Merged:
         ins = len(factors.specs[a].shape) - len(layer) - 1
         left = factors.read(a, (*layer, *box[:ins], rank)).astype(np.float32)
         right = factors.read(b, (*layer, rank, *box[ins:])).astype(np.float32)
-        change = np.tensordot(left[0] if layer else left, right[0] if layer else right, axes=1)
-        total = array.astype(np.float32) + np.float32(self._adapter.scale) * change
+        total = np.tensordot(left[0] if layer else left, right[0] if layer else right, axes=1)
+        total *= np.float32(self._adapter.scale)
+        total += array
         with np.errstate(over="ignore"):
             total = total.astype(array.dtype)
         check_finite(total, f"{path} with the adapter added", self._adapter.path)

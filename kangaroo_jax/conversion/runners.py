@@ -136,28 +136,19 @@ class InTorch:
         """Reads every weight; `scratch` is an empty folder. Raises UserError."""
         self._torch = import_torch("the comparison is run in torch")
         try:
-            import transformers
+            import transformers  # noqa: F401
         except ImportError:
             raise UserError("the comparison is run by transformers: pip install 'kangaroo-jax[convert]'") from None
-        self.path = folder = source.path if source.path.is_dir() else source.path.parent
-        options: dict[str, Any] = dict(torch_dtype=self._torch.float32, local_files_only=True)
         self.model: Any
-        self.tokenizer: Any = None
-        with _quiet():
-            if source.layout == "llama":
-                kind: Any = transformers.LlamaForCausalLM
-                options.update(config=_llama_config(folder), output_loading_info=True)
-                self.model, report = kind.from_pretrained(str(folder), **options)
-                if (folder / "tokenizer.json").is_file():
-                    self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            elif runs_itself(folder):
-                options.update(trust_remote_code=True, output_loading_info=True)
-                kind = transformers.AutoModelForCausalLM
-                self.model, report = kind.from_pretrained(str(folder), **options)
-                options = dict(trust_remote_code=True, local_files_only=True)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
-            else:
-                self.model, report, self.tokenizer = _released(source, folder, scratch)
+        self.tokenizer: Any
+        folder = source.path if source.path.is_dir() else source.path.parent
+        load = _llama if source.layout == "llama" else _export if runs_itself(folder) else _released
+        try:
+            with _quiet():
+                self.model, report, self.tokenizer = load(source, folder, scratch)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{folder}: PyTorch cannot load it ({why})") from None
         lost = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
         lost = [name for name in lost if not re.search(r"rotary_emb\.inv_freq|freqs_(cos|sin)$", str(name))]
         if lost:
@@ -191,6 +182,21 @@ class InTorch:
         return self.model.chat(video_path=str(media), query=query, tokenizer=self.tokenizer, **options)[0]
 
 
+Loaded = tuple[Any, Mapping[str, Any], Any]  # a model, what was not loaded, a tokenizer or None
+
+
+def _llama(source: Source, folder: Path, scratch: Path) -> Loaded:
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    kind: Any = LlamaForCausalLM
+    options: dict[str, Any] = dict(torch_dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model, report = kind.from_pretrained(str(folder), config=_llama_config(folder), **options)
+    if not (folder / "tokenizer.json").is_file():
+        return model, report, None
+    return model, report, AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
 def _llama_config(folder: Path) -> Any:
     """transformers 4 overlooks `rope_parameters`, which 5 writes in place of `rope_theta` and `rope_scaling`."""
     from transformers import LlamaConfig
@@ -209,11 +215,22 @@ def runs_itself(folder: Path) -> bool:
     return all(there.is_file() and there.read_bytes() == here.read_bytes() for there, here in files)
 
 
-def _released(source: Source, folder: Path, scratch: Path) -> tuple[Any, Mapping[str, Any], Any]:
-    """(model, what was not loaded, tokenizer) of weights in release names, run by our modelling file.
+def _export(source: Source, folder: Path, scratch: Path) -> Loaded:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind: Any = AutoModelForCausalLM
+    options: dict[str, Any] = dict(trust_remote_code=True, local_files_only=True)
+    model, report = kind.from_pretrained(str(folder), torch_dtype=torch.float32, output_loading_info=True, **options)
+    return model, report, AutoTokenizer.from_pretrained(str(folder), **options)
+
+
+def _released(source: Source, folder: Path, scratch: Path) -> Loaded:
+    """Weights in release names, run by our modelling file.
 
     Of its config.json the decoder's keys are handed on as they stand there; what it does not say is the preset's.
     """
+    import torch
     from transformers import AutoTokenizer
 
     from kangaroo_jax.conversion.tokenizers import write_tokenizer
@@ -236,8 +253,10 @@ def _released(source: Source, folder: Path, scratch: Path) -> tuple[Any, Mapping
     )
     if "lm_head.weight" not in state and given.get("tie_word_embeddings"):
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = KangarooForCausalLM(config).float()
-    result = model.load_state_dict(state, strict=False)
+    with torch.device("meta"):  # the tensors read become the parameters: the model is in memory once
+        model = KangarooForCausalLM(config)
+    result = model.load_state_dict(state, strict=False, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.model.config)
     report = dict(missing_keys=result.missing_keys, unexpected_keys=result.unexpected_keys, mismatched_keys=[])
     return model, report, tokenizer
 

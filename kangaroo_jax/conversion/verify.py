@@ -92,6 +92,7 @@ def verify(
     """
     import_torch("the comparison is run in torch")
     part, ours, theirs = sides([open_source(path, preset, overrides) for path in (first, second)])
+    tell(f"running {ours.path} in JAX, then {theirs.path} in PyTorch, in float32")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "torch"
         folder.mkdir()
