@@ -49,7 +49,10 @@ def turn(media: Path, query: str) -> dict[str, Any]:
 
 
 class InJax:
-    """A model in JAX, computing in float32. What the source lacks is small and zero, and is never run."""
+    """A model in JAX, computing in float32, also where products are less exact by default (TPU, GPU).
+
+    What the source lacks is small and zero, and is never run.
+    """
 
     def __init__(self, source: Source) -> None:
         """Reads every weight. Raises UserError."""
@@ -78,7 +81,8 @@ class InJax:
         """What a prompt with media gives (see `Kangaroo.recipe`)."""
         ref = recipe.media[0]
         clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
-        vision = Generator(self.model).encode(clip.pixels, clip.times.astype(np.float32))
+        with jax.default_matmul_precision("highest"):
+            vision = Generator(self.model).encode(clip.pixels, clip.times.astype(np.float32))
         return self._run(Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens))), vision)
 
     def continue_text(self, ids: list[int]) -> Run:
@@ -88,15 +92,17 @@ class InJax:
         return self._run(Prompts(tokens, np.full_like(tokens, -1), np.asarray([len(ids)], np.int32)), None)
 
     def _run(self, prompts: Prompts, vision: jax.Array | None) -> Run:
-        logits = jax.jit(_logits, static_argnums=0)(
-            *nnx.split(self.model), prompts.tokens, prompts.vision_index, None if vision is None else vision[None]
-        )
-        (answer,) = Generator(self.model).generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=())
+        rows = None if vision is None else vision[None]
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(_logits, static_argnums=0)
+            logits = run(*nnx.split(self.model), prompts.tokens, prompts.vision_index, rows)
+            (answer,) = Generator(self.model).generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=())
         return np.asarray(logits)[0, : prompts.lengths[0]], answer
 
     def features(self, frames: np.ndarray) -> np.ndarray:
         """frames uint8[F, S, S, 3] -> the encoder's patch tokens float32[F, P, D]."""
-        return np.asarray(jax.jit(_features, static_argnums=0)(*nnx.split(self.model.vision), frames))
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(jax.jit(_features, static_argnums=0)(*nnx.split(self.model.vision), frames))
 
 
 def _shrink(model: ConfigDict, parts: set[str]) -> None:
