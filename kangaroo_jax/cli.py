@@ -305,7 +305,7 @@ def _define_convert(values: "flags.FlagValues") -> None:
         flags.DEFINE_bool,
         "verify",
         False,
-        "compare the checkpoint and the export on a prompt; converts first if need be",
+        "run each source and the result, one in JAX and one in PyTorch, and compare; converts first if need be",
     )
     define(flags.DEFINE_string, "video", None, "video or image of --verify; by default one made for it")
     define(flags.DEFINE_string, "query", None, "question of --verify")
