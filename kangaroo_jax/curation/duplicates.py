@@ -16,24 +16,27 @@ _MOST_IN_BUCKET = 64  # a clip is compared with so many that follow it there (a 
 _BLOCK = 1 << 20  # pairs compared at a time
 
 
-def groups(rows: Sequence[Row], *, most_bits: int, tables: int) -> list[int]:
+def groups(rows: Sequence[Row], *, most_bits: float, tables: int, share: float = 0.5, mirror: bool = True) -> list[int]:
     """For each row the index of the first row of its group; rows that are like no other are groups of one.
 
     Args:
         rows: with `probe.sha256`, and `fingerprint` where there is one.
-        most_bits: of 64, the median over the key frames that both clips have, plain or mirrored.
+        most_bits: of each 64, over the key frames that both clips have, plain or mirrored.
         tables: choices of bits for each key frame.
+        share: quantile over those frames that `most_bits` is for: 0.5 is the median, 1 the frames that differ most.
+        mirror: whether a clip is also compared with the mirror images of others.
     """
     parents = list(range(len(rows)))
     first: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows):
         same = first.setdefault((row["probe"]["sha256"], row["start"], row["end"]), i)
         _join(parents, same, i)
-    plain, mirrored = _hashes(rows, "plain"), _hashes(rows, "mirrored")
+    plain = _hashes(rows, "plain")
+    mirrored = _hashes(rows, "mirrored") if mirror else np.zeros_like(plain)
     items = np.unique([row["item"] for row in rows], return_inverse=True)[1] if rows else np.zeros(0, int)
     for one, two in _pairs(plain, mirrored, tables):
         apart = items[one] != items[two]  # clips of one video may look alike: a fixed camera, a speaker
-        for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits):
+        for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits, share):
             _join(parents, a, b)
     return [_root(parents, i) for i in range(len(rows))]
 
@@ -51,18 +54,20 @@ def _join(parents: list[int], a: int, b: int) -> None:
 
 
 def _hashes(rows: Sequence[Row], name: str) -> np.ndarray:
-    """uint64[clips, key frames]; 0 where there is none (a hash that is 0 says as little)."""
+    """uint64[clips, key frames, words]; all 0 where there is none (a hash that is 0 says as little)."""
     values = [row.get("fingerprint", {}).get(name, []) for row in rows]
     frames = max((len(value) for value in values), default=0)
-    hashes = np.zeros((len(rows), frames), np.uint64)
+    words = max((len(text) // 16 for value in values for text in value), default=1) or 1
+    hashes = np.zeros((len(rows), frames, words), np.uint64)
     for i, value in enumerate(values):
-        hashes[i, : len(value)] = [int(text or "0", 16) for text in value]
+        for k, text in enumerate(value):
+            hashes[i, k, : len(text) // 16] = [int(text[at : at + 16], 16) for at in range(0, len(text), 16)]
     return hashes
 
 
 def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of clips to compare: arrays of first and of second indices, those of one key frame at a time."""
-    clips, frames = plain.shape
+    clips, frames, words = plain.shape
     if clips < 2:
         return
     width = int(np.clip(np.ceil(np.log2(clips)), 6, 24))
@@ -71,11 +76,13 @@ def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Iterator[tup
     both = np.concatenate([plain, mirrored])
     owner = np.concatenate([np.arange(clips), np.arange(clips)])
     for frame in range(frames):
-        known = np.flatnonzero(both[:, frame])
+        known = np.flatnonzero(both[:, frame].any(1))
         met = np.zeros(0, np.int64)
         for _ in range(tables):
-            bits = rng.choice(64, width, replace=False).astype(np.uint64)
-            key = both[known, frame] & np.bitwise_or.reduce(np.uint64(1) << bits)
+            bits = rng.choice(64 * words, width, replace=False)
+            key = np.zeros(len(known), np.uint64)
+            for bit in bits:
+                key = key << np.uint64(1) | (both[known, frame, bit // 64] >> np.uint64(bit % 64)) & np.uint64(1)
             order = np.argsort(key, kind="stable")
             met = np.union1d(met, _bucket_pairs(key[order], owner[known][order], clips))
         for begin in range(0, len(met), _BLOCK):
@@ -95,18 +102,21 @@ def _bucket_pairs(keys: np.ndarray, owners: np.ndarray, clips: int) -> np.ndarra
 
 
 def _close(
-    one: np.ndarray, two: np.ndarray, plain: np.ndarray, mirrored: np.ndarray, most_bits: int
+    one: np.ndarray, two: np.ndarray, plain: np.ndarray, mirrored: np.ndarray, most_bits: float, share: float
 ) -> list[tuple[int, int]]:
     """Those of the pairs that are near-duplicates."""
     near = np.zeros(len(one), bool)
     for other in (plain, mirrored):
-        known = (plain[one] != 0) & (other[two] != 0)
-        bits = np.where(known, np.bitwise_count(plain[one] ^ other[two]), 99).astype(np.int64)
+        in_one, in_two = plain[one].any(2), other[two].any(2)
+        known = in_one & in_two
+        apart = np.bitwise_count(plain[one] ^ other[two]).sum(2) / plain.shape[2]
+        bits = np.where(known, apart, 99.0)
         bits.sort(axis=1)
         count = known.sum(1)
-        middle = (np.maximum(count, 1) - 1) / 2
-        index = np.arange(len(one))
-        median = (bits[index, np.floor(middle).astype(int)] + bits[index, np.ceil(middle).astype(int)]) / 2
-        enough = count * 2 > np.maximum((plain[one] != 0).sum(1), (other[two] != 0).sum(1))
-        near |= enough & (median <= most_bits)
+        place = (np.maximum(count, 1) - 1) * share
+        below, index = np.floor(place).astype(int), np.arange(len(one))
+        above = bits[index, np.ceil(place).astype(int)]
+        of_share = bits[index, below] + (above - bits[index, below]) * (place - below)
+        enough = count * 2 > np.maximum(in_one.sum(1), in_two.sum(1))
+        near |= enough & (of_share <= most_bits)
     return list(zip(one[near].tolist(), two[near].tolist(), strict=True))

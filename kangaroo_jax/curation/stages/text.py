@@ -30,9 +30,8 @@ def text(row: Row, settings: Settings, root: Path) -> Outcome:
     words: list[str] = []
     if verified := np.mean(detected) > settings["verify_above"]:
         for k, picture in enumerate(pictures):
-            if boxes[k]:
-                boxes[k], read = _read(reader, picture, settings)
-                words += read
+            boxes[k], read = _read(reader, picture, boxes[k], settings)
+            words += read
     frames = [coverage(found, picture.shape) for found, picture in zip(boxes, pictures, strict=True)]
     scores = {
         "coverage": rounded(np.mean(frames)),
@@ -67,17 +66,32 @@ def _boxes(reader: Any, picture: np.ndarray) -> list[np.ndarray]:
     return [] if found is None else [np.asarray(box, np.float32) for box in found]
 
 
-def _read(reader: Any, picture: np.ndarray, settings: Settings) -> tuple[list[np.ndarray], list[str]]:
-    """Boxes in which text is read, and the text."""
-    result = reader(picture, use_det=True, use_cls=False, use_rec=True)
-    if result.boxes is None or result.txts is None:
-        return [], []
-    kept = [
-        (np.asarray(box, np.float32), words)
-        for box, words, score in zip(result.boxes, result.txts, result.scores, strict=True)
-        if score >= settings["min_score"] and sum(letter.isalnum() for letter in words) >= settings["min_letters"]
-    ]
-    return [box for box, _ in kept], [words for _, words in kept]
+def _read(
+    reader: Any, picture: np.ndarray, boxes: Sequence[np.ndarray], settings: Settings
+) -> tuple[list[np.ndarray], list[str]]:
+    """Those of the boxes in which text is read, and the text."""
+    kept, words = [], []
+    for box in boxes:
+        found = reader(_upright(picture, box), use_det=False, use_cls=False, use_rec=True)
+        line, score = (found.txts[0], found.scores[0]) if found.txts else ("", 0.0)
+        if score >= settings["min_score"] and sum(letter.isalnum() for letter in line) >= settings["min_letters"]:
+            kept.append(box)
+            words.append(line)
+    return kept, words
+
+
+def _upright(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """What is in a box, float32[4, 2] (from the upper left corner clockwise), as a level line of text."""
+    width, height = (max(1, int(max(np.linalg.norm(a), np.linalg.norm(b)))) for a, b in _sides(box))
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    turn = cv2.getPerspectiveTransform(box, corners)
+    line = cv2.warpPerspective(picture, turn, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.ascontiguousarray(np.rot90(line)) if height >= 1.5 * width else line
+
+
+def _sides(box: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Upper and lower side, left and right side."""
+    return (box[1] - box[0], box[2] - box[3]), (box[3] - box[0], box[2] - box[1])
 
 
 def coverage(boxes: Sequence[np.ndarray], shape: tuple[int, ...]) -> float:
