@@ -19,6 +19,10 @@ def get_config() -> ConfigDict:
     e.item_seconds = 300.0  # for one stage of one video, then it is given up and its process replaced
     e.memory_mib = 2048  # for one process; a video that needs more is given up
     e.shard_items = 64  # at most so many of the input are scored, written and resumed together, on average
+    e.actors = 0  # of Ray, which keep the models of `actor_stages` from shard to shard; 0: tasks do all
+    e.actor_stages = ("embedding",)
+    e.actor_cpus, e.actor_gpus = 1.0, 0.0  # of each actor
+    e.actor_resources = ()  # others, such as (("TPU", 4.0),)
     _set_media_stages(c)
     _set_model_stages(c)
     _set_choice(c)
@@ -81,6 +85,12 @@ def _set_model_stages(c: ConfigDict) -> None:
 
     c.caption_language = ConfigDict(dict(enabled=True, min_probability=0.5))
 
+    c.embedding = b = ConfigDict()
+    b.checkpoint = ""  # of a Kangaroo, whose vision encoder looks at the key frames; "" leaves the stage out
+    b.side = 0  # pixels of a frame; 0 is what the checkpoint was trained with
+    b.batch = 8  # clips at a time
+    b.frames = 5  # key frames that a clip has at most
+
 
 def _set_choice(c: ConfigDict) -> None:
     """Thresholds, duplicates and balance."""
@@ -97,6 +107,7 @@ def _set_choice(c: ConfigDict) -> None:
     s.duplicate_share = 0.5  # quantile over the key frames which that is for: 0.5 is the median, 1 all of them
     s.duplicate_mirror = True  # mirror images count as duplicates, too
     s.duplicate_tables = 12  # for each key frame: what finds the pairs that are compared
+    s.duplicate_cosine = 0.0  # clips whose embeddings are nearer than this are duplicates, too; 0: not looked at
     s.category_cap = 0  # most of a category; 0: no cap
     s.source_quotas = ()  # such as (("webvid", 100_000),)
     s.seed = 0  # of the hash by which categories and sources are thinned

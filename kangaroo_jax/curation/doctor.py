@@ -130,7 +130,7 @@ def _described(row: Row, settings: dict[str, Any]) -> list[str]:
     lines = [f"{key:12} {row[key]}" for key in head if row[key] not in ("", None)]
     for stage, scores in row.items():
         if isinstance(scores, dict) and stage != "failures":
-            shown = {key: value for key, value in scores.items() if key != "keys"}
+            shown = {key: value for key, value in scores.items() if key not in ("keys", "vector")}
             limit = f"   [{limits[stage]}]" if stage in limits else ""
             lines.append(f"{stage:12} {json.dumps(shown, ensure_ascii=False)}{limit}")
     return lines + [f"{stage:12} FAILED: {reason}" for stage, reason in row["failures"].items()]

@@ -1,4 +1,4 @@
-"""Near-duplicates among all clips: equal files first, then fingerprints that differ in few bits.
+"""Near-duplicates among all clips: equal files, fingerprints that differ in few bits, embeddings that are near.
 
 Comparing every pair would grow with the square of the clips. Instead clips that agree exactly in some bits of one key
 frame's hash meet in a bucket, and only those are compared: `tables` random choices of bits for each key frame. The
@@ -11,12 +11,23 @@ from typing import Any
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.curation.stages.embedding import unpacked
 
 _MOST_IN_BUCKET = 64  # a clip is compared with so many that follow it there (a title card may be in all)
 _BLOCK = 1 << 20  # pairs compared at a time
+_CLUSTER = 8192  # clips whose embeddings are compared each with each; more are divided into clusters
+_ROUNDS = 6  # of clustering
 
 
-def groups(rows: Sequence[Row], *, most_bits: float, tables: int, share: float = 0.5, mirror: bool = True) -> list[int]:
+def groups(
+    rows: Sequence[Row],
+    *,
+    most_bits: float,
+    tables: int,
+    share: float = 0.5,
+    mirror: bool = True,
+    least_cosine: float = 0.0,
+) -> list[int]:
     """For each row the index of the first row of its group; rows that are like no other are groups of one.
 
     Args:
@@ -25,6 +36,7 @@ def groups(rows: Sequence[Row], *, most_bits: float, tables: int, share: float =
         tables: choices of bits for each key frame.
         share: quantile over those frames that `most_bits` is for: 0.5 is the median, 1 the frames that differ most.
         mirror: whether a clip is also compared with the mirror images of others.
+        least_cosine: of the embeddings of two near-duplicates; 0 looks at none.
     """
     parents = list(range(len(rows)))
     first: dict[tuple[Any, ...], int] = {}
@@ -37,6 +49,9 @@ def groups(rows: Sequence[Row], *, most_bits: float, tables: int, share: float =
     for one, two in _pairs(plain, mirrored, tables):
         apart = items[one] != items[two]  # clips of one video may look alike: a fixed camera, a speaker
         for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits, share):
+            _join(parents, a, b)
+    for a, b in _alike(rows, least_cosine) if least_cosine else ():
+        if items[a] != items[b]:
             _join(parents, a, b)
     return [_root(parents, i) for i in range(len(rows))]
 
@@ -120,3 +135,43 @@ def _close(
         enough = count * 2 > np.maximum(in_one.sum(1), in_two.sum(1))
         near |= enough & (of_share <= most_bits)
     return list(zip(one[near].tolist(), two[near].tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------ embeddings
+
+
+def _alike(rows: Sequence[Row], least: float) -> Iterator[tuple[int, int]]:
+    """Pairs of rows whose embeddings have at least that cosine, within clusters of like ones where rows are many.
+
+    All sums are of whole numbers, and so the same on any machine. Clustering first is SemDeDup's way (Abbas et al.,
+    arXiv 2303.09540); pairs that fall into two clusters are not found.
+    """
+    known = np.array([i for i, row in enumerate(rows) if "embedding" in row], np.int64)
+    if not known.size:
+        return
+    vectors = np.stack([unpacked(rows[i]["embedding"]["vector"]) for i in known]).astype(np.float64)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)
+    for members in _clusters(vectors, lengths):
+        for first in range(0, len(members), 1024):
+            some = members[first : first + 1024]
+            cosine = vectors[some] @ vectors[members].T / lengths[some, None] / lengths[members]
+            for i, j in zip(*np.nonzero(cosine >= least), strict=True):
+                if some[i] < members[j]:
+                    yield int(known[some[i]]), int(known[members[j]])
+
+
+def _clusters(vectors: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of like vectors: spherical k-means with enough clusters that one has about `_CLUSTER` members."""
+    count = -(-len(vectors) // _CLUSTER)
+    if count == 1:
+        yield np.arange(len(vectors))
+        return
+    centres = vectors[:: len(vectors) // count][:count]
+    for _ in range(_ROUNDS):
+        scale = np.maximum(np.linalg.norm(centres, axis=1), 1e-9)
+        nearest = np.concatenate([(part @ centres.T / scale).argmax(1) for part in np.array_split(vectors, count)])
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, np.round(vectors / lengths[:, None] * 127))
+        centres = np.round(sums / np.maximum(np.abs(sums).max(1, keepdims=True), 1) * 127)
+    for k in range(count):
+        yield np.flatnonzero(nearest == k)

@@ -104,6 +104,7 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
         tables=settings["duplicate_tables"],
         share=settings["duplicate_share"],
         mirror=settings["duplicate_mirror"],
+        least_cosine=settings["duplicate_cosine"],
     )
     members: dict[int, list[int]] = collections.defaultdict(list)
     for i, first in zip(kept, found, strict=True):
