@@ -170,7 +170,7 @@ def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:
     import ray
 
     shared = ray.put(plan)
-    pool = Actors(plan, shared) if plan.config["engine"]["actors"] else None
+    pool = Actors(plan) if plan.config["engine"]["actors"] else None
     task = ray.remote(num_cpus=1, max_retries=-1)(ray_task)
     waiting = collections.deque(todo)
     running: dict[Any, Shard] = {}

@@ -62,8 +62,8 @@ class Actor:
 class Actors:
     """A pool of actors and the shards that wait for one."""
 
-    def __init__(self, plan: Plan, shared: Any) -> None:
-        """`shared` is the plan in Ray's store. Raises UserError: Ray has not what the config asks for."""
+    def __init__(self, plan: Plan) -> None:
+        """Raises UserError: Ray has not what the config asks for."""
         import ray
 
         engine = plan.config["engine"]
@@ -87,7 +87,7 @@ class Actors:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        self._actors: list[Any] = [kind.remote(shared) for _ in range(engine["actors"])]
+        self._actors: list[Any] = [kind.remote(plan) for _ in range(engine["actors"])]
         self._idle = collections.deque(self._actors)
         self._waiting: collections.deque[Shard] = collections.deque()
         self.running: dict[Any, tuple[Any, Shard]] = {}

@@ -60,13 +60,14 @@ def test_actors_of_this_process_give_the_same_bytes(clips, config, tmp_path, tre
     shards = make_shards(read_inputs([str(clips)]), 1)
     alone, plan = (Plan(tmp_path / name, STAGES, plain) for name in ("local", "ray"))
     engine.run_local(shards, alone, workers=1)
-    engine.run_ray(shards, plan, workers=2)
-    assert tree(plan.root) == tree(alone.root)
-    assert task_stages(STAGES, ("keyframes",)) == [BY_NAME["probe"], BY_NAME["cuts"], BY_NAME["motion"]]
-    engine.run_ray(shards, plan, workers=2)  # nothing is left to do
-
-    (tmp_path / "more").mkdir()
-    for wrong, message in (({"actors": 2}, "leave none"), ({"actor_gpus": 1.0}, "asks for 1 GPU")):
-        other = Plan(tmp_path / "more", STAGES, {**plain, "engine": plain["engine"] | wrong})
-        with pytest.raises(UserError, match=message):
-            engine.run_ray(shards, other, workers=2)
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    try:
+        engine.run_ray(shards, plan)
+        assert tree(plan.root) == tree(alone.root)
+        assert task_stages(STAGES, ("keyframes",)) == [BY_NAME["probe"], BY_NAME["cuts"], BY_NAME["motion"]]
+        for wrong, message in (({"actors": 2}, "leave none"), ({"actor_gpus": 1.0}, "asks for 1 GPU")):
+            other = Plan(tmp_path / "more", STAGES, {**plain, "engine": plain["engine"] | wrong})
+            with pytest.raises(UserError, match=message):
+                engine.run_ray(shards, other)
+    finally:
+        ray.shutdown()
