@@ -67,7 +67,7 @@ def _set_model_stages(c: ConfigDict) -> None:
     """Stages that look at the key frames, or at the caption."""
     c.text = t = ConfigDict()
     t.enabled = True
-    t.side = 480  # pixels of the longest side for detection
+    t.side = 384  # pixels of the longest side for detection
     t.verify_above = 0.05  # mean coverage from which boxes are read, too: those that hold no text do not count
     t.min_score = 0.6  # of a reading that counts
     t.min_letters = 2

