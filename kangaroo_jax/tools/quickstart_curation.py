@@ -142,7 +142,7 @@ def settings() -> ConfigDict:
     config.fingerprint.update(grid=16, min_step=2, trim_bars=False)
     config.select.update(duplicate_bits=1.8, duplicate_share=0.75, duplicate_mirror=False)
     # Digits are read as text, and are large here.
-    config.select.update(max_text=0.5, min_motion=0.005, min_short_side=64, min_seconds=1.5)
+    config.select.update(max_text=0.5, min_short_side=64, min_seconds=1.5)
     config.caption_language.enabled = False
     return config
 
