@@ -106,6 +106,8 @@ def _set_choice(c: ConfigDict) -> None:
     s.duplicate_bits = 14.0  # of each 64 of a fingerprint
     s.duplicate_share = 0.5  # quantile over the key frames which that is for: 0.5 is the median, 1 all of them
     s.duplicate_mirror = True  # mirror images count as duplicates, too
+    s.duplicate_flat = True  # pass over key frames that are flat in one of two clips; False: they differ
+    s.duplicate_seconds = 0.0  # by which the lengths of duplicates differ at most; 0 is any
     s.duplicate_tables = 12  # for each key frame: what finds the pairs that are compared
     s.duplicate_cosine = 0.0  # clips whose embeddings are nearer than this are duplicates, too; 0: not looked at
     s.category_cap = 0  # most of a category; 0: no cap

@@ -72,7 +72,9 @@ def _text() -> str:
     picture = np.full((240, 480, 3), 255, np.uint8)
     cv2.putText(picture, "VIDEO TEXT 2408", (20, 140), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (0, 0, 0), 3)
     reader = text._reader(480)
-    _, words = text._read(text._Lines(reader), picture, text._boxes(reader, picture), {"min_score": 0.6, "min_letters": 2})
+    _, words = text._read(
+        text._Lines(reader), picture, text._boxes(reader, picture), {"min_score": 0.6, "min_letters": 2}
+    )
     if "VIDEO" not in " ".join(words).upper():
         raise UserError(f"read {words} where VIDEO TEXT 2408 is written")
     return f"reads {' '.join(words)!r}"

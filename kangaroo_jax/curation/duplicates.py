@@ -26,6 +26,8 @@ def groups(
     tables: int,
     share: float = 0.5,
     mirror: bool = True,
+    flat: bool = True,
+    most_seconds: float = 0.0,
     least_cosine: float = 0.0,
 ) -> list[int]:
     """For each row the index of the first row of its group; rows that are like no other are groups of one.
@@ -36,6 +38,8 @@ def groups(
         tables: choices of bits for each key frame.
         share: quantile over those frames that `most_bits` is for: 0.5 is the median, 1 the frames that differ most.
         mirror: whether a clip is also compared with the mirror images of others.
+        flat: whether a frame that is flat in one of two clips alone is passed over; otherwise it differs in all bits.
+        most_seconds: by which the lengths of two differ; 0 is any.
         least_cosine: of the embeddings of two near-duplicates; 0 looks at none.
     """
     parents = list(range(len(rows)))
@@ -46,9 +50,12 @@ def groups(
     plain = _hashes(rows, "plain")
     mirrored = _hashes(rows, "mirrored") if mirror else np.zeros_like(plain)
     items = np.unique([row["item"] for row in rows], return_inverse=True)[1] if rows else np.zeros(0, int)
+    seconds = np.array([(row["end"] or 0.0) - (row["start"] or 0.0) for row in rows])
     for one, two in _pairs(plain, mirrored, tables):
         apart = items[one] != items[two]  # clips of one video may look alike: a fixed camera, a speaker
-        for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits, share):
+        if most_seconds:
+            apart &= np.abs(seconds[one] - seconds[two]) <= most_seconds
+        for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits, share, flat):
             _join(parents, a, b)
     for a, b in _alike(rows, least_cosine) if least_cosine else ():
         if items[a] != items[b]:
@@ -117,15 +124,21 @@ def _bucket_pairs(keys: np.ndarray, owners: np.ndarray, clips: int) -> np.ndarra
 
 
 def _close(
-    one: np.ndarray, two: np.ndarray, plain: np.ndarray, mirrored: np.ndarray, most_bits: float, share: float
+    one: np.ndarray,
+    two: np.ndarray,
+    plain: np.ndarray,
+    mirrored: np.ndarray,
+    most_bits: float,
+    share: float,
+    flat: bool,
 ) -> list[tuple[int, int]]:
     """Those of the pairs that are near-duplicates."""
     near = np.zeros(len(one), bool)
     for other in (plain, mirrored):
         in_one, in_two = plain[one].any(2), other[two].any(2)
-        known = in_one & in_two
+        known = in_one & in_two if flat else in_one | in_two
         apart = np.bitwise_count(plain[one] ^ other[two]).sum(2) / plain.shape[2]
-        bits = np.where(known, apart, 99.0)
+        bits = np.where(in_one & in_two, apart, np.where(known, 64.0, 99.0))
         bits.sort(axis=1)
         count = known.sum(1)
         place = (np.maximum(count, 1) - 1) * share

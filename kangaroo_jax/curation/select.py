@@ -104,6 +104,8 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
         tables=settings["duplicate_tables"],
         share=settings["duplicate_share"],
         mirror=settings["duplicate_mirror"],
+        flat=settings["duplicate_flat"],
+        most_seconds=settings["duplicate_seconds"],
         least_cosine=settings["duplicate_cosine"],
     )
     members: dict[int, list[int]] = collections.defaultdict(list)

@@ -136,11 +136,12 @@ def settings() -> ConfigDict:
     # A thing comes or goes now and then, in the second after a frame; nothing else moves, and nothing is a cut.
     config.cuts.threshold = 255.0
     config.motion.update(pairs=16, gap_seconds=1.0, quantile=1.0)
-    # Flat grounds look alike, and left is not right: more rows are compared, noise is passed over, and four of five key
-    # frames, taken at the same times of all, must be alike.
+    # Flat grounds look alike, left is not right, and an empty picture is not a full one: more rows are compared, noise
+    # is passed over, and four of five key frames, taken at the same times of all, must be alike.
     config.keyframes.candidates = 1
     config.fingerprint.update(grid=16, min_step=2, trim_bars=False)
-    config.select.update(duplicate_bits=1.8, duplicate_share=0.75, duplicate_mirror=False)
+    config.select.update(duplicate_bits=1.8, duplicate_share=0.75, duplicate_mirror=False, duplicate_flat=False)
+    config.select.duplicate_seconds = 0.5
     # Digits are read as text, and are large here.
     config.select.update(max_text=0.5, min_short_side=64, min_seconds=1.5)
     config.caption_language.enabled = False
