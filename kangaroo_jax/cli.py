@@ -288,10 +288,14 @@ def _define_convert(values: "flags.FlagValues") -> None:
     define(flags.DEFINE_list, "from", None, "what to convert: a folder or file, or two that make a model, with a comma")
     define(flags.DEFINE_string, "vision", None, "EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm")
     define(flags.DEFINE_string, "llm", None, "Llama (a Hugging Face folder, or Meta's), with --vision")
-    define(flags.DEFINE_string, "lora", None, "LoRA adapter of the decoder (a PEFT folder), added to its weights")
+    define(flags.DEFINE_string, "lora", None, "LoRA adapter (a PEFT folder, or one of ours), added to the weights")
+    define(flags.DEFINE_string, "base", None, "of a PEFT adapter in --from: the model that it adapts; else --preset")
     define(flags.DEFINE_string, "to", None, "new folder for the result")
     define(
-        flags.DEFINE_string, "format", "", "orbax, hf, llama, meta, eva or timm; by default hf from ours, else orbax"
+        flags.DEFINE_string,
+        "format",
+        "",
+        "orbax, hf, llama, meta, eva, timm or, of an adapter, peft; by default hf from ours, else orbax",
     )
     define(flags.DEFINE_string, "dtype", "keep", "keep, float32, bfloat16 or float16")
     define(flags.DEFINE_string, "preset", "kangaroo_8b", "the model where the files do not say what it is")
@@ -301,7 +305,7 @@ def _define_convert(values: "flags.FlagValues") -> None:
         flags.DEFINE_bool,
         "verify",
         False,
-        "compare the checkpoint and the export on a prompt; converts first if need be",
+        "run each source and the result, one in JAX and one in PyTorch, and compare; converts first if need be",
     )
     define(flags.DEFINE_string, "video", None, "video or image of --verify; by default one made for it")
     define(flags.DEFINE_string, "query", None, "question of --verify")
@@ -317,7 +321,7 @@ def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
     if bool(given["from"]) == bool(given["vision"] or given["llm"]):
         raise UserError("convert: give --from, or --vision and --llm")
     overrides = _override("convert", values, stage_config(_preset(values.preset)).lock(), rest)
-    names = ("format", "dtype", "preset", "tokenizer", "seed", "lora")
+    names = ("format", "dtype", "preset", "tokenizer", "seed", "lora", "base")
     options: dict[str, Any] = {name: values[name].value for name in names}
     checks: dict[str, Any] = {"media": values.video, "query": values.query} if values.verify else {}
 

@@ -11,7 +11,7 @@ source launch/environment.sh
 
 packages=()
 if [[ "${KANGAROO_TEST_TORCH:-}" == 1 || "${CI:-}" == true ]]; then
-  packages=(torch==2.13.0 transformers)
+  packages=(torch==2.13.0 transformers peft)
 fi
 enter_environment dev ${packages[@]+"${packages[@]}"}
 

@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import export, formats
+from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building, Progress, Tell
-from kangaroo_jax.conversion.lora import Merged
+from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
-from kangaroo_jax.conversion.sources import fingerprint, open_source, shapes_of, special_ids, table_for
+from kangaroo_jax.conversion.sources import Source, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
 
@@ -49,11 +50,14 @@ def convert(
     overrides: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     lora: str | Path | None = None,
+    base: str | Path | None = None,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     tell: Tell = print,
 ) -> Path:
-    """Convert one source, or assemble a model from several (an encoder and a decoder).
+    """Convert one source, or assemble a model from several (an encoder and a decoder); returns the target.
+
+    A source that is a LoRA adapter is converted by itself; see `adapters.convert_adapter`.
 
     Args:
         sources: files or folders; what they hold is found out.
@@ -63,44 +67,69 @@ def convert(
         preset: the model where the files do not say (an encoder has no config of its own).
         overrides: keys of a stage's config that win over both.
         tokenizer: file that goes with the model; by default the one beside the source.
-        lora: folder of a PEFT adapter of the decoder, which is added to its weights.
+        lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
+        base: of a source that is a PEFT adapter, the model that it adapts; by default that of `preset`.
         seed: of what an assembled model initialises.
         shard_bytes: largest safetensors file.
         tell: prints a line.
 
-    Returns:
-        The target.
-
     Raises:
         UserError: see `open_source`; or the target exists, a weight is NaN, the disk is full. Nothing is kept.
     """
+    if any(layout_of(source) for source in sources):
+        return _adapter_alone(sources, target, base, preset, overrides, lora, format=format, dtype=dtype, tell=tell)
+    if base is not None:
+        raise UserError(f"--base={base}: is for a source that is a LoRA adapter, which none is here; leave it out")
     opened = [open_source(source, preset, overrides) for source in sources]
-    for source in opened:
-        tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
-    weights, config, told = combine(opened, preset, overrides or {}, seed)
-    for line in told:
-        tell(line)
+    weights, config = _joined(opened, preset, overrides or {}, seed, tell)
     format = format or ("hf" if opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
+    read_from = [fingerprint(source.path, source.files) for source in opened]
     if lora is not None:
-        weights = Merged(weights, lora, config.model)
-        tell(f"{lora}: added to {len(weights.adapted)} matrices")
+        adapter = open_adapter(lora, config.model)
+        read_from.append(fingerprint(adapter.path, adapter.files))
+        weights = Merged(weights, adapter)
+        tell(f"{lora}: added to {sum(map(len, adapter.adapted.values()))} linear maps")
     if dtype != "keep":
         weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
-    found = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
-    model = Model(weights, config, Path(tokenizer) if tokenizer else found)
+    beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
+    model = Model(weights, config, Path(tokenizer) if tokenizer else beside)
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
-    plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer))
-    plan["sources"] = [fingerprint(source) for source in opened] + [str(lora)]
-    with Building(target, plan) as building:
-        if format == "orbax":
-            _write_ours(model, building, tell)
-        else:
-            _write_theirs(model, format, building, shard_bytes, tell)
-    tell(f"{target}: {format}, done")
+    plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer), sources=read_from)
+    _write(model, format, target, plan, shard_bytes, tell)
     return Path(target)
+
+
+def _joined(
+    opened: Sequence[Source], preset: str, overrides: Mapping[str, Any], seed: int, tell: Tell
+) -> tuple[Weights, ConfigDict]:
+    """The sources as one, and said what they are; see `combine`."""
+    for source in opened:
+        tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
+    weights, config, told = combine(opened, preset, overrides, seed)
+    for line in told:
+        tell(line)
+    return weights, config
+
+
+def _adapter_alone(
+    sources: Sequence[str | Path],
+    target: str | Path,
+    base: str | Path | None,
+    preset: str,
+    overrides: Mapping[str, Any] | None,
+    lora: str | Path | None,
+    **options: Any,
+) -> Path:
+    """Convert a source that is a LoRA adapter. Raises UserError where there is more than that."""
+    if len(sources) > 1 or lora is not None:
+        raise UserError(
+            f"{', '.join(map(str, sources))}: a LoRA adapter is converted alone; "
+            "--from=MODEL --lora=ADAPTER adds it to a model"
+        )
+    return convert_adapter(sources[0], target, model_of(sources[0], base, preset, overrides), **options)
 
 
 def convert_main(
@@ -111,20 +140,24 @@ def convert_main(
     checks: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """`kangaroo convert`: convert, and with `verify` compare the two sides; see `convert` and `verify.verify`.
+    """`kangaroo convert`: convert, and with `verify` compare each source with the target; see `verify.verify`.
 
     With `verify` a target that exists is not written again. Raises UserError.
     """
     if not verify:
         convert(sources, target, **options)
         return
-    from kangaroo_jax.conversion.verify import QUESTION, pair
-    from kangaroo_jax.conversion.verify import verify as compare
+    from kangaroo_jax.conversion.verify import QUESTION, verify_all
 
+    if options.get("lora") or any(layout_of(source) for source in sources):
+        raise UserError(
+            "--verify compares models that are the same: convert with --lora first, then --from=THAT --verify"
+        )
     if not Path(target).exists():
         convert(sources, target, **options)
     given = dict(checks or {})
-    compare(*pair([*sources, target]), media=given.get("media"), query=given.get("query") or QUESTION)
+    settings = {key: options[key] for key in ("preset", "overrides") if key in options}
+    verify_all(sources, target, media=given.get("media"), query=given.get("query") or QUESTION, **settings)
 
 
 def _and(words: str) -> str:
@@ -142,6 +175,17 @@ def _check_complete(model: Model, format: str, where: list[str]) -> None:
             f"{', '.join(where)}: has no {tops}, which the format {format} holds; "
             "assemble a model with --vision and --llm, or choose another --format"
         )
+
+
+def _write(
+    model: Model, format: str, target: str | Path, plan: Mapping[str, Any], shard_bytes: int, tell: Tell
+) -> None:
+    with Building(target, plan) as building:
+        if format == "orbax":
+            _write_ours(model, building, tell)
+        else:
+            _write_theirs(model, format, building, shard_bytes, tell)
+    tell(f"{target}: {format}, done")
 
 
 def _write_ours(model: Model, building: Building, tell: Tell) -> None:

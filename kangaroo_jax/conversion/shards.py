@@ -42,13 +42,19 @@ def plan_shards(rows: Sequence[Row], weights: Weights, limit: int = SHARD_BYTES)
 
 
 def write_safetensors(
-    weights: Weights, rows: Sequence[Row], building: Building, progress: Progress, *, limit: int = SHARD_BYTES
+    weights: Weights,
+    rows: Sequence[Row],
+    building: Building,
+    progress: Progress,
+    *,
+    limit: int = SHARD_BYTES,
+    stem: str = "model",
 ) -> None:
-    """Write every row's tensor into model*.safetensors, with an index where there are several."""
+    """Write every row's tensor into `stem`*.safetensors, with an index where there are several."""
     shards = plan_shards(rows, weights, limit)
     count = len(shards)
     names = [
-        "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+        f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
     ]
     for name, shard in zip(names, shards, strict=True):
         if building.is_done(name):
@@ -65,7 +71,7 @@ def write_safetensors(
         total = sum(nbytes_there(row, weights) for row in rows)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         text = json.dumps(index, indent=2) + "\n"
-        (building.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (building.folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _header(shard: Sequence[Row], weights: Weights) -> bytes:

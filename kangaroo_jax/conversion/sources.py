@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def _is_exact(weights: Weights, path: str, dtype: np.dtype) -> bool:
     return True
 
 
-def fingerprint(source: Source) -> list[Any]:
+def fingerprint(path: Path, files: Sequence[Path]) -> list[Any]:
     """Changes when the files do; part of the plan of a resumable conversion."""
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
-    return json.loads(json.dumps([str(source.path.resolve()), stats]))
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return json.loads(json.dumps([str(path.resolve()), stats]))

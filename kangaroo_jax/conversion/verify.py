@@ -1,47 +1,49 @@
-"""Does the export compute what the checkpoint computes? Both are loaded and run on the same prompt.
+"""Is a model still the same after a conversion? Both sides are loaded and run on the same prompt.
 
-The torch side goes from the exported folder alone: its own tokenizer, its own reading of the video, its own
-model file. What is compared are token ids, then logits, then greedy answers.
+One side runs in JAX, the other in PyTorch from its own files: an export with its own tokenizer, its own reading
+of the video and its own model file; a released Kangaroo by that model file; a bare Llama by transformers; a bare
+encoder by our vision tower. What is compared are token ids, then logits, then greedy answers; of an encoder
+the features.
 """
 
 import dataclasses
+import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
-from kangaroo_jax.conversion.sources import is_ours
-from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
-from kangaroo_jax.inference.chat import Kangaroo, ask, conversation
-from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
-from kangaroo_jax.models.kangaroo import Kangaroo as Model
+from kangaroo_jax.conversion.names import LAYOUTS
+from kangaroo_jax.conversion.runners import InJax, InTorch, torch_features, turn
+from kangaroo_jax.conversion.sources import Source, open_source, special_ids
+from kangaroo_jax.data.tokenizer import load_tokenizer
+from kangaroo_jax.inference.chat import Kangaroo, conversation
 
 LEAST_TOKENS = 600  # of the prompt: an error in the rotary embedding shows only far from the beginning
-GREEDY = 32  # tokens of the answers that are compared, whatever ends them
+FRAMES = 4  # of the video, that a bare encoder looks at
 QUESTION = "What happens in the video? "
 FILLER = "Look at every frame, say what is in it, which way it moves, and when it comes and goes. "
-TOLERANCE = 1e-4  # largest difference of logits, in float32, relative to the largest logit where that is above 1
+TOLERANCE = 1e-4  # largest difference, in float32, relative to the largest number where that is above 1
+# What PyTorch runs of the whole, of the decoder and of the encoder; the first that is there.
+RUN_BY_TORCH = {"": ("kangaroo",), "llm/": ("llama", "kangaroo"), "vision/": ("eva", "timm", "kangaroo")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How far apart two models are on one prompt."""
+    """How far apart two models are on one prompt, or two encoders on some frames."""
 
     tokens: int  # of the prompt, vision included
     vision_tokens: int
-    largest_difference: float  # of logits
-    largest_logit: float
-    kl: float  # of the two distributions of the next token, mean over the prompt, nats
-    same_greedy: int  # tokens of the answers that are equal, from the first on
-    greedy: int  # tokens that were compared
+    largest_difference: float  # of logits, or of an encoder's features
+    largest_logit: float  # or feature
+    kl: float = 0.0  # of the two distributions of the next token, mean over the prompt, nats
+    same_greedy: int = 0  # tokens of the answers that are equal, from the first on
+    greedy: int = 0  # tokens that were compared; 0 of an encoder
 
     @property
     def relative_difference(self) -> float:
@@ -56,62 +58,143 @@ class Report:
 
     def line(self) -> str:
         """The report in words."""
+        difference = f"by {self.largest_difference:.2e} at most (relative {self.relative_difference:.2e})"
+        if not self.greedy:
+            return f"{self.vision_tokens} vision tokens: features differ {difference}"
         return (
-            f"{self.tokens} tokens ({self.vision_tokens} of them vision): "
-            f"logits differ by {self.largest_difference:.2e} at most "
-            f"(relative {self.relative_difference:.2e}), KL {self.kl:.2e} nats, "
-            f"{self.same_greedy} of {self.greedy} greedy tokens agree"
+            f"{self.tokens} tokens ({self.vision_tokens} of them vision): logits differ {difference}, "
+            f"KL {self.kl:.2e} nats, {self.same_greedy} of {self.greedy} greedy tokens agree"
         )
 
 
 def verify(
-    checkpoint: str | Path,
-    exported: str | Path,
+    first: str | Path,
+    second: str | Path,
     *,
     media: str | Path | None = None,
     query: str = QUESTION,
+    preset: str = "kangaroo_8b",
+    overrides: Mapping[str, Any] | None = None,
     tell: Tell = print,
 ) -> Report:
-    """Compare a checkpoint of ours with a folder for PyTorch, in float32, on one prompt of at least 600 tokens.
+    """Compare what two paths hold in common, in float32: whole models on a prompt of at least 600 tokens with a
+    video, decoders on one of text, encoders on frames. One after the other is in memory.
 
     Args:
-        checkpoint: what training or a conversion wrote.
-        exported: folder in the format `hf`.
+        first, second: what `convert` reads, in two layouts; at least one of them is run by PyTorch.
         media: video or image; by default a video made for the occasion.
         query: what is asked; made longer where the prompt is too short.
+        preset, overrides: see `convert`.
         tell: prints a line.
 
     Raises:
-        UserError: torch is not installed, something cannot be read, or the two do not agree.
+        UserError: torch is not installed, something cannot be read or run, or the two do not agree.
     """
-    import_torch("the export is run in torch")
+    import_torch("the comparison is run in torch")
+    part, ours, theirs = sides([open_source(path, preset, overrides) for path in (first, second)])
+    tell(f"running {ours.path} in JAX, then {theirs.path} in PyTorch, in float32")
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(media) if media is not None else make_video(Path(scratch) / "made.mp4")
-        ours = _Ours(checkpoint)
-        while len(ours.recipe(path, query).tokens) < LEAST_TOKENS:
-            query += FILLER
-        theirs = _Theirs(exported)
-        here, answer_here, vision = ours.run(path, query)
-        there, answer_there, ids = theirs.run(path, query)
-        recipe = ours.recipe(path, query)
-    if list(recipe.tokens) != ids:
-        raise UserError(f"{exported}: its tokenizer gives other tokens for the same prompt")
-    report = _compare(here, there, answer_here, answer_there, vision)
-    tell(report.line())
+        folder = Path(scratch) / "torch"
+        folder.mkdir()
+        if part == "llm/":
+            report = _compare_decoders(ours, theirs, query, folder)
+        else:
+            path = Path(media) if media is not None else make_video(Path(scratch) / "made.mp4")
+            if part == "":
+                report = _compare_chat(ours, theirs, path, query, folder)
+            else:
+                report = _compare_encoders(ours, theirs, path, folder)
+    tell(f"{ours.path} ({ours.layout}, JAX) and {theirs.path} ({theirs.layout}, PyTorch): {report.line()}")
     if not report.agrees:
-        raise UserError(f"{exported} is not the same model as {checkpoint}: {report.line()}")
+        raise UserError(f"{theirs.path} is not the same model as {ours.path}: {report.line()}")
     return report
 
 
-def pair(paths: Sequence[str | Path]) -> tuple[Path, Path]:
-    """(checkpoint of ours, folder for PyTorch) of two paths. Raises UserError where they are not one of each."""
-    ours = [Path(path) for path in paths if is_ours(Path(path))]
-    exported = [Path(path) for path in paths if Path(path) not in ours and (Path(path) / "config.json").is_file()]
-    if len(exported) != 1 or len(ours) != 1:
-        raise UserError(
-            f"--verify compares a checkpoint of ours with an export (hf), not {' and '.join(map(str, paths))}"
-        )
-    return ours[0], exported[0]
+def verify_all(sources: Sequence[str | Path], target: str | Path, **options: Any) -> list[Report]:
+    """`verify` of every source with the target. Raises UserError, see there."""
+    return [verify(source, target, **options) for source in sources]
+
+
+def sides(sources: Sequence[Source]) -> tuple[str, Source, Source]:
+    """(what both have: "", "llm/" or "vision/", what JAX runs, what PyTorch runs). Raises UserError."""
+    first, second = sources
+    parts = {LAYOUTS.get(source.layout, ("",))[0] for source in sources} - {""}
+    part = parts.pop() if parts else ""
+    if parts:
+        raise UserError(f"--verify: {first.path} ({first.layout}) and {second.path} ({second.layout}) share nothing")
+    for layout in RUN_BY_TORCH[part]:
+        for theirs, ours in ((second, first), (first, second)):
+            if theirs.layout == layout:
+                return part, ours, theirs
+    raise UserError(
+        f"--verify: PyTorch runs neither {first.path} ({first.layout}) nor {second.path} ({second.layout}): "
+        f"one of them should be {' or '.join({'kangaroo': 'hf'}.get(x, x) for x in RUN_BY_TORCH[part])}; convert it"
+    )
+
+
+def _compare_chat(ours: Source, theirs: Source, media: Path, query: str, scratch: Path) -> Report:
+    here = InJax(ours)
+    kangaroo = here.chat()
+    while len((recipe := kangaroo.recipe(conversation([turn(media, query)]))).tokens) < LEAST_TOKENS:
+        query += FILLER
+    logits, answer = here.answer(recipe)
+    del here, kangaroo
+    gc.collect()
+    there, answer_there, ids = InTorch(theirs, scratch).answer(media, query)
+    if list(recipe.tokens) != ids:
+        raise UserError(f"{theirs.path}: its tokenizer gives other tokens for the same prompt")
+    return _compare(logits, there, answer, answer_there, int(recipe.is_vision.sum()))
+
+
+def _compare_decoders(ours: Source, theirs: Source, query: str, scratch: Path) -> Report:
+    ids, text = _text(ours, theirs, query)
+    here = InJax(ours)
+    logits, answer = here.continue_text(ids)
+    del here
+    gc.collect()
+    torch_side = InTorch(theirs, scratch)
+    if text and torch_side.tokenizer is not None:
+        found = torch_side.tokenizer.encode(text, add_special_tokens=False)
+        if found != ids[1:]:
+            raise UserError(f"{theirs.path}: its tokenizer gives other tokens than {ours.tokenizer or ours.path}")
+    there, answer_there = torch_side.continue_text(ids)
+    return _compare(logits, there, answer, answer_there, 0)
+
+
+def _text(ours: Source, theirs: Source, query: str) -> tuple[list[int], str]:
+    """(ids of a prompt of text, the text); random ids and no text where no tokenizer is beside the weights."""
+    file = ours.tokenizer or theirs.tokenizer
+    model = ours.config.model
+    if file is None:
+        known = np.setdiff1d(np.arange(model.llm.vocab_size), [*special_ids(model), model.special_ids.vision])
+        return np.random.default_rng(0).choice(known, LEAST_TOKENS).tolist(), ""
+    tokenizer = load_tokenizer(file)
+    if tokenizer.vocab_size > model.llm.vocab_size:
+        raise UserError(f"{file}: {tokenizer.vocab_size} tokens, but the model knows {model.llm.vocab_size}")
+    while len(ids := tokenizer.encode(query)) < LEAST_TOKENS:
+        query += FILLER
+    return [tokenizer.bos, *ids], query
+
+
+def _compare_encoders(ours: Source, theirs: Source, media: Path, scratch: Path) -> Report:
+    """Of an assembled model PyTorch resizes the position embedding that the file has, as JAX did before."""
+    vision = ours.config.model.vision
+    frames = _frames(media, vision.pos_embed_grid * vision.patch_size)
+    here = InJax(ours).features(frames).astype(np.float64)
+    gc.collect()
+    there = torch_features(theirs, frames, scratch).astype(np.float64)
+    tokens = here.shape[0] * here.shape[1]
+    return Report(tokens, tokens, float(np.abs(here - there).max()), float(np.abs(here).max()))
+
+
+def _frames(media: Path, side: int) -> np.ndarray:
+    """uint8[F, side, side, 3] of a video at even distances, or of an image."""
+    from kangaroo_jax.data.video import IMAGE_SUFFIXES, FramePolicy, load_image, load_video
+
+    if media.suffix.lower() in IMAGE_SUFFIXES:
+        return load_image(media, side)[None]
+    policy = FramePolicy(min_frames=FRAMES, max_frames=FRAMES, long_min_frames=FRAMES, long_max_frames=FRAMES)
+    return load_video(media, image_size=side, policy=policy).pixels
 
 
 def _compare(
@@ -132,109 +215,6 @@ def _compare(
         same_greedy=min(len(answer_here), len(answer_there)) if same is None else same,
         greedy=longest,
     )
-
-
-class _Ours:
-    """The checkpoint in JAX, computing in float32."""
-
-    def __init__(self, checkpoint: str | Path) -> None:
-        from kangaroo_jax.data.tokenizer import load_tokenizer
-        from kangaroo_jax.training import checkpoint as checkpoints
-
-        folder = checkpoints.find(checkpoint)
-        self.config = ConfigDict(checkpoints.load_config(folder).to_dict())
-        self.config.model.update(dtype="float32", attention="auto")
-        binding = checkpoints.abstract_model(self.config.model)
-        self.model = binding.bind(checkpoints.load_params(folder, binding))
-        self.kangaroo = Kangaroo(self.model, self.config, load_tokenizer(checkpoints.find_tokenizer(folder)))
-
-    def recipe(self, media: Path, query: str) -> Any:
-        return self.kangaroo.recipe(conversation([_turn(media, query)]))
-
-    def run(self, media: Path, query: str) -> tuple[np.ndarray, list[int], int]:
-        """(logits float32[T, V], the greedy answer's ids, number of vision tokens)."""
-        recipe = self.recipe(media, query)
-        ref = recipe.media[0]
-        clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
-        generator = Generator(self.model)
-        vision = generator.encode(clip.pixels, clip.times.astype(np.float32))
-        prompts = Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens)))
-        logits = jax.jit(_logits, static_argnums=0)(*_split(self.model), prompts.tokens, prompts.vision_index, vision)
-        (answer,) = generator.generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=())
-        return np.asarray(logits)[0, : len(recipe.tokens)], answer, int(recipe.is_vision.sum())
-
-
-def _turn(media: Path, query: str) -> dict[str, Any]:
-    is_image = media.suffix.lower() in IMAGE_SUFFIXES
-    return ask(query, None if is_image else media, media if is_image else None)
-
-
-def _split(model: Model) -> tuple[Any, Any]:
-    from flax import nnx
-
-    return nnx.split(model)
-
-
-def _logits(graph: Any, weights: Any, tokens: jax.Array, vision_index: jax.Array, vision: jax.Array) -> jax.Array:
-    from flax import nnx
-
-    model: Model = nnx.merge(graph, weights)
-    x = model.embed(tokens, vision_index, vision[None])
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model.llm.unembed(model.llm(x, jnp.ones_like(tokens), positions)[0])
-
-
-class _Theirs:
-    """The exported folder in PyTorch, in float32."""
-
-    def __init__(self, exported: str | Path) -> None:
-        torch = import_torch("the export is run in torch")
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            raise UserError("the export is run by transformers: pip install 'kangaroo-jax[convert]'") from None
-        self._torch = torch
-        options: dict[str, Any] = dict(trust_remote_code=True, local_files_only=True)
-        with _quiet():
-            self.model: Any = AutoModelForCausalLM.from_pretrained(str(exported), torch_dtype=torch.float32, **options)
-            self.tokenizer = AutoTokenizer.from_pretrained(str(exported), **options)
-        self.model.eval()
-
-    def run(self, media: Path, query: str) -> tuple[np.ndarray, list[int], list[int]]:
-        """(logits float32[T, V], the greedy answer's ids, the prompt's ids)."""
-        config, kind = self.model.config, "image" if media.suffix.lower() in IMAGE_SUFFIXES else "video"
-        processing = __import__(type(self.model).__module__, fromlist=["KangarooProcessor"])
-        processor = processing.KangarooProcessor(config, self.tokenizer)
-        content = [{"type": kind, kind: str(media)}, {"type": "text", "text": query}]
-        inputs = processor.apply_chat_template([{"role": "user", "content": content}])
-        with self._torch.no_grad():
-            logits = self.model(**inputs, use_cache=False).logits[0].numpy()
-            greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, eos_token_id=NO_TOKEN)
-            ids = self.model.generate(**inputs, max_new_tokens=GREEDY, **greedy)[0].tolist()
-        prompt = inputs["input_ids"][0].tolist()
-        return logits, ids[len(prompt) :], prompt
-
-    def chat(self, media: Path, query: str, max_new_tokens: int) -> str:
-        """The greedy answer, by the method that users call."""
-        options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, do_sample=False)
-        return self.model.chat(video_path=str(media), query=query, tokenizer=self.tokenizer, **options)[0]
-
-
-class _quiet:
-    """transformers without its progress bars and warnings."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._level)
-        logging.enable_progress_bar()
 
 
 def compare_chats(
@@ -258,15 +238,15 @@ def compare_chats(
     Raises:
         UserError: torch or transformers is not installed, or a file cannot be read.
     """
-    import_torch("the export is run in torch")
+    import_torch("the comparison is run in torch")
     from kangaroo_jax.conversion.convert import convert
 
     with tempfile.TemporaryDirectory() as scratch:
         exported = convert([checkpoint], Path(scratch) / "export", format="hf", tell=lambda line: None)
-        theirs = _Theirs(exported)
+        theirs = InTorch(open_source(exported), Path(scratch))
         kangaroo = Kangaroo.load(checkpoint)
         asked = [(Path(media), question) for media, question in videos_and_questions]
-        conversations = [conversation([_turn(media, question)]) for media, question in asked]
+        conversations = [conversation([turn(media, question)]) for media, question in asked]
         here = kangaroo.answer_many(conversations, max_new_tokens=max_new_tokens)
         same = 0
         for (media, question), answer in zip(asked, here, strict=True):

@@ -68,6 +68,10 @@ def curate(options: Options, config: ConfigDict) -> None:
     if options.engine not in ENGINES:
         raise UserError(f"curate: no engine {options.engine!r}; there are {', '.join(ENGINES)}")
     root, plain = options.root, plain_config(config)
+    if plain["embedding"]["checkpoint"]:
+        from kangaroo_jax.curation.stages.embedding import with_identity
+
+        plain["embedding"] = with_identity(plain["embedding"])
     plan = Plan(root, enabled(plain), plain)
     items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"])
     with shards.claimed(root):

@@ -71,7 +71,10 @@ def _text() -> str:
 
     picture = np.full((240, 480, 3), 255, np.uint8)
     cv2.putText(picture, "VIDEO TEXT 2408", (20, 140), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (0, 0, 0), 3)
-    _, words = text._read(text._reader(480), picture, {"min_score": 0.6, "min_letters": 2})
+    reader = text._reader(480)
+    _, words = text._read(
+        text._Lines(reader), picture, text._boxes(reader, picture), {"min_score": 0.6, "min_letters": 2}
+    )
     if "VIDEO" not in " ".join(words).upper():
         raise UserError(f"read {words} where VIDEO TEXT 2408 is written")
     return f"reads {' '.join(words)!r}"
@@ -129,7 +132,7 @@ def _described(row: Row, settings: dict[str, Any]) -> list[str]:
     lines = [f"{key:12} {row[key]}" for key in head if row[key] not in ("", None)]
     for stage, scores in row.items():
         if isinstance(scores, dict) and stage != "failures":
-            shown = {key: value for key, value in scores.items() if key != "keys"}
+            shown = {key: value for key, value in scores.items() if key not in ("keys", "vector")}
             limit = f"   [{limits[stage]}]" if stage in limits else ""
             lines.append(f"{stage:12} {json.dumps(shown, ensure_ascii=False)}{limit}")
     return lines + [f"{stage:12} FAILED: {reason}" for stage, reason in row["failures"].items()]

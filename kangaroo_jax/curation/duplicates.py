@@ -1,4 +1,4 @@
-"""Near-duplicates among all clips: equal files first, then fingerprints that differ in few bits.
+"""Near-duplicates among all clips: equal files, fingerprints that differ in few bits, embeddings that are near.
 
 Comparing every pair would grow with the square of the clips. Instead clips that agree exactly in some bits of one key
 frame's hash meet in a bucket, and only those are compared: `tables` random choices of bits for each key frame. The
@@ -11,29 +11,54 @@ from typing import Any
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.curation.stages.embedding import unpacked
 
 _MOST_IN_BUCKET = 64  # a clip is compared with so many that follow it there (a title card may be in all)
 _BLOCK = 1 << 20  # pairs compared at a time
+_CLUSTER = 8192  # clips whose embeddings are compared each with each; more are divided into clusters
+_ROUNDS = 6  # of clustering
 
 
-def groups(rows: Sequence[Row], *, most_bits: int, tables: int) -> list[int]:
+def groups(
+    rows: Sequence[Row],
+    *,
+    most_bits: float,
+    tables: int,
+    share: float = 0.5,
+    mirror: bool = True,
+    flat: bool = True,
+    most_seconds: float = 0.0,
+    least_cosine: float = 0.0,
+) -> list[int]:
     """For each row the index of the first row of its group; rows that are like no other are groups of one.
 
     Args:
         rows: with `probe.sha256`, and `fingerprint` where there is one.
-        most_bits: of 64, the median over the key frames that both clips have, plain or mirrored.
+        most_bits: of each 64, over the key frames that both clips have, plain or mirrored.
         tables: choices of bits for each key frame.
+        share: quantile over those frames that `most_bits` is for: 0.5 is the median, 1 the frames that differ most.
+        mirror: whether a clip is also compared with the mirror images of others.
+        flat: whether a frame that is flat in one of two clips alone is passed over; otherwise it differs in all bits.
+        most_seconds: by which the lengths of two differ; 0 is any.
+        least_cosine: of the embeddings of two near-duplicates; 0 looks at none.
     """
     parents = list(range(len(rows)))
     first: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows):
         same = first.setdefault((row["probe"]["sha256"], row["start"], row["end"]), i)
         _join(parents, same, i)
-    plain, mirrored = _hashes(rows, "plain"), _hashes(rows, "mirrored")
+    plain = _hashes(rows, "plain")
+    mirrored = _hashes(rows, "mirrored") if mirror else np.zeros_like(plain)
     items = np.unique([row["item"] for row in rows], return_inverse=True)[1] if rows else np.zeros(0, int)
+    seconds = np.array([(row["end"] or 0.0) - (row["start"] or 0.0) for row in rows])
     for one, two in _pairs(plain, mirrored, tables):
         apart = items[one] != items[two]  # clips of one video may look alike: a fixed camera, a speaker
-        for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits):
+        if most_seconds:
+            apart &= np.abs(seconds[one] - seconds[two]) <= most_seconds
+        for a, b in _close(one[apart], two[apart], plain, mirrored, most_bits, share, flat):
+            _join(parents, a, b)
+    for a, b in _alike(rows, least_cosine) if least_cosine else ():
+        if items[a] != items[b]:
             _join(parents, a, b)
     return [_root(parents, i) for i in range(len(rows))]
 
@@ -51,18 +76,20 @@ def _join(parents: list[int], a: int, b: int) -> None:
 
 
 def _hashes(rows: Sequence[Row], name: str) -> np.ndarray:
-    """uint64[clips, key frames]; 0 where there is none (a hash that is 0 says as little)."""
+    """uint64[clips, key frames, words]; all 0 where there is none (a hash that is 0 says as little)."""
     values = [row.get("fingerprint", {}).get(name, []) for row in rows]
     frames = max((len(value) for value in values), default=0)
-    hashes = np.zeros((len(rows), frames), np.uint64)
+    words = max((len(text) // 16 for value in values for text in value), default=1) or 1
+    hashes = np.zeros((len(rows), frames, words), np.uint64)
     for i, value in enumerate(values):
-        hashes[i, : len(value)] = [int(text or "0", 16) for text in value]
+        for k, text in enumerate(value):
+            hashes[i, k, : len(text) // 16] = [int(text[at : at + 16], 16) for at in range(0, len(text), 16)]
     return hashes
 
 
 def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of clips to compare: arrays of first and of second indices, those of one key frame at a time."""
-    clips, frames = plain.shape
+    clips, frames, words = plain.shape
     if clips < 2:
         return
     width = int(np.clip(np.ceil(np.log2(clips)), 6, 24))
@@ -71,11 +98,13 @@ def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Iterator[tup
     both = np.concatenate([plain, mirrored])
     owner = np.concatenate([np.arange(clips), np.arange(clips)])
     for frame in range(frames):
-        known = np.flatnonzero(both[:, frame])
+        known = np.flatnonzero(both[:, frame].any(1))
         met = np.zeros(0, np.int64)
         for _ in range(tables):
-            bits = rng.choice(64, width, replace=False).astype(np.uint64)
-            key = both[known, frame] & np.bitwise_or.reduce(np.uint64(1) << bits)
+            bits = rng.choice(64 * words, width, replace=False)
+            key = np.zeros(len(known), np.uint64)
+            for bit in bits:
+                key = key << np.uint64(1) | (both[known, frame, bit // 64] >> np.uint64(bit % 64)) & np.uint64(1)
             order = np.argsort(key, kind="stable")
             met = np.union1d(met, _bucket_pairs(key[order], owner[known][order], clips))
         for begin in range(0, len(met), _BLOCK):
@@ -95,18 +124,67 @@ def _bucket_pairs(keys: np.ndarray, owners: np.ndarray, clips: int) -> np.ndarra
 
 
 def _close(
-    one: np.ndarray, two: np.ndarray, plain: np.ndarray, mirrored: np.ndarray, most_bits: int
+    one: np.ndarray,
+    two: np.ndarray,
+    plain: np.ndarray,
+    mirrored: np.ndarray,
+    most_bits: float,
+    share: float,
+    flat: bool,
 ) -> list[tuple[int, int]]:
     """Those of the pairs that are near-duplicates."""
     near = np.zeros(len(one), bool)
     for other in (plain, mirrored):
-        known = (plain[one] != 0) & (other[two] != 0)
-        bits = np.where(known, np.bitwise_count(plain[one] ^ other[two]), 99).astype(np.int64)
+        in_one, in_two = plain[one].any(2), other[two].any(2)
+        known = in_one & in_two if flat else in_one | in_two
+        apart = np.bitwise_count(plain[one] ^ other[two]).sum(2) / plain.shape[2]
+        bits = np.where(in_one & in_two, apart, np.where(known, 64.0, 99.0))
         bits.sort(axis=1)
         count = known.sum(1)
-        middle = (np.maximum(count, 1) - 1) / 2
-        index = np.arange(len(one))
-        median = (bits[index, np.floor(middle).astype(int)] + bits[index, np.ceil(middle).astype(int)]) / 2
-        enough = count * 2 > np.maximum((plain[one] != 0).sum(1), (other[two] != 0).sum(1))
-        near |= enough & (median <= most_bits)
+        place = (np.maximum(count, 1) - 1) * share
+        below, index = np.floor(place).astype(int), np.arange(len(one))
+        above = bits[index, np.ceil(place).astype(int)]
+        of_share = bits[index, below] + (above - bits[index, below]) * (place - below)
+        enough = count * 2 > np.maximum(in_one.sum(1), in_two.sum(1))
+        near |= enough & (of_share <= most_bits)
     return list(zip(one[near].tolist(), two[near].tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------ embeddings
+
+
+def _alike(rows: Sequence[Row], least: float) -> Iterator[tuple[int, int]]:
+    """Pairs of rows whose embeddings have at least that cosine, within clusters of like ones where rows are many.
+
+    All sums are of whole numbers, and so the same on any machine. Clustering first is SemDeDup's way (Abbas et al.,
+    arXiv 2303.09540); pairs that fall into two clusters are not found.
+    """
+    known = np.array([i for i, row in enumerate(rows) if "embedding" in row], np.int64)
+    if not known.size:
+        return
+    vectors = np.stack([unpacked(rows[i]["embedding"]["vector"]) for i in known]).astype(np.float64)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)
+    for members in _clusters(vectors, lengths):
+        for first in range(0, len(members), 1024):
+            some = members[first : first + 1024]
+            cosine = vectors[some] @ vectors[members].T / lengths[some, None] / lengths[members]
+            for i, j in zip(*np.nonzero(cosine >= least), strict=True):
+                if some[i] < members[j]:
+                    yield int(known[some[i]]), int(known[members[j]])
+
+
+def _clusters(vectors: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of like vectors: spherical k-means with enough clusters that one has about `_CLUSTER` members."""
+    count = -(-len(vectors) // _CLUSTER)
+    if count == 1:
+        yield np.arange(len(vectors))
+        return
+    centres = vectors[:: len(vectors) // count][:count]
+    for _ in range(_ROUNDS):
+        scale = np.maximum(np.linalg.norm(centres, axis=1), 1e-9)
+        nearest = np.concatenate([(part @ centres.T / scale).argmax(1) for part in np.array_split(vectors, count)])
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, np.round(vectors / lengths[:, None] * 127))
+        centres = np.round(sums / np.maximum(np.abs(sums).max(1, keepdims=True), 1) * 127)
+    for k in range(count):
+        yield np.flatnonzero(nearest == k)

@@ -1,6 +1,7 @@
 """Engines: what runs all shards. Both run `run_shard`, which writes the same bytes wherever it runs.
 
-`local`: threads of this process, each with a worker process that may be lost. `ray`: Ray tasks, each with the same.
+`local`: threads of this process, each with a worker process that may be lost. `ray`: Ray tasks, each with the same,
+and actors for stages with large models (`ray_workers`).
 """
 
 import collections
@@ -10,10 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.curation.guard import Guard, Stopped
+from kangaroo_jax.curation.ray_workers import Actors, ray_task
 from kangaroo_jax.curation.run_shard import Plan, is_done, run_shard
 from kangaroo_jax.curation.shards import Shard
 from kangaroo_jax.errors import UserError
@@ -165,35 +166,33 @@ def _connect(address: str, workers: int) -> None:
 
 
 def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:
+    """Shards as tasks, and then, where the config has actors, their stages by these."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=-1)(_ray_task)
     shared = ray.put(plan)
+    pool = Actors(plan) if plan.config["engine"]["actors"] else None
+    task = ray.remote(num_cpus=1, max_retries=-1)(ray_task)
     waiting = collections.deque(todo)
     running: dict[Any, Shard] = {}
-    while waiting or running:
+    while waiting or running or (pool is not None and pool.busy):
         ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while waiting and len(running) < ahead:
             shard = waiting.popleft()
-            running[task.remote(shard, shared)] = shard
-        ready, _ = ray.wait(list(running), timeout=1.0)
+            running[task.remote(shard, shared, pool is not None)] = shard
+        if pool is not None:
+            pool.start()
+        references = [*running, *(pool.running if pool is not None else ())]
+        ready, _ = ray.wait(references, num_returns=1, timeout=1.0)
         for reference in ready:
-            shard = running.pop(reference)
+            of_task = reference in running
+            shard = running.pop(reference) if of_task else pool.take(reference)  # type: ignore[union-attr]
             try:
                 calls = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.as_instanceof_cause() from None
             for call in calls:
                 progress.stage(*call)
-            progress.shard(shard)
-
-
-_guards: dict[Path, Guard] = {}  # of a Ray worker, kept from task to task
-
-
-def _ray_task(shard: Shard, plan: Plan) -> list[tuple[str, str, float]]:
-    """One shard; returns what progress is told of it."""
-    calls: list[tuple[str, str, float]] = []
-    guard = _guards.setdefault(plan.root, plan.guard())
-    run_shard(shard, plan, guard, lambda *call: calls.append(call))
-    return calls
+            if of_task and pool is not None:
+                pool.add(shard)
+            else:
+                progress.shard(shard)

@@ -22,7 +22,7 @@ from kangaroo_jax.host import peak_mib
 _POLL = 0.05  # seconds between looks at the memory of the process
 _START_SECONDS = 300.0
 # Of glibc in the processes to come: memory of pictures goes back at once, which saves a fifth of it.
-_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "8388608", "MALLOC_TRIM_THRESHOLD_": "16777216"}
 
 
 class Lost(Exception):

@@ -39,10 +39,10 @@ def write_report(root: Path, settings: Mapping[str, Any], annotations: str = "")
     result = json.loads((root / "funnel.json").read_text(encoding="utf-8"))
     sections = [
         _header(result),
-        _section("Funnel", "Each clip counts at the first rule that it fails, in this order.", _funnel(result)),
+        _section("Funnel", "Each clip counts at the first rule that it fails, in this order.", funnel_bars(result)),
         _section("Scores", "Blue is kept, orange dropped; dashed is the limit.", _scores(rows, kept, settings)),
         *(_balance(what, result[what]) for what in ("category", "source", "language", "licence")),
-        _section("Kept", "Some of them, by the hash of their ids.", _gallery(root, [(row, "") for row in kept])),
+        _section("Kept", "Some of them, by the hash of their ids.", gallery(root, [(row, "") for row in kept])),
         *_galleries(root, rows, dropped),
         _annotated(root, rows, annotations),
         _section("Cost", "CPU seconds of one core, of what was computed in this folder.", _cost(root, len(rows))),
@@ -89,7 +89,8 @@ def _header(result: Mapping[str, Any]) -> str:
     return f'<header>\n<h1>Curation</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">{body}</div>\n</header>'
 
 
-def _funnel(result: Mapping[str, Any]) -> str:
+def funnel_bars(result: Mapping[str, Any]) -> str:
+    """What each rule dropped and left, as bars (HTML), from funnel.json."""
     rows: list[tuple[str, dict[str, float], str]] = [("all clips", {"left": result["clips"]}, f"{result['clips']:,}")]
     for step in result["rules"]:
         note = f"−{step['dropped']:,}, {step['left']:,} left"
@@ -149,24 +150,25 @@ def _galleries(root: Path, rows: Mapping[str, Row], dropped: Sequence[Row]) -> l
     for entry in dropped:
         by_rule[entry["rule"]].append((rows[entry["id"]], entry["reason"]))
     return [
-        _section(f"Dropped: {rule}", f"{len(by_rule[rule]):,} clips.", _gallery(root, by_rule[rule]))
+        _section(f"Dropped: {rule}", f"{len(by_rule[rule]):,} clips.", gallery(root, by_rule[rule]))
         for rule in RULES
         if by_rule[rule]
     ]
 
 
-def _gallery(root: Path, chosen: Sequence[tuple[Row, str]]) -> str:
+def gallery(root: Path, chosen: Sequence[tuple[Row, str]]) -> str:
+    """Some of the clips (their scores, and why) as pictures with captions (HTML)."""
     # Ids end with a hash: their order by it is a random one that is always the same.
     shown = sorted(chosen, key=lambda pair: pair[0]["id"].rpartition("-")[2])[:_SHOWN]
     figures = [
-        f"<figure>{_thumbnail(root, row)}<figcaption>{escape(row['id'])}"
+        f"<figure>{thumbnail(root, row)}<figcaption>{escape(row['id'])}"
         f"{'<br><b>' + escape(reason[:160]) + '</b>' if reason else ''}</figcaption></figure>"
         for row, reason in shown
     ]
     return f'<div class="shelf">{"".join(figures)}</div>' if figures else ""
 
 
-def _thumbnail(root: Path, row: Row, k: int | None = None) -> str:
+def thumbnail(root: Path, row: Row, k: int | None = None) -> str:
     """A key frame, by default the middle one; nothing for a clip without."""
     count = len(row["keyframe_times"])
     picture = (
@@ -187,7 +189,7 @@ def _annotated(root: Path, rows: Mapping[str, Row], annotations: str) -> str:
         row = rows.get(str(entry.get("clip", entry.get("id"))))
         if row is None or len(cards) >= _SHOWN:
             continue
-        frames = "".join(f"<figure>{_thumbnail(root, row, k)}</figure>" for k in range(len(row["keyframe_times"])))
+        frames = "".join(f"<figure>{thumbnail(root, row, k)}</figure>" for k in range(len(row["keyframe_times"])))
         texts = [str(entry["caption"])] if entry.get("caption") else []
         for turn in entry.get("conversations") or entry.get("messages") or ():
             texts.append(f"{turn.get('from', turn.get('role'))}: {turn.get('value', turn.get('content'))}")

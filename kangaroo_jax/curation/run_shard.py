@@ -45,25 +45,32 @@ def run_shard(shard: Shard, plan: Plan, guard: Guard, tell: Tell) -> Row:
 
     Raises Stopped if the guard is closed; what was finished before stays.
     """
-    keys = shards.stage_keys(shard, plan.stages, plan.config)
-    rows = [dict(item) for item in shard.items]
-    for stage in plan.stages:
-        file = shards.stage_file(plan.root, stage.name, shard.name, keys[stage.name])
-        if shards.done(file) is None:
-            _remove_others(file)
-            spent = Spent(tell)
-            found = [_scored(row, stage, plan, guard, spent) for row in rows if _applies(stage, row)]
-            failed = sum("failure" in one for one in found)
-            shards.put_rows(plan.root, file, found, {"rows": len(found), "failed": failed})
-            spent.write(plan.root, stage.name, shard.name)
-        rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
+    rows = run_stages(shard, plan, guard, tell, plan.stages)
     target = shards.score_file(plan.root, shard.name)
     shards.marker(target).unlink(missing_ok=True)
     _forget_old(plan.root, target, {row["id"] for row in rows})
     rows = [_final(row) for row in rows]
-    done = {"rows": len(rows), "failed": sum(bool(row["failures"]) for row in rows), "keys": keys}
+    done: Row = {"rows": len(rows), "failed": sum(bool(row["failures"]) for row in rows)}
+    done["keys"] = shards.stage_keys(shard, plan.stages, plan.config)
     shards.put_rows(plan.root, target, rows, done)
     return done
+
+
+def run_stages(shard: Shard, plan: Plan, guard: Guard, tell: Tell, stages: Sequence[Stage]) -> list[Row]:
+    """Run some of the plan's stages, with those that they follow; returns the rows with what they found."""
+    keys = shards.stage_keys(shard, plan.stages, plan.config)
+    rows = [dict(item) for item in shard.items]
+    for stage in stages:
+        file = shards.stage_file(plan.root, stage.name, shard.name, keys[stage.name])
+        if shards.done(file) is None:
+            _remove_others(file)
+            spent = Spent(tell)
+            found = _all_scored([row for row in rows if _applies(stage, row)], stage, plan, guard, spent)
+            failed = sum("failure" in one for one in found)
+            shards.put_rows(plan.root, file, found, {"rows": len(found), "failed": failed})
+            spent.write(plan.root, stage.name, shard.name)
+        rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
+    return rows
 
 
 class Spent:
@@ -90,6 +97,30 @@ class Spent:
 
 def _applies(stage: Stage, row: Row) -> bool:
     return row["kind"] in stage.kinds and all(name in row for name in stage.after)
+
+
+def _all_scored(rows: list[Row], stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> list[Row]:
+    """What the stage says of the rows: several at a time where it takes them, each alone where that fails."""
+    size = plan.config[stage.name]["batch"] if stage.score_many is not None else 1
+    found: list[Row] = []
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        if size > 1:
+            settings = plan.config[stage.name]
+            try:
+                outcomes, seconds, memory = guard.call(stage.name, part, settings, str(plan.root))
+            except SetupError:
+                raise
+            except (UserError, Lost):
+                pass  # because of one of them: which, is seen below
+            else:
+                for _ in part:
+                    tell(stage.name, "", seconds / len(part))
+                tell.memory = max(tell.memory, memory)
+                found += [{"id": row["id"], "scores": one.scores} for row, one in zip(part, outcomes, strict=True)]
+                continue
+        found += [_scored(row, stage, plan, guard, tell) for row in part]
+    return found
 
 
 def _scored(row: Row, stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> Row:

@@ -99,7 +99,14 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
     """Only what is otherwise kept is compared, so that a dropped clip takes no other with it."""
     kept = [i for i, verdict in enumerate(verdicts) if verdict is None]
     found = duplicates.groups(
-        [rows[i] for i in kept], most_bits=settings["duplicate_bits"], tables=settings["duplicate_tables"]
+        [rows[i] for i in kept],
+        most_bits=settings["duplicate_bits"],
+        tables=settings["duplicate_tables"],
+        share=settings["duplicate_share"],
+        mirror=settings["duplicate_mirror"],
+        flat=settings["duplicate_flat"],
+        most_seconds=settings["duplicate_seconds"],
+        least_cosine=settings["duplicate_cosine"],
     )
     members: dict[int, list[int]] = collections.defaultdict(list)
     for i, first in zip(kept, found, strict=True):

@@ -141,18 +141,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _from_json(path: Path, data: bytes) -> Tokenizer:
-    """`tokenizers`. The added tokens are taken out of the reader, so that text cannot spell them."""
+    """`tokenizers`. The added tokens are taken out of the reader, so that text cannot spell them, but for the
+    blank line of SentencePiece models trained here, which is text."""
     import tokenizers
 
     try:
         spec = json.loads(data)
-        special = {int(entry["id"]): str(entry["content"]) for entry in spec["added_tokens"]}
-        spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        text = [e for e in spec["added_tokens"] if e.get("special") is False and e["content"] in WHOLE_PIECES]
+        special = {int(entry["id"]): str(entry["content"]) for entry in spec["added_tokens"] if entry not in text}
+        spec.update(added_tokens=text, post_processor=None, truncation=None, padding=None)
         reader = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the package raises bare Exception
         raise UserError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
     by_name = {name: token for token, name in special.items()}
-    ordinary = reader.get_vocab_size()
+    ordinary = reader.get_vocab_size(with_added_tokens=False)
     ids = {}
     for role, name in SPECIAL_NAMES.items():
         reserved = ordinary + LLAMA3_OFFSETS[role]

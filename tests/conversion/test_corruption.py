@@ -173,6 +173,27 @@ def test_it_is_one_line_exit_code_2_and_nothing_is_left(corrupt, pristine, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+OURS = {
+    "cut": (lambda chunk: os.truncate(chunk, 100), "llm/layers/mlp/up/kernel cannot be read"),
+    "nan": (
+        lambda chunk: chunk.write_bytes(chunk.read_bytes()[:-4] + b"\x00\x00\xc0\x7f"),
+        "1 of 3840 numbers of llm/",
+    ),
+    "gone": (lambda chunk: shutil.rmtree(chunk.parent), "llm/layers/mlp/up/kernel cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_damaged_checkpoint_of_ours(name, pristine, tmp_path, capsys):
+    convert([pristine], tmp_path / "ours", tell=lambda line: None)
+    corrupt, message = OURS[name]
+    corrupt(tmp_path / "ours" / "params" / "llm/layers/mlp/up/kernel" / "1.0.0")
+    code = cli.main(["convert", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'target'}"])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
 @contextlib.contextmanager
 def small_disk(folder, size):
     """A file system of `size` in `folder`; the test is skipped where none can be mounted."""

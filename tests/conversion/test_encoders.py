@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from kangaroo_jax import cli
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
@@ -114,6 +115,14 @@ def test_what_else_a_clip_file_holds_is_named_and_its_tables_are_checked(parts, 
     source = open_source(eva_file(parts, tmp_path, 10_000.0), "tiny", FLAGS)
     assert source.layout == "eva"
     assert source.left_out == "4 tensors are left out: CLIP's projection, text tower and temperature"
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(array) for name, array in load_file(tmp_path / "EVA.safetensors").items()}
+    torch.save({"epoch": 9, "state_dict": state}, tmp_path / "EVA.pt")
+    quiet = dict(preset="tiny", overrides=FLAGS, format="eva", tell=lambda line: None)
+    for suffix in ("safetensors", "pt"):
+        convert([tmp_path / f"EVA.{suffix}"], tmp_path / suffix, **quiet)
+    files = [(tmp_path / suffix / "model.safetensors").read_bytes() for suffix in ("safetensors", "pt")]
+    assert files[0] == files[1] == (tmp_path / "eva/model.safetensors").read_bytes()
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="freqs_(cos|sin) is not the rotary table of this config"):
         open_source(eva_file(parts, tmp_path / "other", 100.0), "tiny", FLAGS)
@@ -128,3 +137,31 @@ def test_parts_that_make_no_model(parts, tmp_path):
         with pytest.raises(UserError, match=message):
             convert(sources, tmp_path / "no", preset="tiny", overrides=FLAGS)
         assert not (tmp_path / "no").exists()
+
+
+def test_an_assembled_model_is_verified_part_by_part(parts, tmp_path, capsys):
+    """The encoder against our tower in PyTorch, which resizes by itself, the decoder against transformers."""
+    pytest.importorskip("transformers")
+    flags = [
+        "convert",
+        f"--to={tmp_path / 'start'}",
+        "--preset=tiny",
+        "--verify",
+        "--config.model.vision.pos_embed_grid=8",
+    ]
+    flags += [f"--config.{key}={value}" for key, value in FLAGS.items()]
+    code = cli.main([*flags, f"--vision={parts / 'timm'}", f"--llm={parts / 'llama'}"])
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    assert "(timm, PyTorch): 256 vision tokens: features differ by" in told.out
+    assert "(llama, PyTorch): 600 tokens (0 of them vision): logits differ by" in told.out
+    assert "32 of 32 greedy tokens agree" in told.out
+    convert([parts / "timm"], tmp_path / "eva", format="eva", preset="tiny", overrides=FLAGS)
+    tensors = load_file(tmp_path / "eva" / "model.safetensors")
+    for change in (1.0, 1.02):
+        name = "visual.blocks.1.mlp.w2.weight"
+        save_file({**tensors, name: tensors[name] * np.float32(change)}, tmp_path / "eva" / "model.safetensors")
+        code = cli.main([*flags, f"--vision={tmp_path / 'eva'}", f"--llm={parts / 'llama'}"])
+        told = capsys.readouterr()
+        assert code == (0 if change == 1 else 2), told.err
+        assert ("eva is not the same model as" in told.err) == (change != 1) == told.err.count("\n")

@@ -11,7 +11,7 @@ import pytest
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import verify as verification
-from kangaroo_jax.conversion.convert import convert, convert_main
+from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.verify import compare_chats, verify
 from kangaroo_jax.inference.chat import Kangaroo
 
@@ -179,7 +179,7 @@ def test_answers_are_compared_and_differences_counted(checkpoint, video, tmp_pat
     asked = [(video, "What moves?"), (video, "Which way?"), (tmp_path / "c.jpg", "What is it?")]
     assert compare_chats(checkpoint, asked) == 3
     said: list[str] = []
-    monkeypatch.setattr(verification._Theirs, "chat", lambda self, media, query, n: "no" if "way" in query else "")
+    monkeypatch.setattr(verification.InTorch, "chat", lambda self, media, query, n: "no" if "way" in query else "")
     assert compare_chats(checkpoint, asked, tell=said.append) == 0
     assert len(said) == 4 and "square.mp4" in said[0]
 
@@ -190,5 +190,3 @@ def test_the_command_converts_and_verifies(checkpoint, tmp_path, video, capsys):
     arguments = ["convert", f"--from={checkpoint}", f"--to={tmp_path / 'hf'}", "--verify", f"--video={video}"]
     assert cli.main(arguments) == 0
     assert "32 of 32 greedy tokens agree" in capsys.readouterr().out
-    with pytest.raises(UserError, match="compares a checkpoint of ours with an export"):
-        convert_main([tmp_path / "hf"], tmp_path / "hf", verify=True)

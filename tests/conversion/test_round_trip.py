@@ -20,6 +20,8 @@ MODEL_FLAGS = {  # what an encoder's file does not say
     for key, value in dict(patch_size=8, width=32, depth=3, heads=2, mlp_width=40, rope_reference_grid=4).items()
 }
 
+PATCHES = {"model.vision.pos_embed_grid": 4}
+
 
 def quiet(*args, **kwargs) -> Path:
     return convert(*args, tell=lambda line: None, **kwargs)
@@ -107,6 +109,22 @@ def test_one_layout_to_another_and_back(make_checkpoint, dtype, first, second, t
     for name in ("config.json", "params.json"):
         if (tmp_path / "a" / name).exists():
             assert (tmp_path / "a" / name).read_text() == (tmp_path / "c" / name).read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("vision", "llm"), [("eva", "llama"), ("timm", "meta")])
+def test_parts_to_a_checkpoint_and_back(make_checkpoint, dtype, vision, llm, tmp_path):
+    """Every bare layout into ours, with what neither part has beside it, and out again: the same bits and configs."""
+    if llm == "meta":
+        pytest.importorskip("torch")
+    for format in (vision, llm):
+        quiet([make_checkpoint(dtype)], tmp_path / format, format=format)
+    quiet([tmp_path / vision, tmp_path / llm], tmp_path / "ours", preset="tiny", overrides=MODEL_FLAGS | PATCHES)
+    for format in (vision, llm):
+        quiet([tmp_path / "ours"], tmp_path / f"{format}2", format=format)
+        assert_same(tensors(tmp_path / format), tensors(tmp_path / f"{format}2"))
+    config = {"llama": "config.json", "meta": "params.json"}[llm]
+    assert (tmp_path / llm / config).read_text() == (tmp_path / f"{llm}2" / config).read_text()
 
 
 def test_our_conversion_is_what_training_restores_on_a_mesh(checkpoint, tmp_path):

@@ -37,6 +37,17 @@ def test_sentencepiece_sentences(tokenizer_file, text):
     assert theirs.decode(ours.encode(text), skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("text", SENTENCES)
+def test_we_read_our_tokenizer_json_as_its_source(tokenizer_file, tmp_path, text):
+    """What transformers saves of an export is that file alone."""
+    ours = load_tokenizer(tokenizer_file)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(from_sentencepiece(tokenizer_file)), encoding="utf-8")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    for piece in (text, f"{text}\n\n{text}", "\n\n", "\n\n\n"):
+        assert again.encode(piece) == ours.encode(piece) and again.decode(ours.encode(piece)) == piece
+    assert again.vocab_size == ours.vocab_size and again.stop_ids == ours.stop_ids
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=60))
 def test_sentencepiece_any_text(sentencepiece_pair, text):

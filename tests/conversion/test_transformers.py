@@ -33,6 +33,9 @@ SCALING = {
 def make_llama(folder: Path, scaling: dict | None = None, theta: float = 500_000.0, **options) -> "torch.nn.Module":
     """A random Llama of transformers, saved by it."""
     torch.manual_seed(0)
+    rope: dict = {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": theta}}
+    if not hasattr(transformers.LlamaConfig(), "rope_parameters"):  # transformers 4
+        rope = {"rope_theta": theta, "rope_scaling": scaling}
     config = transformers.LlamaConfig(
         vocab_size=320,
         hidden_size=48,
@@ -42,7 +45,7 @@ def make_llama(folder: Path, scaling: dict | None = None, theta: float = 500_000
         num_key_value_heads=2,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": theta},
+        **rope,
         initializer_range=0.3,
         eos_token_id=319,
         **options,
@@ -103,7 +106,7 @@ def test_the_scaling_matters(tmp_path):
     ids = np.random.default_rng(0).integers(0, 319, (1, LENGTH))
     right = runner(our_llama(tmp_path / "hf"))(ids)
     raw = json.loads((tmp_path / "hf/config.json").read_text())
-    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 500_000.0}
+    raw.update(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, rope_scaling=None)
     (tmp_path / "hf/config.json").write_text(json.dumps(raw))
     assert np.abs(runner(our_llama(tmp_path / "hf"))(ids) - right).max() > 1e-1
 
@@ -122,7 +125,8 @@ def test_what_we_write_transformers_loads_strictly(tmp_path, scaling):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, parameter in theirs.state_dict().items():
         assert torch.equal(parameter, loaded.state_dict()[name]), name
-    assert loaded.config.rope_parameters == theirs.config.rope_parameters
+    for key in ("rope_parameters", "rope_theta", "rope_scaling"):  # of transformers 5, and of 4
+        assert getattr(loaded.config, key, None) == getattr(theirs.config, key, None)
     assert loaded.config.rms_norm_eps == theirs.config.rms_norm_eps
 
 
@@ -158,26 +162,28 @@ def test_a_config_that_disagrees_or_asks_for_what_is_not_done(tmp_path, change, 
 
 
 def test_an_adapter_is_added(tmp_path):
-    """W + alpha / r * B A, against the sum written out; everything else stays as it was."""
+    """W + alpha / r * B A, against the sum written out; everything else stays as it was. PEFT's own: test_adapters."""
     from safetensors.numpy import save_file
 
     theirs = make_llama(tmp_path / "hf")
     rng, state = np.random.default_rng(0), {k: v.numpy() for k, v in theirs.state_dict().items()}
     factors, expected = {}, dict(state)
-    for name in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.0.self_attn.o_proj"):
+    adapted = ["model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.0.self_attn.o_proj"]
+    for name in adapted:
         rows, columns = state[f"{name}.weight"].shape
         a, b = rng.standard_normal((4, columns)).astype("f4"), rng.standard_normal((rows, 4)).astype("f4")
         factors[f"base_model.model.{name}.lora_A.weight"], factors[f"base_model.model.{name}.lora_B.weight"] = a, b
         expected[f"{name}.weight"] = state[f"{name}.weight"] + 2.0 * (b @ a)
     (tmp_path / "lora").mkdir()
     save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": adapted}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
     convert([tmp_path / "hf"], tmp_path / "merged", format="llama", lora=tmp_path / "lora")
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, value in expected.items():
         np.testing.assert_allclose(merged[name].numpy(), value, atol=1e-5, err_msg=name)
     factors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = factors.popitem()[1]
     save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="A or B is missing of model.layers"):
+    with pytest.raises(UserError, match="missing: .*o_proj.lora_B.weight; unknown: .*layers.9.mlp"):
         convert([tmp_path / "hf"], tmp_path / "no", format="llama", lora=tmp_path / "lora")
     assert not (tmp_path / "no").exists()

@@ -54,9 +54,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q = F.linear(x, self.q_proj.weight, self.q_bias)
+        q = self.q_proj(x) + self.q_bias  # the module itself, so that an adapter in its place counts
         k = self.k_proj(x)
-        v = F.linear(x, self.v_proj.weight, self.v_bias)
+        v = self.v_proj(x) + self.v_bias
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.proj(self.inner_attn_ln(y.transpose(1, 2).flatten(2)))

@@ -4,8 +4,8 @@ import dataclasses
 import sqlite3
 from pathlib import Path
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.requests import Reply
+from kangaroo_jax.errors import UserError
 
 _TABLE = """
 create table if not exists replies (

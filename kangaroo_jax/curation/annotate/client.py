@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.requests import Backend, Completion, Failure, Reply, Request, key_of
 from kangaroo_jax.curation.annotate.schemas import mistake, parse_json
 from kangaroo_jax.curation.annotate.text import is_refusal
+from kangaroo_jax.errors import UserError
 
 _UNREACHABLE_AFTER = 8  # connections that failed before the first answer
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.requests import Completion, Failure, Request
+from kangaroo_jax.errors import UserError
 
 _FATAL = {401: "the key is wrong", 403: "the key may not use this model", 404: "no such model or address"}
 _SIGNATURES = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.image import IMAGE_SUFFIXES
 from kangaroo_jax.data.storage import is_remote
+from kangaroo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Clip:
     @property
     def kind(self) -> str:
         """ "image" or "video"."""
+        from kangaroo_jax.data.image import IMAGE_SUFFIXES  # not for a run that has nothing to do
+
         return "image" if self.media.lower().endswith(IMAGE_SUFFIXES) else "video"
 
     @property

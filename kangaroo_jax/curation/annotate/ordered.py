@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

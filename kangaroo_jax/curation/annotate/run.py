@@ -12,7 +12,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.captioning import Captioner, FrameCaptions
 from kangaroo_jax.curation.annotate.choose import choose
@@ -22,6 +21,7 @@ from kangaroo_jax.curation.annotate.ordered import Progress, in_order
 from kangaroo_jax.curation.annotate.prompts import check_language
 from kangaroo_jax.curation.annotate.requests import Reply, canonical, key_of
 from kangaroo_jax.curation.annotate.team import Team
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.whole_files import write_json
 
 Tell = Callable[[str], None]

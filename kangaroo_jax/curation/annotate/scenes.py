@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.requests import Completion, Failure, Request
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.tools.corpus import scenes_of
 from kangaroo_jax.tools.corpus_scenes import Scene
 from kangaroo_jax.tools.corpus_text import Fact, ask, caption, dense_caption, facts, note, word

@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.requests import canonical
+from kangaroo_jax.errors import UserError
 
 
 def parse_json(text: str) -> object:

@@ -7,10 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import nearest
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.client import Client, Limits
 from kangaroo_jax.curation.annotate.requests import Backend
+from kangaroo_jax.errors import UserError
 
 
 class Team:

@@ -12,9 +12,6 @@ from kangaroo_jax.curation.annotate.files import absolute, relative
 from kangaroo_jax.curation.annotate.schemas import mistake
 from kangaroo_jax.curation.instruct.making import LETTERS, Made, Maker, option_lines
 from kangaroo_jax.curation.instruct.plan import letters
-from kangaroo_jax.data.conversation import count_tags
-from kangaroo_jax.data.formats import parse_record
-from kangaroo_jax.data.image import IMAGE_SUFFIXES
 
 
 @functools.cache
@@ -25,6 +22,8 @@ def schema() -> dict[str, Any]:
 
 def is_image(row: Any) -> bool:
     """Whether an object of captions.jsonl is about an image."""
+    from kangaroo_jax.data.image import IMAGE_SUFFIXES  # not for a run that has nothing to do, as below
+
     return row["media"].lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -105,6 +104,9 @@ def _source(made: Made, generator: str) -> dict[str, Any]:
 
 def _check(record: dict[str, Any]) -> None:
     """Raise RuntimeError for a record that the schema or our own loader does not take."""
+    from kangaroo_jax.data.conversation import count_tags
+    from kangaroo_jax.data.formats import parse_record
+
     problem = mistake(record, schema())
     if not problem:
         conversation = parse_record(record, record["id"], "").conversation

@@ -12,7 +12,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.estimate import Estimate, told
 from kangaroo_jax.curation.annotate.files import read_lines, write_lines
@@ -24,6 +23,7 @@ from kangaroo_jax.curation.instruct.making import Made, Maker
 from kangaroo_jax.curation.instruct.plan import Cell, Row, Slot, cells_of, slots, targets
 from kangaroo_jax.curation.instruct.records import is_image, schema, sound, to_records
 from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.whole_files import write_json
 
 Tell = Callable[[str], None]

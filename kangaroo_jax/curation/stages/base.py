@@ -1,7 +1,7 @@
 """What a stage is: a pure function of one row, its settings and the files that earlier stages wrote."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -28,6 +28,7 @@ class Stage:
     score: Callable[[Row, Settings, Path], Outcome]  # the row, the settings, the output folder
     kinds: tuple[str, ...] = ("video", "image")
     needs: tuple[str, ...] = ()  # packages
+    score_many: Callable[[Sequence[Row], Settings, Path], list[Outcome]] | None = None  # of `batch` rows at a time
 
 
 def rounded(value: SupportsFloat, digits: int = 5) -> float:

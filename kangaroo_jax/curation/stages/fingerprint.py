@@ -1,7 +1,9 @@
-"""Fingerprints for near-duplicates: the 64-bit difference hash of each key frame, and of its mirror image.
+"""Fingerprints for near-duplicates: the difference hash of each key frame, and of its mirror image.
 
-The picture is shrunk to 9 x 8 grey pixels; a bit says whether a pixel is brighter than its left neighbour. Black
-bars are cut off first. A frame with too little contrast has none: its bits would be noise.
+The picture is shrunk to `grid` rows of `grid` + 1 grey pixels (8 rows: 64 bits); a bit says whether a pixel is
+brighter than its left neighbour, by more than `min_step`. Black bars are cut off first
+(`trim_bars`). A frame with too little
+contrast has none: its bits would be noise.
 """
 
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings
 from kangaroo_jax.curation.stages.pictures import key_frames
+from kangaroo_jax.errors import UserError
 
 _BAR = 20  # grey levels above the darkest up to which a row or column is a bar
 _DARK = 64  # grey level above which the darkest is no bar
@@ -18,24 +21,31 @@ _WEIGHTS = np.uint64(1) << np.arange(64, dtype=np.uint64)
 
 
 def fingerprint(row: Row, settings: Settings, root: Path) -> Outcome:
-    """`plain` and `mirrored`: 16 hexadecimal digits for each key frame, "" for a flat one."""
+    """`plain` and `mirrored`: for each key frame a hexadecimal digit for four bits, "" for a flat frame.
+
+    Raises UserError: `grid` is not a multiple of 8.
+    """
+    grid, step = settings["grid"], settings["min_step"]
+    if grid < 8 or grid % 8:
+        raise UserError(f"config.fingerprint.grid must be 8, 16, 24, ...; it is {grid}")
     plain, mirrored = [], []
     for picture in key_frames(row, root):
-        grey = without_black_bars(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY))
-        small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
+        grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+        grey = without_black_bars(grey) if settings["trim_bars"] else grey
+        small = cv2.resize(grey, (grid + 1, grid), interpolation=cv2.INTER_AREA).astype(np.int16)
         if small.std() < settings["min_contrast"]:
             plain.append("")
             mirrored.append("")
             continue
-        plain.append(f"{difference_hash(small):016x}")
-        mirrored.append(f"{difference_hash(small[:, ::-1]):016x}")
+        plain.append(difference_hash(small, step))
+        mirrored.append(difference_hash(small[:, ::-1], step))
     return Outcome({"plain": plain, "mirrored": mirrored})
 
 
-def difference_hash(small: np.ndarray) -> int:
-    """The 64 bits of int16[8, 9]."""
-    bits = (small[:, 1:] > small[:, :-1]).ravel()
-    return int(_WEIGHTS[bits].sum(dtype=np.uint64))
+def difference_hash(small: np.ndarray, min_step: int = 0) -> str:
+    """The bits of int16[grid, grid + 1], 64 of them to a word of 16 hexadecimal digits."""
+    bits = (small[:, 1:] > small[:, :-1] + min_step).reshape(-1, 64)
+    return "".join(f"{int(_WEIGHTS[word].sum(dtype=np.uint64)):016x}" for word in bits)
 
 
 def without_black_bars(grey: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Motion: optical flow between frames a fifth of a second apart, in percent of the picture's diagonal.
 
-The median over the pairs, because the mean is fooled by a cut between two still pictures; pairs across a known
-cut are not looked at. Of the diagonal, because flow in pixels grows with the size of the picture.
+The median over the pairs (or another quantile), because the mean is fooled by a cut between two still pictures; pairs
+across a known cut are not looked at. Of the diagonal, because flow in pixels grows with the size of the picture.
 """
 
 import math
@@ -18,7 +18,9 @@ _AFTER_KEY = 0.04  # seconds: a key frame at a cut is not across it
 
 
 def motion(row: Row, settings: Settings, root: Path) -> Outcome:
-    """`score` (median of the mean length of the flow), `pairs` (each), `moving` (share of pixels over one pixel)."""
+    """`score` (`quantile` over the pairs of the mean length of the flow), `pairs` (each), `moving` (share of pixels
+    that move by more than one).
+    """
     seconds, probed = row["end"] - row["start"], row["probe"]
     interval = probed["seconds"] / max(1, probed["frames"])
     times = pair_times(seconds, interval, times_within(row, probed.get("keys", [])), settings)
@@ -36,7 +38,7 @@ def motion(row: Row, settings: Settings, root: Path) -> Outcome:
         lengths.append(100 * float(length.mean()) / math.hypot(*one.shape))
         moving.append(float((length > 1).mean()))
     scores = {
-        "score": rounded(np.median(lengths)) if lengths else None,
+        "score": rounded(np.quantile(lengths, settings["quantile"])) if lengths else None,
         "pairs": [rounded(x) for x in lengths],
         "moving": rounded(np.median(moving)) if moving else None,
     }

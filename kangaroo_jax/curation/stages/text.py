@@ -16,6 +16,9 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.curation.stages.pictures import key_frames
 
+_LOOK = (96, 16)  # pixels of a line when it is compared with others
+_ALIKE = 0.9  # correlation of two that are one
+_FAINT = 4.0  # grey levels; a fainter line is like no other
 _SAME = 0.8  # intersection over union of a box that stays where it is
 
 
@@ -29,10 +32,10 @@ def text(row: Row, settings: Settings, root: Path) -> Outcome:
     detected = [coverage(found, picture.shape) for found, picture in zip(boxes, pictures, strict=True)]
     words: list[str] = []
     if verified := np.mean(detected) > settings["verify_above"]:
+        lines = _Lines(reader)
         for k, picture in enumerate(pictures):
-            if boxes[k]:
-                boxes[k], read = _read(reader, picture, settings)
-                words += read
+            boxes[k], read = _read(lines, picture, boxes[k], settings)
+            words += read
     frames = [coverage(found, picture.shape) for found, picture in zip(boxes, pictures, strict=True)]
     scores = {
         "coverage": rounded(np.mean(frames)),
@@ -67,17 +70,53 @@ def _boxes(reader: Any, picture: np.ndarray) -> list[np.ndarray]:
     return [] if found is None else [np.asarray(box, np.float32) for box in found]
 
 
-def _read(reader: Any, picture: np.ndarray, settings: Settings) -> tuple[list[np.ndarray], list[str]]:
-    """Boxes in which text is read, and the text."""
-    result = reader(picture, use_det=True, use_cls=False, use_rec=True)
-    if result.boxes is None or result.txts is None:
-        return [], []
-    kept = [
-        (np.asarray(box, np.float32), words)
-        for box, words, score in zip(result.boxes, result.txts, result.scores, strict=True)
-        if score >= settings["min_score"] and sum(letter.isalnum() for letter in words) >= settings["min_letters"]
-    ]
-    return [box for box, _ in kept], [words for _, words in kept]
+class _Lines:
+    """Reads lines of text. One that looks like another of the clip, such as a caption that stays, is not read again."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._looks = np.zeros((0, _LOOK[0] * _LOOK[1]), np.float32)
+        self._found: list[tuple[str, float]] = []
+
+    def __call__(self, line: np.ndarray) -> tuple[str, float]:
+        """The text of uint8[height, width, 3] and its score."""
+        look = cv2.cvtColor(cv2.resize(line, _LOOK, interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2GRAY)
+        flat = look.ravel().astype(np.float32) - look.mean()
+        flat /= max(float(np.linalg.norm(flat)), _FAINT * flat.size**0.5)
+        alike = self._looks @ flat
+        if alike.size and alike.max() > _ALIKE:
+            return self._found[int(alike.argmax())]
+        found = self._reader(line, use_det=False, use_cls=False, use_rec=True)
+        self._found.append((found.txts[0], found.scores[0]) if found.txts else ("", 0.0))
+        self._looks = np.concatenate([self._looks, flat[None]])
+        return self._found[-1]
+
+
+def _read(
+    lines: _Lines, picture: np.ndarray, boxes: Sequence[np.ndarray], settings: Settings
+) -> tuple[list[np.ndarray], list[str]]:
+    """Those of the boxes in which text is read, and the text."""
+    kept, words = [], []
+    for box in boxes:
+        line, score = lines(_upright(picture, box))
+        if score >= settings["min_score"] and sum(letter.isalnum() for letter in line) >= settings["min_letters"]:
+            kept.append(box)
+            words.append(line)
+    return kept, words
+
+
+def _upright(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """What is in a box, float32[4, 2] (from the upper left corner clockwise), as a level line of text."""
+    width, height = (max(1, int(max(np.linalg.norm(a), np.linalg.norm(b)))) for a, b in _sides(box))
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    turn = cv2.getPerspectiveTransform(box, corners)
+    line = cv2.warpPerspective(picture, turn, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.ascontiguousarray(np.rot90(line)) if height >= 1.5 * width else line
+
+
+def _sides(box: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Upper and lower side, left and right side."""
+    return (box[1] - box[0], box[2] - box[3]), (box[3] - box[0], box[2] - box[1])
 
 
 def coverage(boxes: Sequence[np.ndarray], shape: tuple[int, ...]) -> float:

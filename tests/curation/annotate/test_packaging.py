@@ -21,6 +21,15 @@ def test_training_and_chat_import_nothing_of_curation():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_jobs_that_ask_models_begin_without_jax_and_pictures():
+    modules = "kangaroo_jax.cli, kangaroo_jax.curation.annotate.run, kangaroo_jax.curation.instruct.run"
+    configs = "from kangaroo_jax.config_files import load_config; load_config('annotation'); load_config('instruct')"
+    names = "{'jax', 'grain', 'numpy', 'PIL', 'av', 'openai', 'cv2'}"
+    code = f"import sys, {modules}; {configs}; print(sorted({names} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda path: path.name)
 def test_every_prompt_is_there_in_both_languages_with_the_same_gaps(path):
     import re

@@ -8,9 +8,11 @@ import pytest
 
 from kangaroo_jax.curation import engine
 from kangaroo_jax.curation.manifest import read_inputs
+from kangaroo_jax.curation.ray_workers import task_stages
 from kangaroo_jax.curation.run_shard import Plan
 from kangaroo_jax.curation.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME
+from kangaroo_jax.errors import UserError
 
 ray = pytest.importorskip("ray", reason="of the extra `ray`")
 pytestmark = pytest.mark.slow
@@ -50,3 +52,22 @@ def test_a_node_that_is_lost_half_way_costs_nothing(clips, config, tmp_path, tre
         name for name in tree(plan.root) if name.startswith("stages/tmp/")
     }  # of the lost node; a run removes them
     assert {k: v for k, v in tree(plan.root).items() if k not in leftovers} == tree(alone.root)
+
+
+def test_actors_of_this_process_give_the_same_bytes(clips, config, tmp_path, tree):
+    config.engine.update(actors=1, actor_stages=("motion",), actor_gpus=0.0)
+    plain = json.loads(json.dumps(config.to_dict()))
+    shards = make_shards(read_inputs([str(clips)]), 1)
+    alone, plan = (Plan(tmp_path / name, STAGES, plain) for name in ("local", "ray"))
+    engine.run_local(shards, alone, workers=1)
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    try:
+        engine.run_ray(shards, plan)
+        assert tree(plan.root) == tree(alone.root)
+        assert task_stages(STAGES, ("keyframes",)) == [BY_NAME["probe"], BY_NAME["cuts"], BY_NAME["motion"]]
+        for wrong, message in (({"actors": 2}, "leave none"), ({"actor_gpus": 1.0}, "asks for 1 GPU")):
+            other = Plan(tmp_path / "more", STAGES, {**plain, "engine": plain["engine"] | wrong})
+            with pytest.raises(UserError, match=message):
+                engine.run_ray(shards, other)
+    finally:
+        ray.shutdown()

@@ -5,6 +5,8 @@ import pytest
 
 from kangaroo_jax.curation.duplicates import groups
 from kangaroo_jax.curation.select import funnel, judge, threshold_verdict
+from kangaroo_jax.curation.stages.fingerprint import difference_hash, fingerprint
+from kangaroo_jax.errors import UserError
 
 
 def a_row(name: str, **changes):
@@ -89,3 +91,35 @@ def test_banded_search_finds_what_comparing_all_finds():
     found = groups(rows, most_bits=14, tables=12)
     assert sum(found[300 + i] == i for i in range(100)) >= 99
     assert len(set(found)) == 400 - sum(found[i] != i for i in range(400)) and found[:300] == list(range(300))
+
+
+def prints(*frames: str) -> dict[str, list[str]]:
+    return {"plain": list(frames), "mirrored": ["" if not frame else "f" * len(frame) for frame in frames]}
+
+
+def test_what_else_decides_which_are_duplicates():
+    """Frames of 256 bits, of which the words differ; what is flat, how many frames agree, lengths, mirror images."""
+    same, other = "0123456789abcdef" * 4, "0123456789abcdee" * 3 + "fedcba9876543210"
+    rows = [
+        a_row("a", end=4.0, fingerprint=prints(same, same, same, same)),
+        a_row("b", end=4.2, fingerprint=prints(same, same, same, other)),
+        a_row("c", end=9.0, fingerprint=prints(same, same, same, "")),
+        a_row("d", end=4.0, fingerprint={"plain": ["f" * 64] * 4, "mirrored": [same] * 4}),
+    ]
+    options = dict(most_bits=2.0, tables=12)
+    assert groups(rows, **options) == [0, 0, 0, 0]
+    assert groups(rows, **options, mirror=False) == [0, 0, 0, 3]
+    assert groups(rows[:2], **options, share=1.0) == [0, 1] != groups(rows[:2], **options, share=2 / 3)
+    assert groups(rows[::2], **options, share=1.0) == [0, 0]
+    assert groups(rows[::2], **options, share=1.0, flat=False) == [0, 1]
+    assert groups(rows, **options, mirror=False, most_seconds=0.5) == [0, 0, 2, 3]
+
+
+def test_a_finer_fingerprint_has_more_words_and_passes_over_noise(tmp_path, config):
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 255, (16, 17)).astype(np.int16)
+    assert len(difference_hash(small)) == 64 and len(difference_hash(small[:8, :9])) == 16
+    flat = 60 + rng.integers(0, 2, (16, 17)).astype(np.int16)
+    assert int(difference_hash(flat), 16) and not int(difference_hash(flat, min_step=2), 16)
+    with pytest.raises(UserError, match="grid must be 8, 16"):
+        fingerprint({}, {**config.fingerprint, "grid": 12}, tmp_path)

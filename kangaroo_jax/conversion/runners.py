@@ -1,0 +1,344 @@
+"""Models at hand, run so that they can be compared: in JAX all that the table reads, in PyTorch what its libraries run.
+
+The torch side reads the files by itself, by the names that stand there, and never runs code that came with them,
+unless it is that of our own exports.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conversion import formats, names
+from kangaroo_jax.conversion.export import CODE, CODE_FILES
+from kangaroo_jax.conversion.files import import_torch, open_tensors, read_json
+from kangaroo_jax.conversion.sources import Source, table_for
+from kangaroo_jax.conversion.weights import whole
+from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
+from kangaroo_jax.inference.chat import Kangaroo, ask
+from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
+from kangaroo_jax.models.kangaroo import Kangaroo as Model
+
+GREEDY = 32  # tokens of the answers that are compared, whatever ends them
+# What timm calls by another name than EVA does: written down apart from the table, which is what is tested.
+FROM_TIMM = (
+    (r"\.attn\.norm\.", ".attn.inner_attn_ln."),
+    (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
+    (r"\.attn\.([qv])_proj\.bias$", r".attn.\1_bias"),
+    (r"\.mlp\.fc1_g\.", ".mlp.w1."),
+    (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+    (r"\.mlp\.fc2\.", ".mlp.w3."),
+)
+Run = tuple[np.ndarray, list[int]]  # logits float32[T, V] of a prompt, ids of the greedy answer
+
+
+def turn(media: Path, query: str) -> dict[str, Any]:
+    """A question about a video or image, for `inference.chat`."""
+    is_image = media.suffix.lower() in IMAGE_SUFFIXES
+    return ask(query, None if is_image else media, media if is_image else None)
+
+
+# ------------------------------------------------------------------------------------------ JAX
+
+
+class InJax:
+    """A model in JAX, computing in float32, also where products are less exact by default (TPU, GPU).
+
+    What the source lacks is small and zero, and is never run.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Reads every weight. Raises UserError."""
+        from kangaroo_jax.training import checkpoint as checkpoints
+
+        self.source = source
+        self.config = ConfigDict(source.config.to_dict())
+        self.config.model.update(dtype="float32", attention="auto")
+        _shrink(self.config.model, {path.split("/")[0] for path in source.weights.specs})
+        binding = checkpoints.abstract_model(self.config.model)
+        if source.layout == "orbax":
+            params = checkpoints.load_params(source.path, binding)
+        else:
+            params = {path: _array(source, path, shape) for path, shape in binding.shapes.items()}
+        self.model = binding.bind(params)
+
+    def chat(self) -> Kangaroo:
+        """The model with its tokenizer. Raises UserError where it has none."""
+        from kangaroo_jax.data.tokenizer import load_tokenizer
+
+        if self.source.tokenizer is None:
+            raise UserError(f"{self.source.path}: no tokenizer beside the weights; put one there, or give --tokenizer")
+        return Kangaroo(self.model, self.config, load_tokenizer(self.source.tokenizer))
+
+    def answer(self, recipe: Any) -> Run:
+        """What a prompt with media gives (see `Kangaroo.recipe`)."""
+        ref = recipe.media[0]
+        clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
+        with jax.default_matmul_precision("highest"):
+            vision = Generator(self.model).encode(clip.pixels, clip.times.astype(np.float32))
+        return self._run(Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens))), vision)
+
+    def continue_text(self, ids: list[int]) -> Run:
+        """What a prompt of text gives."""
+        tokens = np.zeros((1, bucket(len(ids))), np.int32)
+        tokens[0, : len(ids)] = ids
+        return self._run(Prompts(tokens, np.full_like(tokens, -1), np.asarray([len(ids)], np.int32)), None)
+
+    def _run(self, prompts: Prompts, vision: jax.Array | None) -> Run:
+        rows = None if vision is None else vision[None]
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(_logits, static_argnums=0)
+            logits = run(*nnx.split(self.model), prompts.tokens, prompts.vision_index, rows)
+            (answer,) = Generator(self.model).generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=())
+        return np.asarray(logits)[0, : prompts.lengths[0]], answer
+
+    def features(self, frames: np.ndarray) -> np.ndarray:
+        """frames uint8[F, S, S, 3] -> the encoder's patch tokens float32[F, P, D]."""
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(jax.jit(_features, static_argnums=0)(*nnx.split(self.model.vision), frames))
+
+
+def _shrink(model: ConfigDict, parts: set[str]) -> None:
+    """Make the parts of a config that are not among `parts` as small as they can be."""
+    if "vision" not in parts:
+        model.vision.update(width=8, depth=1, heads=1, mlp_width=8, pos_embed_grid=1)
+        model.projector = "linear"
+    if "llm" not in parts:
+        model.llm.update(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+
+
+def _array(source: Source, path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    if path not in source.weights.specs:
+        return jnp.zeros(shape.shape, jnp.float32)
+    return jnp.asarray(source.weights.read(path, whole(shape.shape)))
+
+
+def _logits(graph: Any, weights: Any, tokens: jax.Array, vision_index: jax.Array, vision: jax.Array | None) -> Any:
+    model: Model = nnx.merge(graph, weights)
+    x = model.embed(tokens, vision_index, vision)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model.llm.unembed(model.llm(x, jnp.ones_like(tokens), positions)[0])
+
+
+def _features(graph: Any, weights: Any, frames: jax.Array) -> jax.Array:
+    return nnx.merge(graph, weights)(frames)
+
+
+# ---------------------------------------------------------------------------------------- torch
+
+
+class InTorch:
+    """A model with a decoder in PyTorch, in float32: an export by its own code, a released Kangaroo by ours, a
+    Llama by transformers."""
+
+    def __init__(self, source: Source, scratch: Path) -> None:
+        """Reads every weight; `scratch` is an empty folder. Raises UserError."""
+        self._torch = import_torch("the comparison is run in torch")
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise UserError("the comparison is run by transformers: pip install 'kangaroo-jax[convert]'") from None
+        self.model: Any
+        self.tokenizer: Any
+        folder = source.path if source.path.is_dir() else source.path.parent
+        load = _llama if source.layout == "llama" else _export if runs_itself(folder) else _released
+        try:
+            with _quiet():
+                self.model, report, self.tokenizer = load(source, folder, scratch)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{folder}: PyTorch cannot load it ({why})") from None
+        lost = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
+        lost = [name for name in lost if not re.search(r"rotary_emb\.inv_freq|freqs_(cos|sin)$", str(name))]
+        if lost:
+            raise UserError(f"{folder}: PyTorch does not load {names.brief(map(str, lost))}")
+        self.model.eval()
+
+    def answer(self, media: Path, query: str) -> tuple[np.ndarray, list[int], list[int]]:
+        """(logits float32[T, V], the greedy answer's ids, the prompt's ids) of a question about a file."""
+        kind = "image" if media.suffix.lower() in IMAGE_SUFFIXES else "video"
+        processing = __import__(type(self.model).__module__, fromlist=["KangarooProcessor"])
+        processor = processing.KangarooProcessor(self.model.config, self.tokenizer)
+        content = [{"type": kind, kind: str(media)}, {"type": "text", "text": query}]
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}])
+        return (*self._run(inputs), inputs["input_ids"][0].tolist())
+
+    def continue_text(self, ids: list[int]) -> Run:
+        """What a prompt of text gives."""
+        tokens = self._torch.tensor([ids])
+        return self._run({"input_ids": tokens, "attention_mask": self._torch.ones_like(tokens)})
+
+    def _run(self, inputs: Mapping[str, Any]) -> Run:
+        greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, eos_token_id=NO_TOKEN)
+        with self._torch.no_grad(), _quiet():
+            logits = self.model(**inputs, use_cache=False).logits[0].numpy()
+            ids = self.model.generate(**inputs, max_new_tokens=GREEDY, pad_token_id=0, **greedy)[0].tolist()
+        return logits, ids[inputs["input_ids"].shape[1] :]
+
+    def chat(self, media: Path, query: str, max_new_tokens: int) -> str:
+        """The greedy answer, by the method that users call."""
+        options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, do_sample=False)
+        return self.model.chat(video_path=str(media), query=query, tokenizer=self.tokenizer, **options)[0]
+
+
+Loaded = tuple[Any, Mapping[str, Any], Any]  # a model, what was not loaded, a tokenizer or None
+
+
+def _llama(source: Source, folder: Path, scratch: Path) -> Loaded:
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    kind: Any = LlamaForCausalLM
+    options: dict[str, Any] = dict(torch_dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model, report = kind.from_pretrained(str(folder), config=_llama_config(folder), **options)
+    if not (folder / "tokenizer.json").is_file():
+        return model, report, None
+    return model, report, AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _llama_config(folder: Path) -> Any:
+    """transformers 4 overlooks `rope_parameters`, which 5 writes in place of `rope_theta` and `rope_scaling`."""
+    from transformers import LlamaConfig
+
+    config: Any = LlamaConfig.from_pretrained(str(folder), local_files_only=True)
+    rope = dict(read_json(folder / "config.json").get("rope_parameters") or {})
+    if rope and not hasattr(LlamaConfig(), "rope_parameters"):
+        config.rope_theta = rope.pop("rope_theta", config.rope_theta)
+        config.rope_scaling = rope if rope.get("rope_type", "default") != "default" else None
+    return config
+
+
+def runs_itself(folder: Path) -> bool:
+    """Whether the folder is an export of ours, whose code is known; no other code is run."""
+    files = [(folder / name, CODE / name) for name in CODE_FILES]
+    return all(there.is_file() and there.read_bytes() == here.read_bytes() for there, here in files)
+
+
+def _export(source: Source, folder: Path, scratch: Path) -> Loaded:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind: Any = AutoModelForCausalLM
+    options: dict[str, Any] = dict(trust_remote_code=True, local_files_only=True)
+    model, report = kind.from_pretrained(str(folder), torch_dtype=torch.float32, output_loading_info=True, **options)
+    return model, report, AutoTokenizer.from_pretrained(str(folder), **options)
+
+
+def _released(source: Source, folder: Path, scratch: Path) -> Loaded:
+    """Weights in release names, run by our modelling file.
+
+    Of its config.json the decoder's keys are handed on as they stand there; what it does not say is the preset's.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from kangaroo_jax.conversion.tokenizers import write_tokenizer
+    from kangaroo_jax.conversion.torch_model.configuration_kangaroo import KangarooConfig
+    from kangaroo_jax.conversion.torch_model.modeling_kangaroo import KangarooForCausalLM
+
+    raw, given = formats.write_hf(source.config, "float32"), read_json(folder / "config.json")
+    tokenizer: Any = None
+    if source.tokenizer is not None:
+        raw.update(write_tokenizer(source.tokenizer, source.config, scratch))
+        tokenizer = AutoTokenizer.from_pretrained(str(scratch), local_files_only=True)
+    decoder = [theirs for theirs, _ in formats.LLM_KEYS] + ["rope_theta", "rope_scaling", "rope_parameters"]
+    raw.update({key: given[key] for key in decoder if given.get(key) is not None})
+    unknown = ("auto_map", "architectures", "model_type", "torch_dtype")
+    config = KangarooConfig(**{key: value for key, value in raw.items() if key not in unknown})
+    (patchify,) = {row.theirs for row in _rows(source) if row.ours == "patchify/kernel"}
+    convolution = patchify.removesuffix("weight")
+    state = torch_state(
+        source.path, lambda name: f"patchify.{name.removeprefix(convolution)}" if name.startswith(convolution) else name
+    )
+    if "lm_head.weight" not in state and given.get("tie_word_embeddings"):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with torch.device("meta"):  # the tensors read become the parameters: the model is in memory once
+        model = KangarooForCausalLM(config)
+    result = model.load_state_dict(state, strict=False, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.model.config)
+    report = dict(missing_keys=result.missing_keys, unexpected_keys=result.unexpected_keys, mismatched_keys=[])
+    return model, report, tokenizer
+
+
+def _rows(source: Source) -> list[names.Row]:
+    return table_for(source.layout, source.config.model, open_tensors(source.path))
+
+
+def torch_state(path: Path, rename: Callable[[str], str]) -> dict[str, Any]:
+    """The tensors of a file or folder as the safetensors and torch libraries read them, in float32."""
+    torch = import_torch("the comparison is run in torch")
+    files = sorted({tensor.file for tensor in open_tensors(path).values()})
+    state: dict[str, Any] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(str(file), "pt") as opened:
+                state.update({rename(name): opened.get_tensor(name).float() for name in opened.keys()})
+        else:
+            state.update({rename(name): _as_torch(torch, t.read()) for name, t in open_tensors(file).items()})
+    return state
+
+
+def _as_torch(torch: Any, array: np.ndarray) -> Any:
+    return torch.from_numpy(np.array(array, np.float32))
+
+
+def torch_features(source: Source, frames: np.ndarray, scratch: Path) -> np.ndarray:
+    """frames uint8[F, S, S, 3] -> patch tokens float32[F, P, D] of a bare encoder, or of a Kangaroo's, in PyTorch.
+
+    Raises UserError.
+    """
+    torch = import_torch("the comparison is run in torch")
+    if source.layout == "kangaroo":
+        tower = InTorch(source, scratch).model.vision_tower
+    else:
+        try:
+            from kangaroo_jax.conversion.torch_model.modeling_kangaroo import VisionTower
+        except ImportError:
+            raise UserError("the comparison is run by transformers: pip install 'kangaroo-jax[convert]'") from None
+        tower = VisionTower(source.config.model.vision.to_dict())
+        state = torch_state(source.path, _name_in_tower(source.layout))
+        wanted = tower.state_dict()
+        lacking = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+        if lacking:
+            raise UserError(f"{source.path}: PyTorch does not load {names.brief(lacking)}")
+        tower.load_state_dict({name: state[name] for name in wanted})
+    from kangaroo_jax.conversion.torch_model.processing_kangaroo import normalise
+
+    with torch.no_grad():
+        return tower.eval()(normalise(frames)).numpy()
+
+
+def _name_in_tower(layout: str) -> Callable[[str], str]:
+    def name_in_tower(name: str) -> str:
+        name = name.removeprefix("visual.")
+        for pattern, eva in FROM_TIMM if layout == "timm" else ():
+            name = re.sub(pattern, eva, name)
+        return name
+
+    return name_in_tower
+
+
+class _quiet:
+    """transformers without its progress bars and warnings."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._level)
+        logging.enable_progress_bar()

@@ -1,0 +1,113 @@
+"""Embedding of a clip: what the vision encoder of a Kangaroo checkpoint makes of its key frames.
+
+The mean over each key frame's patches, of unit length; the mean of those, of unit length again. It is off until
+`config.embedding.checkpoint` names a checkpoint. Of this only the encoder's weights are read. Clips are taken `batch`
+at a time, always padded to the same shape, so that one program is compiled.
+"""
+
+import base64
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kangaroo_jax.curation.stages.base import Outcome, Row, Settings
+from kangaroo_jax.curation.stages.pictures import key_frame_paths
+from kangaroo_jax.data.image import load_image
+
+
+def embedding(row: Row, settings: Settings, root: Path) -> Outcome:
+    """`vector`: base64 of int8[D], of which the largest is 127. Raises UserError: no checkpoint, or no key frame."""
+    return embed_clips([row], settings, root)[0]
+
+
+def embed_clips(rows: Sequence[Row], settings: Settings, root: Path) -> list[Outcome]:
+    """The outcomes of at most `batch` clips. Raises UserError, see `embedding`."""
+    side, encode = _encoder(settings["checkpoint"], settings["side"])
+    paths = [key_frame_paths(row, root) for row in rows]
+    most = max(settings["frames"], max(len(clip) for clip in paths))
+    frames = np.zeros((settings["batch"] * most, side, side, 3), np.uint8)
+    owner = np.concatenate([np.full(len(clip), i) for i, clip in enumerate(paths)])
+    for i, path in enumerate(path for clip in paths for path in clip):
+        frames[i] = load_image(path, side)
+    vectors = encode(frames)[: len(owner)]
+    return [Outcome({"vector": packed(_unit(vectors[owner == i].mean(0)))}) for i in range(len(rows))]
+
+
+def packed(vector: np.ndarray) -> str:
+    """float[D] as base64 of int8[D]: an error of a 254th of the largest."""
+    scaled = np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9)))
+    return base64.b64encode(scaled.astype(np.int8).tobytes()).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    """int8[D], of any length."""
+    return np.frombuffer(base64.b64decode(text), np.int8)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+
+
+def with_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the whole path of the checkpoint and its time, so that another one is computed anew.
+
+    Raises UserError: there is no such checkpoint.
+    """
+    from kangaroo_jax.training.checkpoint import find
+
+    folder = find(settings["checkpoint"])
+    return {**settings, "checkpoint": str(folder), "changed": folder.stat().st_mtime_ns}
+
+
+@functools.cache
+def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+    """The side of the frames, and uint8[n, S, S, 3] -> float32[n, D] of unit length; once in a process."""
+    import jax
+
+    from kangaroo_jax.training.checkpoint import load_config
+
+    config = load_config(checkpoint)
+    binding, params = load_encoder(checkpoint, config.model)
+
+    @jax.jit
+    def encode(params: Any, frames: jax.Array) -> jax.Array:
+        return binding.bind(params)(frames).astype("float32").mean(1)
+
+    return side or config.data.image_size, lambda frames: _unit(np.asarray(encode(params, frames)))
+
+
+def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The vision encoder of a checkpoint: its `Binding` and its weights. Nothing else of the checkpoint is read.
+
+    Args:
+        path: a checkpoint, or a stage or curriculum that holds some.
+        config: `config.model` of it.
+
+    Raises UserError: there is none, or it is of another model.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    from kangaroo_jax.models.eva_clip import EvaClip
+    from kangaroo_jax.training.checkpoint import check_shapes, find
+    from kangaroo_jax.training.parameters import Binding
+
+    options = {key: config[key] for key in ("dtype", "scan", "attention")}
+    binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))
+    folder, prefix = find(path) / "params", "vision/"
+    found = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+    there = {name.removeprefix(prefix): leaf for name, leaf in found.items() if name.startswith(prefix)}
+    check_shapes(there, binding.shapes, folder.parent)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        prefix + name: jax.ShapeDtypeStruct(there[name].shape, there[name].dtype, sharding=device)
+        for name in binding.shapes
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        params = reader.restore(folder, ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+    return binding, {name.removeprefix(prefix): value for name, value in params.items()}
