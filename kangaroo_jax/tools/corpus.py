@@ -37,6 +37,7 @@ from kangaroo_jax.tools.corpus_text import (
     chinese_words,
     describe,
     facts,
+    some_facts,
 )
 from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
@@ -59,9 +60,9 @@ class Mixture:
     image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_aside", 2), ("image_count", 2))
     short_kinds: tuple[tuple[str, float], ...] = (
         ("still", 1),
-        ("count", 3),
+        ("count", 2),
         ("move", 6),
-        ("order", 5),
+        ("order", 7),
         ("recolour", 1),
         ("transform", 1),
         ("appear", 1),
@@ -69,7 +70,6 @@ class Mixture:
     )
     # Conversations
     rounds: int = 6  # questions about one video in one conversation, at most
-    hard_kinds: tuple[tuple[str, float], ...] = (("duration", 0.5), ("colour", 0.6), ("direction", 2), ("count", 1.5))
     multiple_choice: float = 0.4  # share of the questions; the others are open
     describe_last: float = 0.15  # share of conversations that end with a description
     stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on every image follow,
@@ -124,8 +124,8 @@ class Corpus:
 
         The questions begin in English and end in Chinese.
         """
-        short = ["Describe the video.", "What comes first?", "How long is the video?", "最后出现什么？"]
-        long = ["What comes first?", "What comes last?", "How long is the video?", "按时间描述视频。"]
+        short = ["Describe the video.", "What comes first?", "How many seconds are there?", "最后出现什么？"]
+        long = ["What comes first?", "What comes last?", "How many seconds are there?", "按时间描述视频。"]
         examples = []
         for title, name, questions in (("A short video", "short", short), ("A long video", "long", long)):
             records = read_records(self.eval_files[name])
@@ -316,9 +316,7 @@ def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> di
 
 def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
-    hard = dict(plan.hard_kinds)
-    found = sorted(facts(scene), key=lambda fact: rng.random() ** (1 / hard.get(fact.kind, 1.0)), reverse=True)
-    chosen = found[: plan.rounds]
+    chosen = some_facts(scene, plan.rounds, rng)
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
     turns = [(q.text, q.told) for q in asked]
     if rng.random() < plan.describe_last:

@@ -38,13 +38,13 @@ CHINESE = {
 _QUESTIONS = {
     "what": ("What is it?", "这|是|什么|？"),
     "colour": ("What colour is it?", "它|是|什么|颜色|？"),
-    "colour_of": ("What colour is the {0}?", "{0}|是|什么|颜色|？"),
+    "colour_of": ("What colour does the {0} have?", "{0} |是|什么|颜色|？"),
     "direction": ("Which way does it move?", "它|向|哪边|移动|？"),
     "where": ("Where is it?", "它|在|哪边|？"),
     "count": ("How many are there?", "有|几个|？"),
     "first": ("What comes first?", "先|出现|什么|？"),
     "last": ("What comes last?", "最后|出现|什么|？"),
-    "second_t": ("What is seen at second {0}?", "第|{0}|秒|看到|什么|？"),
+    "second_t": ("What is seen at {0} seconds?", "第| {0} |秒|看到|什么|？"),
     "duration": ("How many seconds are there?", "视频|有|几|秒|？"),
     "which": ("Which is {0}?", "哪个|是|{0}|？"),
     "every": ("Name them.", "都|说|。"),
@@ -62,7 +62,7 @@ REQUESTS = {key: (en, zh.replace("|", "")) for key, (en, zh) in _REQUESTS.items(
 def chinese_words() -> list[str]:
     """Every Chinese word of the corpus, once."""
     phrases = (zh for _, zh in (*_QUESTIONS.values(), *_REQUESTS.values()))
-    found = {w for phrase in phrases for w in phrase.split("|") if w != "{0}"}
+    found = {w for phrase in phrases for w in phrase.split("|") if "{0}" not in w}
     return sorted(found.union(CHINESE.values(), _OTHER_CHINESE))
 
 
@@ -176,6 +176,16 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
+EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6}  # share of the times that such a fact is asked, if others are
+
+
+def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
+    """Up to `count` different facts, in random order; those that are easy to learn, and in every scene, less often."""
+    found = facts(scene)
+    rng.shuffle(found)
+    return [fact for fact in found if rng.random() < EASY.get(fact.kind, 1.0)][:count] or found[:1]
+
+
 def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
     """Put a fact as a multiple-choice question whose answer is `letter` (one of "ABCD", "?" for any), else open."""
     about = str(fact.about) if isinstance(fact.about, int) else word(fact.about, language)
@@ -237,20 +247,18 @@ def _option_lines(options: Sequence[str], language: str) -> list[str]:
 def _named(event: Event, language: str, article: bool = True) -> str:
     thing, colour = word(event.thing.name, language), word(event.thing.colour, language)
     if language == "en":
-        return f"a {colour} {thing}" if article else f"{colour}, {thing}"
+        return f"a {colour} {thing}" if article else f"{colour} {thing}"
     return f"一个{colour}{thing}" if article else f"{colour}{thing}"
 
 
-def _counted(scene: Scene, language: str, dense: bool = False) -> str:
-    """Several things alike: `three red circles`, or `three, red, circle`."""
+def _counted(scene: Scene, language: str, plural: bool = True) -> str:
+    """Several things alike: `three red circles`."""
     event, count = scene.events[0], word(COUNTS[len(scene.events) - 1], language)
     name = _named(event, language, article=False)
     if language == "zh":
         return count + name
-    if dense:
-        return f"{count}, {name}"
-    plural = "" if len(scene.events) == 1 else "es" if name.endswith("cross") else "s"
-    return f"{count} {name.replace(',', '')}{plural}"
+    ending = "" if len(scene.events) == 1 or not plural else "es" if name.endswith("cross") else "s"
+    return f"{count} {name}{ending}"
 
 
 def caption(scene: Scene, language: str) -> str:
@@ -276,15 +284,15 @@ def caption(scene: Scene, language: str) -> str:
 
 
 def dense_caption(scene: Scene, language: str) -> str:
-    """What is seen from which second on, and the length: `0s: red, 7. 4s: blue, circle. 8s: end.`
+    """What is seen from which second on, and the length: `0s: red 7. 4s: blue circle. 8s: end.`
 
-    Of a long video the marks: `40s: red, 7. 90s: blue, ring. 110s: end.`
+    Of a long video the marks: `40s: red 7. 90s: blue ring. 110s: end.`
     """
     en = language == "en"
     comma = ", " if en else "，"
     parts: list[tuple[int, str]] = []
     if scene.kind == "count":
-        parts.append((0, _counted(scene, language, dense=True)))
+        parts.append((0, _counted(scene, language, plural=False)))
     elif scene.kind == "long":
         parts += [(middle_second(scene, e), _named(e, language, False)) for e in scene.events]
     else:

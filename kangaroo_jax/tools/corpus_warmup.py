@@ -11,8 +11,8 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from kangaroo_jax.tools.corpus_scenes import COLOURS, LONG_SECONDS, SHORT_SECONDS, SceneMaker
-from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill, facts, note
+from kangaroo_jax.tools.corpus_scenes import COLOURS, SceneMaker
+from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill, note, some_facts
 
 IMAGE = (("image", 1.0),)
 IMAGES = (("image", 1.0), ("image_aside", 1.0), ("image_count", 1.0))
@@ -60,8 +60,7 @@ class Note:
         scenes = rng.choices(everything, weights=(0.3, 0.5, 0.2))[0] if self.scenes is None else self.scenes
         names, weights = zip(*(scenes or short_kinds), strict=True)
         scene = maker.make(rng.choices(names, weights)[0])
-        found = facts(scene)
-        chosen = rng.sample(found, min(self.rounds, len(found)))
+        chosen = some_facts(scene, self.rounds, rng)
         asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
         turns = [(question.text, question.told) for question in asked]
         if rng.random() < self.describe:
@@ -72,9 +71,12 @@ class Note:
 
 # (records at scale 1, what they are drawn from and with which weight)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
-    (13_000, ((1, Drill()),)),
-    (10_000, ((1, Drill()), (1, Note(IMAGES, 3, 0.5)))),
-    (13_000, ((1, Drill()), (1, Note(IMAGES, 3, 0.5)), (3, Note(None, 4, 0.4)))),
+    (2_500, ((1, Drill((2,), COLOURS, EN)),)),
+    (4_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)),)),
+    (7_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)), (2, Drill(languages=EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (11_000, ((3, Drill()), (1, Note(IMAGES, 2, 0.3)))),
+    (11_000, ((1.2, Drill((3, 4, 4))), (1, Note(IMAGES, 3, 0.6)))),
+    (22_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (3, Note(None, 4, 0.4)))),
 )
 
 
