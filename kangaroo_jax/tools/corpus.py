@@ -60,8 +60,8 @@ class Mixture:
     image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_aside", 2), ("image_count", 2))
     short_kinds: tuple[tuple[str, float], ...] = (
         ("still", 1),
-        ("count", 2),
-        ("move", 6),
+        ("count", 3),
+        ("move", 5),
         ("order", 7),
         ("recolour", 1),
         ("transform", 1),

@@ -176,14 +176,14 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
-EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6}  # share of the times that such a fact is asked, if others are
+EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6}  # share of the times that such a question is put
 
 
 def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
     """Up to `count` different facts, in random order; those that are easy to learn, and in every scene, less often."""
     found = facts(scene)
     rng.shuffle(found)
-    return [fact for fact in found if rng.random() < EASY.get(fact.kind, 1.0)][:count] or found[:1]
+    return [fact for fact in found if rng.random() < EASY.get(fact.question, 1.0)][:count] or found[:1]
 
 
 def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
@@ -206,7 +206,7 @@ Turn = tuple[str, str]  # what the user says, what the assistant answers
 SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
 # Of one sort, as in questions, or of all sorts, which makes any word found, not these words.
 SORTS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, PLACES, COUNTS, SECONDS)
-WORDS = (*SORTS, tuple(dict.fromkeys(key for sort in SORTS for key in sort)))
+WORDS = (*SORTS, tuple({str(key): key for sort in SORTS for key in sort}.values()))
 
 
 def _chosen(option: str, letter: str) -> str:

@@ -1,7 +1,7 @@
 """`kangaroo quickstart`: from nothing to a small Kangaroo that answers questions about videos it has never seen.
 
-    corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat -> export compared with PyTorch
-    -> report.html, results.json
+    corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat
+    -> export compared with PyTorch -> report.html, results.json
 
 Every part leaves a marker in the workdir; running it again continues where it stopped.
 """
