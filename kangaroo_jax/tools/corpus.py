@@ -69,7 +69,8 @@ class Mixture:
         ("disappear", 1),
     )
     # Conversations
-    rounds: int = 6  # questions about one video in one conversation, at most
+    rounds: int = 6  # questions about one image or video in one conversation, at most
+    long_rounds: int = 9  # about a long video, whose frames cost much more than its questions
     multiple_choice: float = 0.4  # share of the questions; the others are open
     describe_last: float = 0.15  # share of conversations that end with a description
     stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on every image follow,
@@ -316,7 +317,7 @@ def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> di
 
 def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
-    chosen = some_facts(scene, plan.rounds, rng)
+    chosen = some_facts(scene, plan.long_rounds if scene.kind == "long" else plan.rounds, rng)
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
     turns = [(q.text, q.told) for q in asked]
     if rng.random() < plan.describe_last:

@@ -180,10 +180,10 @@ EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6}  # share of the times that
 
 
 def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
-    """Up to `count` different facts, in random order; those that are easy to learn, and in every scene, less often."""
-    found = facts(scene)
+    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often."""
+    found, easy = facts(scene), {} if scene.kind == "long" else EASY
     rng.shuffle(found)
-    return [fact for fact in found if rng.random() < EASY.get(fact.question, 1.0)][:count] or found[:1]
+    return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
 
 
 def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
