@@ -76,7 +76,7 @@ LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
     (7_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)), (2, Drill(languages=EN)), (1, Note(IMAGE, 2, languages=EN)))),
     (11_000, ((3, Drill()), (1, Note(IMAGES, 2, 0.3)))),
     (11_000, ((1.2, Drill((3, 4, 4))), (1, Note(IMAGES, 3, 0.6)))),
-    (14_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (3, Note(None, 4, 0.4)))),
+    (22_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (3, Note(None, 4, 0.4)))),
 )
 
 
