@@ -176,7 +176,7 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
-EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6, "colour_of": 0.6}  # share of the times that such a question is put
+EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6, "colour_of": 0.6}  # share that is put
 
 
 def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
