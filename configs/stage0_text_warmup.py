@@ -13,11 +13,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     c = stage_config(preset)
     c.stage = "stage0_text_warmup"
     c.model.patchify.enabled = False
-    c.data.update(image_size=24, min_frames=1, max_frames=1, long_min_frames=1, long_max_frames=1)
+    c.data.update(image_size=16, min_frames=1, max_frames=1, long_min_frames=1, long_max_frames=1)
     c.data.update(shuffle=False, packing_bins=1)  # the simple comes first, and little of it waits
     c.data.update(tokens_per_pack=256, frames_per_pack=0, packs_per_batch=8, max_sample_tokens=256)
-    c.optimizer.learning_rate = 1.5e-3
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.final_fraction = 0.5
     c.optimizer.trainable = (("llm/.*", 1.0), (".*", None))
-    c.train.steps = 1088
+    c.train.steps = 1280
     return lock(c)

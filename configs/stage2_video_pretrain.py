@@ -18,8 +18,8 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.train.steps = 58_600  # 60M videos
     if preset != "kangaroo_8b":
         c.data.loss_on = "assistant"  # the request says in which language to answer
-        c.data.update(image_size=24, tokens_per_pack=512, frames_per_pack=28, packs_per_batch=4)
-        c.optimizer.learning_rate = 1e-3
+        c.data.update(image_size=16, tokens_per_pack=512, frames_per_pack=36, packs_per_batch=4)
+        c.optimizer.learning_rate = 2e-3
         c.optimizer.trainable = ((".*", 1.0),)  # as in stage 1
-        c.train.steps = 700
+        c.train.steps = 800
     return lock(c)

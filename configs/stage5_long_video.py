@@ -19,6 +19,6 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     if preset != "kangaroo_8b":
         c.data.update(image_size=32, min_frames=8)
         c.data.update(tokens_per_pack=768, frames_per_pack=160, packs_per_batch=3)
-        c.optimizer.learning_rate = 1e-3
-        c.train.steps = 250
+        c.optimizer.learning_rate = 2e-3
+        c.train.steps = 330
     return lock(c)

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,11 @@ class Mixture:
 
     def in_order(self, lane: int, k: int) -> Place:
         """The sample that is at place k of a lane where nothing is shuffled."""
-        number = (k * self.lanes + lane) % self.epoch
+        number = k * self.lanes + lane
+        if number == self.epoch:
+            message = f"data.shuffle is False and all {number} samples were used: they begin again with the first"
+            warnings.warn(message, stacklevel=2)
+        number %= self.epoch
         source = int(np.searchsorted(self._ends, number, side="right"))
         before = int(self._ends[source - 1]) if source else 0
         return source, self.sources[source].sample(number - before, in_order=True)

@@ -267,12 +267,20 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
     )
 
 
-def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int, *, split_digits: bool = True) -> Path:
+def train_sentencepiece(
+    texts: Iterable[str],
+    path: str | Path,
+    vocab_size: int,
+    *,
+    split_digits: bool = True,
+    space_after: bool = False,
+) -> Path:
     """Train a byte-pair SentencePiece model on `texts` and write it to `path`. Same texts, same file.
 
     Text survives encoding and decoding unchanged, whatever Unicode it holds: no normalisation, no added
     or dropped spaces, bytes for what has no piece. Two newlines are one piece, as in Llama 3. With
     `split_digits` each digit is a piece of its own, else numbers that are frequent in `texts` become pieces.
+    A space belongs to the word that follows it, or with `space_after` to the word before it.
     Characters get a piece by frequency, at most half of what the bytes and specials leave of the vocabulary.
 
     Raises:
@@ -305,6 +313,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int,
                 remove_extra_whitespaces=False,
                 byte_fallback=True,
                 split_digits=split_digits,
+                treat_whitespace_as_suffix=space_after,
                 user_defined_symbols=list(WHOLE_PIECES),
                 unk_id=0,
                 bos_id=1,

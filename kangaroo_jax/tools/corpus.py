@@ -37,10 +37,11 @@ from kangaroo_jax.tools.corpus_text import (
     chinese_words,
     describe,
     facts,
+    some_facts,
 )
 from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
-FORMAT = 3  # of the files; raise it when the same settings begin to give other records
+FORMAT = 4  # of the files; raise it when the same settings begin to give other records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,31 +57,32 @@ class Mixture:
     held_longs: int = 60
     short_fps: int = 4
     long_fps: int = 2
-    image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_count", 1))
+    image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_aside", 2), ("image_count", 2))
     short_kinds: tuple[tuple[str, float], ...] = (
         ("still", 1),
         ("count", 3),
-        ("move", 4),
-        ("order", 5),
+        ("move", 5),
+        ("order", 7),
         ("recolour", 1),
-        ("transform", 2),
+        ("transform", 1),
         ("appear", 1),
         ("disappear", 1),
     )
     # Conversations
-    rounds: int = 5  # questions about one video in one conversation, at most
-    multiple_choice: float = 0.7  # share of the questions; the others are open
-    describe_last: float = 0.2  # share of conversations that end with a description
-    stage1_captions: int = 7500  # captions of images that stage 1 begins with; conversations on every image follow,
-    stage1_more: int = 5000  # and so many captions among them
-    stage2_per_short: int = 3  # conversations of a short clip in stages 2 and 3; languages take turns
-    stage4_per_short: int = 4
+    rounds: int = 6  # questions about one image or video in one conversation, at most
+    long_rounds: int = 9  # about a long video, whose frames cost much more than its questions
+    multiple_choice: float = 0.4  # share of the questions; the others are open
+    describe_last: float = 0.15  # share of conversations that end with a description
+    stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on every image follow,
+    stage1_more: int = 3000  # and so many captions among them
+    stage2_per_short: int = 4  # conversations of a short clip in stages 2 and 3; languages take turns
+    stage4_per_short: int = 6
     some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4
-    some_text: int = 1000  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
+    some_text: int = 700  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
     stage5_per_long: int = 10
     stage5_shorts: int = 2500  # conversations of stage 4 repeated in stage 5
     # Text warm-up
-    warmup: float = 0.85  # times the records of `corpus_warmup.LESSONS`
+    warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
     eval_image: tuple[int, int] = (80, 40)  # multiple choice, open
     eval_short: tuple[int, int] = (400, 200)
@@ -123,8 +125,8 @@ class Corpus:
 
         The questions begin in English and end in Chinese.
         """
-        short = ["Describe the video.", "What comes first?", "How long is the video?", "最后出现什么？"]
-        long = ["What comes first?", "What comes last?", "How long is the video?", "按时间描述视频。"]
+        short = ["Describe the video.", "What comes first?", "How many seconds are there?", "最后出现什么？"]
+        long = ["What comes first?", "What comes last?", "How many seconds are there?", "按时间描述视频。"]
         examples = []
         for title, name, questions in (("A short video", "short", short), ("A long video", "long", long)):
             records = read_records(self.eval_files[name])
@@ -160,6 +162,7 @@ class Corpus:
                             yield re.sub(r"(?<=\w)(?=[^\w\s])", "\n", text)
         for _ in range(limit // 10):
             yield from ("user", "assistant", "system", *sorted(english), *sorted(numbers), *chinese_words())
+            yield from (f"{word} B" for word in chinese_words())  # as an answer says it
 
 
 def read_records(path: Path) -> list[dict]:
@@ -314,10 +317,9 @@ def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> di
 
 def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
-    found = facts(scene)
-    chosen = rng.sample(found, min(plan.rounds, len(found)))
+    chosen = some_facts(scene, plan.long_rounds if scene.kind == "long" else plan.rounds, rng)
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
-    turns = [(q.text, q.answer) for q in asked]
+    turns = [(q.text, q.told) for q in asked]
     if rng.random() < plan.describe_last:
         turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
     return turns
@@ -447,7 +449,7 @@ def _by_turns(scenes: Sequence[Scene], rng: random.Random) -> Iterator[tuple[int
 
 def _evaluation_record(record: dict, question: Question, style: str, scene: Scene) -> dict:
     key = "image" if "image" in record else "video"
-    turns = _record("", [(question.text, question.answer)], record[key])["conversations"]
+    turns = _record("", [(question.text, question.told)], record[key])["conversations"]
     return record | {
         "conversations": turns,
         "question_kind": question.kind,

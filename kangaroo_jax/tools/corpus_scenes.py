@@ -18,6 +18,7 @@ DIGITS = tuple("0234567")  # at 8 x 8 pixels, scans of 1, 8 and 9 look too much 
 SHAPES = ("circle", "triangle", "cross", "ring", "bar")
 THINGS = DIGITS + SHAPES
 DIRECTIONS = ("left", "right", "up", "down")
+PLACES = ("left", "right", "top", "bottom")
 SHORT_SECONDS = (2, 4, 6, 8, 10, 12, 14, 16)
 LONG_SECONDS = (70, 90, 110, 130, 150)
 MARK = 10  # things of a long video are on screen around a multiple of this many seconds
@@ -57,7 +58,7 @@ class Event:
 class Scene:
     """One image (`seconds` 0) or video.
 
-    `kind` is still, move, count, order, recolour, transform, appear, disappear or long. `background` is the
+    `kind` is still, aside, move, count, order, recolour, transform, appear, disappear or long. `background` is the
     grey level behind everything, `drift` the start and end centre of the dim square that wanders through
     some long videos, `seed` that of the static noise.
     """
@@ -91,7 +92,7 @@ def has_held_combination(scene: Scene) -> bool:
     """Whether a scene shows a thing in a colour, or moving in a direction, that training never shows it in."""
     names = [event.thing.name for event in scene.events]
     coloured = any(event.thing.colour == held_colour(event.thing.name) for event in scene.events)
-    return coloured or scene.direction == held_direction(names[0])
+    return coloured or (scene.kind == "move" and scene.direction == held_direction(names[0]))
 
 
 class SceneMaker:
@@ -106,9 +107,10 @@ class SceneMaker:
         self.split, self.scans, self.rng = split, scans, rng
 
     def make(self, kind: str) -> Scene:
-        """A random scene of a kind; `image` and `image_count` are stills of 0 seconds."""
+        """A random scene of a kind; `image` and `image_aside`, `image_count` are stills of 0 seconds."""
         maker: dict[str, Callable[[], Scene]] = {
             "image": lambda: self._still(0),
+            "image_aside": self._aside,
             "image_count": lambda: self._count(0),
             "still": lambda: self._still(self.rng.choice(SHORT_SECONDS)),
             "count": lambda: self._count(self.rng.choice(SHORT_SECONDS)),
@@ -155,6 +157,14 @@ class SceneMaker:
 
     def _still(self, seconds: int) -> Scene:
         return self._scene("still", seconds, [self._event(self.thing(), 0, seconds)])
+
+    def _aside(self) -> Scene:
+        """An image whose thing is where a moving one begins or ends."""
+        thing, place = self.thing(), self.rng.choice(PLACES)
+        near, far, across = self.rng.uniform(22, 27), self.rng.uniform(69, 74), CANVAS / 2 + self.rng.uniform(-6, 6)
+        along = near if place in ("left", "top") else far
+        x, y = (along, across) if place in ("left", "right") else (across, along)
+        return self._scene("aside", 0, [Event(thing, 0, 0, x, y, x, y, self.rng.uniform(48, 54))], direction=place)
 
     def _count(self, seconds: int) -> Scene:
         thing, size = self.thing(digits=0), self.rng.uniform(26, 31)  # digits would be too small to read

@@ -15,6 +15,7 @@ from kangaroo_jax.tools.corpus_scenes import (
     DIRECTIONS,
     LONG_SECONDS,
     MARK,
+    PLACES,
     SHORT_SECONDS,
     THINGS,
     Event,
@@ -28,7 +29,7 @@ COUNTS = ("one", "two", "three", "four")
 CHINESE = {
     **dict(zip(COLOURS, ("红色", "绿色", "蓝色", "黄色", "白色", "紫色"), strict=True)),
     **dict(circle="圆形", triangle="三角形", cross="十字形", ring="环形", bar="条形"),
-    **dict(left="左", right="右", up="上", down="下", top="上", bottom="下", middle="中"),
+    **dict(left="左", right="右", up="上", down="下", top="顶", bottom="底"),
     **dict(one="一个", two="两个", three="三个", four="四个"),
     **dict(appears="出现", disappears="消失", moves="移动"),
 }
@@ -37,14 +38,16 @@ CHINESE = {
 _QUESTIONS = {
     "what": ("What is it?", "这|是|什么|？"),
     "colour": ("What colour is it?", "它|是|什么|颜色|？"),
-    "colour_of": ("What colour is the {0}?", "{0}|是|什么|颜色|？"),
+    "colour_of": ("What colour does the {0} have?", "{0} |是|什么|颜色|？"),
     "direction": ("Which way does it move?", "它|向|哪边|移动|？"),
+    "where": ("Where is it?", "它|在|哪边|？"),
     "count": ("How many are there?", "有|几个|？"),
     "first": ("What comes first?", "先|出现|什么|？"),
     "last": ("What comes last?", "最后|出现|什么|？"),
-    "second_t": ("What is seen at second {0}?", "第|{0}|秒|看到|什么|？"),
-    "duration": ("How long is the video?", "视频|有|多长|？"),
+    "second_t": ("What is seen at {0} seconds?", "第| {0} |秒|看到|什么|？"),
+    "duration": ("How many seconds are there?", "视频|有|几|秒|？"),
     "which": ("Which is {0}?", "哪个|是|{0}|？"),
+    "every": ("Name them.", "都|说|。"),
 }
 _REQUESTS = {
     "image": ("Describe the image.", "描述|图片|。"),
@@ -59,7 +62,7 @@ REQUESTS = {key: (en, zh.replace("|", "")) for key, (en, zh) in _REQUESTS.items(
 def chinese_words() -> list[str]:
     """Every Chinese word of the corpus, once."""
     phrases = (zh for _, zh in (*_QUESTIONS.values(), *_REQUESTS.values()))
-    found = {w for phrase in phrases for w in phrase.split("|") if w != "{0}"}
+    found = {w for phrase in phrases for w in phrase.split("|") if "{0}" not in w}
     return sorted(found.union(CHINESE.values(), _OTHER_CHINESE))
 
 
@@ -82,19 +85,23 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question as put to the model. `answer` is the letter where there are `options`, else the words."""
+    """One question as put to the model. `answer` is the letter where there are `options`, else the words.
+
+    `told` is what an assistant says: the words, and behind them the letter of the option.
+    """
 
     kind: str
     language: str
     text: str
     answer: str
+    told: str
     options: tuple[str, ...] = ()
 
 
 def word(key: str | int, language: str) -> str:
     """A word of the corpus in a language; a whole number is a length in seconds."""
     if isinstance(key, int):
-        return f"{key} seconds" if language == "en" else f"{key}秒"
+        return str(key)
     return key if language == "en" else CHINESE.get(key, key)
 
 
@@ -158,6 +165,8 @@ def facts(scene: Scene) -> list[Fact]:
         found += [_fact("colour", first.thing.colour, COLOURS)]
     else:
         found += _one_thing(first)
+    if scene.kind == "aside":
+        found += [_fact("where", scene.direction, PLACES)]
     if scene.kind == "count":
         found += [_fact("count", COUNTS[len(scene.events) - 1], COUNTS)]
     if scene.kind == "move":
@@ -167,12 +176,22 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
+EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6, "colour_of": 0.6}  # share that is put
+
+
+def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
+    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often."""
+    found, easy = facts(scene), {} if scene.kind == "long" else EASY
+    rng.shuffle(found)
+    return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
+
+
 def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
     """Put a fact as a multiple-choice question whose answer is `letter` (one of "ABCD", "?" for any), else open."""
     about = str(fact.about) if isinstance(fact.about, int) else word(fact.about, language)
     text = QUESTIONS[fact.question][LANGUAGES.index(language)].format(about)
     if not letter:
-        return Question(fact.kind, language, text, word(fact.answer, language))
+        return Question(fact.kind, language, text, word(fact.answer, language), word(fact.answer, language))
     near, far = fact.others[: fact.preferred][:3], fact.others[fact.preferred :]
     keys = [*near, *rng.sample(far, 3 - len(near))]
     rng.shuffle(keys)
@@ -180,25 +199,41 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
     keys.insert(place, fact.answer)
     options = tuple(word(key, language) for key in keys)
     text = "\n".join([text, *_option_lines(options, language)])
-    return Question(fact.kind, language, text, LETTERS[place], options)
+    return Question(fact.kind, language, text, LETTERS[place], _chosen(options[place], LETTERS[place]), options)
 
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
-WORDS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, COUNTS)
+SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
+# Of one sort, as in questions, or of all sorts, which makes any word found, not these words.
+SORTS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, PLACES, COUNTS, SECONDS)
+WORDS = (*SORTS, tuple({str(key): key for sort in SORTS for key in sort}.values()))
 
 
-def drill(language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4) -> Turn:
-    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `B`.
+def _chosen(option: str, letter: str) -> str:
+    """An option said in full. The words come first: the letter is then only looked up."""
+    return f"{option} {letter}"
 
-    Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. It is
-    found in minutes where the words are few at first (see `corpus_warmup`). `pool` is by default one of
-    WORDS.
+
+def drill(
+    language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4, every: bool = False
+) -> Turn:
+    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `red B`.
+
+    With `every` one of them after the other, in any order: `Name them.` -> `red B. 7 D. blue A. ring C`.
+
+    Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. `pool` is
+    by default one of WORDS.
     """
-    pool = pool or rng.choices(WORDS, weights=(5, 4, 2, 1))[0]
+    pool = pool or rng.choices(WORDS, weights=(4, 3, 1, 1, 1, 2, 4))[0]
     keys = rng.sample(list(pool), min(options, len(pool)))
+    said = [word(key, language) for key in keys]
+    full = [_chosen(option, letter) for option, letter in zip(said, LETTERS, strict=False)]
+    lines, at = _option_lines(said, language), LANGUAGES.index(language)
+    if every:
+        rng.shuffle(full)
+        return "\n".join([QUESTIONS["every"][at], *lines]), (". ", "。")[at].join(full)
     place = rng.randrange(len(keys))
-    asked = QUESTIONS["which"][LANGUAGES.index(language)].format(word(keys[place], language))
-    return "\n".join([asked, *_option_lines([word(key, language) for key in keys], language)]), LETTERS[place]
+    return "\n".join([QUESTIONS["which"][at].format(said[place]), *lines]), full[place]
 
 
 def _option_lines(options: Sequence[str], language: str) -> list[str]:
@@ -216,14 +251,14 @@ def _named(event: Event, language: str, article: bool = True) -> str:
     return f"一个{colour}{thing}" if article else f"{colour}{thing}"
 
 
-def _counted(scene: Scene, language: str) -> str:
+def _counted(scene: Scene, language: str, plural: bool = True) -> str:
     """Several things alike: `three red circles`."""
     event, count = scene.events[0], word(COUNTS[len(scene.events) - 1], language)
     name = _named(event, language, article=False)
     if language == "zh":
         return count + name
-    plural = "" if len(scene.events) == 1 else "es" if name.endswith("cross") else "s"
-    return f"{count} {name}{plural}"
+    ending = "" if len(scene.events) == 1 or not plural else "es" if name.endswith("cross") else "s"
+    return f"{count} {name}{ending}"
 
 
 def caption(scene: Scene, language: str) -> str:
@@ -235,6 +270,8 @@ def caption(scene: Scene, language: str) -> str:
     if scene.kind in ("order", "long"):
         return (", then " if en else "，然后").join(_named(e, language) for e in scene.events)
     told = _named(first, language)
+    if scene.kind == "aside":
+        return f"{told}, {scene.direction}" if en else f"{told}，{word(scene.direction, language)}"
     if scene.kind == "move":
         return f"{told} moves {scene.direction}" if en else f"{told}向{word(scene.direction, language)}移动"
     if scene.kind == "recolour":
@@ -247,28 +284,30 @@ def caption(scene: Scene, language: str) -> str:
 
 
 def dense_caption(scene: Scene, language: str) -> str:
-    """What is seen from which second on, and the length: `0 s: red 7. 4 s: blue circle. 8 s: end.`
+    """What is seen from which second on, and the length: `0s: red 7. 4s: blue circle. 8s: end.`
 
-    Of a long video the marks: `40 s: red 7. 90 s: blue ring. 110 s: end.`
+    Of a long video the marks: `40s: red 7. 90s: blue ring. 110s: end.`
     """
     en = language == "en"
+    comma = ", " if en else "，"
     parts: list[tuple[int, str]] = []
     if scene.kind == "count":
-        parts.append((0, _counted(scene, language)))
+        parts.append((0, _counted(scene, language, plural=False)))
     elif scene.kind == "long":
         parts += [(middle_second(scene, e), _named(e, language, False)) for e in scene.events]
     else:
-        moves = (f" moves {scene.direction}" if en else f"向{word(scene.direction, language)}移动") * bool(
-            scene.direction
-        )
         nothing = "nothing" if en else "没有"
         if scene.events[0].start > 0:
             parts.append((0, nothing))
-        parts += [(int(e.start), _named(e, language, False) + moves) for e in scene.events]
+        parts += [(int(e.start), _named(e, language, False)) for e in scene.events]
+        if scene.direction:
+            event, way = scene.events[0], word(scene.direction, language)
+            told = (*(place(event, 0, language)), f"moves {way}" if en else f"向{way}移动")
+            parts[-1] = (0, comma.join((parts[-1][1], *told)))
         if scene.events[-1].end < scene.seconds:
             parts.append((int(scene.events[-1].end), nothing))
     parts.append((scene.seconds, "end" if en else "结束"))
-    return " ".join(f"{t} s: {what}." for t, what in parts) if en else "".join(f"{t}秒：{w}。" for t, w in parts)
+    return " ".join(f"{t}s: {what}." for t, what in parts) if en else "".join(f"{t}秒：{w}。" for t, w in parts)
 
 
 def describe(scene: Scene, language: str, dense: bool) -> Turn:
@@ -281,12 +320,12 @@ def describe(scene: Scene, language: str, dense: bool) -> Turn:
 # ---------------------------------------------------------------------------------------------- notes
 
 
-def _place(event: Event, seconds: float, language: str) -> str:
+def place(event: Event, seconds: float, language: str) -> tuple[str, ...]:
+    """Where a thing is at a time: none of the words for the middle, else its row, its column or both."""
     x, y = event.at(seconds)
     column = ("left", "", "right")[min(int(3 * x / CANVAS), 2)]
     row = ("top", "", "bottom")[min(int(3 * y / CANVAS), 2)]
-    words = [word(w, language) for w in (row, column) if w] or [word("middle", language)]
-    return " ".join(words) if language == "en" else "".join(reversed(words))
+    return tuple(word(w, language) for w in (row, column) if w)
 
 
 def moments(scene: Scene) -> list[int]:
@@ -307,11 +346,12 @@ def note(scene: Scene, language: str) -> str:
     An image is one line with no second.
     """
     en = language == "en"
+    comma = ", " if en else "，"
     lines = []
     for second in moments(scene):
-        seen = [_named(e, language, False) + " " * en + _place(e, second, language) for e in scene.seen(second)]
-        told = (", " if en else "，").join(seen) or ("nothing" if en else "没有")
-        lines.append(told if not scene.seconds else f"{second} s: {told}" if en else f"{second}秒：{told}")
+        seen = [comma.join((_named(e, language, False), *place(e, second, language))) for e in scene.seen(second)]
+        told = comma.join(seen) or ("nothing" if en else "没有")
+        lines.append(told if not scene.seconds else f"{second}s: {told}" if en else f"{second}秒：{told}")
     if scene.seconds:
-        lines.append(f"{scene.seconds} s: end" if en else f"{scene.seconds}秒：结束")
+        lines.append(f"{scene.seconds}s: end" if en else f"{scene.seconds}秒：结束")
     return "\n".join(lines)

@@ -11,27 +11,32 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from kangaroo_jax.tools.corpus_scenes import COLOURS, LONG_SECONDS, SHORT_SECONDS, SceneMaker
-from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill, facts, note
+from kangaroo_jax.tools.corpus_scenes import COLOURS, SceneMaker
+from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill, note, some_facts
 
 IMAGE = (("image", 1.0),)
-IMAGES = (("image", 1.0), ("image_count", 1.0))
+IMAGES = (("image", 1.0), ("image_aside", 1.0), ("image_count", 1.0))
 SHORT: tuple[tuple[str, float], ...] = ()  # stands for the kinds of short clips of the corpus
 EN = ("en",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-    """`Which is red?` with some of `options` options, of the words of `pool` (none: of any kind of word)."""
+    """Questions on nothing but 2 to 4 options, of the words of `pool` (none: of any sort).
 
-    options: tuple[int, ...] = (4,)
+    A share `every` asks for all of them (`Name them.`), the others for one (`Which is red?`).
+    """
+
+    options: tuple[int, ...] = (2, 3, 4, 4)
     pool: tuple[str | int, ...] = ()
     languages: tuple[str, ...] = LANGUAGES
+    every: float = 0.5
 
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
         """One question and its letter."""
         del maker, short_kinds
-        return [drill(rng.choice(self.languages), rng, self.pool, rng.choice(self.options))]
+        language, every = rng.choice(self.languages), rng.random() < self.every
+        return [drill(language, rng, self.pool, rng.choice(self.options), every)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +60,9 @@ class Note:
         scenes = rng.choices(everything, weights=(0.3, 0.5, 0.2))[0] if self.scenes is None else self.scenes
         names, weights = zip(*(scenes or short_kinds), strict=True)
         scene = maker.make(rng.choices(names, weights)[0])
-        found = facts(scene)
-        chosen = rng.sample(found, min(self.rounds, len(found)))
+        chosen = some_facts(scene, self.rounds, rng)
         asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
-        turns = [(question.text, question.answer) for question in asked]
+        turns = [(question.text, question.told) for question in asked]
         if rng.random() < self.describe:
             turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
         rng.shuffle(turns)
@@ -66,14 +70,13 @@ class Note:
 
 
 # (records at scale 1, what they are drawn from and with which weight)
-SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
 LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
-    (3_700, ((2, Drill((2,), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (7_000, ((4, Drill((2, 3, 4, 4), COLOURS, EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (10_700, ((3, Drill(languages=EN)), (1, Drill((4,), COLOURS, EN)), (1, Note(IMAGE, 2)))),
-    (14_000, ((3, Drill()), (1, Drill(languages=EN)), (1, Note(IMAGES, 2)))),
-    (10_800, ((1.7, Drill()), (0.3, Drill((4,), SECONDS)), (2, Note(IMAGES, 1, 1.0)), (2, Note(None, 3)))),
-    (14_000, ((0.8, Drill()), (0.2, Drill((4,), SECONDS)), (1, Note(IMAGES, 1, 1.0)), (3, Note(None, 2, 0.6)))),
+    (2_500, ((1, Drill((2,), COLOURS, EN)),)),
+    (4_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)),)),
+    (7_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)), (2, Drill(languages=EN)), (1, Note(IMAGE, 2, languages=EN)))),
+    (11_000, ((3, Drill()), (1, Note(IMAGES, 2, 0.3)))),
+    (11_000, ((1.2, Drill((3, 4, 4))), (1, Note(IMAGES, 3, 0.6)))),
+    (22_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (3, Note(None, 4, 0.4)))),
 )
 
 

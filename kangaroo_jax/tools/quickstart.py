@@ -1,7 +1,7 @@
 """`kangaroo quickstart`: from nothing to a small Kangaroo that answers questions about videos it has never seen.
 
-    corpus -> tokenizer -> text warm-up -> five stages, each evaluated -> chat -> export compared with PyTorch
-    -> report.html, results.json
+    corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat
+    -> export compared with PyTorch -> report.html, results.json
 
 Every part leaves a marker in the workdir; running it again continues where it stopped.
 """
@@ -25,7 +25,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.inference.chat import Kangaroo
-from kangaroo_jax.tools import quickstart_ablations
+from kangaroo_jax.tools import quickstart_ablations, quickstart_curation
 from kangaroo_jax.tools.corpus import Corpus, make_corpus
 from kangaroo_jax.tools.quickstart_report import write_quickstart_report
 from kangaroo_jax.training import curriculum
@@ -65,7 +65,7 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
     """The whole road at tiny size in `workdir`; returns what it writes to `results.json`.
 
     Args:
-        workdir: gets corpus/, tokenizer.model, a folder a stage, report.html and results.json.
+        workdir: gets corpus/, curation/, tokenizer.model, a folder a stage, report.html and results.json.
         seed: of the corpus, the weights and the order of samples.
         scale: size of the corpus and number of steps as a share of the usual ones; small for tests.
         ablate: afterwards train and evaluate the model without each part of the design.
@@ -81,10 +81,13 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
 
     with clock.part("corpus"):
         corpus = make_corpus(workdir / "corpus", seed, scale, tell=tell)
+    with clock.part("curation"):
+        curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
     with clock.part("tokenizer"):
         tokenizer = workdir / "tokenizer.model"
         if not tokenizer.exists():
-            train_sentencepiece(corpus.texts_for_tokenizer(), tokenizer, vocab_size=vocabulary(), split_digits=False)
+            texts = corpus.texts_for_tokenizer()
+            train_sentencepiece(texts, tokenizer, vocabulary(), split_digits=False, space_after=True)
 
     def after_stage(name: str, config: ConfigDict, folder: Path) -> None:
         clock_stage(clock, name, folder)
@@ -95,7 +98,7 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
     stages = curriculum.run(
         PRESET,
         workdir,
-        data=corpus.folder,
+        data=quickstart_curation.training_data(corpus, curated),
         tokenizer=tokenizer,
         stages=STAGES,
         overrides={"seed": seed},
@@ -115,7 +118,8 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
         results["ablations"] = quickstart_ablations.run(workdir, corpus, tokenizer, seed=seed, tell=tell)
         write_json(workdir / "results.json", results)
     alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
-    write_quickstart_report(workdir, corpus, results, chats, environment() | alike)
+    sections = [quickstart_curation.report_section(curated)] if curated else []
+    write_quickstart_report(workdir, corpus, results, chats, environment() | alike, sections)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")
     return results

@@ -31,8 +31,9 @@ def write_quickstart_report(
     results: Mapping[str, Any],
     chats: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
+    sections: Sequence[str] = (),
 ) -> Path:
-    """Write `workdir/report.html` from what the stages left in `workdir`; returns its path."""
+    """Write `workdir/report.html` from what the stages left in `workdir`; returns its path. `sections` are HTML."""
     last = results["stages"][-1]["name"]
     data = {
         "title": "kangaroo_jax quickstart",
@@ -45,6 +46,7 @@ def write_quickstart_report(
         "samples": [sample_data(record, corpus) for record in chosen_samples(read_answers(workdir / last))],
         "chats": [chat_data(chat) for chat in chats],
         "ablations": results.get("ablations", []),
+        "sections": list(sections),
         "environment": {**environment, "commands": ["./launch/quickstart.sh"]},
     }
     return write_report(workdir / "report.html", data)

@@ -21,6 +21,7 @@ or JPEG files.
                    "truth": str, "language": str, "kind": str, "correct": bool}],
       "chats": [{"title": str, "frames": [bytes], "times": [float], "turns": [(role, text)]}],
       "ablations": [{"name": str, "metrics": {name: share}, any other key: any value}],
+      "sections": [str],                    more of the page as HTML
       "environment": {name: value},         the key "commands" may hold a list of command lines
     }
 
@@ -72,6 +73,7 @@ def render_report(data: Mapping) -> str:
         _samples(data.get("samples") or ()),
         _chats(data.get("chats") or ()),
         _ablations(data.get("ablations") or ()),
+        *(data.get("sections") or ()),
         _environment(data.get("environment") or {}),
     ]
     return (

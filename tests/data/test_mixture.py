@@ -71,7 +71,8 @@ def test_the_order_is_global(files: dict[str, str]) -> None:
 def test_without_a_shuffle_lanes_take_turns_on_the_files(files: dict[str, str]) -> None:
     sources = open_sources([files["a"] + "%50", files["b"] + "%200", files["c"]], "")
     mixture = Mixture(sources, 0, 3, shuffle=False)
-    lanes = drawn(mixture, 50)
+    with pytest.warns(UserWarning, match="all 65 samples were used: they begin again"):
+        lanes = drawn(mixture, 50)
     order = [lanes[k % 3][k // 3] for k in range(150)]
     epoch = [*((0, 2 * i) for i in range(20)), *((1, i % 10) for i in range(20)), *((2, i) for i in range(25))]
     assert order == (epoch * 3)[:150]
