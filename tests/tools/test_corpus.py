@@ -26,6 +26,7 @@ from kangaroo_jax.tools.corpus_scenes import (
 )
 from kangaroo_jax.tools.corpus_text import ask, caption, chinese_words, dense_caption, facts, middle_second, note
 from kangaroo_jax.tools.corpus_warmup import LESSONS
+from kangaroo_jax.tools.quickstart_report import FRAMES_SHOWN, pictures
 
 KINDS = ("image", "image_aside", "image_count", "still", "count", "move", "order")
 KINDS += ("recolour", "transform", "appear", "disappear", "long")
@@ -281,3 +282,8 @@ def test_chat_examples_and_tokenizer_text(corpus):
     texts = list(corpus.texts_for_tokenizer(limit=20))
     assert "红色" in texts and "circle" in texts
     assert not any("<video>" in t or "<image>" in t for t in texts)
+
+
+def test_the_report_shows_a_few_frames_of_a_long_video(corpus):
+    frames, times = pictures(next((corpus.folder / "media/held_out/long").glob("*.mp4")))
+    assert len(frames) == len(times) == FRAMES_SHOWN and times[-1] > 50
