@@ -95,10 +95,11 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
             with clock.part(f"evaluate {name}"):
                 evaluate_stage(name, folder, corpus, tell)
 
+    data = quickstart_curation.training_data(corpus, curated)
     stages = curriculum.run(
         PRESET,
         workdir,
-        data=quickstart_curation.training_data(corpus, curated),
+        data=data,
         tokenizer=tokenizer,
         stages=STAGES,
         overrides={"seed": seed},
@@ -115,7 +116,7 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
         results["torch_chat"] = same
     write_json(workdir / "results.json", results)
     if ablate:
-        results["ablations"] = quickstart_ablations.run(workdir, corpus, tokenizer, seed=seed, tell=tell)
+        results["ablations"] = quickstart_ablations.run(workdir, corpus, data, tokenizer, seed=seed, tell=tell)
         write_json(workdir / "results.json", results)
     alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
     sections = [quickstart_curation.report_section(curated)] if curated else []

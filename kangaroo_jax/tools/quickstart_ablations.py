@@ -60,11 +60,13 @@ VARIANTS = (
 )
 
 
-def run(workdir: Path, corpus: Corpus, tokenizer: Path, *, seed: int, tell: Tell = print) -> list[dict[str, Any]]:
+def run(
+    workdir: Path, corpus: Corpus, data: Path, tokenizer: Path, *, seed: int, tell: Tell = print
+) -> list[dict[str, Any]]:
     """Train and evaluate every variant of the finished quickstart in `workdir`; rows for the table of the report.
 
-    A row has `name`, `steps` and `metrics`; that of packing has samples and steps a minute. Variants that are done
-    are not run again.
+    `data` is the folder of stage files that the complete run read. A row has `name`, `steps` and `metrics`; that of
+    packing has samples and steps a minute. Variants that are done are not run again.
     """
     rows = [row("complete", workdir / curriculum.STAGES[-1], steps_of(workdir, curriculum.STAGES))]
     for variant in VARIANTS:
@@ -79,7 +81,7 @@ def run(workdir: Path, corpus: Corpus, tokenizer: Path, *, seed: int, tell: Tell
         curriculum.run(
             PRESET,
             folder,
-            data=corpus.folder,
+            data=data,
             tokenizer=tokenizer,
             stages=variant.stages,
             init_from=workdir / variant.start,
@@ -92,7 +94,7 @@ def run(workdir: Path, corpus: Corpus, tokenizer: Path, *, seed: int, tell: Tell
             write_json(last / "eval.json", evaluate(last, corpus.eval_files, tell=tell).to_json())
         rows.append(row(variant.name, last, total))
         tell(f"{variant.name}: {rows[-1]['metrics']}")
-    rows += packing_rows(workdir, corpus, tokenizer, tell)
+    rows += packing_rows(workdir, data, tokenizer, tell)
     return rows
 
 
@@ -110,7 +112,7 @@ def row(name: str, stage: Path, steps: int) -> dict[str, Any]:
     return {"name": name, "steps": steps, "metrics": metrics}
 
 
-def packing_rows(workdir: Path, corpus: Corpus, tokenizer: Path, tell: Tell) -> list[dict[str, Any]]:
+def packing_rows(workdir: Path, data: Path, tokenizer: Path, tell: Tell) -> list[dict[str, Any]]:
     """Samples and steps a minute of stage 4 with and without packing, by the log of a few steps each."""
     rows = []
     for name, bins in (("with packing", None), ("without packing", 0)):
@@ -118,7 +120,7 @@ def packing_rows(workdir: Path, corpus: Corpus, tokenizer: Path, tell: Tell) -> 
         config = curriculum.stage(
             curriculum.STAGES[3],
             PRESET,
-            data=corpus.folder,
+            data=data,
             tokenizer=tokenizer,
             init_from=str(workdir / "stage3_refine"),
         )
