@@ -7,7 +7,7 @@ Digits"), enlarged and coloured; shapes are distance functions with soft edges.
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -148,18 +148,25 @@ def write_image(scene: Scene, path: Path) -> None:
 
 def write_video(scene: Scene, path: Path, fps: int) -> None:
     """Write a video scene as H.264 MP4 (yuv420p, constant `fps` frames a second)."""
+    painter = Painter(scene)
+    pictures = (painter.frame(i / fps) for i in range(scene.seconds * fps))
+    write_h264(path, pictures, CANVAS, CANVAS, fps, {"preset": "ultrafast", "crf": "20", "g": str(10 * fps)})
+
+
+def write_h264(
+    path: Path, pictures: Iterable[np.ndarray], width: int, height: int, fps: int, options: Mapping[str, str]
+) -> None:
+    """Write pictures, uint8[height, width, 3] with even sides, as H.264 MP4 (yuv420p) with options of libx264."""
     import av
 
-    painter = Painter(scene)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
-        stream.width = stream.height = CANVAS
+        stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # one thread: the same bytes every time
-        stream.options = {"preset": "ultrafast", "crf": "20", "g": str(10 * fps)}
-        for i in range(scene.seconds * fps):
-            frame = av.VideoFrame.from_ndarray(painter.frame(i / fps), format="rgb24")
-            container.mux(stream.encode(frame))
+        stream.options = dict(options)
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 
 

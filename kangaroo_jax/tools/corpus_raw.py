@@ -12,14 +12,16 @@ the corpus, and broken files are cut short, overwritten, web pages and empty one
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from kangaroo_jax.tools.corpus_draw import write_h264
 from kangaroo_jax.tools.corpus_scenes import Scene
 from kangaroo_jax.whole_files import write_json, write_text
 
@@ -61,7 +63,7 @@ def write_raw_clips(folder: Path, good: Sequence[tuple[Path, Scene]], bad: int, 
     rng = random.Random(f"{seed}/raw")
     makers = {name: maker for name, (_, maker) in KINDS.items() if name != "face" or _portraits()}
     planted: dict[Path, str] = {}
-    for i, name in zip(range(bad), _in_turn(list(makers)), strict=False):
+    for i, name in zip(range(bad), itertools.cycle(makers), strict=False):
         path = folder / "media" / f"{name}_{i // len(makers)}.mp4"
         makers[name](path, i // len(makers), [clip for clip, _ in good], rng)
         planted[path] = KINDS[name][0]
@@ -73,24 +75,11 @@ def write_raw_clips(folder: Path, good: Sequence[tuple[Path, Scene]], bad: int, 
     return RawClips(folder / "manifest.jsonl", tuple(clip for clip, _ in good), planted)
 
 
-def _in_turn(names: Sequence[str]) -> Iterator[str]:
-    while True:
-        yield from names
-
-
 def write_clip(path: Path, pictures: Sequence[np.ndarray], fps: int, crf: int = 20) -> None:
     """Write an H.264 MP4 of uint8[height, width, 3] pictures with even sides."""
-    import av
-
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # one thread: the same bytes every time
-        stream.options = {"preset": "veryfast", "mbtree": "0", "crf": str(crf)}  # mbtree differs from run to run
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    height, width = pictures[0].shape[:2]
+    options = {"preset": "veryfast", "mbtree": "0", "crf": str(crf)}  # mbtree differs from run to run
+    write_h264(path, pictures, width, height, fps, options)
 
 
 # ----------------------------------------------------------------------------------------- kinds
