@@ -193,8 +193,7 @@ def _frames(media: Path, side: int) -> np.ndarray:
 
     if media.suffix.lower() in IMAGE_SUFFIXES:
         return load_image(media, side)[None]
-    policy = FramePolicy(min_frames=FRAMES, max_frames=FRAMES, long_min_frames=FRAMES, long_max_frames=FRAMES)
-    return load_video(media, image_size=side, policy=policy).pixels
+    return load_video(media, image_size=side, policy=FramePolicy().narrowed(nframes=FRAMES)).pixels
 
 
 def _compare(

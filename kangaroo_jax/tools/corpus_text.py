@@ -85,17 +85,18 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question as put to the model. `answer` is the letter where there are `options`, else the words.
-
-    `told` is what an assistant says: the words, and behind them the letter of the option.
-    """
+    """One question as put to the model. `answer` is the letter where there are `options`, else the words."""
 
     kind: str
     language: str
     text: str
     answer: str
-    told: str
     options: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """What an assistant says: the words, and behind them the letter of the option."""
+        return _chosen(self.options[LETTERS.index(self.answer)], self.answer) if self.options else self.answer
 
 
 def word(key: str | int, language: str) -> str:
@@ -191,7 +192,7 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
     about = str(fact.about) if isinstance(fact.about, int) else word(fact.about, language)
     text = QUESTIONS[fact.question][LANGUAGES.index(language)].format(about)
     if not letter:
-        return Question(fact.kind, language, text, word(fact.answer, language), word(fact.answer, language))
+        return Question(fact.kind, language, text, word(fact.answer, language))
     near, far = fact.others[: fact.preferred][:3], fact.others[fact.preferred :]
     keys = [*near, *rng.sample(far, 3 - len(near))]
     rng.shuffle(keys)
@@ -199,7 +200,7 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
     keys.insert(place, fact.answer)
     options = tuple(word(key, language) for key in keys)
     text = "\n".join([text, *_option_lines(options, language)])
-    return Question(fact.kind, language, text, LETTERS[place], _chosen(options[place], LETTERS[place]), options)
+    return Question(fact.kind, language, text, LETTERS[place], options)
 
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
@@ -302,7 +303,7 @@ def dense_caption(scene: Scene, language: str) -> str:
         parts += [(int(e.start), _named(e, language, False)) for e in scene.events]
         if scene.direction:
             event, way = scene.events[0], word(scene.direction, language)
-            told = (*(place(event, 0, language)), f"moves {way}" if en else f"向{way}移动")
+            told = (*place(event, 0, language), f"moves {way}" if en else f"向{way}移动")
             parts[-1] = (0, comma.join((parts[-1][1], *told)))
         if scene.events[-1].end < scene.seconds:
             parts.append((int(scene.events[-1].end), nothing))

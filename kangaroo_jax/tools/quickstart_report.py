@@ -105,8 +105,7 @@ def chat_data(chat: Mapping[str, Any]) -> dict[str, Any]:
 def pictures(path: Path) -> tuple[list[bytes], list[float]]:
     """A few frames of a medium as JPEG, and their seconds."""
     if path.suffix == ".mp4":
-        n = FRAMES_SHOWN
-        policy = FramePolicy(min_frames=n, max_frames=n, long_min_frames=n, long_max_frames=n)
+        policy = FramePolicy().narrowed(nframes=FRAMES_SHOWN)
         clip = load_video(path, image_size=PICTURE_SIDE, policy=policy)
         return [jpeg(frame) for frame in clip.pixels], [float(t) for t in clip.times]
     return [jpeg(load_image(path, PICTURE_SIDE))], [0.0]

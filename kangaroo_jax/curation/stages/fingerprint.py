@@ -1,9 +1,8 @@
 """Fingerprints for near-duplicates: the difference hash of each key frame, and of its mirror image.
 
 The picture is shrunk to `grid` rows of `grid` + 1 grey pixels (8 rows: 64 bits); a bit says whether a pixel is
-brighter than its left neighbour, by more than `min_step`. Black bars are cut off first
-(`trim_bars`). A frame with too little
-contrast has none: its bits would be noise.
+brighter than its left neighbour, by more than `min_step`. Black bars are cut off first (`trim_bars`). A frame with too
+little contrast has none: its bits would be noise.
 """
 
 from pathlib import Path
