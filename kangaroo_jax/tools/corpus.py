@@ -41,7 +41,7 @@ from kangaroo_jax.tools.corpus_text import (
 )
 from kangaroo_jax.tools.corpus_warmup import lesson, warmup_turns
 
-FORMAT = 4  # of the files; raise it when the same settings begin to give other records
+FORMAT = 5  # of the files; raise it when the same settings begin to give other records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Mixture:
     held_longs: int = 60
     short_fps: int = 4
     long_fps: int = 2
-    image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_aside", 2), ("image_count", 2))
+    image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_aside", 2), ("image_count", 3))
     short_kinds: tuple[tuple[str, float], ...] = (
         ("still", 1),
-        ("count", 3),
+        ("count", 4),
         ("move", 5),
         ("order", 7),
         ("recolour", 1),
@@ -80,7 +80,7 @@ class Mixture:
     some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4
     some_text: int = 700  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
     stage5_per_long: int = 10
-    stage5_shorts: int = 2500  # conversations of stage 4 repeated in stage 5
+    stage5_again: int = 5000  # conversations of stage 4 repeated in stage 5
     # Text warm-up
     warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
@@ -91,7 +91,7 @@ class Mixture:
     def scaled(self, scale: float) -> "Mixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_shorts")
+        records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again")
         counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
@@ -363,7 +363,8 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
     )
     rng.shuffle(captions)
     first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
-    lately = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
+    shorts = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
+    lately = _with_others(shorts, media, plan.some_images, plan, rng)
     stages = [
         _with_others(more, media, plan.images, plan, rng),
         *(
@@ -376,10 +377,10 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
             )
             for _ in (2, 3)
         ),
-        _with_others(lately, media, plan.some_images, plan, rng),
+        lately,
         list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
         + long_dense
-        + rng.sample(lately, min(plan.stage5_shorts, len(lately))),
+        + rng.sample(lately, min(plan.stage5_again, len(lately))),
     ]
     for i, records in enumerate(stages, 1):
         rng.shuffle(records)

@@ -167,11 +167,12 @@ class SceneMaker:
         return self._scene("aside", 0, [Event(thing, 0, 0, x, y, x, y, self.rng.uniform(48, 54))], direction=place)
 
     def _count(self, seconds: int) -> Scene:
-        thing, size = self.thing(digits=0), self.rng.uniform(26, 31)  # digits would be too small to read
-        cells = self.rng.sample(range(9), self.rng.randint(1, 4))
+        """One to four alike, each in a quarter of its own."""
+        thing, size = self.thing(digits=0), self.rng.uniform(30, 36)  # digits would be too small to read
+        quarters = self.rng.sample(range(4), self.rng.randint(1, 4))
         events = []
-        for cell in sorted(cells):
-            x, y = (32 * place + 16 + self.rng.uniform(-2, 2) for place in (cell % 3, cell // 3))
+        for quarter in sorted(quarters):
+            x, y = (48 * place + 24 + self.rng.uniform(-4, 4) for place in (quarter % 2, quarter // 2))
             events.append(Event(thing, 0, seconds, x, y, x, y, size))
         return self._scene("count", seconds, events)
 

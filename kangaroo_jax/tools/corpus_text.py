@@ -38,12 +38,13 @@ CHINESE = {
 _QUESTIONS = {
     "what": ("What is it?", "这|是|什么|？"),
     "colour": ("What colour is it?", "它|是|什么|颜色|？"),
-    "colour_of": ("What colour does the {0} have?", "{0} |是|什么|颜色|？"),
     "direction": ("Which way does it move?", "它|向|哪边|移动|？"),
     "where": ("Where is it?", "它|在|哪边|？"),
     "count": ("How many are there?", "有|几个|？"),
     "first": ("What comes first?", "先|出现|什么|？"),
     "last": ("What comes last?", "最后|出现|什么|？"),
+    "first_colour": ("What colour comes first?", "先|出现|什么|颜色|？"),
+    "last_colour": ("What colour comes last?", "最后|出现|什么|颜色|？"),
     "second_t": ("What is seen at {0} seconds?", "第| {0} |秒|看到|什么|？"),
     "duration": ("How many seconds are there?", "视频|有|几|秒|？"),
     "which": ("Which is {0}?", "哪个|是|{0}|？"),
@@ -136,15 +137,19 @@ def _one_thing(event: Event) -> list[Fact]:
 def _many_things(scene: Scene) -> list[Fact]:
     """Facts of a scene whose things come one after another."""
     names = [e.thing.name for e in scene.events]
-    colours = [e.thing.colour for e in scene.events]
     facts = [_fact("first", names[0], THINGS, near=names), _fact("last", names[-1], THINGS, near=names)]
     for event in scene.events:
-        moment = middle_second(scene, event)
-        facts.append(_fact("second_t", event.thing.name, THINGS, near=names, about=moment))
-        facts.append(
-            _fact("colour", event.thing.colour, COLOURS, near=colours, question="colour_of", about=event.thing.name)
-        )
+        facts.append(_fact("second_t", event.thing.name, THINGS, near=names, about=middle_second(scene, event)))
     return facts
+
+
+def _many_colours(scene: Scene) -> list[Fact]:
+    """Facts of a scene whose colours come one after another."""
+    colours = [e.thing.colour for e in scene.events]
+    return [
+        _fact("colour", colours[at], COLOURS, near=colours, question=question)
+        for question, at in (("first_colour", 0), ("last_colour", -1))
+    ]
 
 
 def middle_second(scene: Scene, event: Event) -> int:
@@ -159,9 +164,9 @@ def facts(scene: Scene) -> list[Fact]:
     first = scene.events[0]
     found: list[Fact] = []
     if scene.kind in ("order", "transform") or (scene.kind == "long" and len(scene.events) > 1):
-        found += _many_things(scene)
+        found += _many_things(scene) + _many_colours(scene)
     elif scene.kind == "recolour":
-        found += [_fact("what", first.thing.name, THINGS)]
+        found += [_fact("what", first.thing.name, THINGS), *_many_colours(scene)]
     elif scene.kind == "count":
         found += [_fact("colour", first.thing.colour, COLOURS)]
     else:
@@ -177,12 +182,17 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
-EASY = {"duration": 0.35, "what": 0.6, "colour": 0.6, "colour_of": 0.6}  # share that is put
+# The share of them that is put: these are learnt from few.
+EASY = dict(duration=0.35, what=0.8, colour=0.5, first=0.75, last=0.75, first_colour=0.4, last_colour=0.4)
 
 
-def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
-    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often."""
+def some_facts(scene: Scene, count: int, rng: random.Random, only: Sequence[str] = ()) -> list[Fact]:
+    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often.
+
+    `only` names the questions that may be put, in place of all.
+    """
     found, easy = facts(scene), {} if scene.kind == "long" else EASY
+    found = [fact for fact in found if not only or fact.question in only]
     rng.shuffle(found)
     return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
 

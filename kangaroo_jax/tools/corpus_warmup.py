@@ -17,7 +17,9 @@ from kangaroo_jax.tools.corpus_text import LANGUAGES, Turn, ask, describe, drill
 IMAGE = (("image", 1.0),)
 IMAGES = (("image", 1.0), ("image_aside", 1.0), ("image_count", 1.0))
 SHORT: tuple[tuple[str, float], ...] = ()  # stands for the kinds of short clips of the corpus
-EN = ("en",)
+ORDER = (("order", 1.0),)
+ENDS = ("first", "last", "first_colour", "last_colour")
+EN, ZH = ("en",), ("zh",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Note:
     rounds: int = 1
     multiple_choice: float = 0.0
     describe: float = 0.3
+    questions: tuple[str, ...] = ()  # keys of corpus_text.QUESTIONS; none means all
     languages: tuple[str, ...] = LANGUAGES
 
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
@@ -60,7 +63,7 @@ class Note:
         scenes = rng.choices(everything, weights=(0.3, 0.5, 0.2))[0] if self.scenes is None else self.scenes
         names, weights = zip(*(scenes or short_kinds), strict=True)
         scene = maker.make(rng.choices(names, weights)[0])
-        chosen = some_facts(scene, self.rounds, rng)
+        chosen = some_facts(scene, self.rounds, rng, self.questions)
         asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
         turns = [(question.text, question.told) for question in asked]
         if rng.random() < self.describe:
@@ -69,14 +72,16 @@ class Note:
         return [(note(scene, language) + "\n" + turns[0][0], turns[0][1]), *turns[1:]]
 
 
+Mix = tuple[tuple[float, Drill | Note], ...]
 # (records at scale 1, what they are drawn from and with which weight)
-LESSONS: tuple[tuple[int, tuple[tuple[float, Drill | Note], ...]], ...] = (
+LESSONS: tuple[tuple[int, Mix], ...] = (
     (2_500, ((1, Drill((2,), COLOURS, EN)),)),
     (4_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)),)),
     (7_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)), (2, Drill(languages=EN)), (1, Note(IMAGE, 2, languages=EN)))),
-    (11_000, ((3, Drill()), (1, Note(IMAGES, 2, 0.3)))),
+    (3_000, ((2, Drill((2, 3, 4, 4), COLOURS, ZH)), (1, Drill(languages=EN)))),
+    (9_000, ((3, Drill()), (1, Note(IMAGES, 2, 0.3)))),
     (11_000, ((1.2, Drill((3, 4, 4))), (1, Note(IMAGES, 3, 0.6)))),
-    (22_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (3, Note(None, 4, 0.4)))),
+    (26_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (2, Note(None, 4, 0.4)), (1, Note(ORDER, 4, 0.3)))),
 )
 
 

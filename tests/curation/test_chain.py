@@ -19,7 +19,7 @@ from kangaroo_jax.tools.corpus_text import dense_caption
 SHORTS = 12
 TINY = Mixture(
     **dict.fromkeys(("images", "longs", "held_images", "held_shorts", "held_longs"), 1),
-    **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_shorts"), 1),
+    **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again"), 1),
     shorts=SHORTS,
     warmup=0.001,
     eval_image=(8, 8),

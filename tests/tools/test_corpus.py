@@ -43,7 +43,7 @@ TINY = dataclasses.replace(
     stage1_more=6,
     some_images=5,
     some_text=6,
-    stage5_shorts=8,
+    stage5_again=8,
     short_fps=2,
     long_fps=1,
     eval_image=(8, 8),
@@ -138,8 +138,13 @@ def test_words_of_known_scenes():
     assert dense_caption(scene, "en") == expected
     by_question = {(f.question, f.about): f.answer for f in facts(scene)}
     assert by_question["first", ""] == first.name and by_question["last", ""] == last.name
-    assert by_question["colour_of", last.name] == last.colour
+    assert by_question["first_colour", ""] == first.colour and by_question["last_colour", ""] == last.colour
     assert by_question["duration", ""] == scene.seconds
+    recolour = scenes("any", "recolour", 1)[0]
+    by_question = {(f.question, f.about): f.answer for f in facts(recolour)}
+    assert [by_question[f"{end}_colour", ""] for end in ("first", "last")] == [
+        event.thing.colour for event in recolour.events
+    ]
     count = scenes("any", "count", 1)[0]
     assert note(count, "en").splitlines()[0].count(count.events[0].thing.name) == len(count.events)
     aside = scenes("any", "image_aside", 1)[0]

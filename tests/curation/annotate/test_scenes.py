@@ -13,7 +13,7 @@ from kangaroo_jax.tools.corpus_text import caption, dense_caption, facts
 
 TINY = Mixture(
     **dict.fromkeys(("images", "longs", "held_images", "held_shorts", "held_longs"), 1),
-    **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_shorts"), 1),
+    **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again"), 1),
     shorts=8,
     warmup=0.001,
     eval_image=(8, 8),
