@@ -9,5 +9,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-enter_environment quickstart
+enter_environment quickstart,curation
 exec kangaroo quickstart "$@"

@@ -88,7 +88,7 @@ def curate_corpus(
 
 
 def training_data(corpus: Corpus, curated: Curated | None) -> Path:
-    """The folder of stage1.jsonl ... stage5.jsonl that training reads: nothing in them is about a dropped clip.
+    """The folder of stage0.jsonl ... stage5.jsonl that training reads: nothing in them is about a dropped clip.
 
     Each planted clip comes with a caption that stage 2 would read, had curation kept it. Where all verdicts are as
     planted, what is left is the corpus, and that is its folder.
@@ -99,7 +99,7 @@ def training_data(corpus: Corpus, curated: Curated | None) -> Path:
     slipped = [str((curated.folder / path).resolve()) for path in curated.planted if path not in curated.dropped]
     folder = curated.folder / "training"
     folder.mkdir(exist_ok=True)
-    for path in corpus.stages:
+    for path in (corpus.warmup, *corpus.stages):
         records = [_placed(record, corpus) for record in read_records(path)]
         if path.name == "stage2.jsonl":
             records += [_captioned(medium) for medium in slipped]
@@ -122,9 +122,9 @@ def _captioned(medium: str) -> dict[str, Any]:
 
 
 def _good_clips(corpus: Corpus, seed: int, scale: float) -> list[tuple[Path, Any]]:
-    """Short clips of the corpus in which something happens (a still scene would be dropped as one), by the seed."""
+    """Short clips of the corpus in which something happens (others would be dropped as still), by the seed."""
     scenes = {name: scene for name, scene in scenes_of(corpus.folder).items() if name.startswith("media/short/")}
-    names = sorted(name for name, scene in scenes.items() if scene.kind != "still")
+    names = sorted(name for name, scene in scenes.items() if scene.kind not in ("still", "count"))
     chosen = random.Random(f"{seed}/good").sample(names, min(max(round(GOOD * scale), 10), len(names)))
     return [(corpus.folder / name, scenes[name]) for name in sorted(chosen)]
 

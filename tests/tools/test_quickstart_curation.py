@@ -46,6 +46,7 @@ def test_training_reads_what_was_kept(corpus, tmp_path):
     wrong = Curated(tmp_path, (), {str(dropped): "motion", "raw/media/text_0.mp4": "text"}, planted, 1.0)
     assert set(wrong.wrong) == {str(dropped), "raw/media/face_0.mp4"}
     folder = training_data(corpus, wrong)
+    assert (folder / corpus.warmup.name).read_text() == corpus.warmup.read_text()
     for path in corpus.stages:
         media = {record.get("video") for record in read_records(folder / path.name)}
         before = {record.get("video") for record in read_records(path)}
