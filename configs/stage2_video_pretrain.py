@@ -21,5 +21,5 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
         c.data.update(image_size=16, tokens_per_pack=512, frames_per_pack=36, packs_per_batch=4)
         c.optimizer.learning_rate = 2e-3
         c.optimizer.trainable = ((".*", 1.0),)  # as in stage 1
-        c.train.steps = 600
+        c.train.steps = 540
     return lock(c)

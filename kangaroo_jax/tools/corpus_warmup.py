@@ -79,9 +79,9 @@ LESSONS: tuple[tuple[int, Mix], ...] = (
     (4_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)),)),
     (7_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)), (2, Drill(languages=EN)), (1, Note(IMAGE, 2, languages=EN)))),
     (3_000, ((2, Drill((2, 3, 4, 4), COLOURS, ZH)), (1, Drill(languages=EN)))),
-    (9_000, ((3, Drill()), (1, Note(IMAGES, 2, 0.3)))),
-    (11_000, ((1.2, Drill((3, 4, 4))), (1, Note(IMAGES, 3, 0.6)))),
-    (26_000, ((0.6, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (2, Note(None, 4, 0.4)), (1, Note(ORDER, 4, 0.3)))),
+    (12_000, ((1, Drill(every=0.7)),)),
+    (14_000, ((2, Drill((3, 4, 4), every=0.7)), (1, Note(IMAGES, 3, 0.6)))),
+    (26_000, ((1, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (2, Note(None, 4, 0.5)), (1, Note(ORDER, 4, 0.4)))),
 )
 
 
