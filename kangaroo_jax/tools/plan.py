@@ -36,6 +36,8 @@ class Plan:
 
     stage: str
     topology: str
+    tokens_per_pack: int
+    frames_per_pack: int
     source: str  # "compiled", or "formula" where no compiler for the chip is here
     fits: bool
     peak_hbm_gib: float
@@ -58,6 +60,7 @@ class Plan:
     accumulate: int
     remat: dict[str, str]
     compile_seconds: float | None
+    compile_cpu_seconds: float | None  # of all threads
     nearest_change: str = ""
 
 
@@ -86,6 +89,8 @@ def make_plan(
     return Plan(
         stage=config.stage,
         topology=str(target),
+        tokens_per_pack=config.data.tokens_per_pack,
+        frames_per_pack=config.data.frames_per_pack,
         source="compiled" if compiled else "formula",
         fits=compiled.fits if compiled else estimate <= target.chip.gib,
         peak_hbm_gib=compiled.peak_gib if compiled else estimate,
@@ -108,6 +113,7 @@ def make_plan(
         accumulate=config.train.accumulate,
         remat={"llm": config.model.llm.remat, "vision": config.model.vision.remat},
         compile_seconds=compiled.compile_seconds if compiled else None,
+        compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
     )
 
 
@@ -317,17 +323,40 @@ def line(plan: Plan) -> str:
 
 
 def table(plans: list[Plan]) -> str:
-    """Plans as a Markdown table, with their sum."""
-    head = "stage | mesh | GiB a device | fits | compiled / model | s a step | chip-hours | cost | compile s".split(
-        " | "
-    )
+    """Plans as a Markdown table; those of one slice, as of a curriculum, with their sum."""
+    head = (
+        "stage | tokens, frames | slice | mesh | remat | GiB a device | fits | compiled / model | "
+        "s a step | chip-hours | cost | compile s (CPU s)"
+    ).split(" | ")
     rows = [head, ["---"] * len(head)]
     for plan in plans:
+        cells = [plan.stage, f"{plan.tokens_per_pack:,}, {plan.frames_per_pack:,}", plan.topology]
+        cells += ["x".join(map(str, plan.mesh.values())), plan.remat["llm"]]
+        cells += [f"{plan.peak_hbm_gib} of {plan.capacity_gib}", "yes" if plan.fits else "no"]
+        seconds = "by formula"
+        if plan.compile_seconds is not None:
+            seconds = f"{plan.compile_seconds:.0f} ({plan.compile_cpu_seconds:.0f})"
         cost = "" if plan.cost is None else f"{plan.cost:,.0f}"
-        peak, mesh = f"{plan.peak_hbm_gib} of {plan.capacity_gib}", "x".join(map(str, plan.mesh.values()))
-        cells = [plan.stage, mesh, peak, "yes" if plan.fits else "no", plan.compiled_over_model_flops]
-        rows.append([str(x) for x in (*cells, plan.step_seconds, f"{plan.chip_hours:,}", cost, plan.compile_seconds)])
-    sums = total(plans)
-    cost = "" if sums["cost"] is None else f"{sums['cost']:,.0f}"
-    rows.append(["sum", "", "", "yes" if sums["fits"] else "no", "", "", f"{sums['chip_hours']:,}", cost, ""])
+        ratio = "" if plan.compiled_over_model_flops is None else f"{plan.compiled_over_model_flops:.3f}"
+        rows.append([*cells, ratio, f"{plan.step_seconds:.1f}", f"{plan.chip_hours:,.0f}", cost, seconds])
+    if len({plan.topology for plan in plans}) == 1 < len(plans):
+        sums = total(plans)
+        cost = "" if sums["cost"] is None else f"{sums['cost']:,.0f}"
+        fits = "yes" if sums["fits"] else "no"
+        rows.append(["sum", "", "", "", "", "", fits, "", "", f"{sums['chip_hours']:,.0f}", cost, ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def table_of_file(path: Path) -> str:
+    """The table of plans kept in a file, one line of `--json` each. Raises UserError where it is no such file."""
+    plans: list[Plan] = []
+    try:
+        for kept in path.read_text(encoding="utf-8").splitlines():
+            plans.append(Plan(**json.loads(kept)))
+    except OSError as error:
+        raise UserError(f"--table={path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--table={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
+        ) from None
+    return table(plans)
