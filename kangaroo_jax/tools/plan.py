@@ -280,7 +280,7 @@ def run(
         plain = [dataclasses.asdict(plan) for plan in plans]
         tell(json.dumps(plain[0] if len(plain) == 1 else {"stages": plain, **total(plans)}))
     elif len(plans) > 1:
-        tell(table(plans))
+        tell(table(plans, with_sum=True))
     return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
 
 
@@ -322,29 +322,33 @@ def line(plan: Plan) -> str:
     return f"{plan.peak_hbm_gib} of {plan.capacity_gib} GiB, {verdict}, {plan.step_seconds} s a step"
 
 
-def table(plans: list[Plan]) -> str:
-    """Plans as a Markdown table; those of one slice, as of a curriculum, with their sum."""
-    head = (
-        "stage | tokens, frames | slice | mesh | remat | GiB a device | fits | compiled / model | "
-        "s a step | chip-hours | cost | compile s (CPU s)"
-    ).split(" | ")
-    rows = [head, ["---"] * len(head)]
+def table(plans: list[Plan], *, with_sum: bool) -> str:
+    """Plans as a Markdown table, the cost only where it is known."""
+    rows = []
     for plan in plans:
-        cells = [plan.stage, f"{plan.tokens_per_pack:,}, {plan.frames_per_pack:,}", plan.topology]
-        cells += ["x".join(map(str, plan.mesh.values())), plan.remat["llm"]]
-        cells += [f"{plan.peak_hbm_gib} of {plan.capacity_gib}", "yes" if plan.fits else "no"]
-        seconds = "by formula"
-        if plan.compile_seconds is not None:
-            seconds = f"{plan.compile_seconds:.0f} ({plan.compile_cpu_seconds:.0f})"
-        cost = "" if plan.cost is None else f"{plan.cost:,.0f}"
-        ratio = "" if plan.compiled_over_model_flops is None else f"{plan.compiled_over_model_flops:.3f}"
-        rows.append([*cells, ratio, f"{plan.step_seconds:.1f}", f"{plan.chip_hours:,.0f}", cost, seconds])
-    if len({plan.topology for plan in plans}) == 1 < len(plans):
+        ratio, seconds = plan.compiled_over_model_flops, plan.compile_seconds
+        row = {
+            "stage": plan.stage,
+            "tokens, frames": f"{plan.tokens_per_pack:,}, {plan.frames_per_pack:,}",
+            "slice": plan.topology,
+            "mesh": "x".join(map(str, plan.mesh.values())),
+            "remat": plan.remat["llm"],
+            "GiB a device": f"{plan.peak_hbm_gib} of {plan.capacity_gib}",
+            "fits": "yes" if plan.fits else "no",
+            "compiled / model": "" if ratio is None else f"{ratio:.3f}",
+            "s a step": f"{plan.step_seconds:.1f}",
+            "chip-hours": f"{plan.chip_hours:,.0f}",
+            "cost": "" if plan.cost is None else f"{plan.cost:,.0f}",
+            "compile s (CPU s)": "by formula" if seconds is None else f"{seconds:.0f} ({plan.compile_cpu_seconds:.0f})",
+        }
+        rows.append(row)
+    names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    if with_sum:
         sums = total(plans)
-        cost = "" if sums["cost"] is None else f"{sums['cost']:,.0f}"
-        fits = "yes" if sums["fits"] else "no"
-        rows.append(["sum", "", "", "", "", "", fits, "", "", f"{sums['chip_hours']:,.0f}", cost, ""])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        last = {"stage": "sum", "fits": "yes" if sums["fits"] else "no", "chip-hours": f"{sums['chip_hours']:,.0f}"}
+        rows.append({**last, "cost": "" if sums["cost"] is None else f"{sums['cost']:,.0f}"})
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def table_of_file(path: Path) -> str:
@@ -359,4 +363,4 @@ def table_of_file(path: Path) -> str:
         raise UserError(
             f"--table={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
         ) from None
-    return table(plans)
+    return table(plans, with_sum=False)
