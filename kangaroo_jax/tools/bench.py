@@ -32,7 +32,7 @@ from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
 
-ELSEWHERE = ("data", "packing", "annotate")  # benchmarks with a module of their own, which may need more
+ELSEWHERE = ("data", "packing", "annotate", "curate")  # benchmarks with a module of their own, which may need more
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
