@@ -30,7 +30,7 @@ _MOST_BAD = 10_000  # packets
 _OUT_OF_TURN = 0.9  # of the usual distance of key frames: a shorter one is out of turn
 _USUAL_SHARE = 0.1  # of all distances that are alike: what an encoder does where nothing else asks for a key frame
 _BYTE_PIXELS = 100  # that take as long to decode as a byte does, as measured
-_SCENE_SIZE = 0.8  # of the smaller key frame beside it: a packet so large may begin a scene
+_SCENE_SIZE = 0.8  # of the larger key frame beside it: a packet so large may begin a scene
 _SCENE_RISE = 3.0  # times the median of the packets around it
 _AROUND = 12  # packets before and after
 _TAIL = 0.01  # seconds, so that a span has the key frame that ends it
@@ -77,13 +77,13 @@ def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -
     with open_video(path) as (container, stream):
         shrink = _Shrink(settings["side"] / max(probe["width"], probe["height"]))
         cost = (pixels + _BYTE_PIXELS * (container.size or 0)) * (end - begin) / probe["seconds"]
-        found, spans = list[float](), [(begin, end)]
+        found, spans = list[float](), [(begin, end, False)]
         if cost > settings["full_pass_pixels"]:
             packets, keys = _key_pictures(container, stream, begin, end, counts, shrink)
             found, spans = _between_keys(keys, end, settings["threshold"])
             if end - begin <= settings["whole_seconds"]:
                 found, spans = found + [time for span in spans for time in _by_size(packets, *span)], []
-        for first, last in spans:
+        for first, last, _ in spans:
             found += _scan(container, stream, first, last, counts, shrink, settings)
         if not counts["whole"]:
             raise UserError(f"{short(path)}: no frame can be decoded")
@@ -134,6 +134,7 @@ def _scan(
 
 
 _Packet = tuple[float, int, bool]  # seconds, bytes, whether it is a key frame
+_Span = tuple[float, float, bool]  # seconds; whether the key frames at its ends differ as two scenes do
 
 
 def _key_pictures(
@@ -149,7 +150,7 @@ def _key_pictures(
 
 def _between_keys(
     keys: Sequence[tuple[float, np.ndarray]], end: float, threshold: float
-) -> tuple[list[float], list[tuple[float, float]]]:
+) -> tuple[list[float], list[_Span]]:
     """Cuts that the key frames alone show, and the spans in which others are.
 
     Of two key frames that look alike nothing between is looked at. An encoder puts a key frame out of turn where the
@@ -158,15 +159,15 @@ def _between_keys(
     """
     gaps = np.diff([time for time, _ in keys])
     turn = _usual(gaps) * _OUT_OF_TURN
-    found, spans = list[float](), list[tuple[float, float]]()
+    found, spans = list[float](), list[_Span]()
     for k, gap in enumerate(gaps):
         difference = _difference(keys[k][1], keys[k + 1][1])
         if difference >= threshold and gap < turn:
             found.append(keys[k + 1][0])
         elif difference >= threshold / 2:
-            spans.append((keys[k][0], keys[k + 1][0] + _TAIL))
+            spans.append((keys[k][0], keys[k + 1][0] + _TAIL, difference >= threshold))
     if keys:
-        spans.append((keys[-1][0], end))
+        spans.append((keys[-1][0], end, False))
     return found, spans
 
 
@@ -178,18 +179,22 @@ def _usual(gaps: np.ndarray) -> float:
     return float(gaps.max(initial=0.0))
 
 
-def _by_size(packets: Sequence[_Packet], begin: float, end: float) -> list[float]:
-    """Seconds of the packets after `begin` that are large as those of a new scene are."""
+def _by_size(packets: Sequence[_Packet], begin: float, end: float, differ: bool) -> list[float]:
+    """Seconds of the packets after `begin` that are as large as those of a new scene are.
+
+    Where there is none, and the key frames differ, it is the later of them that begins a scene.
+    """
     times = [time for time, _, _ in packets]
     first, last = bisect.bisect_right(times, begin + _TAIL), bisect.bisect_left(times, end)
-    beside = [size for time, size, is_key in packets if is_key and begin - _TAIL <= time <= end]
+    beside = max((size for time, size, is_key in packets if is_key and begin - _TAIL <= time <= end), default=0)
     found = []
     for k in range(first, last):
         around = [size for _, size, _ in (*packets[max(0, k - _AROUND) : k], *packets[k + 1 : k + 1 + _AROUND])]
-        least = max(_SCENE_SIZE * min(beside, default=0), _SCENE_RISE * statistics.median(around or [0]))
-        if not packets[k][2] and packets[k][1] >= least:
+        if not packets[k][2] and packets[k][1] >= max(
+            _SCENE_SIZE * beside, _SCENE_RISE * statistics.median(around or [0])
+        ):
             found.append(times[k])
-    return found
+    return found or ([end - _TAIL] if differ else [])
 
 
 def _difference(one: np.ndarray, two: np.ndarray) -> float:
