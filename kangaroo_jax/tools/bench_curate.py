@@ -7,6 +7,7 @@ decodes, user and system, without waiting. Scores go to a folder that is removed
 import argparse
 import collections
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -43,19 +44,32 @@ def bench_stages(items: Sequence[Item], config: dict[str, Any], root: Path) -> d
     return found
 
 
-def bench_workers(items: Sequence[Item], config: dict[str, Any], root: Path, rounds: int) -> list[float]:
-    """How many times faster two workers are than one, in each round; both take turns."""
-    stages, ratios = enabled(config), list[float]()
-    shards = make_shards(items, 1)
+def bench_workers(items: Sequence[Item], config: dict[str, Any], root: Path, rounds: int) -> list[dict[str, float]]:
+    """One worker and two in turn, on all files; for each round.
+
+    `speedup` is how many times faster two are by the clock, which says nothing where other work keeps the cores busy.
+    `more_cpu` is how many times the CPU time two take, and `parent` the share of it that the one parent process takes,
+    which workers cannot do at the same time: without other work the speedup is at most 2 / (more_cpu * (1 + parent)).
+    """
+    stages, rows, shards = enabled(config), list[dict[str, float]](), make_shards(items, 1)
     for number in range(rounds):
-        seconds = []
+        seconds, own, theirs = [], [], []
         for workers in (1, 2):
             plan = Plan(root / f"{number}-{workers}", stages, config)
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), os.times()
             engine.run_local(shards, plan, workers)
+            after = os.times()
             seconds.append(time.perf_counter() - begin)
-        ratios.append(seconds[0] / seconds[1])
-    return ratios
+            own.append(after.user + after.system - before.user - before.system)
+            theirs.append(_stage_seconds(plan.root))
+        parent = own[1] / (own[1] + theirs[1])
+        rows.append({"speedup": seconds[0] / seconds[1], "more_cpu": theirs[1] / theirs[0], "parent": parent})
+    return rows
+
+
+def _stage_seconds(root: Path) -> float:
+    """CPU seconds of all stages, as a run has written them."""
+    return sum(sum(json.loads(file.read_bytes())["cpu_seconds"]) for file in (root / "timings").rglob("*.json"))
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -82,10 +96,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--input={arguments.input}: no media there")
     with tempfile.TemporaryDirectory() as name:
         found = bench_stages(items, config, Path(name) / "stages")
-        ratios = bench_workers(items, config, Path(name), arguments.rounds)
+        rounds = bench_workers(items, config, Path(name), arguments.rounds)
     if arguments.json:
-        print(json.dumps({"cpu_seconds": found, "speedup_of_two_workers": ratios}))
+        print(json.dumps({"cpu_seconds": found, "one_worker_and_two": rounds}))
         return
     print(table(found))
-    for ratio in ratios:
-        print(f"two workers are {ratio:.2f} times as fast as one")
+    for row in rounds:
+        print("two workers against one: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
