@@ -34,14 +34,15 @@ _DIGITS = 6  # of a time: two stages that mean the same moment ask for the same 
 def places(seconds: float, count: int, reach: float, keys: Sequence[float]) -> np.ndarray:
     """Seconds at which to begin to look for `reach` seconds, one in each of `count` equal parts: float64[count].
 
-    After the frame nearest to the middle of the part from which decoding can begin (`keys`), which saves decoding what
-    is before it; around the middle where the part has none. `reach` is at most half of a part.
+    Around the middle of the part; or after the frame nearest to it, within a quarter of the part, from which decoding
+    can begin (`keys`). No further: copies have other key frames, and are known by what they show at the same times.
+    `reach` is at most half of a part.
     """
     part = seconds / count
     found = np.empty(count)
     for k in range(count):
         middle = (k + 0.5) * part - reach / 2
-        near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= (part - reach) / 2]
+        near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= part / 4]
         found[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
     return found.round(_DIGITS)
 
