@@ -76,13 +76,13 @@ def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -
     pixels = probe["width"] * probe["height"] * probe["frames"]
     with open_video(path) as (container, stream):
         shrink = _Shrink(settings["side"] / max(probe["width"], probe["height"]))
-        cost = (pixels + _BYTE_PIXELS * (container.size or 0)) * (end - begin) / probe["seconds"]
+        cost = (pixels + _BYTE_PIXELS * max(0, container.size)) * (end - begin) / probe["seconds"]
         found, spans = list[float](), [(begin, end, False)]
         if cost > settings["full_pass_pixels"]:
             packets, keys = _key_pictures(container, stream, begin, end, counts, shrink)
             found, spans = _between_keys(keys, end, settings["threshold"])
             if end - begin <= settings["whole_seconds"]:
-                found, spans = found + [time for span in spans for time in _by_size(packets, *span)], []
+                found, spans = found + [time for span in spans for time in cuts_by_size(packets, *span)], []
         for first, last, _ in spans:
             found += _scan(container, stream, first, last, counts, shrink, settings)
         if not counts["whole"]:
@@ -158,7 +158,7 @@ def _between_keys(
     somewhere between.
     """
     gaps = np.diff([time for time, _ in keys])
-    turn = _usual(gaps) * _OUT_OF_TURN
+    turn = usual_gap(gaps) * _OUT_OF_TURN
     found, spans = list[float](), list[_Span]()
     for k, gap in enumerate(gaps):
         difference = _difference(keys[k][1], keys[k + 1][1])
@@ -171,7 +171,7 @@ def _between_keys(
     return found, spans
 
 
-def _usual(gaps: np.ndarray) -> float:
+def usual_gap(gaps: np.ndarray) -> float:
     """The longest distance that several have, else the longest; 0 without any. float[n], seconds."""
     for gap in np.sort(gaps)[::-1]:
         if (np.abs(gaps - gap) < 0.02 * gap).sum() >= max(2, _USUAL_SHARE * len(gaps)):
@@ -179,8 +179,8 @@ def _usual(gaps: np.ndarray) -> float:
     return float(gaps.max(initial=0.0))
 
 
-def _by_size(packets: Sequence[_Packet], begin: float, end: float, differ: bool) -> list[float]:
-    """Seconds of the packets after `begin` that are as large as those of a new scene are.
+def cuts_by_size(packets: Sequence[_Packet], begin: float, end: float, differ: bool) -> list[float]:
+    """Seconds of the packets (seconds, bytes, whether a key frame; ascending) that are as large as those of a new scene.
 
     Where there is none, and the key frames differ, it is the later of them that begins a scene.
     """

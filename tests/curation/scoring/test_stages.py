@@ -8,7 +8,7 @@ import pytest
 
 from kangaroo_jax.curation.guard import Guard, Lost, Stopped
 from kangaroo_jax.curation.stages import pictures
-from kangaroo_jax.curation.stages.cuts import clips_between, cuts
+from kangaroo_jax.curation.stages.cuts import clips_between, cuts, cuts_by_size, usual_gap
 from kangaroo_jax.curation.stages.face import box_coverage, boxes_of
 from kangaroo_jax.curation.stages.fingerprint import quantiles, without_black_bars
 from kangaroo_jax.curation.stages.keyframes import candidate_times, keyframes, sharpness
@@ -68,6 +68,19 @@ def test_cuts_are_found_by_a_full_pass_and_between_key_frames(tmp_path, config):
         assert found == pytest.approx([3.0, 6.0], abs=0.13), (path.name, limit)
     config.cuts.update(whole_seconds=5.0, min_clip_seconds=2.0)
     assert len(cuts(probed(film, config), config.cuts, tmp_path).clips) == 3
+
+
+def test_a_scene_begins_with_a_large_packet_or_a_key_frame_out_of_turn():
+    packets = [(k / 10, 100, False) for k in range(60)]
+    packets[0], packets[50] = (0.0, 1000, True), (5.0, 900, True)
+    assert cuts_by_size(packets, 0.0, 5.0, False) == []
+    assert cuts_by_size(packets, 0.0, 5.01, True) == [pytest.approx(5.0)]  # the later key frame begins it
+    packets[30] = (3.0, 850, False)
+    assert cuts_by_size(packets, 0.0, 5.01, True) == [3.0]
+    noisy = [(time, 700 if size == 100 else size, key) for time, size, key in packets]
+    assert cuts_by_size(noisy, 0.0, 5.01, False) == []  # all are large
+    assert usual_gap(np.array([5.0, 5.0, 1.2, 10.0, 5.0])) == 5.0  # 10.0 is there once
+    assert usual_gap(np.array([3.0, 8.0])) == 8.0 and usual_gap(np.array([])) == 0.0
 
 
 def test_scenes_are_joined_and_divided():
