@@ -180,7 +180,7 @@ def usual_gap(gaps: np.ndarray) -> float:
 
 
 def cuts_by_size(packets: Sequence[_Packet], begin: float, end: float, differ: bool) -> list[float]:
-    """Seconds of the packets (seconds, bytes, whether a key frame; ascending) that are as large as those of a new scene.
+    """Seconds of those packets (seconds, bytes, whether a key frame; ascending) that are as large as of a new scene.
 
     Where there is none, and the key frames differ, it is the later of them that begins a scene.
     """
