@@ -153,7 +153,7 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
     return result
 
 
-def _too_large(message: str, *seconds: float) -> Compiled:
+def _too_large(message: str, lower: float, compile_: float, cpu: float) -> Compiled:
     """A program that does not fit, from the compiler's message; any other error is raised as UserError."""
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message)
@@ -162,8 +162,8 @@ def _too_large(message: str, *seconds: float) -> Compiled:
     units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
     amount, unit = (found.group(1) or found.group(5), found.group(2) or found.group(6)) if found else ("nan", "G")
     error = " ".join(message.split())[:300]
-    rounded = (round(value, 1) for value in seconds)
-    return Compiled(False, round(float(amount) * units[unit], 2), float("nan"), 0.0, {}, {}, False, *rounded, error)
+    peak, seconds = round(float(amount) * units[unit], 2), (round(lower, 1), round(compile_, 1), round(cpu, 1))
+    return Compiled(False, peak, float("nan"), 0.0, {}, {}, False, seconds[0], seconds[1], seconds[2], error)
 
 
 def peak_bytes(memory: Any) -> int:
