@@ -37,13 +37,13 @@ def _set_media_stages(c: ConfigDict) -> None:
     c.probe = p = ConfigDict()
     p.max_pixels = 8192 * 4608  # of a frame; larger is not decoded
     p.spans = 4  # places where frames are decoded to see whether they can be
-    p.span_frames = 8
+    p.span_frames = 4
 
     c.cuts = k = ConfigDict()
     k.threshold = 27.0  # PySceneDetect's ContentDetector
     k.min_scene_seconds = 0.6
     k.side = 160  # pixels of the longest side of what it looks at
-    k.full_pass_pixels = 3e8  # width x height x frames; beyond it, only what key frames tell of is decoded
+    k.full_pass_pixels = 1e8  # width x height x frames, a byte counted as 100; beyond it, key frames and sizes tell
     k.whole_seconds = 60.0  # a longer video is split into clips at its cuts
     k.min_clip_seconds = 5.0  # scenes are joined until a clip is so long
     k.max_clip_seconds = 60.0  # and a longer scene is divided evenly
@@ -52,12 +52,14 @@ def _set_media_stages(c: ConfigDict) -> None:
     f.count = 5  # as the paper has it
     f.side = 768  # pixels of the longest side
     f.quality = 90  # of the JPEG files
-    f.candidates = 3  # frames of which the sharpest is taken
+    f.candidates = 3  # frames of which the sharpest is taken; with the defaults, those that motion looks at, too
+    f.sharp_side = 256  # pixels of the shorter side, at which sharpness is compared
     f.reach_seconds = 0.4  # from the first to the last of them
     f.cut_margin_seconds = 0.15  # and how far from any cut
 
     c.motion = m = ConfigDict()
-    m.pairs = 8
+    m.places = 5
+    m.pairs = 2  # at each place, one after the other
     m.gap_seconds = 0.2
     m.short_side = 256  # pixels
     m.quantile = 0.5  # over the pairs: 0.5 is the median, 1 the pair that moves most

@@ -379,6 +379,7 @@ def _define_plan(values: "flags.FlagValues") -> None:
     define(flags.DEFINE_float, "mfu", 0.45, "assumed utilisation (causal attention counted), for time and cost")
     define(flags.DEFINE_float, "price_per_chip_hour", None, "in any currency", lower_bound=0.0)
     define(flags.DEFINE_string, "cache", "", "folder that keeps results, so that the same step is compiled once")
+    define(flags.DEFINE_string, "table", None, "only print a file of lines of --json as a Markdown table")
 
 
 def _run_plan(values: "flags.FlagValues", rest: list[str]) -> None:
@@ -386,8 +387,13 @@ def _run_plan(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.tools.plan_compile import prepare_environment
 
     _no_more("plan", values, _not_of_config(rest))
+    if values.table:
+        from kangaroo_jax.tools import plan
+
+        print(plan.table_of_file(Path(values.table)))
+        return
     _required("plan", values, "topology", *(() if values.curriculum else ("config",)))
-    prepare_environment()
+    prepare_environment()  # before anything imports JAX
 
     from kangaroo_jax.tools import plan
     from kangaroo_jax.training.curriculum import STAGES

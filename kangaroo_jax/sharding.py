@@ -5,6 +5,7 @@ the compiler cannot be trusted to cut by itself (attention kernels, the loss, th
 `per_device`, where a function sees the piece of one device and talks to the others by logical axis.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "replicas": "data",  # devices that hold the same weights of the decoder
 }
+
+# Logical axes that are cut to keep weights in pieces, not to share the work: joined where a weight is used.
+STORAGE = ("embed", "vision_embed")
 
 
 # ------------------------------------------------------------------------------------ meshes
@@ -146,6 +150,27 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def joined(weight: jax.Array, axes: Axes) -> jax.Array:
+    """A weight of logical `axes` as it is used: its STORAGE axes whole. Its gradient is cut again.
+
+    Left to itself the compiler joined all tokens of a row on every device instead, where a context axis cuts them;
+    where only fsdp and tensor axes cut anything, it joins the weights by itself.
+    """
+    return constrain(weight, tuple(None if axis in STORAGE else axis for axis in axes))
+
+
+def _joined_forward(weight: jax.Array, axes: Axes) -> tuple[jax.Array, None]:
+    return joined(weight, axes), None
+
+
+def _joined_backward(axes: Axes, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, axes),)
+
+
+joined.defvjp(_joined_forward, _joined_backward)
 
 
 def shards(axis: str | None) -> int:

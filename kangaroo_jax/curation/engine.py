@@ -166,33 +166,30 @@ def _connect(address: str, workers: int) -> None:
 
 
 def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:
-    """Shards as tasks, and then, where the config has actors, their stages by these."""
+    """Shards as tasks, and then their other stages by actors, where the config has some."""
     import ray
 
-    shared = ray.put(plan)
-    pool = Actors(plan) if plan.config["engine"]["actors"] else None
+    shared, pool = ray.put(plan), Actors(plan)
     task = ray.remote(num_cpus=1, max_retries=-1)(ray_task)
     waiting = collections.deque(todo)
     running: dict[Any, Shard] = {}
-    while waiting or running or (pool is not None and pool.busy):
+    while waiting or running or pool.busy:
         ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while waiting and len(running) < ahead:
             shard = waiting.popleft()
-            running[task.remote(shard, shared, pool is not None)] = shard
-        if pool is not None:
-            pool.start()
-        references = [*running, *(pool.running if pool is not None else ())]
-        ready, _ = ray.wait(references, num_returns=1, timeout=1.0)
+            running[task.remote(shard, shared, pool.any)] = shard
+        pool.start()
+        ready, _ = ray.wait([*running, *pool.running], num_returns=1, timeout=1.0)
         for reference in ready:
             of_task = reference in running
-            shard = running.pop(reference) if of_task else pool.take(reference)  # type: ignore[union-attr]
+            shard = running.pop(reference) if of_task else pool.take(reference)
             try:
                 calls = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.as_instanceof_cause() from None
             for call in calls:
                 progress.stage(*call)
-            if of_task and pool is not None:
+            if of_task and pool.any:
                 pool.add(shard)
             else:
                 progress.shard(shard)

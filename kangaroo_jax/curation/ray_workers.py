@@ -14,7 +14,7 @@ from typing import Any
 from kangaroo_jax.curation.guard import Guard
 from kangaroo_jax.curation.run_shard import Plan, run_shard, run_stages
 from kangaroo_jax.curation.shards import Shard
-from kangaroo_jax.curation.stages.base import Stage
+from kangaroo_jax.curation.stages.base import Settings, Stage
 from kangaroo_jax.errors import UserError
 
 Calls = list[tuple[str, str, float]]  # what progress is told
@@ -60,37 +60,22 @@ class Actor:
 
 
 class Actors:
-    """A pool of actors and the shards that wait for one."""
+    """A pool of actors, which may be empty, and the shards that wait for one."""
 
     def __init__(self, plan: Plan) -> None:
         """Raises UserError: Ray has not what the config asks for."""
-        import ray
-
         engine = plan.config["engine"]
-        need = {"CPU": engine["actor_cpus"], "GPU": engine["actor_gpus"], **dict(engine["actor_resources"])}
-        there = ray.cluster_resources()
-        for name, amount in need.items():
-            if amount > there.get(name, 0.0):
-                raise UserError(
-                    f"--engine=ray: an actor asks for {amount:g} {name} and all nodes have {there.get(name, 0.0):g}; "
-                    "see config.engine.actor_cpus, actor_gpus and actor_resources"
-                )
-        if engine["actors"] * engine["actor_cpus"] > there.get("CPU", 0.0) - 1:
-            raise UserError(
-                f"--engine=ray: {engine['actors']} actors of {engine['actor_cpus']:g} CPU leave none of the "
-                f"{there.get('CPU', 0.0):g} CPU to tasks; lower config.engine.actors or actor_cpus"
-            )
-        kind = ray.remote(Actor).options(
-            num_cpus=engine["actor_cpus"],
-            num_gpus=engine["actor_gpus"],
-            resources=dict(engine["actor_resources"]),
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
-        self._actors: list[Any] = [kind.remote(plan) for _ in range(engine["actors"])]
+        if engine["actors"]:
+            _check_resources(engine)
+        self._actors = _started(plan)
         self._idle = collections.deque(self._actors)
         self._waiting: collections.deque[Shard] = collections.deque()
         self.running: dict[Any, tuple[Any, Shard]] = {}
+
+    @property
+    def any(self) -> bool:
+        """Whether the config has some."""
+        return bool(self._actors)
 
     @property
     def busy(self) -> bool:
@@ -112,3 +97,37 @@ class Actors:
         actor, shard = self.running.pop(reference)
         self._idle.append(actor)
         return shard
+
+
+def _check_resources(engine: Settings) -> None:
+    """Raises UserError: Ray has not what the config asks for."""
+    import ray
+
+    need = {"CPU": engine["actor_cpus"], "GPU": engine["actor_gpus"], **dict(engine["actor_resources"])}
+    there = ray.cluster_resources()
+    for name, amount in need.items():
+        if amount > there.get(name, 0.0):
+            raise UserError(
+                f"--engine=ray: an actor asks for {amount:g} {name} and all nodes have {there.get(name, 0.0):g}; "
+                "see config.engine.actor_cpus, actor_gpus and actor_resources"
+            )
+    if engine["actors"] * engine["actor_cpus"] > there.get("CPU", 0.0) - 1:
+        raise UserError(
+            f"--engine=ray: {engine['actors']} actors of {engine['actor_cpus']:g} CPU leave none of the "
+            f"{there.get('CPU', 0.0):g} CPU to tasks; lower config.engine.actors or actor_cpus"
+        )
+
+
+def _started(plan: Plan) -> list[Any]:
+    """The actors that the config asks for."""
+    import ray
+
+    engine = plan.config["engine"]
+    kind = ray.remote(Actor).options(
+        num_cpus=engine["actor_cpus"],
+        num_gpus=engine["actor_gpus"],
+        resources=dict(engine["actor_resources"]),
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    return [kind.remote(plan) for _ in range(engine["actors"])]

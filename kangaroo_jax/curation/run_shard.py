@@ -60,17 +60,34 @@ def run_stages(shard: Shard, plan: Plan, guard: Guard, tell: Tell, stages: Seque
     """Run some of the plan's stages, with those that they follow; returns the rows with what they found."""
     keys = shards.stage_keys(shard, plan.stages, plan.config)
     rows = [dict(item) for item in shard.items]
-    for stage in stages:
-        file = shards.stage_file(plan.root, stage.name, shard.name, keys[stage.name])
-        if shards.done(file) is None:
-            _remove_others(file)
-            spent = Spent(tell)
-            found = _all_scored([row for row in rows if _applies(stage, row)], stage, plan, guard, spent)
+    for group in _groups(stages):
+        files = {stage: shards.stage_file(plan.root, stage.name, shard.name, keys[stage.name]) for stage in group}
+        todo = [stage for stage, file in files.items() if shards.done(file) is None]
+        for stage in todo:
+            _remove_others(files[stage])
+        spent = {stage: Spent(tell) for stage in todo}
+        for stage, found in _all_scored(rows, plan, guard, spent).items():
             failed = sum("failure" in one for one in found)
-            shards.put_rows(plan.root, file, found, {"rows": len(found), "failed": failed})
-            spent.write(plan.root, stage.name, shard.name)
-        rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
+            shards.put_rows(plan.root, files[stage], found, {"rows": len(found), "failed": failed})
+            spent[stage].write(plan.root, stage.name, shard.name)
+        for stage, file in files.items():
+            rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
     return rows
+
+
+def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages side by side that follow the same ones: what they read of a clip is the same, so it is read once.
+
+    A stage that takes many rows at a time is alone.
+    """
+    groups: list[list[Stage]] = []
+    for stage in stages:
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.after == stage.after and last.score_many is stage.score_many is None:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
 
 
 class Spent:
@@ -99,27 +116,38 @@ def _applies(stage: Stage, row: Row) -> bool:
     return row["kind"] in stage.kinds and all(name in row for name in stage.after)
 
 
-def _all_scored(rows: list[Row], stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> list[Row]:
-    """What the stage says of the rows: several at a time where it takes them, each alone where that fails."""
-    size = plan.config[stage.name]["batch"] if stage.score_many is not None else 1
+def _all_scored(rows: Sequence[Row], plan: Plan, guard: Guard, spent: Mapping[Stage, Spent]) -> dict[Stage, list[Row]]:
+    """What each stage says of the rows: all of them of a row before the next row."""
+    found: dict[Stage, list[Row]] = {stage: [] for stage in spent}
+    for stage in spent:
+        if stage.score_many is not None:
+            return {
+                stage: _scored_together([row for row in rows if _applies(stage, row)], stage, plan, guard, spent[stage])
+            }
+    for row in rows:
+        for stage, tell in spent.items():
+            if _applies(stage, row):
+                found[stage].append(_scored(row, stage, plan, guard, tell))
+    return found
+
+
+def _scored_together(rows: Sequence[Row], stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> list[Row]:
+    """What the stage says of the rows: several at a time, each alone where that fails."""
+    settings = plan.config[stage.name]
     found: list[Row] = []
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        if size > 1:
-            settings = plan.config[stage.name]
-            try:
-                outcomes, seconds, memory = guard.call(stage.name, part, settings, str(plan.root))
-            except SetupError:
-                raise
-            except (UserError, Lost):
-                pass  # because of one of them: which, is seen below
-            else:
-                for _ in part:
-                    tell(stage.name, "", seconds / len(part))
-                tell.memory = max(tell.memory, memory)
-                found += [{"id": row["id"], "scores": one.scores} for row, one in zip(part, outcomes, strict=True)]
-                continue
-        found += [_scored(row, stage, plan, guard, tell) for row in part]
+    for first in range(0, len(rows), settings["batch"]):
+        part = rows[first : first + settings["batch"]]
+        try:
+            outcomes, seconds, memory = guard.call(stage.name, part, settings, str(plan.root))
+        except SetupError:
+            raise
+        except (UserError, Lost):  # because of one of them: which, is seen now
+            found += [_scored(row, stage, plan, guard, tell) for row in part]
+            continue
+        for _ in part:
+            tell(stage.name, "", seconds / len(part))
+        tell.memory = max(tell.memory, memory)
+        found += [{"id": row["id"], "scores": one.scores} for row, one in zip(part, outcomes, strict=True)]
     return found
 
 

@@ -156,14 +156,21 @@ class FramePicker:
 
         Raises UserError: too many of them are damaged or missing.
         """
-        slack = min(_ROUNDING, self._interval / 4)
         pixels = np.empty((len(times), self._side, self._side, 3), np.uint8)
         seen = np.empty(len(times))
+        last: Any = None
+        for i, (frame, shown_at) in enumerate(self.frames(times)):
+            pixels[i] = pixels[i - 1] if last is frame else self._to_pixels(frame)
+            last, seen[i] = frame, shown_at
+        return pixels, seen
+
+    def frames(self, times: np.ndarray) -> Iterator[tuple[Any, float]]:
+        """The decoder's own frame at each of `times` (ascending seconds of the file), and its time. See `pick`."""
+        slack = min(_ROUNDING, self._interval / 4)
         self._aim(times[0])
         shown, shown_at = next(self._frames, (None, 0.0))
         ahead: tuple[Any, float] | None = next(self._frames, None)
-        last: Any = None
-        for i, time in enumerate(times):
+        for time in times:
             self._aim(time)
             if ahead is not None and self._should_seek(time, ahead[1]):
                 shown, shown_at, ahead = self._jump(time, slack)
@@ -173,9 +180,7 @@ class FramePicker:
                 shown, shown_at, ahead = self._jump(time, slack)
                 shown, shown_at, ahead = self._forward(time + slack, shown, shown_at, ahead)
             self._judge(time, slack, shown, shown_at, ahead, len(times))
-            pixels[i] = pixels[i - 1] if last is shown else self._to_pixels(shown)
-            last, seen[i] = shown, max(shown_at, 0.0)
-        return pixels, seen
+            yield shown, max(shown_at, 0.0)
 
     def _forward(
         self, time: float, shown: Any, shown_at: float, ahead: tuple[Any, float] | None

@@ -22,7 +22,7 @@ BLOCKS = (1024, 512, 384, 256, 128)  # of queries and of keys; the largest that 
 COMPUTED = 512  # keys whose scores exist at a time
 # The fused backward kernel computes the scores once instead of twice, but holds a query gradient for every
 # block of keys; beyond so many bytes of them the two separate kernels are used.
-FUSED_BYTES = 1 << 30
+FUSED_BYTES = 1 << 31
 PADDING = -1  # segment of the padding
 
 

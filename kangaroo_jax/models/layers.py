@@ -7,8 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from kangaroo_jax.sharding import divides, exchange, fitting, gather, index_on, per_device, shards, split_mesh, sum_over
+from kangaroo_jax.sharding import (
+    divides,
+    exchange,
+    fitting,
+    gather,
+    index_on,
+    joined,
+    per_device,
+    shards,
+    split_mesh,
+    sum_over,
+)
 
 Axes = tuple[str | None, ...]
 
@@ -55,12 +67,16 @@ class Linear(nnx.Module):
         self.kernel = parameter(init, (*inputs, *outputs), axes, rngs=rngs, dtype=param_dtype)
         if bias:
             self.bias = parameter(constant(0.0), outputs, axes[len(inputs) :], rngs=rngs, dtype=param_dtype)
-        self.has_bias = bias
+        self.has_bias, self.axes = bias, tuple(axes)
         self.contracted = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        kernel = self.kernel[...].astype(x.dtype)
+        # Of the two the smaller is to move: in generation, a token at a time, that is x.
+        if shards("tokens") > 1 and x.size >= kernel.size:
+            kernel = checkpoint_name(joined(kernel, self.axes), "weight")
+        y = jnp.tensordot(x, kernel, axes=self.contracted)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 

@@ -12,7 +12,7 @@ Carry = TypeVar("Carry")
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 # What the forward pass of a layer keeps for the backward pass; the rest is computed again.
-#   none     keeps everything                        (fastest, most memory)
+#   none     keeps everything but joined weights     (fastest, most memory)
 #   dots     keeps the result of every matrix product with a weight
 #   minimal  keeps what is dear to compute again: the activations marked with `keep`, which are the
 #            attention's inputs, output and the MLP's hidden activations
@@ -20,7 +20,7 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 #   offload  is minimal with what is kept moved to the host's memory meanwhile
 KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")
 REMAT_POLICIES: dict[str, Any] = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names("weight"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,8 +72,7 @@ def run_layers(
         return step(nnx.merge(graph, weights), carry, index), None
 
     remat = "full" if remat == "auto" else remat
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, carry, (weights, jnp.arange(depth)))[0]
     for index, layer in enumerate(_unstack(weights, depth)):

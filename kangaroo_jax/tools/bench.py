@@ -2,8 +2,8 @@
 
 `train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
 plainly in PyTorch, in turn; `data` the loader (`bench_data.py`); `packing` how full rows get
-(`bench_packing.py`); `annotate` the client of annotation (`bench_annotate.py`). Imports nothing of the data stack
-itself, so that it runs where only jax, flax and optax are.
+(`bench_packing.py`); `annotate` the client of annotation (`bench_annotate.py`); `curate` the stages of curation
+(`bench_curate.py`). Imports nothing of the data stack itself, so that it runs where only jax, flax and optax are.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
 
-ELSEWHERE = ("data", "packing", "annotate")  # benchmarks with a module of their own, which may need more
+ELSEWHERE = ("data", "packing", "annotate", "curate")  # benchmarks with a module of their own, which may need more
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
@@ -215,7 +215,8 @@ def bench_config(arguments: argparse.Namespace) -> ConfigDict:
 
 def main(argv: Sequence[str]) -> None:
     """`train`, `vision [--config=STAGE:PRESET] [--steps=N]`, `train-vs-torch [--steps=N] [--rounds=N] ...`,
-    `convert [--folder=DIR] [--layers=N]`, `data ...`, `packing ...` or `annotate [--requests=N] ...`.
+    `convert [--folder=DIR] [--layers=N]`, `data ...`, `packing ...`,
+    `annotate [--requests=N] ...` or `curate --input=... [--rounds=N]`.
     """
     if argv and argv[0] in ELSEWHERE:
         return importlib.import_module(f"kangaroo_jax.tools.bench_{argv[0]}").main(argv[1:])

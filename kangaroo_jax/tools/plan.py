@@ -36,6 +36,8 @@ class Plan:
 
     stage: str
     topology: str
+    tokens_per_pack: int
+    frames_per_pack: int
     source: str  # "compiled", or "formula" where no compiler for the chip is here
     fits: bool
     peak_hbm_gib: float
@@ -58,6 +60,7 @@ class Plan:
     accumulate: int
     remat: dict[str, str]
     compile_seconds: float | None
+    compile_cpu_seconds: float | None  # of all threads
     nearest_change: str = ""
 
 
@@ -86,6 +89,8 @@ def make_plan(
     return Plan(
         stage=config.stage,
         topology=str(target),
+        tokens_per_pack=config.data.tokens_per_pack,
+        frames_per_pack=config.data.frames_per_pack,
         source="compiled" if compiled else "formula",
         fits=compiled.fits if compiled else estimate <= target.chip.gib,
         peak_hbm_gib=compiled.peak_gib if compiled else estimate,
@@ -108,6 +113,7 @@ def make_plan(
         accumulate=config.train.accumulate,
         remat={"llm": config.model.llm.remat, "vision": config.model.vision.remat},
         compile_seconds=compiled.compile_seconds if compiled else None,
+        compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
     )
 
 
@@ -274,7 +280,7 @@ def run(
         plain = [dataclasses.asdict(plan) for plan in plans]
         tell(json.dumps(plain[0] if len(plain) == 1 else {"stages": plain, **total(plans)}))
     elif len(plans) > 1:
-        tell(table(plans))
+        tell(table(plans, with_sum=True))
     return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
 
 
@@ -316,18 +322,45 @@ def line(plan: Plan) -> str:
     return f"{plan.peak_hbm_gib} of {plan.capacity_gib} GiB, {verdict}, {plan.step_seconds} s a step"
 
 
-def table(plans: list[Plan]) -> str:
-    """Plans as a Markdown table, with their sum."""
-    head = "stage | mesh | GiB a device | fits | compiled / model | s a step | chip-hours | cost | compile s".split(
-        " | "
-    )
-    rows = [head, ["---"] * len(head)]
+def table(plans: list[Plan], *, with_sum: bool) -> str:
+    """Plans as a Markdown table, the cost only where it is known."""
+    rows = []
     for plan in plans:
-        cost = "" if plan.cost is None else f"{plan.cost:,.0f}"
-        peak, mesh = f"{plan.peak_hbm_gib} of {plan.capacity_gib}", "x".join(map(str, plan.mesh.values()))
-        cells = [plan.stage, mesh, peak, "yes" if plan.fits else "no", plan.compiled_over_model_flops]
-        rows.append([str(x) for x in (*cells, plan.step_seconds, f"{plan.chip_hours:,}", cost, plan.compile_seconds)])
-    sums = total(plans)
-    cost = "" if sums["cost"] is None else f"{sums['cost']:,.0f}"
-    rows.append(["sum", "", "", "yes" if sums["fits"] else "no", "", "", f"{sums['chip_hours']:,}", cost, ""])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        ratio, seconds = plan.compiled_over_model_flops, plan.compile_seconds
+        row = {
+            "stage": plan.stage,
+            "tokens, frames": f"{plan.tokens_per_pack:,}, {plan.frames_per_pack:,}",
+            "slice": plan.topology,
+            "mesh": "x".join(map(str, plan.mesh.values())),
+            "remat": plan.remat["llm"],
+            "GiB a device": f"{plan.peak_hbm_gib} of {plan.capacity_gib}",
+            "fits": "yes" if plan.fits else "no",
+            "compiled / model": "" if ratio is None else f"{ratio:.3f}",
+            "s a step": f"{plan.step_seconds:.1f}",
+            "chip-hours": f"{plan.chip_hours:,.0f}",
+            "cost": "" if plan.cost is None else f"{plan.cost:,.0f}",
+            "compile s (CPU s)": "by formula" if seconds is None else f"{seconds:.0f} ({plan.compile_cpu_seconds:.0f})",
+        }
+        rows.append(row)
+    names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    if with_sum:
+        sums = total(plans)
+        last = {"stage": "sum", "fits": "yes" if sums["fits"] else "no", "chip-hours": f"{sums['chip_hours']:,.0f}"}
+        rows.append({**last, "cost": "" if sums["cost"] is None else f"{sums['cost']:,.0f}"})
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def table_of_file(path: Path) -> str:
+    """The table of plans kept in a file, one line of `--json` each. Raises UserError where it is no such file."""
+    plans: list[Plan] = []
+    try:
+        for kept in path.read_text(encoding="utf-8").splitlines():
+            plans.append(Plan(**json.loads(kept)))
+    except OSError as error:
+        raise UserError(f"--table={path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--table={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
+        ) from None
+    return table(plans, with_sum=False)

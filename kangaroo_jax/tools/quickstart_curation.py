@@ -135,7 +135,7 @@ def settings() -> ConfigDict:
     config.face.update(width=160, height=96)
     # A thing comes or goes now and then, in the second after a frame; nothing else moves, and nothing is a cut.
     config.cuts.threshold = 255.0
-    config.motion.update(pairs=16, gap_seconds=1.0, quantile=1.0)
+    config.motion.update(places=16, pairs=1, gap_seconds=1.0, quantile=1.0)
     # Flat grounds look alike, left is not right, and an empty picture is not a full one: more rows are compared, noise
     # is passed over, and four of five key frames, taken at the same times of all, must be alike.
     config.keyframes.candidates = 1

@@ -31,8 +31,9 @@ TABLE: tuple[tuple[str, int, Placement], ...] = (
     ("v5e", 1 << 15, Placement(tensor=4)),
     ("v6e", 1 << 15, Placement(tensor=4)),
     ("v5p", 1 << 15, Placement()),
-    ("v5p", 1 << 19, Placement(context=16, tensor=4)),
-    ("v5p", 1 << 21, Placement(context=64, tensor=4)),
+    # In rows of hours attention is most of the work: not computed again, for some GiB a device.
+    ("v5p", 1 << 19, Placement(context=16, tensor=4, llm_remat="minimal")),
+    ("v5p", 1 << 21, Placement(context=64, tensor=4, llm_remat="minimal")),
 )
 DEFAULT = Placement()
 

@@ -10,6 +10,7 @@ from kangaroo_jax.models.eva_clip import normalise, resize_matrix
 from kangaroo_jax.models.layers import LayerNorm, Linear, RMSNorm, rotary_1d, rotary_2d, rotate_half, rotate_pairs
 from kangaroo_jax.models.patchify import Projector, time_encoding
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
+from kangaroo_jax.sharding import constrain, make_mesh, sharding
 
 
 def test_time_encoding_is_the_sinusoid_of_the_seconds():
@@ -121,3 +122,25 @@ def saved_bytes(policy):
 
 def test_remat_saves_memory():
     assert saved_bytes("full") < saved_bytes("dots") < saved_bytes("none")
+
+
+def test_where_tokens_are_cut_weights_are_joined_and_their_gradients_cut_again():
+    layer = Linear((64,), (32,), ("embed", "mlp"), bias=False, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    graph, weights = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (1, 256, 64))
+
+    def gradient(weights, x):
+        def loss(weights):
+            y = nnx.merge(graph, weights)(constrain(x, ("batch", "tokens", None)))
+            return jnp.mean(jnp.sin(constrain(y, ("batch", "tokens", "activation_mlp"))))
+
+        return jax.grad(loss)(weights)
+
+    expected = jax.jit(gradient)(weights, x)["kernel"][...]
+    mesh = make_mesh((1, 1, 4, 2))
+    with jax.set_mesh(mesh):
+        cut = sharding(mesh, ("embed", "mlp"))
+        cut_weights = jax.tree.map(lambda w: jax.device_put(w, cut), weights)
+        found = jax.jit(gradient)(cut_weights, jax.device_put(x, sharding(mesh, ("batch", "tokens", None))))
+    np.testing.assert_allclose(found["kernel"][...], expected, atol=1e-6)
+    assert found["kernel"][...].sharding.is_equivalent_to(cut, 2)

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -197,6 +199,66 @@ def test_the_nearest_change_fits_by_the_formula_that_said_no():
         bigger = parse_topology(change.removeprefix("--topology="))
         fitted = resolve(config, bigger.chip, bigger.devices)
         assert plan_formula.peak_gib(fitted, counts) <= bigger.chip.gib
+
+
+def test_the_table_of_the_docs_is_made_of_the_kept_plans(capsys, tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    code, out, _ = run(capsys, f"--table={docs / 'plan_compiled.jsonl'}")
+    assert code == 0 and out.count("\n") > 4 and out in (docs / "plan.md").read_text(encoding="utf-8")
+    broken = tmp_path / "plans.jsonl"
+    broken.write_text('{"stage": 1}\n')
+    code, _, error = run(capsys, f"--table={broken}")
+    assert code == 2 and "line 1: not a line of kangaroo plan --json" in error
+    assert run(capsys, f"--table={tmp_path / 'none'}")[0] == 2
+
+
+# ------------------------------------------------------------------- compiled for TPUs, by libtpu
+
+
+def memory_on_v5e(function, *arguments, **options):
+    device = plan_compile.topology_devices(parse_topology("v5e:2x2"))[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    traced = jax.jit(function, **options).trace(*arguments)
+    return traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+
+
+@needs_libtpu
+def test_the_peak_of_known_programs_is_what_the_compiler_compares_with_the_chip():
+    def floats(gib):
+        return jax.ShapeDtypeStruct((gib, 1 << 28), jnp.float32)
+
+    def peak_gib(*arguments, **options):
+        return plan_compile.peak_bytes(memory_on_v5e(*arguments, **options)) / (1 << 30)
+
+    assert peak_gib(lambda x: x + 1, floats(1)) == pytest.approx(2, abs=0.01)
+    assert peak_gib(lambda x: x + 1, floats(1), donate_argnums=0) == pytest.approx(1, abs=0.01)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        peak_gib(lambda x: x + 1, floats(8))
+    found = plan_compile._too_large(str(refusal.value), 1.0, 2.0, 3.0)
+    assert not found.fits and found.peak_gib == pytest.approx(16, abs=0.01) and found.compile_cpu_seconds == 3
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_step_fits_whose_arguments_and_temporaries_sum_to_more_than_the_chip_has():
+    def step(state, x):
+        def loss(weights):
+            @jax.checkpoint
+            def layer(x, w):
+                return x + jnp.tanh(x @ w[0].astype(x.dtype)) @ w[1].astype(x.dtype), None
+
+            return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2)
+
+        weights, momentum = state
+        momentum = jax.tree.map(lambda m, d: 0.9 * m + d, momentum, jax.grad(loss)(weights))
+        return jax.tree.map(lambda w, m: w - m, weights, momentum), momentum
+
+    weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((12, 2048, 8192), (12, 8192, 2048))]
+    x = jax.ShapeDtypeStruct((100_000, 2048), jnp.bfloat16)
+    memory = memory_on_v5e(step, (weights, weights), x, donate_argnums=0)
+    capacity = CHIPS["v5e"].gib * (1 << 30)
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes > capacity > plan_compile.peak_bytes(memory)
 
 
 @pytest.mark.slow

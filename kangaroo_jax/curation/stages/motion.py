@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.curation.stages.pictures import frames_at, times_within
+from kangaroo_jax.curation.stages.pictures import greys_at, places, times_within
 
 _AFTER_KEY = 0.04  # seconds: a key frame at a cut is not across it
 
@@ -24,16 +24,14 @@ def motion(row: Row, settings: Settings, root: Path) -> Outcome:
     seconds, probed = row["end"] - row["start"], row["probe"]
     interval = probed["seconds"] / max(1, probed["frames"])
     times = pair_times(seconds, interval, times_within(row, probed.get("keys", [])), settings)
-    width, height = row["probe"]["width"], row["probe"]["height"]
-    side = math.ceil(settings["short_side"] * max(width, height) / min(width, height))
-    pictures, seen = frames_at(row, times.ravel(), side)
+    greys = greys_at(row, times.ravel(), settings["short_side"])
     cuts = times_within(row, row["cuts"]["times"])
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     lengths, moving = [], []
     for k in range(len(times)):
         if any(times[k, 0] < cut <= times[k, 1] + 1e-3 for cut in cuts) and len(times) > 1:
             continue
-        one, two = (cv2.cvtColor(pictures[2 * k + i], cv2.COLOR_RGB2GRAY) for i in (0, 1))
+        one, two = greys[2 * k : 2 * k + 2]
         length = np.linalg.norm(flow.calc(one, two, np.empty(0, np.float32)), axis=2)
         lengths.append(100 * float(length.mean()) / math.hypot(*one.shape))
         moving.append(float((length > 1).mean()))
@@ -46,17 +44,21 @@ def motion(row: Row, settings: Settings, root: Path) -> Outcome:
 
 
 def pair_times(seconds: float, interval: float, keys: Sequence[float], settings: Settings) -> np.ndarray:
-    """Seconds of the pairs, float64[pairs, 2], ascending; fewer where the clip has no room for all.
+    """Seconds of the pairs, float64[pairs, 2], ascending: `pairs` in a row at each of `places`.
 
-    Pairs are spread evenly; where there is a key frame near, from which decoding can begin, a pair begins there.
-    Of a clip with fewer frames than `gap_seconds` asks for, pairs are neighbours.
+    Where the clip has no room for that, single pairs are spread evenly, fewer if need be; those begin after a key
+    frame, too, where one is near. Of a clip with fewer frames than `gap_seconds` asks for, pairs are neighbours.
     """
+    count, in_row = settings["places"], settings["pairs"]
     gap = min(max(settings["gap_seconds"], 1.05 * interval), seconds / 2)
+    if gap * in_row <= seconds / count / 2:
+        first = places(seconds, count, gap * in_row, keys)[:, None] + gap * np.arange(in_row)
+        return np.stack([first, first + gap], axis=-1).reshape(-1, 2).round(6)
     last = max(0.0, seconds - gap - 1.5 * interval)  # the last frame's own time is before the end
-    pairs = max(1, min(settings["pairs"], int(last / gap)))
+    pairs = max(1, min(count * in_row, int(last / gap)))
     room = last / pairs
-    first = (np.arange(pairs) + 0.5) * room
-    for k, middle in enumerate(first):
+    starts = (np.arange(pairs) + 0.5) * room
+    for k, middle in enumerate(starts):
         near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= room / 2 - gap / 2]
-        first[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
-    return np.stack([first, first + gap], axis=1)
+        starts[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
+    return np.stack([starts, starts + gap], axis=1)

@@ -1,13 +1,20 @@
-"""Pictures for the stages: frames of a clip in their own shape, and the key frames that were written."""
+"""Pictures for the stages: frames of a clip in their own shape, and the key frames that were written.
 
+Key frames and motion look at the same moments where their settings allow (`places`). The engine scores them one after
+the other for each clip, and what the first has decoded the second finds in `greys_at`, in the memory of the process.
+That changes the cost and nothing else: the frame on display at a time is the same, whoever decodes it.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.data import animation
@@ -17,42 +24,27 @@ from kangaroo_jax.data.storage import member_suffix
 from kangaroo_jax.data.video import load_video
 from kangaroo_jax.errors import UserError
 
+_AFTER_KEY = 0.15  # seconds: out of reach of a cut at the key frame
+_DIGITS = 6  # of a time: two stages that mean the same moment ask for the same number
 
-def frames_at(row: Row, times: Sequence[float] | np.ndarray, side: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Frames on display at ascending `times` (seconds of the clip), longest side at most `side`, and their times.
 
-    RGB, uint8[height, width, 3], contiguous. Raises UserError.
+# ------------------------------------------------------------------------- where to look
+
+
+def places(seconds: float, count: int, reach: float, keys: Sequence[float]) -> np.ndarray:
+    """Seconds at which to begin to look for `reach` seconds, one in each of `count` equal parts: float64[count].
+
+    Around the middle of the part; or after the frame nearest to it, within a quarter of the part, from which decoding
+    can begin (`keys`). No further: copies have other key frames, and are known by what they show at the same times.
+    `reach` is at most half of a part.
     """
-    width, height = row["probe"]["width"], row["probe"]["height"]
-    side = min(side, max(width, height))
-    if row["kind"] == "image":
-        return [_without_bars(load_image(row["path"], side), width, height)], np.zeros(1)
-    start = row["start"] or 0.0
-    if member_suffix(row["path"]) in animation.SUFFIXES:
-        clip = load_video(row["path"], image_size=side, times=times, start=start)
-        pixels, seen = clip.pixels, clip.times
-    else:
-        with open_video(row["path"]) as (container, stream):
-            pixels, seen = _Picker(row["path"], container, stream, side).pick(np.asarray(times, np.float64) + start)
-        seen = np.maximum(seen - start, 0.0)
-    return [_without_bars(picture, width, height) for picture in pixels], seen
-
-
-class _Picker(FramePicker):
-    """Resizes as it converts to RGB (FFmpeg's bicubic): a third of the cost of doing one after the other."""
-
-    def _to_pixels(self, frame: Any) -> np.ndarray:
-        turns = round(frame.rotation / 90) % 4
-        ratio = float(self._stream.sample_aspect_ratio or 1) or 1.0
-        aspect = frame.width * ratio / frame.height
-        wide = self._side if aspect >= 1 else max(1, round(self._side * aspect))
-        high = self._side if aspect < 1 else max(1, round(self._side / aspect))
-        options: dict[str, Any] = {"format": "rgb24", "interpolation": Interpolation.BICUBIC, "threads": 1}
-        rgb = np.rot90(self._reformatter.reformat(frame, wide, high, **options).to_ndarray(), turns)
-        square = np.zeros((self._side, self._side, 3), np.uint8)
-        top, left = (self._side - rgb.shape[0]) // 2, (self._side - rgb.shape[1]) // 2
-        square[top : top + rgb.shape[0], left : left + rgb.shape[1]] = rgb
-        return square
+    part = seconds / count
+    found = np.empty(count)
+    for k in range(count):
+        middle = (k + 0.5) * part - reach / 2
+        near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= part / 4]
+        found[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
+    return found.round(_DIGITS)
 
 
 def times_within(row: Row, times: Sequence[float]) -> list[float]:
@@ -60,13 +52,108 @@ def times_within(row: Row, times: Sequence[float]) -> list[float]:
     return [time - row["start"] for time in times if row["start"] <= time < row["end"]]
 
 
-def _without_bars(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """What a letterbox of a picture of that shape holds, without its bars."""
-    side = picture.shape[0]
-    wide, high = (side, max(1, round(side * height / width))) if width >= height else (0, side)
-    wide = wide or max(1, round(side * width / height))
-    top, left = (side - high) // 2, (side - wide) // 2
-    return np.ascontiguousarray(picture[top : top + high, left : left + wide])
+# ------------------------------------------------------------------------------ decoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What is on display at a time, converted when it is asked for; it keeps the decoder's frame in memory."""
+
+    time: float  # when it came on display, seconds of the clip
+    _source: Any  # a frame of the decoder, or RGB, uint8[height, width, 3]
+    _shape: tuple[int, int]  # width and height on display
+    _reformatter: VideoReformatter | None = None
+
+    def grey(self, short_side: int) -> np.ndarray:
+        """Luma, uint8[height, width], shorter side at most `short_side`."""
+        scale = min(1.0, short_side / min(self._shape))
+        return self._converted("gray", scale, Interpolation.AREA)
+
+    def colour(self, side: int) -> np.ndarray:
+        """RGB, uint8[height, width, 3], longer side at most `side`."""
+        return self._converted("rgb24", min(1.0, side / max(self._shape)), Interpolation.BICUBIC)
+
+    def _converted(self, form: str, scale: float, interpolation: Interpolation) -> np.ndarray:
+        width, height = (max(1, round(side * scale)) for side in self._shape)
+        if self._reformatter is None:
+            small = cv2.resize(self._source, (width, height), interpolation=cv2.INTER_AREA)
+            return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY) if form == "gray" else small
+        turns = round(self._source.rotation / 90) % 4
+        size = (height, width) if turns % 2 else (width, height)
+        options: dict[str, Any] = {"format": form, "interpolation": interpolation, "threads": 1}
+        # Resized as it is converted: a third of the cost of doing one after the other.
+        return np.ascontiguousarray(
+            np.rot90(self._reformatter.reformat(self._source, *size, **options).to_ndarray(), turns)
+        )
+
+
+def pictures_at(row: Row, times: Sequence[float] | np.ndarray, side: int) -> Generator[Picture]:
+    """What is on display at ascending `times` (seconds of the clip), one after the other.
+
+    Args:
+        side: pixels of the longer side; images and animations are read no larger.
+
+    Raises UserError.
+    """
+    shape = row["probe"]["width"], row["probe"]["height"]
+    start = row["start"] or 0.0
+    if row["kind"] == "image":
+        yield _from_array(load_image(row["path"], min(side, max(shape))), shape, 0.0)
+    elif member_suffix(row["path"]) in animation.SUFFIXES:
+        clip = load_video(row["path"], image_size=min(side, max(shape)), times=times, start=start)
+        for pixels, time in zip(clip.pixels, clip.times, strict=True):
+            yield _from_array(pixels, shape, float(time))
+    else:
+        reformatter = VideoReformatter()
+        with open_video(row["path"]) as (container, stream):
+            picker = FramePicker(row["path"], container, stream, side)
+            for frame, time in picker.frames(np.asarray(times, np.float64) + start):
+                yield Picture(max(time - start, 0.0), frame, shape, reformatter)
+
+
+def _from_array(square: np.ndarray, shape: tuple[int, int], time: float) -> Picture:
+    """Of a letterboxed picture of that shape, uint8[S, S, 3], without its bars."""
+    scale = square.shape[0] / max(shape)
+    width, height = (max(1, round(side * scale)) for side in shape)
+    top, left = (square.shape[0] - height) // 2, (square.shape[0] - width) // 2
+    inner = np.ascontiguousarray(square[top : top + height, left : left + width])
+    return Picture(time, inner, (width, height))
+
+
+# ---------------------------------------------------------------- what was decoded before
+
+_Clip = tuple[Any, ...]
+_remembered: tuple[_Clip, Mapping[float, np.ndarray]] = ((), {})
+
+
+def remember_greys(row: Row, short_side: int, greys: Mapping[float, np.ndarray]) -> None:
+    """Keep what `greys_at` would decode of this clip, in place of what was kept of another."""
+    global _remembered
+    _remembered = _clip(row, short_side), dict(greys)
+
+
+def greys_at(row: Row, times: np.ndarray, short_side: int) -> list[np.ndarray]:
+    """Luma at ascending `times` (seconds of the clip): uint8[height, width], shorter side at most `short_side`.
+
+    Raises UserError.
+    """
+    clip, known = _remembered
+    found = dict(known) if clip == _clip(row, short_side) else {}
+    times = np.round(times, _DIGITS)
+    missing = [time for time in dict.fromkeys(times.tolist()) if time not in found]
+    if missing:
+        shape = row["probe"]["width"], row["probe"]["height"]
+        side = math.ceil(short_side * max(shape) / min(shape))
+        pictures = pictures_at(row, missing, side)
+        found |= {time: picture.grey(short_side) for time, picture in zip(missing, pictures, strict=True)}
+    return [found[time] for time in times.tolist()]
+
+
+def _clip(row: Row, short_side: int) -> _Clip:
+    return row["path"], row["probe"]["sha256"], row["start"], row["end"], short_side
+
+
+# ---------------------------------------------------------------------------- key frames
 
 
 def key_frame_paths(row: Row, root: Path) -> list[Path]:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.curation.guard import Guard, Lost, Stopped
-from kangaroo_jax.curation.stages.cuts import clips_between, cuts
+from kangaroo_jax.curation.stages import pictures
+from kangaroo_jax.curation.stages.cuts import clips_between, cuts, cuts_by_size, usual_gap
 from kangaroo_jax.curation.stages.face import box_coverage, boxes_of
-from kangaroo_jax.curation.stages.fingerprint import without_black_bars
+from kangaroo_jax.curation.stages.fingerprint import quantiles, without_black_bars
 from kangaroo_jax.curation.stages.keyframes import candidate_times, keyframes, sharpness
 from kangaroo_jax.curation.stages.motion import motion, pair_times
-from kangaroo_jax.curation.stages.pictures import frames_at
+from kangaroo_jax.curation.stages.pictures import greys_at, pictures_at
 from kangaroo_jax.curation.stages.probe import probe
 from kangaroo_jax.curation.stages.text import coverage, static_share
 from kangaroo_jax.errors import UserError
@@ -69,6 +70,19 @@ def test_cuts_are_found_by_a_full_pass_and_between_key_frames(tmp_path, config):
     assert len(cuts(probed(film, config), config.cuts, tmp_path).clips) == 3
 
 
+def test_a_scene_begins_with_a_large_packet_or_a_key_frame_out_of_turn():
+    packets = [(k / 10, 100, False) for k in range(60)]
+    packets[0], packets[50] = (0.0, 1000, True), (5.0, 900, True)
+    assert cuts_by_size(packets, 0.0, 5.0, False) == []
+    assert cuts_by_size(packets, 0.0, 5.01, True) == [pytest.approx(5.0)]  # the later key frame begins it
+    packets[30] = (3.0, 850, False)
+    assert cuts_by_size(packets, 0.0, 5.01, True) == [3.0]
+    noisy = [(time, 700 if size == 100 else size, key) for time, size, key in packets]
+    assert cuts_by_size(noisy, 0.0, 5.01, False) == []  # all are large
+    assert usual_gap(np.array([5.0, 5.0, 1.2, 10.0, 5.0])) == 5.0  # 10.0 is there once
+    assert usual_gap(np.array([3.0, 8.0])) == 8.0 and usual_gap(np.array([])) == 0.0
+
+
 def test_scenes_are_joined_and_divided():
     assert clips_between([1, 4, 8], 0, 12, 3, 60) == ((0.0, 4.0), (4.0, 8.0), (8.0, 12.0))
     assert clips_between([], 0, 100, 3, 40) == ((0.0, 33.333), (33.333, 66.667), (66.667, 100.0))
@@ -89,7 +103,8 @@ def test_key_frames_are_spread_sharp_and_not_at_cuts(tmp_path, config):
     assert sum(round(8 * time) % 4 == 0 for time in outcome.scores["times"]) >= 3  # the sharp ones
     picture = cv2.imdecode(np.frombuffer(outcome.files[0], np.uint8), cv2.IMREAD_COLOR)
     assert picture.shape == (180, 240, 3)
-    assert sharpness(scene(1)) > 2 * sharpness(cv2.GaussianBlur(scene(1), (0, 0), 4))
+    grey = cv2.cvtColor(scene(1), cv2.COLOR_RGB2GRAY)
+    assert sharpness(grey) > 2 * sharpness(cv2.GaussianBlur(grey, (0, 0), 4))
 
 
 def test_motion_is_of_the_diagonal_and_no_cut_adds_to_it(tmp_path, config):
@@ -104,17 +119,35 @@ def test_motion_is_of_the_diagonal_and_no_cut_adds_to_it(tmp_path, config):
         row = clip_of(write_clip(tmp_path / f"{name}.mp4", frames, crf="10"), config)
         scores.append(motion(row, config.motion, tmp_path).scores["score"])
     assert scores[0] == pytest.approx(scores[1], rel=0.35) and min(scores) > 0.1
-    pairs = pair_times(10.0, 0.04, [2.0], config.motion)
-    assert pairs.shape == (8, 2) and (np.diff(pairs.ravel()) > 0).all() and pairs[-1, 1] < 9.98
-    assert 2.04 in pairs[:, 0].round(3).tolist()
+    pairs = pair_times(10.0, 0.04, [2.2], config.motion)
+    assert pairs.shape == (10, 2) and (np.diff(pairs.ravel()) >= 0).all() and pairs[-1, 1] < 9.98
+    assert 2.35 in pairs[:, 0].tolist()
+    spread = pair_times(2.0, 0.04, [0.5], config.motion)
+    assert spread.shape == (8, 2) and (np.diff(spread.ravel()) > 0).all() and spread[-1, 1] < 1.98
     assert pair_times(0.2, 0.04, [], config.motion).shape == (1, 2)
+
+
+def test_key_frames_and_motion_share_what_is_decoded(tmp_path, config, monkeypatch):
+    row = clip_of(write_clip(tmp_path / "a.mp4", moving(2, 48, 2)), config)
+    alone = motion(row, config.motion, tmp_path)
+    keyframes(row, config.keyframes, tmp_path)
+    monkeypatch.setattr(pictures, "pictures_at", lambda *_: pytest.fail("decoded again"))
+    assert motion(row, config.motion, tmp_path) == alone
+    with pytest.raises(pytest.fail.Exception):
+        motion(row, {**config.motion, "short_side": 128}, tmp_path)
 
 
 def test_frames_have_their_own_shape(tmp_path, config):
     row = clip_of(write_clip(tmp_path / "a.mp4", moving(0)), config)
-    pictures, times = frames_at(row, [0.0, 1.0], 120)
-    assert [picture.shape for picture in pictures] == [(90, 120, 3)] * 2 and times.tolist() == [0.0, 1.0]
-    assert np.abs(pictures[0].astype(int) - cv2.resize(scene(0), (120, 90), interpolation=cv2.INTER_AREA)).mean() < 6
+    seen = list(pictures_at(row, [0.0, 1.0], 120))
+    assert [picture.colour(120).shape for picture in seen] == [(90, 120, 3)] * 2
+    assert [picture.time for picture in seen] == [0.0, 1.0]
+    (grey,) = greys_at(row, np.array([0.0]), 90)
+    assert grey.shape == (90, 120) and np.abs(grey.mean() - seen[0].colour(120).mean()) < 12
+    assert (
+        np.abs(seen[0].colour(120).astype(int) - cv2.resize(scene(0), (120, 90), interpolation=cv2.INTER_AREA)).mean()
+        < 6
+    )
 
 
 def test_overlapping_boxes_count_once():
@@ -125,6 +158,8 @@ def test_overlapping_boxes_count_once():
     assert box_coverage([np.array([-5, 0, 10, 10, 0.9]), np.array([5, 0, 15, 10, 0.9])], (20, 20, 3)) == 150 / 400
     bars = np.zeros((100, 100), np.uint8)
     bars[20:80] = 128
+    noise = np.random.default_rng(0).integers(0, 256, (7, 30), np.uint8)
+    assert np.allclose(quantiles(noise, 0.75), np.quantile(noise, 0.75, axis=1))
     assert without_black_bars(bars).shape == (60, 100) and without_black_bars(bars * 0).shape == (100, 100)
 
 
