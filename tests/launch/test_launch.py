@@ -15,7 +15,7 @@ SLURM = ["--nodes=4", "--gpus-per-node=8", "--partition=gpu"]
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [str(LAUNCH / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke/train.sh", "slurm/train.sh", "restart.sh"])
@@ -120,6 +120,6 @@ attempt() {{
 restart_until_done attempt
 """
     environment = {**os.environ, "PAUSE_SECONDS": "0", "RESTARTS": "3"}
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == status, done.stderr
     assert int((tmp_path / "n").read_text()) == starts

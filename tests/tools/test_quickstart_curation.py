@@ -13,8 +13,8 @@ from kangaroo_jax.tools.quickstart_curation import Curated, curate_corpus, repor
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A corpus of a dozen short clips."""
-    return make_corpus(tmp_path_factory.mktemp("quickstart") / "corpus", 0, 0.004, processes=1, tell=lambda line: None)
+    """A corpus of fifteen short clips."""
+    return make_corpus(tmp_path_factory.mktemp("quickstart") / "corpus", 0, 0.005, processes=1, tell=lambda line: None)
 
 
 def test_every_kind_is_a_file_of_its_own_and_the_manifest_does_not_tell(corpus, tmp_path):
