@@ -32,9 +32,9 @@ def bench_stages(items: Sequence[Item], config: dict[str, Any], root: Path) -> d
     found: dict[str, dict[str, float]] = {}
     try:
         for number, item in enumerate([items[0], *items]):
-            seconds: collections.Counter[str] = collections.Counter()
+            seconds: dict[str, float] = collections.defaultdict(float)
 
-            def tell(stage: str, failure: str, spent: float, seconds: collections.Counter[str] = seconds) -> None:
+            def tell(stage: str, failure: str, spent: float, seconds: dict[str, float] = seconds) -> None:
                 seconds[stage] += spent
 
             run_shard(Shard(f"{number:05d}", (item,), f"{number}"), plan, guard, tell)
