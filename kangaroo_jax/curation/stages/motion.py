@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.curation.stages.pictures import greys_at, places, times_within
+from kangaroo_jax.curation.stages.pictures import after_key, greys_at, places, times_within
 
 _AFTER_KEY = 0.04  # seconds: a key frame at a cut is not across it
 
@@ -58,7 +58,5 @@ def pair_times(seconds: float, interval: float, keys: Sequence[float], settings:
     pairs = max(1, min(count * in_row, int(last / gap)))
     room = last / pairs
     starts = (np.arange(pairs) + 0.5) * room
-    for k, middle in enumerate(starts):
-        near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= room / 2 - gap / 2]
-        starts[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
+    starts = np.array([after_key(middle, keys, _AFTER_KEY, room / 2 - gap / 2) for middle in starts.tolist()])
     return np.stack([starts, starts + gap], axis=1)

@@ -41,10 +41,14 @@ def places(seconds: float, count: int, reach: float, keys: Sequence[float]) -> n
     part = seconds / count
     found = np.empty(count)
     for k in range(count):
-        middle = (k + 0.5) * part - reach / 2
-        near = [key + _AFTER_KEY for key in keys if abs(key + _AFTER_KEY - middle) <= part / 4]
-        found[k] = min(near, key=lambda time: abs(time - middle), default=middle)  # noqa: B023
+        found[k] = after_key((k + 0.5) * part - reach / 2, keys, _AFTER_KEY, part / 4)
     return found.round(_DIGITS)
+
+
+def after_key(middle: float, keys: Sequence[float], margin: float, reach: float) -> float:
+    """The time `margin` seconds after a key frame that is nearest to `middle`, within `reach`; else `middle`."""
+    near = [key + margin for key in keys if abs(key + margin - middle) <= reach]
+    return min(near, key=lambda time: abs(time - middle), default=middle)
 
 
 def times_within(row: Row, times: Sequence[float]) -> list[float]:
