@@ -186,13 +186,9 @@ def facts(scene: Scene) -> list[Fact]:
 EASY = dict(duration=0.35, what=0.8, colour=0.5, first=0.75, last=0.75, first_colour=0.4, last_colour=0.4)
 
 
-def some_facts(scene: Scene, count: int, rng: random.Random, only: Sequence[str] = ()) -> list[Fact]:
-    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often.
-
-    `only` names the questions that may be put, in place of all.
-    """
+def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
+    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often."""
     found, easy = facts(scene), {} if scene.kind == "long" else EASY
-    found = [fact for fact in found if not only or fact.question in only]
     rng.shuffle(found)
     return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
 

@@ -18,7 +18,6 @@ IMAGE = (("image", 1.0),)
 IMAGES = (("image", 1.0), ("image_aside", 1.0), ("image_count", 1.0))
 SHORT: tuple[tuple[str, float], ...] = ()  # stands for the kinds of short clips of the corpus
 ORDER = (("order", 1.0),)
-ENDS = ("first", "last", "first_colour", "last_colour")
 EN, ZH = ("en",), ("zh",)
 
 
@@ -53,7 +52,6 @@ class Note:
     rounds: int = 1
     multiple_choice: float = 0.0
     describe: float = 0.3
-    questions: tuple[str, ...] = ()  # keys of corpus_text.QUESTIONS; none means all
     languages: tuple[str, ...] = LANGUAGES
 
     def turns(self, maker: SceneMaker, rng: random.Random, short_kinds: Sequence[tuple[str, float]]) -> list[Turn]:
@@ -63,7 +61,7 @@ class Note:
         scenes = rng.choices(everything, weights=(0.3, 0.5, 0.2))[0] if self.scenes is None else self.scenes
         names, weights = zip(*(scenes or short_kinds), strict=True)
         scene = maker.make(rng.choices(names, weights)[0])
-        chosen = some_facts(scene, self.rounds, rng, self.questions)
+        chosen = some_facts(scene, self.rounds, rng)
         asked = [ask(fact, language, rng, "?" if rng.random() < self.multiple_choice else "") for fact in chosen]
         turns = [(question.text, question.told) for question in asked]
         if rng.random() < self.describe:
