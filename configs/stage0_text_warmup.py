@@ -19,5 +19,5 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     c.optimizer.learning_rate = 3e-3
     c.optimizer.final_fraction = 0.5
     c.optimizer.trainable = (("llm/.*", 1.0), (".*", None))
-    c.train.steps = 1800
+    c.train.steps = 2150
     return lock(c)

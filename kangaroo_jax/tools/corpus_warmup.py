@@ -79,7 +79,7 @@ LESSONS: tuple[tuple[int, Mix], ...] = (
     (3_000, ((2, Drill((2, 3, 4, 4), COLOURS, ZH)), (1, Drill(languages=EN)))),
     (12_000, ((1, Drill(every=0.7)),)),
     (14_000, ((2, Drill((3, 4, 4), every=0.7)), (1, Note(IMAGES, 3, 0.6)))),
-    (26_000, ((1, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (2, Note(None, 4, 0.5)), (1, Note(ORDER, 4, 0.4)))),
+    (35_500, ((1, Drill()), (0.6, Note(IMAGES, 3, 0.6)), (2, Note(None, 4, 0.5)), (1, Note(ORDER, 4, 0.4)))),
 )
 
 
