@@ -2,7 +2,7 @@
 
 import sys
 
-from kangaroo_jax.cli import main
+from kangaroo_jax.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

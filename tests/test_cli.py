@@ -49,6 +49,35 @@ def test_module_is_the_same_command(capsys):
     assert "did you mean 'train'?" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+@pytest.mark.parametrize(
+    ("given", "job", "seen"),
+    [
+        ("", "train", ["", "glibc.malloc.hugetlb=1"]),
+        ("glibc.malloc.check=0", "train", ["glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"]),
+        ("glibc.malloc.hugetlb=0", "train", ["glibc.malloc.hugetlb=0"]),
+        ("", "trian", [""]),
+    ],
+)
+def test_a_job_that_computes_begins_anew_with_huge_pages_as_the_same_process(given, job, seen):
+    code = (
+        "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], flush=True); "
+        "from kangaroo_jax import cli; sys.exit(cli.start())"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": given}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, job],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    ) as process:
+        out, error = process.communicate(timeout=120)
+    assert out == "".join(f"{process.pid} {tunables}\n" for tunables in seen)
+    assert process.returncode == 2 and error.count("\n") == 1
+
+
 def test_help_of_a_job_and_version(capsys):
     for job in ("train", "curriculum", "quickstart", "chat"):
         code, out, _ = run(capsys, job, "--help")
