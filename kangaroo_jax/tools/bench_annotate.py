@@ -45,8 +45,12 @@ def statistics_of(url: str) -> dict[str, Any]:
         return json.load(response)
 
 
-def bench_annotate(requests: int, in_flight: int, faults: float, image_bytes: int = 40_000) -> dict[str, Any]:
+def bench_annotate(
+    requests: int, in_flight: int, faults: float, timeout: float = 5.0, image_bytes: int = 40_000
+) -> dict[str, Any]:
     """Ask `requests` different questions with an image each, `in_flight` at a time, then all of them again.
+
+    A call without an answer is given up after `timeout` seconds; the server's longest answer takes 0.3.
 
     Returns rates of both passes, outcomes, faults that were met, CPU milliseconds of this process a request, and
     how many answers were lost, doubled, or other the second time: all of these should be 0.
@@ -60,7 +64,7 @@ def bench_annotate(requests: int, in_flight: int, faults: float, image_bytes: in
         first: list[Reply] = []
         second: list[Reply] = []
         for replies in (first, second):
-            client, seconds, cpu = asyncio.run(_ask_all(url, asked, limits, cache, replies))
+            client, seconds, cpu = asyncio.run(_ask_all(url, asked, limits, cache, replies, timeout))
             if replies is first:
                 result = _first_pass(client, replies, seconds, cpu)
         served = statistics_of(url)
@@ -76,10 +80,10 @@ def bench_annotate(requests: int, in_flight: int, faults: float, image_bytes: in
 
 
 async def _ask_all(
-    url: str, asked: Sequence[Request], limits: Limits, cache: Cache, replies: list[Reply]
+    url: str, asked: Sequence[Request], limits: Limits, cache: Cache, replies: list[Reply], timeout: float
 ) -> tuple[Client, float, float]:
     """Ask everything; returns the client, and the wall and CPU seconds of the asking alone."""
-    client = Client(Endpoint("bench", url, "stub", timeout=5.0), limits, cache)
+    client = Client(Endpoint("bench", url, "stub", timeout=timeout), limits, cache)
     start, cpu = time.perf_counter(), _cpu_seconds()
     replies += await asyncio.gather(*(client.ask(request) for request in asked))
     seconds, used = time.perf_counter() - start, _cpu_seconds() - cpu
@@ -106,9 +110,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--requests", type=int, default=5000, help="different requests, each asked twice")
     parser.add_argument("--in_flight", type=int, default=64, help="requests at a time")
     parser.add_argument("--faults", type=float, default=0.1, help="share of the calls that fail")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds after which a call is given up")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    result = bench_annotate(arguments.requests, arguments.in_flight, arguments.faults)
+    result = bench_annotate(arguments.requests, arguments.in_flight, arguments.faults, arguments.timeout)
     print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))
 
 
