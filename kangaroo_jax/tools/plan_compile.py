@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,19 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
-    seconds = (lower_seconds, time.perf_counter() - start, time.process_time() - cpu)
-    result = _too_large(message, *seconds) if program is None else _read(program, config, target.chip.gib, *seconds)
+    seconds = {
+        "lower_seconds": round(lower_seconds, 1),
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "compile_cpu_seconds": round(time.process_time() - cpu, 1),
+    }
+    result = _too_large(message, seconds) if program is None else _read(program, config, target.chip.gib, seconds)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, dataclasses.asdict(result))
     return result
 
 
-def _too_large(message: str, lower: float, compile_: float, cpu: float) -> Compiled:
+def _too_large(message: str, seconds: Mapping[str, float]) -> Compiled:
     """A program that does not fit, from the compiler's message; any other error is raised as UserError."""
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message)
@@ -162,8 +167,17 @@ def _too_large(message: str, lower: float, compile_: float, cpu: float) -> Compi
     units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
     amount, unit = (found.group(1) or found.group(5), found.group(2) or found.group(6)) if found else ("nan", "G")
     error = " ".join(message.split())[:300]
-    peak, seconds = round(float(amount) * units[unit], 2), (round(lower, 1), round(compile_, 1), round(cpu, 1))
-    return Compiled(False, peak, float("nan"), 0.0, {}, {}, False, seconds[0], seconds[1], seconds[2], error)
+    return Compiled(
+        fits=False,
+        peak_gib=round(float(amount) * units[unit], 2),
+        state_gib=float("nan"),
+        host_gib=0.0,
+        flops={},
+        collectives={},
+        gathers_logits=False,
+        error=error,
+        **seconds,
+    )
 
 
 def peak_bytes(memory: Any) -> int:
@@ -176,7 +190,7 @@ def peak_bytes(memory: Any) -> int:
     return int(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
 
 
-def _read(program: Any, config: ConfigDict, capacity: float, *seconds: float) -> Compiled:
+def _read(program: Any, config: ConfigDict, capacity: float, seconds: Mapping[str, float]) -> Compiled:
     memory = program.memory_analysis()
     peak = peak_bytes(memory)
     flops: dict[str, float] = collections.defaultdict(float)
@@ -200,9 +214,7 @@ def _read(program: Any, config: ConfigDict, capacity: float, *seconds: float) ->
         flops=dict(flops),
         collectives=dict(moved),
         gathers_logits=wide,
-        lower_seconds=round(seconds[0], 1),
-        compile_seconds=round(seconds[1], 1),
-        compile_cpu_seconds=round(seconds[2], 1),
+        **seconds,
     )
 
 
