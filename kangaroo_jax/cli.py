@@ -4,7 +4,6 @@ Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ Kangaroo, a video-language model for long videos, in JAX.
 jobs:
 """
 CONFIG_KEY = "--config."
-_HUGE_PAGES = "glibc.malloc.hugetlb"
 _COMPUTING = ("bench", "chat", "curriculum", "quickstart", "train")  # jobs that run a model in this process
 
 
@@ -36,16 +34,11 @@ class Job:
 
 
 def start() -> int:
-    """`main`, of a process that is a command.
+    """`main`, of a process that is a command."""
+    if sys.argv[1:] and sys.argv[1] in _COMPUTING:
+        from kangaroo_jax.host import ensure_huge_pages
 
-    Before a job that runs a model, the process is started anew (its number stays) with malloc asking for huge pages:
-    the buffers of a step come and go with every step, and without it a tenth of a tiny step goes into page faults.
-    Only the C library's start can be told so. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps it from that.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and _HUGE_PAGES not in tunables and sys.argv[1:] and sys.argv[1] in _COMPUTING:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        ensure_huge_pages()
     return main()
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 
 
@@ -24,6 +26,19 @@ def keep_freed_memory() -> bool:
     return all(
         [mallopt(_M_ARENA_MAX, 1), mallopt(_M_MMAP_THRESHOLD, 1 << 30), mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)]
     )
+
+
+def ensure_huge_pages() -> None:
+    """Start this process anew, under its own number, with malloc asking the kernel for huge pages.
+
+    Only the start of the C library can be told so, and what `keep_freed_memory` says comes late for buffers of threads
+    that have an arena already: 20,000 page faults remain in a tiny step, a tenth of its time. Does nothing where
+    GLIBC_TUNABLES has the setting already (`glibc.malloc.hugetlb=0` keeps things as they are) or outside Linux.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform.startswith("linux") and _HUGE_PAGES not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def peak_mib(pid: int | str = "self") -> float:
