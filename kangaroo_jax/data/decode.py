@@ -7,6 +7,8 @@ own sample in processes; in threads it would take the program with it.
 import collections
 import contextlib
 import functools
+import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -358,7 +361,7 @@ class _Worker:
             outcome = _receive(self.connection)
             self.job = None
             return outcome
-        except (EOFError, OSError):
+        except (EOFError, OSError, RuntimeError):  # the last where a file descriptor should come and does not
             self._process.join(timeout=5)
             self.exit_code = self._process.exitcode
             return None
@@ -382,28 +385,55 @@ def _serve(connection: Connection, job: Job, prepare: Callable[[], None] | None)
 
 
 def _send(connection: Connection, outcome: Any) -> None:
-    """Send an outcome; pixels as they lie in memory, which pickling would copy."""
-    if isinstance(outcome, Clip):
-        connection.send((outcome.pixels.shape, outcome.times, outcome.zero, outcome.missed))
-        pixels = np.ascontiguousarray(outcome.pixels).data.cast("B")
+    """Send an outcome. Pixels go as they lie in memory, which pickling would copy: many in memory of their own.
+
+    While they go through a pipe neither process does anything else.
+    """
+    if not isinstance(outcome, Clip):
+        connection.send(outcome)
+        return
+    pixels = np.ascontiguousarray(outcome.pixels).data.cast("B")
+    shared = len(pixels) >= _SHARED and hasattr(os, "memfd_create")
+    header = (outcome.pixels.shape, outcome.times, outcome.zero, outcome.missed, shared)
+    if shared:
+        file = os.memfd_create("kangaroo-pixels")
+        try:
+            _write(file, pixels)
+            connection.send(header)
+            reduction.send_handle(connection, file, os.getppid())
+        finally:
+            os.close(file)
+    else:
+        connection.send(header)
         for first in range(0, len(pixels), _PIECE):
             connection.send_bytes(pixels[first : first + _PIECE])
-    else:
-        connection.send(outcome)
+
+
+def _write(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def _receive(connection: Connection) -> Any:
     outcome = connection.recv()
-    if not isinstance(outcome, tuple) or len(outcome) != 4:
+    if not isinstance(outcome, tuple) or len(outcome) != 5:
         return outcome
-    shape, times, zero, missed = outcome
-    pixels = np.empty(shape, np.uint8)
-    view = pixels.data.cast("B")
-    for first in range(0, len(view), _PIECE):
-        connection.recv_bytes_into(view[first : first + _PIECE])
+    shape, times, zero, missed, shared = outcome
+    if shared:
+        file = reduction.recv_handle(connection)
+        try:  # the memory is freed with the array
+            pixels = np.frombuffer(mmap.mmap(file, math.prod(shape)), np.uint8).reshape(shape)
+        finally:
+            os.close(file)
+    else:
+        pixels = np.empty(shape, np.uint8)
+        view = pixels.data.cast("B")
+        for first in range(0, len(view), _PIECE):
+            connection.recv_bytes_into(view[first : first + _PIECE])
     return Clip(pixels, times, zero, missed)
 
 
+_SHARED = 1 << 22  # bytes from which pixels get memory of their own; a process may have 65,530 such mappings
 _PIECE = 1 << 24  # bytes sent at a time
 _NO_START = (
     "a decoding process ended as it started; a script of your own that sets num_workers must keep "

@@ -71,6 +71,34 @@ def test_crashes_and_hangs_cost_only_their_own_sample() -> None:
     decoder.close()
 
 
+def noise(ref: MediaRef, image_size: int) -> Clip:
+    """In a worker: as many random frames as times."""
+    times = np.array(ref.times)
+    pixels = np.random.default_rng(len(times)).integers(0, 256, (len(times), image_size, image_size, 3), np.uint8)
+    return Clip(pixels, times, 1.5, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="of Linux")
+def test_many_pixels_come_in_memory_of_their_own_which_is_freed_with_them() -> None:
+    decoder, counts = ProcessDecoder(2, job=noise), (1, 5, 6, 40)  # 5 frames are under 4 MiB, 40 are 31 MB
+    refs = [MediaRef("video", "x", tuple(map(float, range(count)))) for count in counts]
+    decoder.decode(refs, 512)
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        outcomes = decoder.decode(refs, 512)
+        for ref, outcome in zip(refs, outcomes, strict=True):
+            whole = noise(ref, 512)
+            assert isinstance(outcome, Clip) and (outcome.zero, outcome.missed) == (1.5, 2)
+            np.testing.assert_array_equal(outcome.pixels, whole.pixels)
+            np.testing.assert_array_equal(outcome.times, whole.times)
+            outcome.pixels[0] = 0
+        assert Path("/proc/self/maps").read_text().count("memfd:kangaroo-pixels") == 2
+    del outcome, outcomes
+    assert "memfd:kangaroo-pixels" not in Path("/proc/self/maps").read_text()
+    assert len(os.listdir("/proc/self/fd")) == files
+    decoder.close()
+
+
 class Counting:
     """A decoder that counts what it is asked for."""
 
