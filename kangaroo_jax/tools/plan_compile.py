@@ -10,9 +10,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ml_collections import ConfigDict
 
@@ -28,6 +27,14 @@ READ = 2  # raise when something else is read from a program: kept results are t
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
+class Seconds(TypedDict):
+    """What a compilation took."""
+
+    lower_seconds: float
+    compile_seconds: float  # by the clock
+    compile_cpu_seconds: float  # of all threads: what the clock would say of one idle core
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What one device needs and does in a step. FLOPs are of matrix products and attention kernels."""
@@ -40,8 +47,8 @@ class Compiled:
     collectives: dict[str, float]  # bytes by kind
     gathers_logits: bool  # an all-gather of something as wide as the vocabulary and as long as a pack
     lower_seconds: float
-    compile_seconds: float  # by the clock
-    compile_cpu_seconds: float  # of all threads: what the clock would say of one idle core
+    compile_seconds: float
+    compile_cpu_seconds: float
     error: str = ""
 
 
@@ -146,7 +153,7 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
-    seconds = {
+    seconds: Seconds = {
         "lower_seconds": round(lower_seconds, 1),
         "compile_seconds": round(time.perf_counter() - start, 1),
         "compile_cpu_seconds": round(time.process_time() - cpu, 1),
@@ -158,7 +165,7 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
     return result
 
 
-def _too_large(message: str, seconds: Mapping[str, float]) -> Compiled:
+def _too_large(message: str, seconds: Seconds) -> Compiled:
     """A program that does not fit, from the compiler's message; any other error is raised as UserError."""
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message)
@@ -190,7 +197,7 @@ def peak_bytes(memory: Any) -> int:
     return int(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
 
 
-def _read(program: Any, config: ConfigDict, capacity: float, seconds: Mapping[str, float]) -> Compiled:
+def _read(program: Any, config: ConfigDict, capacity: float, seconds: Seconds) -> Compiled:
     memory = program.memory_analysis()
     peak = peak_bytes(memory)
     flops: dict[str, float] = collections.defaultdict(float)

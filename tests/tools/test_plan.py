@@ -235,7 +235,7 @@ def test_the_peak_of_known_programs_is_what_the_compiler_compares_with_the_chip(
     assert peak_gib(lambda x: x + 1, floats(1), donate_argnums=0) == pytest.approx(1, abs=0.01)
     with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
         peak_gib(lambda x: x + 1, floats(8))
-    seconds = {"lower_seconds": 1.0, "compile_seconds": 2.0, "compile_cpu_seconds": 3.0}
+    seconds: plan_compile.Seconds = {"lower_seconds": 1.0, "compile_seconds": 2.0, "compile_cpu_seconds": 3.0}
     found = plan_compile._too_large(str(refusal.value), seconds)
     assert not found.fits and found.peak_gib == pytest.approx(16, abs=0.01) and found.compile_cpu_seconds == 3
 
