@@ -7,7 +7,6 @@ own sample in processes; in threads it would take the program with it.
 import collections
 import contextlib
 import functools
-import math
 import mmap
 import multiprocessing
 import os
@@ -396,22 +395,15 @@ def _send(connection: Connection, outcome: Any) -> None:
     shared = len(pixels) >= _SHARED and hasattr(os, "memfd_create")
     header = (outcome.pixels.shape, outcome.times, outcome.zero, outcome.missed, shared)
     if shared:
-        file = os.memfd_create("kangaroo-pixels")
-        try:
-            _write(file, pixels)
+        with open(os.memfd_create("kangaroo-pixels"), "wb") as file:
+            file.write(pixels)
+            file.flush()
             connection.send(header)
-            reduction.send_handle(connection, file, os.getppid())
-        finally:
-            os.close(file)
+            reduction.send_handle(connection, file.fileno(), os.getppid())
     else:
         connection.send(header)
         for first in range(0, len(pixels), _PIECE):
             connection.send_bytes(pixels[first : first + _PIECE])
-
-
-def _write(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
 
 
 def _receive(connection: Connection) -> Any:
@@ -420,11 +412,8 @@ def _receive(connection: Connection) -> Any:
         return outcome
     shape, times, zero, missed, shared = outcome
     if shared:
-        file = reduction.recv_handle(connection)
-        try:  # the memory is freed with the array
-            pixels = np.frombuffer(mmap.mmap(file, math.prod(shape)), np.uint8).reshape(shape)
-        finally:
-            os.close(file)
+        with open(reduction.recv_handle(connection), "r+b") as file:  # the memory is freed with the array
+            pixels = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8).reshape(shape)
     else:
         pixels = np.empty(shape, np.uint8)
         view = pixels.data.cast("B")
