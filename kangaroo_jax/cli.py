@@ -21,7 +21,6 @@ Kangaroo, a video-language model for long videos, in JAX.
 jobs:
 """
 CONFIG_KEY = "--config."
-_COMPUTING = ("bench", "chat", "curriculum", "quickstart", "train")  # jobs that run a model in this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +30,13 @@ class Job:
     summary: str
     define: Callable[["flags.FlagValues"], None] | None  # None: the job reads its arguments itself
     run: Callable[["flags.FlagValues", list[str]], None]  # with the arguments that are no flag of the job
+    huge_pages: bool = False  # of what runs a model in its own process
 
 
 def start() -> int:
     """`main`, of a process that is a command."""
-    if sys.argv[1:] and sys.argv[1] in _COMPUTING:
+    job = JOBS.get(sys.argv[1]) if sys.argv[1:] else None
+    if job is not None and job.huge_pages:
         from kangaroo_jax.host import ensure_huge_pages
 
         ensure_huge_pages()
@@ -488,15 +489,21 @@ def _definer(values: "flags.FlagValues") -> Callable[..., Any]:
 
 
 JOBS = {
-    "quickstart": Job("train a tiny Kangaroo from nothing, in minutes on a CPU", _define_quickstart, _run_quickstart),
-    "curriculum": Job("train all five stages, each from the last one's weights", _define_curriculum, _run_curriculum),
-    "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", _define_train, _run_train),
-    "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat),
+    "quickstart": Job(
+        "train a tiny Kangaroo from nothing, in minutes on a CPU", _define_quickstart, _run_quickstart, huge_pages=True
+    ),
+    "curriculum": Job(
+        "train all five stages, each from the last one's weights", _define_curriculum, _run_curriculum, huge_pages=True
+    ),
+    "train": Job(
+        "train one stage from a config file; --config.KEY=VALUE changes it", _define_train, _run_train, huge_pages=True
+    ),
+    "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat, huge_pages=True),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
     "data": Job("check, measure, build and look at training data", None, _run_data),
     "curate": Job("score raw videos and images and choose among them", _define_curate, _run_curate),
     "annotate": Job("caption clips by their key frames, with any models", _define_annotate, _run_annotate),
     "instruct": Job("make an instruction set out of captions", _define_instruct, _run_instruct),
-    "bench": Job("measure the speed of training steps", None, _run_bench),
+    "bench": Job("measure the speed of training steps", None, _run_bench, huge_pages=True),
 }
