@@ -1,6 +1,7 @@
 """What more than one model uses: parameters, linear maps, norms and rotary position embeddings."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from kangaroo_jax.sharding import (
     index_on,
     joined,
     per_device,
+    platform,
     shards,
     split_mesh,
     sum_over,
@@ -76,8 +78,33 @@ class Linear(nnx.Module):
         # Of the two the smaller is to move: in generation, a token at a time, that is x.
         if shards("tokens") > 1 and x.size >= kernel.size:
             kernel = checkpoint_name(joined(kernel, self.axes), "weight")
-        y = jnp.tensordot(x, kernel, axes=self.contracted)
+        product = _product if platform() == "cpu" else jnp.tensordot
+        y = product(x, kernel, self.contracted)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    """`tensordot` whose gradient by the kernel is x's transpose times that of y, in this order.
+
+    JAX's own rule takes the product the other way round and turns the result. XLA then turns the gradient of y for a
+    CPU, element by element amid the computation that makes it: an eighth of the time of a step of 100M parameters.
+    """
+    return jnp.tensordot(x, kernel, contracted)
+
+
+def _product_forward(x, kernel, contracted):
+    return jnp.tensordot(x, kernel, contracted), (x, kernel)  # itself, so that a remat policy sees the product
+
+
+def _product_backward(contracted, residuals, d_y):
+    x, kernel = residuals
+    rows, outputs = list(range(x.ndim - contracted)), list(range(contracted, kernel.ndim))
+    d_x = jnp.tensordot(d_y, kernel, (list(range(len(rows), d_y.ndim)), outputs))
+    return d_x, jnp.tensordot(x, d_y, (rows, rows))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: str | jnp.dtype) -> jax.Array:
