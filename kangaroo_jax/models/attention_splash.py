@@ -20,6 +20,9 @@ from kangaroo_jax.sharding import index_on
 LANES = 128  # lengths are padded to a multiple of this
 BLOCKS = (1024, 512, 384, 256, 128)  # of queries and of keys; the largest that divides the length
 COMPUTED = 512  # keys whose scores exist at a time
+# Half of every block on the diagonal of a causal row is computed for nothing. Blocks of more than COMPUTED are for
+# rows of at least so many of them, where that is at most a 16th of the row's scores.
+CAUSAL_BLOCKS = 16
 # The fused backward kernel computes the scores once instead of twice, but holds a query gradient for every
 # block of keys; beyond so many bytes of them the two separate kernels are used.
 FUSED_BYTES = 1 << 31
@@ -81,7 +84,13 @@ def splash(
     if pieces > 1 and (padded != length or key.shape[2] != keys):
         raise ValueError(f"context parallelism needs {keys} tokens to divide by {pieces} pieces of whole {LANES}s")
     fused = (
-        batch * heads * padded * width * query.dtype.itemsize * (key.shape[2] // _block(key.shape[2])) <= FUSED_BYTES
+        batch
+        * heads
+        * padded
+        * width
+        * query.dtype.itemsize
+        * (key.shape[2] // _block(key.shape[2], key.shape[2], causal))
+        <= FUSED_BYTES
     )
     kernel = make_kernel(heads, padded, key.shape[2], causal, pieces, fused, interpret)
     if pieces > 1:
@@ -99,7 +108,7 @@ def make_kernel(
     """The kernel for `length` queries a device, with the visited blocks of all `pieces` as NumPy arrays."""
     order = query_order(keys, pieces) if causal else np.full(length, keys - 1)
     mask = masks.MultiHeadMask([Order(order, keys)] * heads)
-    blocks, cut = block_sizes(length, keys, fused), dict(head_shards=1, q_seq_shards=pieces)
+    blocks, cut = block_sizes(length, keys, causal, fused), dict(head_shards=1, q_seq_shards=pieces)
     forward, function = mask_info.process_mask(mask, (blocks.block_q, blocks.block_kv), **cut)
     d_query = None if fused else mask_info.process_mask(mask, (blocks.block_q_dq, blocks.block_kv_dq), **cut)[0]
     sizes = (blocks.block_q_dkv, blocks.block_kv_dkv)
@@ -119,9 +128,9 @@ def make_kernel(
     )
 
 
-def block_sizes(length: int, keys: int, fused: bool) -> kernels.BlockSizes:
+def block_sizes(length: int, keys: int, causal: bool, fused: bool) -> kernels.BlockSizes:
     """Blocks for `length` queries a device and `keys`."""
-    queries, block = _block(length), _block(keys)
+    queries, block = _block(length, keys, causal), _block(keys, keys, causal)
     computed = math.gcd(block, COMPUTED)
     return kernels.BlockSizes(
         block_q=queries,
@@ -150,13 +159,15 @@ def visited_share(length: int, keys: int, causal: bool, pieces: int = 1) -> floa
     """Of the length x keys scores (on the busiest device), the share in blocks that the kernel visits."""
     if not causal:
         return 1.0
-    queries, block = _block(length), _block(keys)
+    queries, block = _block(length, keys, causal), _block(keys, keys, causal)
     last = query_order(keys, pieces).reshape(pieces, -1, queries).max(axis=-1)  # of each block of queries
     return float((last // block + 1).sum(axis=1).max() * block * queries / (length * keys))
 
 
-def _block(length: int) -> int:
-    return next((block for block in BLOCKS if length % block == 0), LANES)
+def _block(length: int, keys: int, causal: bool) -> int:
+    """Size of a block of `length` queries or keys, in a row of `keys`."""
+    most = max(COMPUTED, keys // CAUSAL_BLOCKS) if causal else BLOCKS[0]
+    return next((block for block in BLOCKS if block <= most and length % block == 0), LANES)
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:

@@ -95,6 +95,12 @@ def test_context_parallel_equals_the_plain_formula_and_nothing_leaks(monkeypatch
     assert np.abs(np.asarray(before - after)[~kept]).max() > 0.01
 
 
+@pytest.mark.parametrize("length", [8192, 10_240, 13_312, 26_624, 466_944])  # of the stages, and of an hour
+def test_little_is_computed_beyond_the_causal_half(length):
+    assert visited_share(length, length, True) <= 0.5 * (1 + 1 / 16)
+    assert visited_share(length, length, False) == 1
+
+
 def test_more_devices_than_key_value_heads():
     qkv = operands(32, heads=4, kv_heads=2)
     run = lambda *x: attention(*x, segment_ids=None, causal=True)  # noqa: E731
