@@ -112,6 +112,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """JAX's name of what is compiled for, such as "TPU v5 lite"; found as in `platform`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 # ------------------------------------------------------------------------------ logical axes
 
 

@@ -15,7 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from kangaroo_jax.sharding import index_on
+from kangaroo_jax.chips import find_chip
+from kangaroo_jax.sharding import device_kind, index_on
 
 LANES = 128  # lengths are padded to a multiple of this
 BLOCKS = (1024, 512, 384, 256, 128)  # of queries and of keys; the largest that divides the length
@@ -24,8 +25,9 @@ COMPUTED = 512  # keys whose scores exist at a time
 # rows of at least so many of them, where that is at most a 16th of the row's scores.
 CAUSAL_BLOCKS = 16
 # The fused backward kernel computes the scores once instead of twice, but holds a query gradient for every
-# block of keys; beyond so many bytes of them the two separate kernels are used.
-FUSED_BYTES = 1 << 31
+# block of keys. Where those take more than this share of the device's memory the two separate kernels are used.
+FUSED_SHARE = 1 / 8
+DEVICE_GIB = 16.0  # of a device that is not known
 PADDING = -1  # segment of the padding
 
 
@@ -83,15 +85,8 @@ def splash(
     batch, heads, padded, width = query.shape
     if pieces > 1 and (padded != length or key.shape[2] != keys):
         raise ValueError(f"context parallelism needs {keys} tokens to divide by {pieces} pieces of whole {LANES}s")
-    fused = (
-        batch
-        * heads
-        * padded
-        * width
-        * query.dtype.itemsize
-        * (key.shape[2] // _block(key.shape[2], key.shape[2], causal))
-        <= FUSED_BYTES
-    )
+    blocks = key.shape[2] // _block(key.shape[2], key.shape[2], causal)
+    fused = query.size * query.dtype.itemsize * blocks <= _fused_bytes()
     kernel = make_kernel(heads, padded, key.shape[2], causal, pieces, fused, interpret)
     if pieces > 1:
         kernel = _piece_of(kernel, index_on("tokens"), pieces)
@@ -162,6 +157,11 @@ def visited_share(length: int, keys: int, causal: bool, pieces: int = 1) -> floa
     queries, block = _block(length, keys, causal), _block(keys, keys, causal)
     last = query_order(keys, pieces).reshape(pieces, -1, queries).max(axis=-1)  # of each block of queries
     return float((last // block + 1).sum(axis=1).max() * block * queries / (length * keys))
+
+
+def _fused_bytes() -> float:
+    chip = find_chip(device_kind())
+    return FUSED_SHARE * (chip.gib if chip else DEVICE_GIB) * 2**30
 
 
 def _block(length: int, keys: int, causal: bool) -> int:

@@ -52,8 +52,8 @@ def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_bac
     weight = np.random.default_rng(1).normal(size=qkv[0].shape)
     run = lambda *x: KERNELS["splash"](*x, None, causal=False)  # noqa: E731
     expected = value_and_gradients(lambda *x: plain(*x, None), qkv, weight)
-    for limit in (attention_splash.FUSED_BYTES, 0):
-        monkeypatch.setattr(attention_splash, "FUSED_BYTES", limit)
+    for share in (attention_splash.FUSED_SHARE, 0):
+        monkeypatch.setattr(attention_splash, "FUSED_SHARE", share)
         for a, b in zip(jax.tree.leaves(value_and_gradients(run, qkv, weight)), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-4)
 
