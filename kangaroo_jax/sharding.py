@@ -106,17 +106,20 @@ def split_mesh() -> Any:
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: what is compiled for; the mesh's devices where one is set, else the default ones."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
+    """`cpu`, `gpu` or `tpu`: what is compiled for."""
+    return _device().platform
 
 
 def device_kind() -> str:
-    """JAX's name of what is compiled for, such as "TPU v5 lite"; found as in `platform`."""
+    """JAX's name of what is compiled for, such as "TPU v5 lite"."""
+    return _device().device_kind
+
+
+def _device() -> Any:
+    """Of the mesh where one is set, else the first that there is."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return jax.devices()[0] if device is None else device
 
 
 # ------------------------------------------------------------------------------ logical axes

@@ -82,7 +82,7 @@ def splash(
     length, keys = query.shape[1], key.shape[1]
     segments = _padded_segments(segments, query.shape[:2], key.shape[:2])
     query, key, value = (_pad(x, LANES).swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-    batch, heads, padded, width = query.shape
+    _, heads, padded, _ = query.shape
     if pieces > 1 and (padded != length or key.shape[2] != keys):
         raise ValueError(f"context parallelism needs {keys} tokens to divide by {pieces} pieces of whole {LANES}s")
     blocks = key.shape[2] // _block(key.shape[2], key.shape[2], causal)
