@@ -7,9 +7,11 @@ and the restart loop of the launch scripts brings all back.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -64,7 +66,37 @@ def initialize(timeout: float = 300.0) -> int:
     except (RuntimeError, ValueError) as error:
         where = given.get(ADDRESS, "the launcher's coordinator")
         raise UserError(f"the processes did not come together at {where}: {' '.join(str(error).split())}") from None
+    if not is_main():
+        _name_a_lost_coordinator()
     return jax.process_count()
+
+
+def _coordinator_answers() -> bool:
+    from jax._src import distributed
+
+    host, port = str(distributed.global_state.coordinator_address).rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    ctypes.CDLL(None).alarm(15)  # an abort for another reason may leave nothing here working: then this ends it
+    if not _coordinator_answers():
+        stop_process("host 0, the coordinator, has died or cannot be reached")
+
+
+def _name_a_lost_coordinator() -> None:
+    """Let the end that JAX's client makes where host 0 is gone be ours: an error that names it, with code LOST.
+
+    The client aborts within milliseconds of the loss, before the watchdog can see it, and the callback that it
+    takes for this cannot be written in Python (its argument has no conversion). Any other abort stays one: glibc
+    goes on with it when the handler returns. Python's own `signal` would run only after that.
+    """
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def is_main() -> bool:

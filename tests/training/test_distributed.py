@@ -19,7 +19,7 @@ from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watch
 from kangaroo_jax.training.metrics import read_metrics
 
 SCRIPT = Path(__file__).with_name("processes.py")
-ROUNDS = int(os.environ.get("KANGAROO_TEST_ROUNDS", "1"))  # kills of a host
+ROUNDS = int(os.environ.get("KANGAROO_TEST_ROUNDS", "2"))  # kills of a host: 0, which coordinates, 1, 2, 3, 0, ...
 SAVES = int(os.environ.get("KANGAROO_TEST_SAVES", "4"))  # kills during a save
 STEPS = 40  # JAX looks for a SIGTERM once a second: steps enough for that to be in the midst of them
 STOP_SECONDS = 60
@@ -99,7 +99,7 @@ def test_a_killed_host_stops_all_and_two_hosts_go_on_where_four_were(corpus, alo
     random, workdir = np.random.default_rng(round_), tmp_path / "run"
     processes = start(corpus, workdir, 4)
     wait_for_step(workdir, int(random.integers(5, 10)))
-    victim = int(random.integers(4))
+    victim = round_ % 4
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.time()
     codes = wait(processes, STOP_SECONDS)
@@ -163,6 +163,26 @@ def test_a_save_that_is_killed_is_never_taken_for_whole(corpus, alone, tmp_path)
     assert wait(start(corpus, workdir, 1), 600) == [0], output(workdir, 0)[-3000:]
     (losses, samples), (expected, expected_samples) = history(workdir), history(alone)
     assert losses == expected and samples == expected_samples
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_abort_is_named_only_where_the_coordinator_is_gone(alive):
+    with socket.socket() as coordinator:
+        coordinator.bind(("127.0.0.1", 0))
+        if alive:
+            coordinator.listen()
+        program = f"""
+import os
+from jax._src import distributed as jax_distributed
+from kangaroo_jax.training import distributed
+jax_distributed.global_state.coordinator_address = "127.0.0.1:{coordinator.getsockname()[1]}"
+distributed._name_a_lost_coordinator()
+os.abort()
+"""
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == (-signal.SIGABRT if alive else LOST), done.stderr
+    assert ("host 0, the coordinator, has died or cannot be reached" in done.stderr) == (not alive)
 
 
 def test_incomplete_addresses_are_one_line(monkeypatch):
