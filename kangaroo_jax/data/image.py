@@ -18,7 +18,7 @@ MAX_PIXELS = 178_956_970  # of a still image; PIL's own limit against decompress
 _BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
 
-def letterbox(image: np.ndarray | Image.Image, side: int, *, aspect: float | None = None) -> np.ndarray:
+def letterbox(image: np.ndarray | Image.Image, side: int) -> np.ndarray:
     """Resize the longest side to `side` pixels and centre the image on black: uint8[S, S, 3].
 
     Bicubic and antialiased (PIL), in uint8, as Kangaroo's inputs are thought to be made (inferred).
@@ -26,25 +26,28 @@ def letterbox(image: np.ndarray | Image.Image, side: int, *, aspect: float | Non
     Args:
         image: RGB, uint8[height, width, 3] or a PIL image of mode RGB.
         side: S, pixels.
-        aspect: width over height as displayed, where pixels are not square.
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
-    width, height = image.size
-    if aspect is None:
-        aspect = width / height
-    if aspect >= 1:
-        size = (side, max(1, round(side / aspect)))
-    else:
-        size = (max(1, round(side * aspect)), side)
+    size = fitted(image.width / image.height, side)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     if size == (side, side):
         return np.array(image)
     canvas = np.zeros((side, side, 3), np.uint8)
-    top, left = (side - size[1]) // 2, (side - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    centre(np.asarray(image), canvas)
     return canvas
+
+
+def fitted(aspect: float, side: int) -> tuple[int, int]:
+    """Width and height in pixels of a picture of that aspect (width over height), its longest side `side`."""
+    return (side, max(1, round(side / aspect))) if aspect >= 1 else (max(1, round(side * aspect)), side)
+
+
+def centre(image: np.ndarray, canvas: np.ndarray) -> None:
+    """Write uint8[height, width, 3] into the middle of uint8[S, S, 3]."""
+    top, left = ((whole - part) // 2 for whole, part in zip(canvas.shape, image.shape[:2], strict=False))
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
 
 
 def load_image(path: str | Path, image_size: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """`kangaroo bench data`: how fast videos become batches, beside torchcodec, decord and OpenCV.
 
 Every reader gets the same files and the same frame numbers, resizes to the same letterboxed size and fills a
-uint8 batch, in two worker processes; they take turns. `--costs` measures what the choice between seeking and
-decoding on is made from. Readers that are not installed are left out.
+uint8 batch, in two worker processes; they take turns. The others resize with torch's antialiased bicubic filter,
+or with `--own-resize` in the quickest way that each has (decord bilinear, OpenCV bicubic without averaging).
+`--costs` measures what the choice between seeking and decoding on is made from. Readers that are not installed
+are left out.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import numpy as np
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.decode import ProcessDecoder
-from kangaroo_jax.data.image import letterbox
+from kangaroo_jax.data.image import centre, fitted
 from kangaroo_jax.data.picker import open_video
 from kangaroo_jax.data.sample import MediaRef
 from kangaroo_jax.data.video import Clip, load_video
@@ -86,25 +88,42 @@ def letterboxless(image: np.ndarray, factor: int) -> Any:
 Job = tuple[str, tuple[int, ...]]  # file and frame numbers
 
 
-def read_torchcodec(job: Job) -> np.ndarray:
-    """uint8[n, S, S, 3] by torchcodec, approximate seeks (its fast mode) and one thread."""
+def fit(frame: Any) -> np.ndarray:
+    """uint8[S, S, 3] of a frame uint8[height, width, 3], by torch's antialiased bicubic filter (torchvision's)."""
+    import torch
+
+    height, width = _inside(frame.shape[0], frame.shape[1])
+    whole = torch.as_tensor(frame).permute(2, 0, 1)[None]
+    small = torch.nn.functional.interpolate(whole, size=(height, width), mode="bicubic", antialias=True)
+    return _on_black(small[0].permute(1, 2, 0).numpy())
+
+
+def read_torchcodec(job: Job, own: bool) -> np.ndarray:
+    """uint8[n, S, S, 3] by torchcodec, approximate seeks (its fast mode), one thread; its own filter is no quicker."""
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(job[0], seek_mode="approximate", num_ffmpeg_threads=1, dimension_order="NHWC")
-    frames = decoder.get_frames_at(list(job[1])).data.numpy()
-    return np.stack([letterbox(frame, SIDE) for frame in frames])
+    return np.stack([fit(frame) for frame in decoder.get_frames_at(list(job[1])).data])
 
 
-def read_decord(job: Job) -> np.ndarray:
-    """By decord, one thread."""
+def read_decord(job: Job, own: bool) -> np.ndarray:
+    """By decord, one thread; its own way of resizing is FFmpeg's bilinear."""
     import decord
 
-    reader = decord.VideoReader(job[0], num_threads=1)
-    return np.stack([letterbox(frame, SIDE) for frame in reader.get_batch(list(job[1])).asnumpy()])
+    if own:
+        height, width = _inside(SIZE[1], SIZE[0])
+        reader = decord.VideoReader(job[0], num_threads=1, width=width, height=height)
+    else:
+        reader = decord.VideoReader(job[0], num_threads=1)
+    frames = reader.get_batch(list(job[1])).asnumpy()
+    return np.stack([_on_black(frame) if own else fit(frame) for frame in frames])
 
 
-def read_opencv(job: Job) -> np.ndarray:
-    """By OpenCV: seeks where frames are far apart, grabs where they are near, as its users write it."""
+def read_opencv(job: Job, own: bool) -> np.ndarray:
+    """By OpenCV: seeks where frames are far apart, grabs where they are near, as its users write it.
+
+    Its own resizing is bicubic without averaging, the quickest that is not coarser.
+    """
     import cv2
 
     cv2.setNumThreads(1)
@@ -119,23 +138,36 @@ def read_opencv(job: Job) -> np.ndarray:
             position += 1
         _, frame = capture.read()
         position += 1
-        frames.append(letterbox(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), SIDE))
+        if own:
+            height, width = _inside(frame.shape[0], frame.shape[1])
+            frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
+            frames.append(_on_black(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
+        else:
+            frames.append(fit(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
     capture.release()
     return np.stack(frames)
 
 
-READERS: dict[str, Callable[[Job], np.ndarray]] = {
-    "torchcodec": read_torchcodec,
-    "decord": read_decord,
-    "opencv": read_opencv,
-}
+def _inside(height: int, width: int) -> tuple[int, int]:
+    """The height and width of the frame once its longest side is S."""
+    return fitted(width / height, SIDE)[::-1]
+
+
+def _on_black(frame: np.ndarray) -> np.ndarray:
+    canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
+    centre(frame, canvas)
+    return canvas
+
+
+Reader = Callable[[Job, bool], np.ndarray]
+READERS: dict[str, Reader] = {"torchcodec": read_torchcodec, "decord": read_decord, "opencv": read_opencv}
 
 
 class Jobs:
     """A dataset of PyTorch's: a clip a job."""
 
-    def __init__(self, jobs: Sequence[Job], name: str) -> None:
-        self._jobs, self._name = jobs, name
+    def __init__(self, jobs: Sequence[Job], name: str, own: bool) -> None:
+        self._jobs, self._name, self._own = jobs, name, own
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -143,20 +175,20 @@ class Jobs:
     def __getitem__(self, index: int) -> Any:
         import torch
 
-        return torch.from_numpy(READERS[self._name](self._jobs[index]))
+        return torch.from_numpy(READERS[self._name](self._jobs[index], self._own))
 
 
 class Peer:
     """A reader behind a PyTorch DataLoader whose workers have started and imported, as ours have."""
 
-    def __init__(self, name: str, jobs: Sequence[Job], workers: int) -> None:
+    def __init__(self, name: str, jobs: Sequence[Job], workers: int, own: bool) -> None:
         """Starts the workers with a tiny video each."""
         import torch.utils.data
 
         self._order: list[int] = list(range(workers))  # what an epoch reads; the loader's sampler
         self._shape = (len(jobs), len(jobs[0][1]), SIDE, SIDE, 3)
         dataset: Any = Jobs(
-            [(_tiny_video(), (0,))] * workers + list(jobs), name
+            [(_tiny_video(), (0,))] * workers + list(jobs), name, own
         )  # a sequence serves; torch wants its own
         self._loader: Any = torch.utils.data.DataLoader(
             dataset, batch_size=None, sampler=self._order, num_workers=workers, persistent_workers=True,
@@ -205,8 +237,13 @@ def bare_seconds(job: Job) -> float:
     return time.process_time() - start
 
 
-def compare(folder: Path, lengths: Sequence[str], counts: Sequence[int], rounds: int, workers: int) -> list[dict]:
-    """A row a length and number of frames: frames a second of each reader, best of the rounds, and ratios."""
+def compare(
+    folder: Path, lengths: Sequence[str], counts: Sequence[int], rounds: int, workers: int, own: bool = False
+) -> list[dict]:
+    """A row a length and number of frames: frames a second of each reader, best of the rounds, and ratios.
+
+    `own`: the other readers resize in the quickest way that they have, and not by an antialiased bicubic filter.
+    """
     peers = [name for name in READERS if _installed(name)]
     decoder, rows = ProcessDecoder(workers, 600.0), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,19 +256,19 @@ def compare(folder: Path, lengths: Sequence[str], counts: Sequence[int], rounds:
             total = LENGTHS[length] * RATE
             numbers = tuple(int((i + 0.5) * total / count) for i in range(count))
             jobs = [(str(path), numbers) for path in paths for _ in range(1 if length == "20min" else 2)]
-            rows.append(_compare_one(decoder, peers, jobs, rounds, workers) | {"video": length, "frames": count})
+            rows.append(_compare_one(decoder, peers, jobs, rounds, workers, own) | {"video": length, "frames": count})
             print(json.dumps(rows[-1]), flush=True)
     decoder.close()
     return rows
 
 
 def _compare_one(
-    decoder: ProcessDecoder, peers: Sequence[str], jobs: Sequence[Job], rounds: int, workers: int
+    decoder: ProcessDecoder, peers: Sequence[str], jobs: Sequence[Job], rounds: int, workers: int, own: bool
 ) -> dict[str, Any]:
     frames = len(jobs) * len(jobs[0][1])
     run_ours(decoder, jobs[:workers])  # processes start
     runs: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: run_ours(decoder, jobs)}
-    runs |= {name: Peer(name, jobs, workers).run for name in peers}
+    runs |= {name: Peer(name, jobs, workers, own).run for name in peers}
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -241,27 +278,24 @@ def _compare_one(
     result: dict[str, Any] = {f"{name}_frames_per_second": round(frames / value, 1) for name, value in best.items()}
     if peers:
         result["ratio_to_best"] = round(min(best[name] for name in peers) / best["ours"], 2)
-    cpu = {name: _cpu_seconds(reader, jobs[0]) for name, reader in [("ours", _read_ours), *_chosen(peers)]}
+    readers: dict[str, Reader] = {"ours": _read_ours} | {name: READERS[name] for name in peers}
+    cpu = {name: _cpu_seconds(reader, jobs[0], own) for name, reader in readers.items()}
     result |= {f"{name}_cpu_ms_per_frame": round(1000 * value / len(jobs[0][1]), 2) for name, value in cpu.items()}
     if peers:
         result["cpu_ratio_to_best"] = round(min(cpu[name] for name in peers) / cpu["ours"], 2)
     return result | {"decode_over_bare_ffmpeg": round(_decode_seconds(jobs[0]) / bare_seconds(jobs[0]), 3)}
 
 
-def _chosen(peers: Sequence[str]) -> list[tuple[str, Callable[[Job], np.ndarray]]]:
-    return [(name, READERS[name]) for name in peers]
-
-
-def _read_ours(job: Job) -> np.ndarray:
+def _read_ours(job: Job, _: bool) -> np.ndarray:
     return load_video(job[0], image_size=SIDE, times=[(n + 0.5) / RATE for n in job[1]]).pixels
 
 
-def _cpu_seconds(reader: Callable[[Job], np.ndarray], job: Job) -> float:
+def _cpu_seconds(reader: Reader, job: Job, own: bool) -> float:
     """Of one clip in this process, the least of two: what other work on the machine disturbs little."""
     seconds = []
     for _ in range(2):
         start = time.process_time()
-        reader(job)
+        reader(job, own)
         seconds.append(time.process_time() - start)
     return min(seconds)
 
@@ -271,8 +305,8 @@ def _decode_seconds(job: Job) -> float:
     from kangaroo_jax.data.picker import FramePicker
 
     class Bare(FramePicker):
-        def _to_pixels(self, frame: Any) -> np.ndarray:
-            return np.zeros((self._side, self._side, 3), np.uint8)
+        def _write_pixels(self, frame: Any, canvas: np.ndarray) -> None:
+            pass
 
     start = time.process_time()
     with open_video(job[0]) as (container, stream):
@@ -326,6 +360,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--frames", default="8,64,160")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--own-resize", action="store_true", help="the others resize in their own quickest way")
     parser.add_argument("--costs", action="store_true", help="measure a seek and a frame instead")
     parser.add_argument("--out", default="", help="JSON file for the rows")
     arguments = parser.parse_args(argv)
@@ -336,7 +371,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(costs(Path(arguments.folder))))
         return
     counts = [int(n) for n in arguments.frames.split(",")]
-    rows = compare(Path(arguments.folder), lengths, counts, arguments.rounds, arguments.workers)
+    rows = compare(Path(arguments.folder), lengths, counts, arguments.rounds, arguments.workers, arguments.own_resize)
     worst = min(row["ours_frames_per_second"] for row in rows) / arguments.workers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(

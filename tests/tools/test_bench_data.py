@@ -8,7 +8,8 @@ from kangaroo_jax.tools import bench_data
 
 
 @pytest.mark.slow
-def test_every_reader_gives_the_same_frames(tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_every_reader_gives_the_same_frames(tmp_path, own):
     peers = [name for name in bench_data.READERS if bench_data._installed(name)]
     if not peers:
         pytest.skip("none of torchcodec, decord and OpenCV is installed")
@@ -18,7 +19,9 @@ def test_every_reader_gives_the_same_frames(tmp_path):
     decoder.close()
     apart = np.abs(ours[:, 0] - ours[:, 1]).mean()  # frames 12 apart, for comparison
     for name in peers:
-        peer = bench_data.Peer(name, jobs, 1)
+        peer = bench_data.Peer(name, jobs, 1, own)
         for _ in range(2):  # the workers go on to the next epoch
             theirs = peer.run().astype(int)
-            assert theirs.shape == ours.shape and np.abs(theirs - ours).mean() < min(3.0, apart / 4), name
+            assert theirs.shape == ours.shape and np.abs(theirs - ours).mean() < min(5.0 if own else 3.0, apart / 4), (
+                name
+            )

@@ -165,15 +165,22 @@ def open_image(source: Any) -> Image.Image:
     return image.convert("RGB")
 
 
-def letterbox(image: Image.Image, side: int, aspect: float | None = None) -> np.ndarray:
+def letterbox(image: Image.Image, side: int) -> np.ndarray:
     """Resize the longest side to `side` (bicubic) and centre on black: uint8[S, S, 3]."""
-    aspect = image.width / image.height if aspect is None else aspect
-    size = (side, max(1, round(side / aspect))) if aspect >= 1 else (max(1, round(side * aspect)), side)
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
+    size = fitted(image.width / image.height, side)
+    return on_black(np.asarray(image.resize(size, Image.Resampling.BICUBIC) if image.size != size else image), side)
+
+
+def fitted(aspect: float, side: int) -> tuple[int, int]:
+    """Width and height of a picture of that aspect (width over height), its longest side `side`."""
+    return (side, max(1, round(side / aspect))) if aspect >= 1 else (max(1, round(side * aspect)), side)
+
+
+def on_black(image: np.ndarray, side: int) -> np.ndarray:
+    """The picture in the middle of uint8[S, S, 3]."""
     canvas = np.zeros((side, side, 3), np.uint8)
-    top, left = (side - size[1]) // 2, (side - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return canvas
 
 
@@ -200,7 +207,7 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
         stream = next(s for s in container.streams.video if not int(s.disposition) & int(cover))
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         times = sample_times(_duration(path, container, stream), sampling, multiple)
-        reformatter, ratio = VideoReformatter(), float(stream.sample_aspect_ratio or 1) or 1.0
+        scaler, converter, ratio = VideoReformatter(), VideoReformatter(), float(stream.sample_aspect_ratio or 1) or 1.0
         slack = min(ROUNDING, interval / 4)
         pixels: list[np.ndarray] = []
         seen: list[float] = []
@@ -214,7 +221,10 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
                 shown, ahead, fresh = ahead, next(frames, None), True
             if shown is None:
                 raise ValueError(f"{path}: no frame can be decoded")
-            pixels.append(_pixels(shown[0], reformatter, ratio, sampling["image_size"]) if fresh else pixels[-1])
+            if fresh:
+                pixels.append(_pixels(shown[0], scaler, converter, ratio, sampling["image_size"]))
+            else:
+                pixels.append(pixels[-1])
             seen.append(max(shown[1], 0.0))
     return np.stack(pixels), np.asarray(seen)
 
@@ -243,10 +253,19 @@ def _duration(path: str | os.PathLike, container: Any, stream: Any) -> float:
     raise ValueError(f"{path}: does not say how long it is; give a list of frames")
 
 
-def _pixels(frame: Any, reformatter: Any, ratio: float, side: int) -> np.ndarray:
-    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    aspect = rgb.shape[1] * ratio / rgb.shape[0]
-    if quarter_turns := round(frame.rotation / 90) % 4:
-        rgb = np.ascontiguousarray(np.rot90(rgb, quarter_turns))
-        aspect = 1 / aspect if quarter_turns % 2 else aspect
-    return letterbox(Image.fromarray(rgb), side, aspect)
+def _pixels(frame: Any, scaler: Any, converter: Any, ratio: float, side: int) -> np.ndarray:
+    aspect = frame.width * ratio / frame.height
+    quarter_turns = round(frame.rotation / 90) % 4
+    if quarter_turns % 2:
+        height, width = fitted(1 / aspect, side)
+    else:
+        width, height = fitted(aspect, side)
+    form, shrink = frame.format, max(frame.width / width, frame.height / height)
+    if form.is_rgb or len(form.components) != 3 or min(width, height) < 16 or shrink > 32:
+        rgb = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        rgb = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+    else:
+        full = "yuvj444p" if form.name.startswith("yuvj") else "yuv444p"
+        small = scaler.reformat(frame, width=width, height=height, format=full, interpolation="BICUBIC", threads=1)
+        rgb = converter.reformat(small, format="rgb24", threads=1).to_ndarray()
+    return on_black(np.rot90(rgb, quarter_turns), side)
