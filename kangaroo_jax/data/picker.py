@@ -145,6 +145,7 @@ class FramePicker:
         self._passed_over: list[float] = []  # times of packets fed to the decoder while it skipped, ascending
         self._target = -math.inf  # seconds; frames well before it may be passed over
         self._errors = 0
+        self._indexed = 0  # entries of the file's index that `_keys` are from
         self._frames = self._decode()
         self.missed = 0
 
@@ -214,7 +215,9 @@ class FramePicker:
     @functools.cached_property
     def _keys(self) -> np.ndarray:
         """When the key frames that the file's index names are decoded, in seconds of the file's own clock."""
-        stamps = [entry.timestamp for entry in self._stream.index_entries if entry.is_keyframe]
+        entries = self._stream.index_entries
+        self._indexed = len(entries)
+        stamps = [entry.timestamp for entry in entries if entry.is_keyframe]
         return np.array(stamps, np.float64) * self._tick
 
     # --------------------------------------------------------------------------- packets
@@ -271,7 +274,7 @@ class FramePicker:
             self._may_skip = self._may_skip and packet.size == 0
             skip = False
         else:
-            seconds = float(packet.pts * packet.time_base) - self.zero
+            seconds = packet.pts * self._tick - self.zero
             skip = self._may_skip and seconds < self._target - 2 * self._interval
             if skip and not packet.is_discard:
                 bisect.insort(self._passed_over, seconds)
@@ -311,7 +314,10 @@ class FramePicker:
             target = max(time - back, 0.0) + self.zero
             self._container.seek(math.floor(target / self._tick), stream=self._stream)
             self._passed_over.clear()
-            self.__dict__.pop("_keys", None)  # some containers read their index at the first seek
+            if (
+                len(self._stream.index_entries) != self._indexed
+            ):  # some containers read it at the first seek, or on the way
+                self.__dict__.pop("_keys", None)
             self._frames = self._decode()
             shown, shown_at = next(self._frames, (None, math.inf))
             if shown_at <= time + slack or back >= time:
