@@ -5,7 +5,7 @@ sought where that is cheaper, and frames that no other refers to are passed over
 kept: the frame on display is decided by the presentation times of all packets.
 """
 
-import bisect
+import collections
 import contextlib
 import functools
 import math
@@ -38,6 +38,7 @@ _MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to dam
 _HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
 _LEAST_SIDE, _MOST_SHRINKING = 16, 32  # pixels, and times: beyond these a picture is scaled by PIL, not FFmpeg
 _SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
+_READ_AHEAD = 8  # packets, in which to find what is on display next
 _MOST_ERRORS = 10_000  # packets that cannot be decoded, after which a file is given up
 # Playlists and scripts make a reader open other files, again and again, or itself without end.
 _PLAYLISTS = {"concat", "concatf", "dash", "hls", "imf", "rtsp", "sap", "sdp", "webm_dash_manifest"}
@@ -142,8 +143,9 @@ class FramePicker:
         # Without an index: containers whose seeks end at key frames, decoders that say which frames are whole.
         self._blind = codec.name in ("h264", "hevc") or "matroska" in container.format.name
         self._may_skip = codec.name in _SKIPPABLE
-        self._passed_over: list[float] = []  # times of packets fed to the decoder while it skipped, ascending
-        self._target = -math.inf  # seconds; frames well before it may be passed over
+        self._near: collections.deque[float] = collections.deque(maxlen=3 * _READ_AHEAD)  # times of packets just read
+        self._limit_time = -math.inf  # seconds: of the frames up to here only the last is wanted
+        self._skipping = False
         self._errors = 0
         self._indexed = 0  # entries of the file's index that `_keys` are from
         self._frames = self._decode()
@@ -173,18 +175,14 @@ class FramePicker:
     def frames(self, times: np.ndarray) -> Iterator[tuple[Any, float]]:
         """The decoder's own frame at each of `times` (ascending seconds of the file), and its time. See `pick`."""
         slack = min(_ROUNDING, self._interval / 4)
-        self._aim(times[0])
+        self._limit_time = times[0] + slack
         shown, shown_at = next(self._frames, (None, 0.0))
         ahead: tuple[Any, float] | None = next(self._frames, None)
         for time in times:
-            self._aim(time)
+            self._limit_time = time + slack
             if ahead is not None and self._should_seek(time, ahead[1]):
                 shown, shown_at, ahead = self._jump(time, slack)
             shown, shown_at, ahead = self._forward(time + slack, shown, shown_at, ahead)
-            if self._was_passed_over(time + slack, shown_at):  # a frame that no other refers to is wanted itself
-                self._may_skip = False
-                shown, shown_at, ahead = self._jump(time, slack)
-                shown, shown_at, ahead = self._forward(time + slack, shown, shown_at, ahead)
             self._judge(time, slack, shown, shown_at, ahead, len(times))
             yield shown, max(shown_at, 0.0)
 
@@ -256,8 +254,10 @@ class FramePicker:
                     yield frame
 
     def _packets(self) -> Iterator[Any]:
-        """The stream's packets; the file ends where it cannot be read any further."""
+        """The stream's packets, some of which were read ahead; the file ends where it cannot be read any further."""
         packets = self._container.demux(self._stream)
+        waiting: collections.deque[Any] = collections.deque()
+        self._near.clear()
         while True:
             try:
                 packet = next(packets, None)
@@ -265,31 +265,25 @@ class FramePicker:
                 self._errors += 1
                 packet = None
             if packet is None:
-                return
-            yield packet
+                break
+            if packet.pts is not None and packet.size and not packet.is_discard:
+                self._near.append(packet.pts * self._tick)
+            waiting.append(packet)
+            if len(waiting) > _READ_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
 
     def _set_skip(self, codec: Any, packet: Any) -> None:
-        """Pass over frames that no other refers to, until a little before the next moment wanted."""
-        if packet.pts is None or packet.size == 0:
-            self._may_skip = self._may_skip and packet.size == 0
-            skip = False
-        else:
-            seconds = packet.pts * self._tick - self.zero
-            skip = self._may_skip and seconds < self._target - 2 * self._interval
-            if skip and not packet.is_discard:
-                bisect.insort(self._passed_over, seconds)
-        wanted = "NONREF" if skip else "DEFAULT"
-        if codec.skip_frame != wanted:
-            codec.skip_frame = wanted
-
-    def _was_passed_over(self, time: float, shown_at: float) -> bool:
-        """Whether a frame after the one shown was due at `time`, and may have been passed over."""
-        latest = bisect.bisect_right(self._passed_over, time)
-        return latest > 0 and self._passed_over[latest - 1] > shown_at + self._tick / 2 and not self._errors
-
-    def _aim(self, time: float) -> None:
-        self._target = time
-        del self._passed_over[: max(0, bisect.bisect_left(self._passed_over, time - 60))]
+        """Pass over a frame that no other refers to, where another comes on display after it, not after the moment."""
+        skip = False
+        if packet.size and packet.pts is None:
+            self._may_skip = False
+        elif packet.size and self._may_skip:
+            seconds, limit = packet.pts * self._tick, self._limit_time + self.zero
+            skip = seconds < limit and any(seconds < other <= limit for other in self._near)
+        if skip != self._skipping:
+            self._skipping = skip
+            codec.skip_frame = "NONREF" if skip else "DEFAULT"
 
     # ----------------------------------------------------------------------------- seeks
 
@@ -313,7 +307,6 @@ class FramePicker:
         while True:
             target = max(time - back, 0.0) + self.zero
             self._container.seek(math.floor(target / self._tick), stream=self._stream)
-            self._passed_over.clear()
             if (
                 len(self._stream.index_entries) != self._indexed
             ):  # some containers read it at the first seek, or on the way
