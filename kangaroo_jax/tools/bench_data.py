@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -269,15 +270,18 @@ def _compare_one(
     run_ours(decoder, jobs[:workers])  # processes start
     runs: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: run_ours(decoder, jobs)}
     runs |= {name: Peer(name, jobs, workers, own).run for name in peers}
-    best = dict.fromkeys(runs, float("inf"))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            best[name] = min(best[name], time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: min(values) for name, values in seconds.items()}
+    usual = {name: statistics.median(values) for name, values in seconds.items()}
     result: dict[str, Any] = {f"{name}_frames_per_second": round(frames / value, 1) for name, value in best.items()}
     if peers:
         result["ratio_to_best"] = round(min(best[name] for name in peers) / best["ours"], 2)
+        result["ratio_of_medians"] = round(min(usual[name] for name in peers) / usual["ours"], 2)
     readers: dict[str, Reader] = {"ours": _read_ours} | {name: READERS[name] for name in peers}
     cpu = {name: _cpu_seconds(reader, jobs[0], own) for name, reader in readers.items()}
     result |= {f"{name}_cpu_ms_per_frame": round(1000 * value / len(jobs[0][1]), 2) for name, value in cpu.items()}

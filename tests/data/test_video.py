@@ -140,6 +140,35 @@ def test_seeks_skip_what_is_not_needed(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(decoded) < 60
 
 
+@pytest.mark.parametrize(
+    "name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("b.mkv", "libx265")]
+)
+@pytest.mark.parametrize("even", [True, False])
+def test_passing_over_frames_changes_nothing(
+    tmp_path: Path, name: str, codec: str, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(3)
+    stamps = np.arange(240) / 8 if even else np.cumsum(random.choice([0.04, 0.08, 0.3, 0.7], 240))
+    path = write_video(tmp_path / name, rate=8, stamps=(stamps - stamps[0]).tolist(), gop=60, codec=codec)
+    end = stamps[-1] - stamps[0]
+    skipped = []
+    choose = picker.FramePicker._set_skip
+
+    def noted(self: picker.FramePicker, *arguments: object) -> None:
+        choose(self, *arguments)
+        skipped.append(self._skipping)
+
+    for count in (7, 60, 200):
+        times = np.sort(random.uniform(0, end, count))
+        monkeypatch.setattr(picker.FramePicker, "_set_skip", noted)
+        passing = load_video(path, image_size=48, times=times)
+        assert any(skipped) and not all(skipped)
+        monkeypatch.setattr(picker.FramePicker, "_set_skip", lambda *_: None)
+        every = load_video(path, image_size=48, times=times)
+        np.testing.assert_array_equal(passing.pixels, every.pixels)
+        np.testing.assert_array_equal(passing.times, every.times)
+
+
 def test_a_stream_without_a_header_and_sound_longer_than_the_picture(tmp_path: Path) -> None:
     raw = write_video(tmp_path / "a.h264", 40, 8)
     seconds = probe(raw).seconds
