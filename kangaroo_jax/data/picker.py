@@ -307,9 +307,7 @@ class FramePicker:
         while True:
             target = max(time - back, 0.0) + self.zero
             self._container.seek(math.floor(target / self._tick), stream=self._stream)
-            if (
-                len(self._stream.index_entries) != self._indexed
-            ):  # some containers read it at the first seek, or on the way
+            if len(self._stream.index_entries) != self._indexed:  # read at the first seek, or as far as packets were
                 self.__dict__.pop("_keys", None)
             self._frames = self._decode()
             shown, shown_at = next(self._frames, (None, math.inf))
@@ -345,5 +343,4 @@ class FramePicker:
         small = self._scaler.reformat(
             frame, width=width, height=height, format=full, interpolation=Interpolation.BICUBIC, threads=1
         )
-        rgb = self._converter.reformat(small, format="rgb24", threads=1).to_ndarray()
-        return rgb
+        return np.asarray(self._converter.reformat(small, format="rgb24", threads=1).to_ndarray())

@@ -123,7 +123,7 @@ def read_decord(job: Job, own: bool) -> np.ndarray:
 def read_opencv(job: Job, own: bool) -> np.ndarray:
     """By OpenCV: seeks where frames are far apart, grabs where they are near, as its users write it.
 
-    Its own resizing is bicubic without averaging, the quickest that is not coarser.
+    Its own resizing is bicubic without averaging, which is quick and leaves stairs.
     """
     import cv2
 
