@@ -82,21 +82,32 @@ def _coordinator_answers() -> bool:
     return True
 
 
+_libc = ctypes.CDLL(None)
+_libc.signal.restype, _libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+_before: int | None = None  # the handler of SIGABRT that was there before ours; None is the default
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _on_abort(_: int) -> None:
-    ctypes.CDLL(None).alarm(15)  # an abort for another reason may leave nothing here working: then this ends it
+def _on_abort(number: int) -> None:
+    _libc.alarm(15)  # an abort for another reason may leave nothing here working: then this ends it
     if not _coordinator_answers():
         stop_process("host 0, the coordinator, has died or cannot be reached")
+    _libc.signal(number, _before)
+    getattr(_libc, "raise")(number)  # comes when this returns
 
 
 def _name_a_lost_coordinator() -> None:
     """Let the end that JAX's client makes where host 0 is gone be ours: an error that names it, with code LOST.
 
     The client aborts within milliseconds of the loss, before the watchdog can see it, and the callback that it
-    takes for this cannot be written in Python (its argument has no conversion). Any other abort stays one: glibc
-    goes on with it when the handler returns. Python's own `signal` would run only after that.
+    takes for this cannot be written in Python (its argument has no conversion). Any other abort stays what it was.
+    Python's own `signal` would run its handler only when the process is gone. To be called again after a library
+    that sets handlers of its own (as those that drive devices may).
     """
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+    global _before
+    ours = ctypes.cast(_on_abort, ctypes.c_void_p).value
+    before = _libc.signal(signal.SIGABRT, ours)
+    _before = _before if before == ours else before
 
 
 def is_main() -> bool:
@@ -183,6 +194,8 @@ class Watchdog:
         self._finished = threading.Event()
         self._thread: threading.Thread | None = None
         if jax.process_count() > 1:
+            if not is_main():
+                _name_a_lost_coordinator()
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
 

@@ -172,10 +172,12 @@ def test_an_abort_is_named_only_where_the_coordinator_is_gone(alive):
         if alive:
             coordinator.listen()
         program = f"""
-import os
+import faulthandler, os
+faulthandler.enable()
 from jax._src import distributed as jax_distributed
 from kangaroo_jax.training import distributed
 jax_distributed.global_state.coordinator_address = "127.0.0.1:{coordinator.getsockname()[1]}"
+distributed._name_a_lost_coordinator()
 distributed._name_a_lost_coordinator()
 os.abort()
 """
@@ -183,6 +185,7 @@ os.abort()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == (-signal.SIGABRT if alive else LOST), done.stderr
     assert ("host 0, the coordinator, has died or cannot be reached" in done.stderr) == (not alive)
+    assert ("Fatal Python error: Aborted" in done.stderr) == alive  # the handler that was there before
 
 
 def test_incomplete_addresses_are_one_line(monkeypatch):
