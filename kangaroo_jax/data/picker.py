@@ -205,10 +205,12 @@ class FramePicker:
         if over or hole:
             self.missed += 1
             if self.missed > int(_MISSED_SHARE * count):
-                what = "its frames end at" if over else "no frame can be decoded after"
-                raise UserError(
-                    f"{self._path}: {what} {shown_at:.2f} s, before {time:.2f} s; the file is damaged or cut short"
-                )
+                if shown_at > time:
+                    what = f"no frame can be decoded before {shown_at:.2f} s, for {time:.2f} s"
+                else:
+                    end = "its frames end at" if over else "no frame can be decoded after"
+                    what = f"{end} {shown_at:.2f} s, before {time:.2f} s"
+                raise UserError(f"{self._path}: {what}; the file is damaged or cut short")
 
     @functools.cached_property
     def _keys(self) -> np.ndarray:

@@ -96,6 +96,18 @@ def test_no_frame_is_taken_after_the_end(tmp_path: Path) -> None:
         load_video(path, image_size=32, times=[0.0, 9.0])
 
 
+def test_a_damaged_beginning_is_named_by_where_it_ends(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 160, 8, gop=16)
+    data = bytearray(path.read_bytes())
+    begin = data.index(b"mdat") + 8
+    data[begin : begin + len(data) // 4] = bytes(len(data) // 4)
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"no frame can be decoded before \d+\.\d\d s, for 0\.50 s; the file is damaged"
+    ):
+        load_video(path, image_size=32, times=[0.5, 1.0, 1.5, 18.0])
+
+
 @pytest.mark.parametrize("start, end", [(2.5, None), (1.0, 1.0), (-1.0, 1.0)])
 def test_clip_outside_the_file(tmp_path: Path, start: float, end: float | None) -> None:
     path = write_video(tmp_path / "a.mp4", 16, 8)
