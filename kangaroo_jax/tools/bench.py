@@ -3,7 +3,8 @@
 `train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
 plainly in PyTorch, in turn; `data` the loader (`bench_data.py`); `packing` how full rows get
 (`bench_packing.py`); `annotate` the client of annotation (`bench_annotate.py`); `curate` the stages of curation
-(`bench_curate.py`). Imports nothing of the data stack itself, so that it runs where only jax, flax and optax are.
+(`bench_curate.py`); `checkpoint` how long a save holds training up (`bench_checkpoint.py`). Imports nothing of the
+data stack itself, so that it runs where only jax, flax and optax are.
 """
 
 import argparse
@@ -32,7 +33,13 @@ from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
 
-ELSEWHERE = ("data", "packing", "annotate", "curate")  # benchmarks with a module of their own, which may need more
+ELSEWHERE = (
+    "data",
+    "packing",
+    "annotate",
+    "curate",
+    "checkpoint",
+)  # benchmarks with a module of their own, which may need more
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:

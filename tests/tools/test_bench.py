@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.tools import bench
 
 
@@ -14,3 +17,13 @@ def test_bench_train_reports_rates(make_micro_config, capsys, monkeypatch):
     assert result["ms_per_step"] > 0 and result["tokens_per_second"] > 0 and result["frames_per_second"] > 0
     batch = bench.full_batch(config)
     assert (batch.vision_index >= 0).sum() == 4 // 2 * 1 * 1  # two groups of one token: 2 x 2 patches joined
+
+
+def test_bench_checkpoint_says_how_long_a_save_holds_training_up(tmp_path, capsys):
+    bench.main(["checkpoint", f"--folder={tmp_path}", "--gib=0.01", "--rounds=2"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["state_gib"] == 0.01 and 0 < result["held_seconds"] < result["save_seconds"]
+    assert 0 < result["held_share"] <= result["held_share_worst"] < 1 and result["memory_over_state"] >= 0
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="--folder must be there"):
+        bench.main(["checkpoint", f"--folder={tmp_path / 'none'}"])

@@ -1,0 +1,77 @@
+"""`kangaroo bench checkpoint`: how long a save holds training up, of the time that it takes, and what memory it needs.
+
+A state of random numbers, so that nothing compresses: weights in float32 and two moments of each, saved by what
+training saves with, again and again. A save that nothing else waited for would hold a step up for all of its time.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.training.checkpoint import Checkpoints
+from kangaroo_jax.training.step import TrainState
+
+_ARRAYS = 24  # weights; each has two moments
+
+
+def random_state(gib: float, step: int = 0) -> TrainState:
+    """A state of `gib` GiB."""
+    rng, size = np.random.default_rng(0), round(gib * 2**30 / 4 / 3 / _ARRAYS)
+
+    def arrays() -> dict[str, jax.Array]:
+        return {f"weight_{i:02d}": jnp.asarray(rng.standard_normal(size, np.float32)) for i in range(_ARRAYS)}
+
+    return TrainState(jnp.asarray(step, jnp.int32), arrays(), {}, {"mu": arrays(), "nu": arrays()})
+
+
+def bench_checkpoint(folder: Path, gib: float, rounds: int) -> dict[str, float]:
+    """Saves `rounds` times after one that is not counted.
+
+    Returns state_gib, held_seconds and save_seconds (medians), held_share (of the save; median) and held_share_worst,
+    memory_over_state (what the peak of resident memory grew by from the first save on, over the state).
+    """
+    state = jax.block_until_ready(random_state(gib))
+    total = sum(x.nbytes for x in jax.tree.leaves(state))
+    checkpoints, before = Checkpoints(folder, keep=1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held, whole = [], []
+    for number in range(rounds + 1):
+        state = TrainState(jnp.asarray(number, jnp.int32), state.params, state.frozen, state.opt_state)
+        start = time.perf_counter()
+        checkpoints.save(state, b"", {})
+        held.append(time.perf_counter() - start)
+        checkpoints.wait()
+        whole.append(time.perf_counter() - start)
+    checkpoints.close()
+    shares = [a / b for a, b in zip(held[1:], whole[1:], strict=True)]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {
+        "state_gib": round(total / 2**30, 2),
+        "held_seconds": round(statistics.median(held[1:]), 3),
+        "save_seconds": round(statistics.median(whole[1:]), 2),
+        "held_share": round(statistics.median(shares), 4),
+        "held_share_worst": round(max(shares), 4),
+        "memory_over_state": round(grown / total, 2),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """`bench checkpoint [--folder] [--gib] [--rounds]`. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="kangaroo bench checkpoint", description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", default=".", help="a folder on the disk to measure; what is written is removed")
+    parser.add_argument("--gib", type=float, default=1.0, help="of the state")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args(argv)
+    if not Path(arguments.folder).is_dir() or arguments.gib <= 0 or arguments.rounds < 1:
+        raise UserError("bench checkpoint: --folder must be there, --gib above 0 and --rounds at least 1")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        print(json.dumps(bench_checkpoint(Path(name), arguments.gib, arguments.rounds)))
