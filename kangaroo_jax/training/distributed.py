@@ -71,10 +71,15 @@ def initialize(timeout: float = 300.0) -> int:
     return jax.process_count()
 
 
-def _coordinator_answers() -> bool:
+def _joined() -> Any:
+    """What JAX keeps of the processes that came together, which it shows to nobody: `client`, `coordinator_address`."""
     from jax._src import distributed
 
-    host, port = str(distributed.global_state.coordinator_address).rsplit(":", 1)
+    return distributed.global_state
+
+
+def _coordinator_answers() -> bool:
+    host, port = str(_joined().coordinator_address).rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
@@ -122,11 +127,8 @@ def barrier(name: str, timeout: float = 1800.0) -> None:
     first collective, would let the collective itself time out. Raises UserError where the others do not come.
     """
     if jax.process_count() > 1:
-        from jax._src import distributed
-
-        client: Any = distributed.global_state.client
         try:
-            client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
+            _joined().client.wait_at_barrier(f"kangaroo/{name}", int(1000 * timeout))
         except jax.errors.JaxRuntimeError as error:
             raise UserError(
                 f"{name}: not every process came in {timeout:.0f} s: {str(error).splitlines()[0]}"
@@ -226,14 +228,9 @@ class Watchdog:
             self._tell(f"failed, looking whether a host is lost: {' '.join(str(error).split())[:200]}")
             self._done.wait(self._timeout + 4 * BEAT_SECONDS)
 
-    def _client(self) -> Any:
-        from jax._src import distributed
-
-        return distributed.global_state.client
-
     def _write(self, state: str = "") -> None:
         value = json.dumps({"beat": time.time(), "step": self._step, "step_time": self._step_time, "state": state})
-        self._client().key_value_set(f"kangaroo/alive/{jax.process_index()}", value, allow_overwrite=True)
+        _joined().client.key_value_set(f"kangaroo/alive/{jax.process_index()}", value, allow_overwrite=True)
 
     def _run(self) -> None:
         failing_since: float | None = None
@@ -242,7 +239,7 @@ class Watchdog:
             try:
                 if not self._finished.is_set():
                     self._write()
-                values = dict(self._client().key_value_dir_get("kangaroo/alive/"))
+                values = dict(_joined().client.key_value_dir_get("kangaroo/alive/"))
                 failing_since = None
             except Exception:  # the coordinator's own errors have no common class
                 failing_since = failing_since or time.time()
