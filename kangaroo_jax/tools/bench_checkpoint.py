@@ -43,7 +43,7 @@ def bench_checkpoint(folder: Path, gib: float, rounds: int) -> dict[str, float]:
     """
     state = jax.block_until_ready(random_state(gib))
     total = sum(x.nbytes for x in jax.tree.leaves(state))
-    checkpoints, before = Checkpoints(folder, keep=1), peak_mib()
+    checkpoints, before = Checkpoints(folder, state, keep=1), peak_mib()
     held, whole = [], []
     for number in range(rounds + 1):
         state = dataclasses.replace(state, step=jnp.asarray(number, jnp.int32))

@@ -25,17 +25,29 @@ from kangaroo_jax.sharding import sharding
 from kangaroo_jax.training.parameters import Binding, Params
 from kangaroo_jax.training.step import TrainState
 
-ITEMS = ("params", "optimizer", "data", "config")
+WRITING_SHARE = 0.1  # of an item of a checkpoint; what is being written is in memory twice
 
 
 class Checkpoints:
     """The checkpoints of one stage."""
 
-    def __init__(self, stage_dir: Path, *, keep: int = 2) -> None:
-        """Opens (and makes) `stage_dir/checkpoints`; keeps the last `keep`."""
+    def __init__(self, stage_dir: Path, state: TrainState, *, keep: int = 2) -> None:
+        """Opens (and makes) `stage_dir/checkpoints`; keeps the last `keep`.
+
+        The size of `state` says how much of a checkpoint is on its way to the disk at a time.
+        """
         self.folder = Path(stage_dir).resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=options,
+            item_handlers={
+                "params": _array_handler({**state.params, **state.frozen}),
+                "optimizer": _array_handler(state.opt_state),
+                "data": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
 
     def latest(self) -> int | None:
         """The last whole checkpoint's step, None where there is none."""
@@ -81,6 +93,17 @@ class Checkpoints:
         """Wait, and let go of the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _array_handler(arrays: Any) -> ocp.StandardCheckpointHandler:
+    """A handler that writes a tenth of this process's part of `arrays` at a time.
+
+    Without a limit Orbax has all of it in memory twice. It refuses a shard that is not smaller than the limit,
+    so that this is never below three of the largest.
+    """
+    shards = [s.data.nbytes for x in jax.tree.leaves(arrays) for s in x.addressable_shards if s.replica_id == 0]
+    limit = max([2**20, 3 * max(shards, default=0), round(WRITING_SHARE * sum(shards))])
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=limit / 10**9)
 
 
 def find(path: str | Path) -> Path:

@@ -126,7 +126,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
     # ------------------------------------------------------------------------- checkpoint
     barrier(f"{config.stage} begins")
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    checkpoints = checkpoint.Checkpoints(workdir, state, keep=config.train.keep_checkpoints)
     log = MetricLog(
         workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
     )

@@ -153,8 +153,9 @@ def checkpoint(tmp_path_factory, make_micro_config, media, random_model):
     config = make_micro_config()
     config.model.llm.vocab_size = 300
     params = abstract_model(config.model).flatten(random_model)
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(TrainState(jnp.int32(7), params, {}, {}), b"{}", to_plain(config))
+    state = TrainState(jnp.int32(7), params, {}, {})
+    checkpoints = Checkpoints(folder, state)
+    checkpoints.save(state, b"{}", to_plain(config))
     checkpoints.close()
     keep_tokenizer(media / "tokenizer.model", folder)
     return folder

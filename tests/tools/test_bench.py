@@ -1,6 +1,8 @@
 """The benchmark runs the real step and reports what it measured."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,10 @@ def test_bench_checkpoint_says_how_long_a_save_holds_training_up(tmp_path, capsy
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--folder must be there"):
         bench.main(["checkpoint", f"--folder={tmp_path / 'none'}"])
+
+
+def test_a_save_takes_little_memory_beside_the_state(tmp_path):
+    command = ["checkpoint", f"--folder={tmp_path}", "--gib=0.25", "--rounds=2"]
+    run = subprocess.run([sys.executable, "-m", "kangaroo_jax", "bench", *command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["memory_over_state"] < 0.8  # written all at once: 1.3 and more

@@ -28,8 +28,9 @@ def checkpoint(tmp_path_factory, make_micro_config, make_random_model) -> Path:
     config = make_micro_config()
     config.model.llm.vocab_size = 300
     params = abstract_model(config.model).flatten(make_random_model(config.model))
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(TrainState(jnp.int32(7), params, {}, {}), b"{}", to_plain(config))
+    state = TrainState(jnp.int32(7), params, {}, {})
+    checkpoints = Checkpoints(folder, state)
+    checkpoints.save(state, b"{}", to_plain(config))
     checkpoints.close()
     train_sentencepiece(WORDS, folder.parent / "tokenizer.model", vocab_size=300)
     keep_tokenizer(folder.parent / "tokenizer.model", folder)

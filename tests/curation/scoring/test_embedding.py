@@ -36,9 +36,10 @@ def checkpoint(tmp_path_factory, model) -> Path:
     """What training would have written of it."""
     config, weights = model
     folder = tmp_path_factory.mktemp("embedding") / "stage1"
-    checkpoints = Checkpoints(folder)
     params = abstract_model(config.model).flatten(weights)
-    checkpoints.save(TrainState(jnp.int32(3), params, {}, {}), b"{}", to_plain(config))
+    state = TrainState(jnp.int32(3), params, {}, {})
+    checkpoints = Checkpoints(folder, state)
+    checkpoints.save(state, b"{}", to_plain(config))
     checkpoints.close()
     return folder
 

@@ -1,0 +1,29 @@
+"""Checkpoints on their own: what is saved is what comes back, whatever the sizes of the arrays."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from kangaroo_jax.training.checkpoint import Checkpoints
+from kangaroo_jax.training.step import TrainState
+
+
+def test_an_array_far_larger_than_all_others_is_saved_and_restored(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"large": (1024, 2048), "scalar": (), "small": (3,)}
+    params = {k: jnp.asarray(rng.standard_normal(shape, np.float32)) for k, shape in shapes.items()}
+    frozen = {"frozen_large": jnp.asarray(rng.standard_normal((4096, 512)), jnp.bfloat16)}
+    state = TrainState(jnp.int32(5), params, frozen, {"mu": params, "count": jnp.int32(5)})
+    checkpoints = Checkpoints(tmp_path, state)
+    assert checkpoints.latest() is None
+    checkpoints.save(state, b"\x00iterator", {"a": 1})
+    checkpoints.close()
+
+    again = Checkpoints(tmp_path, state)
+    assert again.latest() == 5
+    restored, data = again.restore(state)
+    again.close()
+    assert data == b"\x00iterator" and int(restored.step) == 5
+    for found, saved in ((restored.params, params), (restored.frozen, frozen), (restored.opt_state["mu"], params)):
+        assert found.keys() == saved.keys()
+        for name in saved:
+            np.testing.assert_array_equal(found[name], saved[name])
