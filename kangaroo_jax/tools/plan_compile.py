@@ -1,6 +1,6 @@
 """Compile the real train step for TPU slices that are not here, and read what it needs from the program.
 
-libtpu compiles on any machine (`pip install libtpu`); nothing runs and no weight is allocated.
+libtpu compiles on any machine (`pip install 'jax[tpu]'`); nothing runs and no weight is allocated.
 """
 
 import collections
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -66,10 +67,25 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def check_libtpu() -> None:
+    """Raise UserError where libtpu is missing, or another than JAX names: JAX may not read what that one compiles."""
+    try:
+        found = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError("compiling for a TPU needs libtpu: pip install 'jax[tpu]'") from None
+    named = re.search(r"libtpu==([\d.]+?)(?:\.\*)?(?:[\s;,]|$)", " ".join(metadata.requires("jax") or ()))
+    if named and not f"{found}.".startswith(f"{named[1]}."):
+        raise UserError(
+            f"libtpu {found} is not of the release that jax {metadata.version('jax')} goes with ({named[1]}), and JAX "
+            "may not read what it compiles: pip install 'jax[tpu]'"
+        )
+
+
 def topology_devices(target: Slices) -> list[Any]:
     """The devices of a TPU topology, of none of which there need be one. Raises UserError."""
     from jax.experimental import topologies
 
+    check_libtpu()
     options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
     if target.chip.name == "v4":
         options["chip_config_name"] = "megacore"
@@ -78,8 +94,6 @@ def topology_devices(target: Slices) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:
         text = " ".join(str(error).split())
-        if "libtpu" in text.lower() and "install" in text.lower() or "No module" in text:
-            raise UserError("compiling for a TPU needs libtpu: pip install libtpu") from None
         raise UserError(f"topology {name}: {text[:200]}") from None
 
 

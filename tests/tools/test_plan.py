@@ -1,7 +1,7 @@
 """The plan: formulas against known numbers, work and traffic of compiled steps, and the job itself."""
 
-import importlib.util
 import json
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -23,7 +23,18 @@ KEYS = {
     "fits", "peak_hbm_gib", "capacity_gib", "params_b", "model_tflops_causal", "model_tflops_full", "vit_share",
     "compiled_over_model_flops", "step_seconds", "chip_hours", "cost", "mesh", "compile_seconds",
 }  # fmt: skip
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def libtpu_is_missing() -> str:
+    """Why nothing can be compiled for a TPU here."""
+    try:
+        plan_compile.check_libtpu()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+needs_libtpu = pytest.mark.skipif(bool(libtpu_is_missing()), reason=libtpu_is_missing() or "needs libtpu")
 
 
 @pytest.fixture
@@ -213,6 +224,21 @@ def test_the_table_of_the_docs_is_made_of_the_kept_plans(capsys, tmp_path):
 
 
 # ------------------------------------------------------------------- compiled for TPUs, by libtpu
+
+
+@pytest.mark.parametrize(
+    "installed, message",
+    [(None, "needs libtpu: pip install"), ("0.0.1", r"libtpu 0\.0\.1 is not of the release that jax")],
+)
+def test_a_libtpu_that_does_not_go_with_jax_is_refused_before_anything_is_compiled(installed, message, monkeypatch):
+    def version(name: str) -> str:
+        if name == "libtpu" and installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed if name == "libtpu" else jax.__version__
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UserError, match=message):
+        plan_compile.topology_devices(parse_topology("v5e:2x2"))
 
 
 def memory_on_v5e(function, *arguments, **options):
