@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.conventions import FIELDS, PackedBatch, UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 Axes = Sequence[str | None]
@@ -28,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "tokens": "context",
     "residual_tokens": ("context", "tensor"),  # between the layers' matrix products (Korthikanti et al. 2022)
     "frames": ("data", "fsdp", "context", "tensor"),  # batch and frames flattened: the ViT is never replicated
+    "pack_frames": ("context", "tensor"),  # of one pack, as they come: with batch they are "frames"
     "activation": None,
     "activation_heads": "tensor",
     "activation_kv_heads": "tensor",
@@ -123,6 +124,15 @@ def _device() -> Any:
 
 
 # ------------------------------------------------------------------------------ logical axes
+
+
+def batch_axes(batch: PackedBatch) -> PackedBatch:
+    """The logical axes of each field of a batch, with a tuple in place of each array.
+
+    Pixels, by far the largest field, are cut by frames too; of tokens each device has whole rows.
+    """
+    axes = {name: ("batch",) + (None,) * (getattr(batch, name).ndim - 1) for name in FIELDS}
+    return PackedBatch(**{**axes, "frames": ("batch", "pack_frames", None, None, None)})
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:

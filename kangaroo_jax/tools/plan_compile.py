@@ -102,16 +102,14 @@ def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
     import jax
     import jax.numpy as jnp
 
-    from kangaroo_jax.sharding import sharding
+    from kangaroo_jax.sharding import batch_axes, sharding
 
     data = config.data
     b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
 
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, ("batch",) + (None,) * (len(shape) - 1)))
-
+    array = jax.ShapeDtypeStruct
     ints = array((b, t), jnp.int32)
-    return PackedBatch(
+    batch = PackedBatch(
         tokens=ints,
         segment_ids=ints,
         positions=ints,
@@ -122,6 +120,8 @@ def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
         frame_groups=array((b, f), jnp.int32),
         vision_index=ints,
     )
+    on_mesh = lambda x, axes: array(x.shape, x.dtype, sharding=sharding(mesh, axes, x.shape))  # noqa: E731
+    return jax.tree.map(on_mesh, batch, batch_axes(batch))
 
 
 def lower_step(config: ConfigDict, devices: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.loader import Loader, merge_states
-from kangaroo_jax.sharding import sharding
+from kangaroo_jax.sharding import Axes, batch_axes, sharding
 
 
 class HostRows:
@@ -27,20 +27,17 @@ class HostRows:
         return range(*(index or (slice(None),))[0].indices(self._packs))
 
     def put(self, batch: PackedBatch) -> PackedBatch:
-        """Numpy arrays of `numbers` rows as global arrays of B rows, cut over the mesh's batch axes."""
-        return jax.tree.map(self._put, batch)
+        """Numpy arrays of `numbers` rows as global arrays of B rows, cut over the mesh as `batch_axes` says."""
+        return jax.tree.map(self._put, batch, batch_axes(batch))
 
-    def _put(self, x: np.ndarray) -> jax.Array:
-        shape = (self._packs, *x.shape[1:])
-        place = sharding(self._mesh, ("batch",) + (None,) * (x.ndim - 1), shape)
-        if len(self.numbers) == self._packs:
-            return jax.make_array_from_process_local_data(place, x, shape)
-        on_devices = []
-        for device, index in place.addressable_devices_indices_map(shape).items():
+    def _put(self, x: np.ndarray, axes: Axes) -> jax.Array:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
             rows = self._range(index)  # neighbours in the batch are neighbours here: `numbers` is sorted
             first = self.numbers.index(rows.start)
-            on_devices.append(jax.device_put(x[first : first + len(rows)], device))
-        return jax.make_array_from_single_device_arrays(shape, place, on_devices)
+            return x[(slice(first, first + len(rows)), *(index or ())[1:])]
+
+        shape = (self._packs, *x.shape[1:])
+        return jax.make_array_from_callback(shape, sharding(self._mesh, axes, shape), piece)
 
 
 def whole_data_state(loader: Loader) -> bytes:

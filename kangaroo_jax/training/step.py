@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kangaroo_jax.conventions import PackedBatch
-from kangaroo_jax.sharding import constrain
+from kangaroo_jax.sharding import Axes, batch_axes, constrain
 from kangaroo_jax.training.parameters import Binding, Params
 
 
@@ -46,10 +46,10 @@ def gradient(
         value, grads = jax.value_and_grad(lambda p: mean_loss(binding, p, frozen, batch), has_aux=True)(params)
         return value, _like_weights(binding, grads)
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array, axes: Axes) -> jax.Array:
         """[B, ...] -> [accumulate, B / accumulate, ...]; every device's rows are spread evenly over the parts."""
         parts = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
-        return constrain(parts, (None, "batch", *(None,) * (x.ndim - 1)))
+        return constrain(parts, (None, *axes))
 
     def loss_sum(params: Params, part: PackedBatch) -> tuple[jax.Array, jax.Array]:
         return binding.bind({**params, **frozen}).loss(part)
@@ -61,7 +61,7 @@ def gradient(
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, _like_weights(binding, jax.tree.map(jnp.zeros_like, params)))
-    (loss, weight, grads), _ = jax.lax.scan(add, start, jax.tree.map(split, batch))
+    (loss, weight, grads), _ = jax.lax.scan(add, start, jax.tree.map(split, batch, batch_axes(batch)))
     scale = 1.0 / jnp.maximum(weight, 1.0)
     return (loss * scale, weight), jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 

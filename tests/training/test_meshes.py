@@ -10,7 +10,7 @@ from flax import nnx
 
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.sharding import make_mesh, sharding
+from kangaroo_jax.sharding import batch_axes, make_mesh, sharding
 from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.loop import mesh_scope
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
@@ -73,8 +73,8 @@ def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[f
         step = make_train_step(
             binding, optimizer, make_schedule(config.optimizer, STEPS), accumulate, shardings_of(state)
         )
-        put = lambda x: jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))  # noqa: E731
-        on_mesh, found = jax.tree.map(put, batch), []
+        put = lambda x, axes: jax.device_put(x, sharding(mesh, axes, x.shape))  # noqa: E731
+        on_mesh, found = jax.tree.map(put, batch, batch_axes(batch)), []
         for _ in range(steps):
             state, metrics = step(state, on_mesh)
             found.append(float(metrics["loss"]))
