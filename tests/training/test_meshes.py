@@ -10,8 +10,9 @@ from flax import nnx
 
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.sharding import batch_axes, make_mesh, sharding
+from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training.checkpoint import abstract_model
+from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.loop import mesh_scope
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
@@ -73,8 +74,8 @@ def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[f
         step = make_train_step(
             binding, optimizer, make_schedule(config.optimizer, STEPS), accumulate, shardings_of(state)
         )
-        put = lambda x, axes: jax.device_put(x, sharding(mesh, axes, x.shape))  # noqa: E731
-        on_mesh, found = jax.tree.map(put, batch, batch_axes(batch)), []
+        with jax.transfer_guard("disallow"):  # as in the training loop
+            on_mesh, found = HostRows(mesh, len(batch.tokens)).put(batch), []
         for _ in range(steps):
             state, metrics = step(state, on_mesh)
             found.append(float(metrics["loss"]))
