@@ -37,7 +37,7 @@ _BLIND_GAIN = 300  # frames, in a file without an index
 _MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to damage
 _HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
 _LEAST_SIDE, _MOST_SHRINKING = 16, 32  # pixels, and times: beyond these a picture is scaled by PIL, not FFmpeg
-_SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
+SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
 _READ_AHEAD = 8  # packets, in which to find what is on display next
 _MOST_ERRORS = 10_000  # packets that cannot be decoded, after which a file is given up
 # Playlists and scripts make a reader open other files, again and again, or itself without end.
@@ -142,7 +142,7 @@ class FramePicker:
         self._gain = _SEEK_FRAMES + _SEEK_SECONDS / (_SECONDS_PER_PIXEL * codec.width * codec.height)
         # Without an index: containers whose seeks end at key frames, decoders that say which frames are whole.
         self._blind = codec.name in ("h264", "hevc") or "matroska" in container.format.name
-        self._may_skip = codec.name in _SKIPPABLE
+        self._may_skip = codec.name in SKIPPABLE
         self._near: collections.deque[float] = collections.deque(maxlen=3 * _READ_AHEAD)  # times of packets just read
         self._limit_time = -math.inf  # seconds: of the frames up to here only the last is wanted
         self._skipping = False

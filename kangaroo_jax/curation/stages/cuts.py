@@ -21,7 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.data import animation
-from kangaroo_jax.data.picker import open_video, start_seconds
+from kangaroo_jax.data.picker import SKIPPABLE, open_video, start_seconds
 from kangaroo_jax.data.storage import member_suffix, short
 from kangaroo_jax.errors import UserError
 
@@ -210,7 +210,7 @@ def _hurry(stream: Any, skip: str) -> None:
     """Pass over frames (those that no other refers to, or all but key frames), and over deblocking."""
     codec = stream.codec_context
     codec.options = {"err_detect": "explode", "skip_loop_filter": "all"}  # damage is an error, as in training
-    if skip == "NONKEY" or codec.name in ("h264", "hevc", "mpeg4", "mpeg2video"):
+    if skip == "NONKEY" or codec.name in SKIPPABLE:
         codec.skip_frame = skip
 
 
