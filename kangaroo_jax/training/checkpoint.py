@@ -177,8 +177,7 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
     Raises UserError for a missing folder or a checkpoint of another model, naming the first wrong tensor.
     """
     folder = find(path) / "params"
-    checkpointer = ocp.StandardCheckpointer()
-    found = checkpointer.metadata(folder).item_metadata.tree
+    found = ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns that one item is no whole step
     check_shapes(found, binding.shapes, folder.parent)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
@@ -189,7 +188,7 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
         )
         for name in binding.shapes
     }
-    return checkpointer.restore(folder, target)
+    return ocp.StandardCheckpointer().restore(folder, target)
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:

@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from kangaroo_jax.training.checkpoint import Checkpoints
+from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.training.checkpoint import Checkpoints, abstract_model, load_params
 from kangaroo_jax.training.step import TrainState
 
 
@@ -27,3 +29,18 @@ def test_an_array_far_larger_than_all_others_is_saved_and_restored(tmp_path):
         assert found.keys() == saved.keys()
         for name in saved:
             np.testing.assert_array_equal(found[name], saved[name])
+
+
+def test_weights_are_read_back_without_a_warning(tmp_path, micro_config, caplog):
+    binding = abstract_model(micro_config.model)
+    params = binding.flatten(Kangaroo(micro_config.model, rngs=nnx.Rngs(0)))
+    state = TrainState(jnp.int32(1), params, {}, {"count": jnp.int32(0)})
+    checkpoints = Checkpoints(tmp_path, state)
+    checkpoints.save(state, b"", {})
+    checkpoints.close()
+    caplog.clear()
+    found = load_params(tmp_path, binding)
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert found.keys() == params.keys()
+    for name in params:
+        np.testing.assert_array_equal(found[name], params[name])
