@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kangaroo_jax.conventions import FIELDS, PackedBatch, UserError
 
@@ -159,7 +159,7 @@ def spec(axes: Axes, shape: Sequence[int] | None = None, sizes: dict[str, int] |
     return PartitionSpec(*entries)
 
 
-def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
     """The NamedSharding of logical `axes` on `mesh`; with `shape`, only where it divides."""
     return NamedSharding(mesh, spec(axes, shape, dict(mesh.shape)))
 

@@ -8,13 +8,13 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, Slices
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
-from kangaroo_jax.sharding import MESH_AXES, spec
+from kangaroo_jax.sharding import MESH_AXES, sharding
 from kangaroo_jax.training.flops import part_trains, step_flops
 from kangaroo_jax.training.placement import resolve
 
@@ -60,8 +60,8 @@ def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
     seen = frames * places * vision.width * 2.0
     seen_kept = seen * vision.depth * (1 + KEPT_WIDTHS[vision.remat]) if part_trains("vision", config) else 0.0
     seen_working = seen * 14
-    shape, sizes = (data.packs_per_batch, data.frames_per_pack), dict(zip(MESH_AXES, config.train.mesh, strict=True))
-    held = NamedSharding(AbstractMesh(config.train.mesh, MESH_AXES), spec(("batch", "pack_frames"), shape, sizes))
+    shape, mesh = (data.packs_per_batch, data.frames_per_pack), AbstractMesh(config.train.mesh, MESH_AXES)
+    held = sharding(mesh, ("batch", "pack_frames"), shape)
     pixels = math.prod(held.shard_shape(shape)) * data.image_size**2 * 3
     groups = data.frames_per_pack // frames_per_group(model) if data.frames_per_pack else 0
     vision_rows = rows * groups * tokens_per_group(model, data.image_size) * llm.width * 2.0
