@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.installing import install_line
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -270,7 +271,7 @@ def import_torch(why: str) -> Any:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{why} and torch is not installed: pip install 'kangaroo-jax[convert]'") from None
+        raise UserError(f"{why} and torch is not installed: {install_line('convert')}") from None
     return torch
 
 

@@ -24,6 +24,7 @@ from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.inference.chat import Kangaroo, ask
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.models.kangaroo import Kangaroo as Model
 
 GREEDY = 32  # tokens of the answers that are compared, whatever ends them
@@ -144,7 +145,7 @@ class InTorch:
         try:
             import transformers  # noqa: F401
         except ImportError:
-            raise UserError("the comparison is run by transformers: pip install 'kangaroo-jax[convert]'") from None
+            raise UserError(f"the comparison is run by transformers: {install_line('convert')}") from None
         self.model: Any
         self.tokenizer: Any
         folder = source.path if source.path.is_dir() else source.path.parent
@@ -303,7 +304,7 @@ def torch_features(source: Source, frames: np.ndarray, scratch: Path) -> np.ndar
         try:
             from kangaroo_jax.conversion.torch_model.modeling_kangaroo import VisionTower
         except ImportError:
-            raise UserError("the comparison is run by transformers: pip install 'kangaroo-jax[convert]'") from None
+            raise UserError(f"the comparison is run by transformers: {install_line('convert')}") from None
         tower = VisionTower(source.config.model.vision.to_dict())
         state = torch_state(source.path, _name_in_tower(source.layout))
         wanted = tower.state_dict()

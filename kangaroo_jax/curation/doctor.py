@@ -12,6 +12,7 @@ from typing import Any
 from kangaroo_jax.curation import select, shards
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 _PACKAGES = (
     # distribution, module, what for, needed
@@ -45,7 +46,7 @@ def doctor() -> bool:
             good = False
             print(f"NO  {name:24} {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     print(f"    {'processors':24} {os.cpu_count()}; free disk here {shutil.disk_usage('.').free / 2**30:.0f} GiB")
-    print("all that is needed is here" if good else "something is missing: pip install 'kangaroo-jax[curation]'")
+    print("all that is needed is here" if good else f"something is missing: {install_line('curation')}")
     return good
 
 

@@ -18,6 +18,7 @@ from kangaroo_jax.curation.ray_workers import Actors, ray_task
 from kangaroo_jax.curation.run_shard import Plan, is_done, run_shard
 from kangaroo_jax.curation.shards import Shard
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 _TELL_EVERY = 5.0  # seconds
 _MOST_FAILURES_SHOWN = 20
@@ -132,7 +133,7 @@ def run_ray(shards: Sequence[Shard], plan: Plan, address: str = "", workers: int
     try:
         import ray
     except ImportError:
-        raise UserError("--engine=ray: pip install 'kangaroo-jax[curation,ray]'") from None
+        raise UserError(f"--engine=ray needs the package ray: {install_line('curation', 'ray')}") from None
     todo = unfinished(shards, plan)
     progress = Progress(shards, todo)
     if not todo:

@@ -22,6 +22,7 @@ from typing import Any
 from kangaroo_jax.data.image import IMAGE_SUFFIXES
 from kangaroo_jax.data.storage import is_remote, join, member_suffix, short
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 Item = dict[str, Any]
 VIDEO_SUFFIXES = (
@@ -155,7 +156,7 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"{path}: pip install pyarrow to read Parquet files") from None
+        raise UserError(f"{path}: a Parquet file needs the package pyarrow: {install_line('curation')}") from None
     try:
         with pq.ParquetFile(path) as table:
             known = {name for names in _COLUMNS.values() for name in names} | {"page_dir", "videoid"}

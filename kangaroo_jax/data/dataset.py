@@ -22,6 +22,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import CLIP_KEYS, Conversation, Media, Turn
 from kangaroo_jax.data.image import check_file
 from kangaroo_jax.data.storage import MEMBER, is_remote, join, local, member_of, member_suffix
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.whole_files import write_json
 
 VERSION = "1.0.0"
@@ -35,7 +36,7 @@ def features() -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise UserError("pip install tensorflow-datasets (TensorFlow is not needed)") from None
+        raise UserError(f"tensorflow-datasets is missing (TensorFlow is not needed): {install_line('data')}") from None
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {

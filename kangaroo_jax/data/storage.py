@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 MEMBER = "::"  # between a container and what is in it
 _ADDRESS = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 _TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$")
-_PROTOCOL_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
 
 
 def is_remote(path: str | Path) -> bool:
@@ -134,8 +134,7 @@ def _copy(address: str, file: BinaryIO) -> None:
             while block := source.read(1 << 22):
                 file.write(block)
     except ImportError:
-        package = _PROTOCOL_PACKAGES.get(address.partition("://")[0].lower(), "its fsspec backend")
-        raise UserError(f"{short(address)}: pip install fsspec {package} to read such addresses") from None
+        raise UserError(f"{short(address)}: packages to read it are missing: {install_line('remote')}") from None
 
 
 def default_cache() -> MediaCache:
@@ -237,7 +236,7 @@ class ParquetTable:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise UserError(f"{path}: pip install pyarrow to read Parquet files") from None
+            raise UserError(f"{path}: a Parquet file needs the package pyarrow: {install_line('data')}") from None
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
         except (OSError, pa.ArrowException) as error:

@@ -25,6 +25,7 @@ from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.host import keep_freed_memory
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
@@ -150,7 +151,7 @@ def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: in
     try:
         from kangaroo_jax.tools.bench_torch import TorchTrainer
     except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install torch==2.13.0 transformers") from None
+        raise UserError(f"{error.name} is missing: {install_line('convert')}") from None
     batch = full_batch(config, segments=segments)
     ours = JaxTrainer(config, batch)
     theirs = TorchTrainer(config, batch, ours.state.params)

@@ -1,6 +1,6 @@
 """Kangaroo written plainly in PyTorch, to measure against: eager, the decoder is transformers' Llama.
 
-Needs `pip install torch==2.13.0 transformers`; nothing but the benchmark and its test imports it.
+Needs the extra `convert`; nothing but the benchmark and its test imports it.
 """
 
 import os

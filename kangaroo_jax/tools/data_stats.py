@@ -17,6 +17,7 @@ from kangaroo_jax.data.mixture import Source
 from kangaroo_jax.data.packing import Packer, Placed
 from kangaroo_jax.data.sample import Recipe, make_recipe, probe_cached
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
 
 STAGES = ("stage1_image_pretrain", "stage2_video_pretrain", "stage3_refine", "stage4_instruct", "stage5_long_video")
@@ -209,7 +210,7 @@ def _plot(values: dict[str, list], packing: dict[str, Any], path: Path) -> None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("pip install matplotlib to plot the statistics") from None
+        raise UserError(f"plotting the statistics needs the package matplotlib: {install_line('data')}") from None
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
     for axis, (name, numbers) in zip(axes.flat, values.items(), strict=False):
         axis.hist(numbers, bins=40, color="#4e79a7")

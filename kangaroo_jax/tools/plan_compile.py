@@ -1,6 +1,6 @@
 """Compile the real train step for TPU slices that are not here, and read what it needs from the program.
 
-libtpu compiles on any machine (`pip install 'jax[tpu]'`); nothing runs and no weight is allocated.
+libtpu (the extra `tpu`) compiles on any machine; nothing runs and no weight is allocated.
 """
 
 import collections
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Slices
 from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.tools import hlo
 from kangaroo_jax.whole_files import write_json
@@ -72,12 +73,12 @@ def check_libtpu() -> None:
     try:
         found = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
-        raise UserError("compiling for a TPU needs libtpu: pip install 'jax[tpu]'") from None
+        raise UserError(f"compiling for a TPU needs libtpu: {install_line('tpu')}") from None
     named = re.search(r"libtpu==([\d.]+?)(?:\.\*)?(?:[\s;,]|$)", " ".join(metadata.requires("jax") or ()))
     if named and not f"{found}.".startswith(f"{named[1]}."):
         raise UserError(
             f"libtpu {found} is not of the release that jax {metadata.version('jax')} goes with ({named[1]}), and JAX "
-            "may not read what it compiles: pip install 'jax[tpu]'"
+            f"may not read what it compiles: {install_line('tpu')}"
         )
 
 

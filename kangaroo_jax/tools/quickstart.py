@@ -25,6 +25,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.tools import quickstart_ablations, quickstart_curation
 from kangaroo_jax.tools.corpus import Corpus, make_corpus
 from kangaroo_jax.tools.quickstart_report import write_quickstart_report
@@ -185,7 +186,7 @@ def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]
 def compare_with_torch(workdir: Path, corpus: Corpus, tell: Tell) -> dict[str, int] | None:
     """Answers of the exported last stage that PyTorch and JAX give alike; None where torch is not installed."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        tell("the export was not compared with PyTorch: pip install 'kangaroo-jax[convert]' and run this again")
+        tell(f"the export was not compared with PyTorch: {install_line('convert')} and run this again")
         return None
     path = workdir / "torch_chat.json"
     if not path.exists():

@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import load_config
+from kangaroo_jax.installing import install_line
 from kangaroo_jax.tools.corpus import Corpus, read_records, scenes_of
 from kangaroo_jax.tools.corpus_raw import ALT_TEXT, RawClips, write_raw_clips
 from kangaroo_jax.tools.report_charts import escape
@@ -65,7 +66,7 @@ def curate_corpus(
     done already is read.
     """
     if lacks := missing():
-        tell(f"raw clips are not curated: {', '.join(lacks)} missing; pip install 'kangaroo-jax[curation]'")
+        tell(f"raw clips are not curated: {', '.join(lacks)} missing; {install_line('curation')}")
         return None
     result = folder / "curated.json"
     if not result.exists():

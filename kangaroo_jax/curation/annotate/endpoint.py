@@ -14,6 +14,7 @@ from typing import Any
 
 from kangaroo_jax.curation.annotate.requests import Completion, Failure, Request
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 _FATAL = {401: "the key is wrong", 403: "the key may not use this model", 404: "no such model or address"}
 _POOLS = 8  # of connections
@@ -47,7 +48,7 @@ class Endpoint:
         Raises UserError where `openai` is not installed, or the key's variable is not set.
         """
         if importlib.util.find_spec("openai") is None:
-            raise UserError("the package openai is missing: pip install 'kangaroo-jax[curation]'")
+            raise UserError(f"the package openai is missing: {install_line('curation')}")
         self.name, self.model, self.settings = name, model, dict(settings or {})
         self._structured, self._url, self._timeout = structured, base_url, timeout
         self._key, self._busy = _key(name, api_key_env), [0] * _POOLS

@@ -7,6 +7,7 @@ from typing import Any
 
 from kangaroo_jax.curation.annotate.requests import canonical
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 
 def parse_json(text: str) -> object:
@@ -34,7 +35,7 @@ def _validator(schema: str) -> Any:
     try:
         import jsonschema
     except ImportError:
-        raise UserError("the package jsonschema is missing: pip install 'kangaroo-jax[curation]'") from None
+        raise UserError(f"the package jsonschema is missing: {install_line('curation')}") from None
     return jsonschema.Draft202012Validator(json.loads(schema))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, Stage
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.installing import install_line
 
 _TABLE = (
     # name, version of its code, stages that it follows, kinds, packages
@@ -70,7 +71,7 @@ def enabled(config: Settings) -> tuple[Stage, ...]:
         for package in stage.needs:
             if importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"stage {stage.name} needs the package {package}: pip install 'kangaroo-jax[curation]', "
+                    f"stage {stage.name} needs the package {package}: {install_line('curation')}, "
                     f"or leave the stage out; kangaroo curate doctor lists what is missing"
                 )
     return wanted
