@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kangaroo_jax.arguments import parse
 from kangaroo_jax.jobs import JOBS, Job
+from kangaroo_jax.terminal import outputs
 
 if TYPE_CHECKING:
     from absl import flags
@@ -34,28 +35,31 @@ def start() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the arguments (by default those of the process) name; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with outputs():
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            print("kangaroo: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            from kangaroo_jax.errors import UserError
+
+            if not isinstance(error, UserError):
+                raise
+            print(f"kangaroo: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
         print(USAGE + "".join(f"  {name:12}{job.summary}\n" for name, job in JOBS.items()), end="")
-        return 0
-    if arguments[0] == "--version":
+    elif arguments[0] == "--version":
         from kangaroo_jax import __version__
 
         print(f"kangaroo {__version__}")
-        return 0
-    try:
+    else:
         _run_job(arguments[0], arguments[1:])
-    except KeyboardInterrupt:
-        print("kangaroo: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from kangaroo_jax.errors import UserError
-
-        if not isinstance(error, UserError):
-            raise
-        print(f"kangaroo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def _run_job(name: str, arguments: list[str]) -> None:
@@ -68,9 +72,6 @@ def _run_job(name: str, arguments: list[str]) -> None:
         raise UserError(f"no job {name!r}{nearest(name, JOBS)}: kangaroo --help lists them")
     job = JOBS[name]
     values = flags.FlagValues()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # lines appear at once in a pipe; no terminal's encoding is an error
-            stream.reconfigure(line_buffering=True, errors="replace")
     if job.define is None:
         job.run(values, arguments)
         return

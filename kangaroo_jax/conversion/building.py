@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.terminal import rewrite
 
 Tell = Callable[[str], None]
 Item = TypeVar("Item")
@@ -120,7 +121,7 @@ class Progress:
             self._shown = now
             line = self.line()
             if self._terminal:
-                print(f"\r\x1b[K{line}", end="", flush=True)
+                rewrite(line)
             else:
                 self._tell(line)
 
@@ -136,7 +137,7 @@ class Progress:
     def finish(self) -> None:
         """The last line."""
         if self._terminal:
-            print("\r\x1b[K", end="", flush=True)
+            rewrite("")
         seconds = time.perf_counter() - self._start
         self._tell(
             f"{self._what}: {self._bytes / 1e9:.3f} GB in {seconds:.1f} s, {self.megabytes_per_second():.0f} MB/s"

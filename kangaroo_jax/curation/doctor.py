@@ -13,6 +13,7 @@ from kangaroo_jax.curation import select, shards
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
+from kangaroo_jax.terminal import printable
 
 _PACKAGES = (
     # distribution, module, what for, needed
@@ -118,9 +119,10 @@ def explain(root: Path, name: str, settings: dict[str, Any], tell: Callable[[str
     verdicts = dict(zip((row["id"] for row in rows), select.judge(rows, settings), strict=True))
     for row in found:
         verdict = verdicts[row["id"]]
-        tell(f"{row['id']}: " + ("kept" if verdict is None else f"dropped by the rule {verdict[0]}: {verdict[1]}"))
+        told = "kept" if verdict is None else f"dropped by the rule {verdict[0]}: {verdict[1]}"
+        tell(printable(f"{row['id']}: {told}"))
         for line in _described(row, settings):
-            tell(f"  {line}")
+            tell(f"  {printable(line)}")
 
 
 def _described(row: Row, settings: dict[str, Any]) -> list[str]:

@@ -19,8 +19,9 @@ import numpy as np
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import TAG, Conversation
 from kangaroo_jax.data.formats import FORMATS, Columns, Parsed, caption_record, parse_record
-from kangaroo_jax.data.storage import MEMBER, is_remote, local, member_suffix, parquet_table, tar_members
+from kangaroo_jax.data.storage import MEMBER, is_remote, local, member_suffix, parquet_table, short, tar_members
 from kangaroo_jax.data.video import IMAGE_SUFFIXES
+from kangaroo_jax.terminal import printable
 
 CHECKED = 20_000  # records of a file that are read when it is opened, at most
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -93,15 +94,17 @@ class AnnotationFile:
     def describe(self) -> str:
         """One line: how many records, and of what format."""
         if isinstance(self._reader, _Built):
-            return f"{self.path}: {len(self):,} samples, ArrayRecord shards of kangaroo data build"
+            return f"{short(self.path)}: {len(self):,} samples, ArrayRecord shards of kangaroo data build"
         kinds = ", ".join(
             FORMATS[name] + (f" ({count:,})" if len(self.formats) > 1 else "")
             for name, count in self.formats.most_common()
         )
         if self.formats.total() < len(self):
             kinds += f" in {self.formats.total():,} of them, which were checked"
-        unread = f"; ignored: {', '.join(sorted(self.ignored))}" if self.ignored else ""
-        return f"{self.path}: {len(self):,} samples, {self._reader.__class__.__name__.strip('_')}, {kinds}{unread}"
+        unread = f"; ignored: {printable(', '.join(sorted(self.ignored)))}" if self.ignored else ""
+        return (
+            f"{short(self.path)}: {len(self):,} samples, {self._reader.__class__.__name__.strip('_')}, {kinds}{unread}"
+        )
 
 
 def evenly(count: int, most: int) -> list[int]:

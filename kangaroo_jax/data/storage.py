@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
+from kangaroo_jax.terminal import printable
 
 MEMBER = "::"  # between a container and what is in it
 _ADDRESS = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -47,8 +48,8 @@ def join(root: str, path: str) -> str:
 
 
 def short(path: str | Path, longest: int = 200) -> str:
-    """A path for messages: the bytes of a `data:` address are left out."""
-    text = str(path)
+    """A path for messages: one line, the bytes of a `data:` address left out."""
+    text = printable(str(path))
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
 
 

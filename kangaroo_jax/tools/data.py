@@ -13,6 +13,7 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation
 from kangaroo_jax.data.mixture import Source, open_sources
+from kangaroo_jax.terminal import printable
 
 _SOURCES = "annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset"
 
@@ -119,7 +120,8 @@ def _show(arguments: argparse.Namespace) -> None:
     batch = batch_from_recipes(
         [recipe], tokens=len(recipe.tokens), frames=recipe.frames, image_size=config.data.image_size
     )
-    print(f"sample {recipe.id}: {len(recipe.tokens)} tokens, {recipe.frames} frames, language {recipe.language}")
+    size = f"{len(recipe.tokens)} tokens, {recipe.frames} frames"
+    print(printable(f"sample {recipe.id}: {size}, language {recipe.language}"))
     print(batch_tree(batch))
     print(save_picture(batch, tokenizer, arguments.out))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.terminal import printable
 from kangaroo_jax.whole_files import write_text
 
 
@@ -148,7 +149,7 @@ class Progress:
         if len(self._counts) < 2:
             return ""
         total = sum(self._counts.values())
-        return "  ".join(f"{name} {100 * n / total:.0f}%" for name, n in self._counts.most_common(6)) + "  "
+        return "  ".join(f"{printable(name)} {100 * n / total:.0f}%" for name, n in self._counts.most_common(6)) + "  "
 
 
 def _share(name: str, part: float, whole: float) -> str:

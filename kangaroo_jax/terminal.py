@@ -1,0 +1,100 @@
+"""What reaches a terminal: text, and nothing that would steer it.
+
+Names of files, ids and reasons come from elsewhere. A line break in one would fake a line of ours, an escape sequence
+move the cursor or set the window's title, an override of the direction of writing show another name.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_STEERING = (
+    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # and halves of surrogate pairs
+)
+_IN_TEXT = re.compile(f"[{_STEERING}]|\r(?!\n)")
+_IN_A_LINE = re.compile(f"[{_STEERING}\t\n\r\u2028\u2029]")
+_ERASE = "\r\x1b[K"  # to the beginning of the line, and nothing after it
+
+
+def printable(text: str) -> str:
+    r"""`text` for one line: line breaks, control characters and halves of surrogate pairs as `\n`, `\x1b`, `\udcff`."""
+    return _IN_A_LINE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
+
+
+class Output:
+    """A stream whose text has lines and no other control characters, and that may end before its writer does.
+
+    Where nobody reads any more (`kangaroo train ... | head`) the job goes on and what it prints is dropped: a run
+    of hours does not end, unsaved, with the pager that looked at its first lines.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write `text`; returns its length."""
+        self._pass_on(_IN_TEXT.sub(_escaped, text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each of `lines`."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Hand on what waits."""
+        self._pass_on("")
+
+    def rewrite(self, line: str) -> None:
+        """Put `line` in the place of the line that the cursor of the terminal stands in."""
+        self._pass_on(_ERASE + printable(line))
+
+    def _pass_on(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            if not text or text.startswith(_ERASE):
+                self._stream.flush()
+        except BrokenPipeError:
+            self._drop()
+        except OSError as error:
+            from kangaroo_jax.errors import UserError
+
+            self._drop()  # what waits in the stream would be tried again, and fail again, at the end of the process
+            raise UserError(f"{self._stream.name}: cannot be written ({error.strerror or error})") from None
+
+    def _drop(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def outputs() -> Iterator[None]:
+    """Inside, standard output and standard error are `Output`s."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):  # lines appear at once in a pipe; no terminal's encoding is an error
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as it is where the process was started without one
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def rewrite(line: str) -> None:
+    """Show `line` in place of the last such line, on a terminal."""
+    Output(sys.stdout).rewrite(line) if not isinstance(sys.stdout, Output) else sys.stdout.rewrite(line)
