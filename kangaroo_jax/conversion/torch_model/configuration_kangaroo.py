@@ -28,7 +28,7 @@ class KangarooConfig(PretrainedConfig):
     """The keys of a Llama's config.json, and one dictionary each for the other parts."""
 
     model_type = "kangaroo"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the cache's name before transformers 5.24 and since
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ from .configuration_kangaroo import KangarooConfig
 from .processing_kangaroo import KangarooProcessor, as_part
 
 FRAMES_AT_A_TIME = 16  # that the ViT looks at
+# What the cache of keys and values is called, as an argument of a decoder and in what it returns.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def llama_config(config: KangarooConfig) -> LlamaConfig:
@@ -162,7 +164,7 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_cache_class = True
 
@@ -235,19 +237,22 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         pixel_values: torch.Tensor | None = None,
         frame_times: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        """What a Llama takes and returns; `cache` is the name of `past_key_values` since transformers 5.24."""
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            begins = past_key_values is None or past_key_values.get_seq_length() == 0
+            begins = cache is None or cache.get_seq_length() == 0
             inputs_embeds = self.embed(input_ids, pixel_values if begins else None, frame_times)
         kwargs.pop("return_dict", None)
+        kwargs[CACHE] = cache
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -258,7 +263,8 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             shifted = labels[:, 1:].to(logits.device)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        filled: dict[str, Any] = {CACHE: outputs[CACHE] if CACHE in outputs else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **filled)
 
     @torch.no_grad()
     def chat(
