@@ -5,15 +5,18 @@ import os
 import secrets
 from pathlib import Path
 
+from kangaroo_jax.json_text import utf8
+
 
 def write_text(path: Path, text: str) -> Path:
     """Write UTF-8 text under a temporary name of its own beside `path`, then rename it. Returns the path.
 
-    Processes (of several hosts, too) may write the same file at the same time: the last one's stays.
+    Half a surrogate pair is written as its escape. Processes (of several hosts, too) may write the same file at the
+    same time: the last one's stays.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(utf8(text))
         return temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

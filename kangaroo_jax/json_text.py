@@ -1,0 +1,62 @@
+"""JSON and text of foreign files: read with mistakes named by line and column, written whatever a string holds.
+
+A Python string can hold half a surrogate pair: JSON writes one as `\\ud83d`, and `os.listdir` gives the bytes of a file
+name that is not UTF-8 so. UTF-8 has no place for it. Here it is written as the escape `\\udXXX`, which is what it is in
+JSON too; all other text keeps its bytes.
+"""
+
+import json
+import sys
+import unicodedata
+from typing import Any
+
+from kangaroo_jax.errors import UserError
+
+
+def parse_json(text: str | bytes, path: str, line: int | None = None) -> Any:
+    """The value of a JSON text, or of UTF-8 bytes with or without a byte order mark.
+
+    Args:
+        text: the whole text.
+        path: what messages call its file (or part of one).
+        line: the line of that file that the text is, where it is one line of many.
+
+    Raises:
+        UserError: naming line and column: not JSON, not UTF-8, nested too deep, or an integer of too many digits.
+    """
+    where = path if line is None else f"{path}, line {line}"
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        return json.loads(decoded)
+    except json.JSONDecodeError as error:
+        number = error.lineno if line is None else line
+        raise UserError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON that is nested too deep") from None
+    except (ValueError, OverflowError):
+        most = sys.get_int_max_str_digits()
+        raise UserError(f"{where}: JSON with an integer of more than {most:,} digits") from None
+
+
+def json_line(value: Any) -> bytes:
+    """A value as one line of JSON, in UTF-8, with its newline; text stays readable."""
+    return utf8(json.dumps(value, ensure_ascii=False)) + b"\n"
+
+
+def utf8(text: str) -> bytes:
+    """Text in UTF-8; half a surrogate pair is escaped, so that no text is refused."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Text for one line of a terminal: control characters and halves of surrogate pairs are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _is_harmful(c) else c for c in text)
+
+
+def _is_harmful(character: str) -> bool:
+    """Whether it moves the cursor, turns the direction of text, or cannot be encoded. Joiners of emoji are not."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
