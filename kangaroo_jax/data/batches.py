@@ -172,7 +172,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
             place, recipe = feed.take()
             if isinstance(recipe, Unusable):
                 self._skipped[lane] += 1
-                self._skip(recipe.id, recipe.path, recipe.reason, "recipe")
+                self._skip(place, recipe.id, recipe.path, recipe.reason, "recipe")
                 continue
             self._in_vain["recipe"] = 0
             row = feed.packer.add(Placed(place, recipe))
@@ -187,16 +187,16 @@ class _PackedBatchIterator(grain.DatasetIterator):
         sources: collections.Counter[tuple[str, str]] = collections.Counter()
         for v, row, places, media in zip(s.lanes, begun.rows, begun.places, begun.decoded, strict=True):
             clips.append([])
-            for recipe, (source, _), futures in zip(row, places, media, strict=True):
+            for recipe, place, futures in zip(row, places, media, strict=True):
                 outcome = _clips_of([future.result() for future in futures])
                 if isinstance(outcome, UserError):
                     self._lost[v] += 1
-                    self._skip(recipe.id, path_in(str(outcome), recipe.media), str(outcome), "decode")
+                    self._skip(place, recipe.id, path_in(str(outcome), recipe.media), str(outcome), "decode")
                     clips[-1].append(None)
                     continue
                 self._in_vain["decode"] = 0
                 used.append(recipe)
-                sources[self._mixture.sources[source].name, recipe.language] += 1
+                sources[self._mixture.sources[place[0]].name, recipe.language] += 1
                 clips[-1].append(outcome)
         skipped = {v: count + self._lost[v] for v, count in begun.snapshot.skipped.items()}
         self._state = dataclasses.replace(begun.snapshot, skipped=skipped)
@@ -214,9 +214,9 @@ class _PackedBatchIterator(grain.DatasetIterator):
         )
         return assemble(begun.rows, clips, s.shape), stats
 
-    def _skip(self, sample_id: str, path: str, reason: str, stage: str) -> None:
+    def _skip(self, place: Place, sample_id: str, path: str, reason: str, stage: str) -> None:
         s = self._settings
-        s.ledger.add(sample_id, path, reason, stage)
+        s.ledger.add((self._mixture.sources[place[0]].name, place[1]), sample_id, path, reason, stage)
         if s.strict:
             raise UserError(f"sample {sample_id!r}: {reason} (config.data.strict)")
         self._in_vain[stage] += 1
@@ -279,7 +279,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         again: dict[int, list[tuple[int, Placed]]] = {v: [] for v in waiting}
         for (v, waited, place), recipe in zip(places, made, strict=True):
             if isinstance(recipe, Unusable):
-                self._skip(recipe.id, recipe.path, recipe.reason, "recipe")
+                self._skip(place, recipe.id, recipe.path, recipe.reason, "recipe")
             else:
                 again[v].append((waited, Placed(place, recipe)))
         return again

@@ -14,6 +14,7 @@ from kangaroo_jax.data.decode import Decoder
 from kangaroo_jax.data.mixture import Lane, Mixture
 from kangaroo_jax.data.packing import Packer, Place
 from kangaroo_jax.data.sample import Recipe, make_recipe
+from kangaroo_jax.data.storage import short
 from kangaroo_jax.data.tokenizer import Tokenizer
 
 
@@ -66,16 +67,25 @@ class RecipeMaker:
             self._room += _bytes_of(self._kept.popitem(last=False)[1])
 
     def __call__(self, place: Place) -> Made:
-        """From any thread."""
+        """From any thread. Whatever is wrong with a sample costs that sample alone: nothing is raised."""
         source, number = place
+        name = f"{self._files[source].path}#{number}"
         try:
             conversation = self._files[source][number]
-        except UserError as error:  # a record that was not among those checked when the file was opened
-            return Unusable(f"{self._files[source].path}#{number}", "", str(error))
+        except Exception as error:  # a record that was not among those checked when the file was opened
+            return Unusable(name, "", _reason(error, name))
         try:
             return make_recipe(conversation, self._tokenizer, self._config, *self._sizes, self._probe)
-        except UserError as error:
-            return Unusable(conversation.id, path_in(str(error), conversation.media), str(error))
+        except Exception as error:
+            reason = _reason(error, name)
+            return Unusable(conversation.id, path_in(reason, conversation.media), reason)
+
+
+def _reason(error: Exception, name: str) -> str:
+    """One line; of an error that is not about bad input it names the sample and the error's kind."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{short(name)}: cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 def _bytes_of(recipe: Recipe) -> int:
@@ -85,7 +95,8 @@ def _bytes_of(recipe: Recipe) -> int:
 def path_in(reason: str, media: Sequence[Any]) -> str:
     """The file of a sample that a message is about, "" where it says none."""
     paths = [path for medium in media for path in (medium.path, *medium.frames)]
-    return next((path for path in paths if path in reason), paths[0] if len(paths) == 1 else "")
+    named = (path for path in paths if path in reason or short(path) in reason)
+    return next(named, paths[0] if len(paths) == 1 else "")
 
 
 class LaneFeed:

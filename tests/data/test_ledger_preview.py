@@ -22,22 +22,41 @@ from kangaroo_jax.data.tokenizer import Tokenizer
 def test_one_line_a_sample_over_several_runs(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "ledger.jsonl"
     first = Ledger(path)
-    assert first.add("1", "/v/a.mp4", "no such file", "recipe")
-    assert not first.add("1", "/v/a.mp4", "no such file", "decode")
+    assert first.add(("s", 1), "1", "/v/a.mp4", "no such file", "recipe")
+    assert not first.add(("s", 1), "1", "/v/a.mp4", "no such file", "decode")
     with path.open("ab") as file:
         file.write(b'{"id": "2", "pa')  # killed while it wrote
     second = Ledger(path)
     assert second.count == 1
-    assert not second.add("1", "", "x", "recipe") and second.add("2", "", "文件坏了", "decode")
+    assert not second.add(("s", 1), "1", "", "x", "recipe") and second.add(("s", 2), "2", "", "文件坏了", "decode")
     lines = path.read_text().splitlines()
     assert [json.loads(line)["id"] for line in (lines[0], lines[2])] == ["1", "2"]
-    assert json.loads(lines[2]).keys() == {"id", "path", "reason", "stage", "time"}
+    assert json.loads(lines[2]).keys() == {"id", "path", "reason", "stage", "time", "source", "number"}
+    assert "文件坏了" in lines[2]
     assert Ledger(path).count == 2
+
+
+def test_ids_that_repeat_and_lines_of_an_earlier_version(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"id": "0", "path": "a.mp4", "reason": "x", "stage": "decode", "time": 1.5}\n')
+    ledger = Ledger(path)
+    assert not ledger.add(("s", 0), "0", "a.mp4", "x", "decode")  # entered by that version
+    assert ledger.add(("s", 1), "0", "b.mp4", "x", "decode") and ledger.add(("t", 1), "0", "b.mp4", "x", "decode")
+    assert not ledger.add(("s", 1), "0", "b.mp4", "x", "decode")
+    assert ledger.count == 3 == Ledger(path).count == len(path.read_text().splitlines())
+
+
+def test_names_that_utf8_cannot_hold_are_entered(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.add(("s", 0), "half \ud83d", "latin-\udce9.mp4", "latin-\udce9.mp4: no such file", "recipe")
+    (line,) = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
+    entry = json.loads(line)
+    assert (entry["id"], entry["path"]) == ("half \ud83d", "latin-\udce9.mp4")
 
 
 def test_ledger_without_a_file(tmp_path: Path) -> None:
     ledger = Ledger()
-    assert ledger.add("1", "", "", "recipe") and ledger.count == 1
+    assert ledger.add(("s", 1), "1", "", "", "recipe") and ledger.count == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the ledger"):
         Ledger(tmp_path / "file" / "ledger.jsonl")
