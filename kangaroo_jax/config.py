@@ -114,6 +114,9 @@ def stage_config(preset: str) -> ConfigDict:
     d.decode_seconds = 120.0  # for one file; then it is given up, and its process replaced
     d.media_cache = ""  # folder of media fetched from gs://, s3://, https://; "" is ~/.cache/kangaroo/media
     d.media_cache_gib = 50
+    d.fetch_gib = 4.0  # of one address; a larger one goes to the ledger
+    d.fetch_seconds = 600.0  # for one address
+    d.allow_private = False  # True: addresses may lead to this machine and to private networks
     d.cache_mib = 0  # decoded clips kept in memory, for corpora small enough to be read again and again
     d.strict = False  # True raises at the first sample that cannot be read
 

@@ -7,7 +7,6 @@ JSON too; all other text keeps its bytes.
 
 import json
 import sys
-import unicodedata
 from typing import Any
 
 from kangaroo_jax.errors import UserError
@@ -48,15 +47,3 @@ def json_line(value: Any) -> bytes:
 def utf8(text: str) -> bytes:
     """Text in UTF-8; half a surrogate pair is escaped, so that no text is refused."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def printable(text: str) -> str:
-    """Text for one line of a terminal: control characters and halves of surrogate pairs are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c.encode("unicode_escape").decode() if _is_harmful(c) else c for c in text)
-
-
-def _is_harmful(character: str) -> bool:
-    """Whether it moves the cursor, turns the direction of text, or cannot be encoded. Joiners of emoji are not."""
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"

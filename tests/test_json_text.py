@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.json_text import json_line, parse_json, printable, utf8
+from kangaroo_jax.json_text import json_line, parse_json, utf8
 from kangaroo_jax.whole_files import write_json
 
 BAD = [
@@ -39,9 +39,4 @@ def test_text_comes_back_whatever_it_holds(text: str, tmp_path: Path) -> None:
     assert json.loads(json_line({"a": text})) == {"a": text}
     write_json(tmp_path / "a.json", {"a": text})
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"a": text}
-    assert printable(text).encode() and utf8(text).decode()
-
-
-def test_a_terminal_is_told_no_lie() -> None:
-    assert printable("a\x1b[31m\nBAD b\u202e\u2028\t") == r"a\x1b[31m\nBAD b\u202e\u2028\t"
-    assert printable("视频 1\u3000é👨\u200d👩.mp4") == "视频 1\u3000é👨\u200d👩.mp4"
+    assert utf8(text).decode()

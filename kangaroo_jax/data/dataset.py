@@ -21,7 +21,7 @@ import numpy as np
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import CLIP_KEYS, Conversation, Media, Turn
 from kangaroo_jax.data.image import check_file
-from kangaroo_jax.data.storage import MEMBER, is_remote, join, local, member_of, member_suffix
+from kangaroo_jax.data.storage import MEMBER, absolute, is_remote, join, local, member_of, member_suffix
 from kangaroo_jax.installing import install_line
 from kangaroo_jax.whole_files import write_json
 
@@ -128,8 +128,8 @@ def encode(encoder: Any, conversation: Conversation, embed: bool) -> bytes:
 
 def _encode_medium(medium: Media, embed: bool) -> dict[str, Any]:
     options = {key: value for key in CLIP_KEYS if (value := getattr(medium, key)) is not None}
-    path = medium.path if is_remote(medium.path) or MEMBER in medium.path else os.path.abspath(medium.path)
-    frames = [frame if is_remote(frame) else os.path.abspath(frame) for frame in medium.frames]
+    path = medium.path if is_remote(medium.path) or MEMBER in medium.path else absolute(medium.path)
+    frames = [frame if is_remote(frame) else absolute(frame) for frame in medium.frames]
     data = read_bytes(medium.path) if embed else b""
     if embed and path.startswith("data:"):
         path = f"data{member_suffix(local(medium.path))}"

@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.data.batches import LoaderStats, PackedBatches
 from kangaroo_jax.data.decode import TIME_LIMIT, Decoder, ThreadDecoder, make_decoder
+from kangaroo_jax.data.download import Limits
 from kangaroo_jax.data.feed import RecipeMaker
 from kangaroo_jax.data.ledger import Ledger
 from kangaroo_jax.data.mixture import Mixture, open_sources
 from kangaroo_jax.data.packing import Shape, assemble
 from kangaroo_jax.data.sample import Recipe
-from kangaroo_jax.data.storage import MediaCache, default_cache
+from kangaroo_jax.data.storage import MediaCache, default_cache, use_cache
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.video import Clip
 
@@ -66,10 +67,10 @@ def make_loader(
     _check(config, frames_per_group)
     if num_threads is None:
         num_threads = min(8, os.cpu_count() or 1)
+    cache = _media_cache(config)
+    use_cache(cache)  # annotations may be fetched, too
     sources = open_sources(config.train, config.media_root, config.registry, config.weights)
     mixture = Mixture(sources, seed, config.packs_per_batch, shuffle=config.shuffle)
-    cache = default_cache()
-    cache = MediaCache(Path(config.media_cache or cache.folder), config.media_cache_gib << 30)
     decoder = make_decoder(
         num_workers=config.num_workers,
         num_threads=num_threads,
@@ -95,6 +96,13 @@ def make_loader(
         "row": [*dataclasses.astuple(shape), config.packing_bins, config.packs_per_batch],
     }
     return Loader(batches, identity, mixture)
+
+
+def _media_cache(config: ConfigDict) -> MediaCache:
+    """Where fetched media are kept, and within which limits they are fetched."""
+    folder = Path(config.media_cache or default_cache().folder)
+    limits = Limits(int(config.fetch_gib * (1 << 30)), config.fetch_seconds, config.allow_private)
+    return MediaCache(folder, config.media_cache_gib << 30, limits)
 
 
 def _check(config: ConfigDict, frames_per_group: int) -> None:

@@ -1,41 +1,39 @@
 """Where media lie: local files, members of archives and tables, and addresses fetched into a bounded cache.
 
 clips/7.mp4                              a file
-gs://bucket/7.mp4, s3://..., https://... fetched whole, once, by fsspec
+gs://bucket/7.mp4, s3://..., https://... fetched whole, once
 data:video/mp4;base64,...                in the address itself
 shard-000.tar::7.mp4@1536+80123          a member: its first byte and its size
 train.parquet::12/images/0               row 12, column `images`, medium 0
 set-train.array_record-0...::12/0        record 12 of `kangaroo data build`, medium 0
 """
 
-import base64
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kangaroo_jax.data.addresses import check_scheme, is_remote, short
+from kangaroo_jax.data.download import Limits, download
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
+from kangaroo_jax.json_text import utf8
 from kangaroo_jax.terminal import printable
 
 MEMBER = "::"  # between a container and what is in it
-_ADDRESS = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 _TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$")
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a path is an address that has to be fetched."""
-    text = str(path)
-    return text.startswith("data:") or (bool(_ADDRESS.match(text)) and not text.startswith("file://"))
+_FORSAKEN = 3600.0  # seconds after which a file that a lost process was fetching is removed
 
 
 def join(root: str, path: str) -> str:
@@ -44,13 +42,22 @@ def join(root: str, path: str) -> str:
         path = urllib.parse.unquote(path.removeprefix("file://"))
     if is_remote(path) or os.path.isabs(path):
         return path
-    return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.normpath(os.path.join(root, path))
+    if is_remote(root):
+        return f"{root.rstrip('/')}/{path}"
+    return normal(os.path.join(root, path))
 
 
-def short(path: str | Path, longest: int = 200) -> str:
-    """A path for messages: one line, the bytes of a `data:` address left out."""
-    text = printable(str(path))
-    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
+def absolute(path: str | Path) -> str:
+    """A local path from the root of the file system."""
+    return normal(os.path.join(os.getcwd(), path))
+
+
+def normal(path: str) -> str:
+    """A path without `.` and double slashes; `name/..` stays where `name` may be a link, whose `..` is elsewhere."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if any(after == ".." and before != ".." for before, after in itertools.pairwise(parts)):
+        return ("/" if path.startswith("/") else "") + "/".join(parts)
+    return os.path.normpath(path)
 
 
 # ----------------------------------------------------------------------------------- cache
@@ -66,15 +73,17 @@ class MediaCache:
 
     folder: Path
     limit: int
+    limits: Limits = Limits()  # of each address
 
     def fetch(self, address: str) -> Path:
         """The local copy of an address, fetched if it is not there. Raises UserError."""
+        check_scheme(address)
         name = urllib.parse.urlparse(address).path if not address.startswith("data:") else ""
-        target = self.folder / (hashlib.sha256(address.encode()).hexdigest()[:32] + _suffix(address, name))
+        target = self.folder / (hashlib.sha256(utf8(address)).hexdigest()[:32] + _suffix(address, name))
         with contextlib.suppress(OSError):
             os.utime(target)  # used just now
             return target
-        self._write(target, lambda file: _copy(address, file), address)
+        self._write(target, lambda file: download(address, file, self.limits), address)
         self._evict(keep=target)
         return target
 
@@ -91,20 +100,24 @@ class MediaCache:
         except UserError:
             raise
         except Exception as error:  # fsspec's backends raise what their libraries raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = printable(" ".join(str(error).split())) or type(error).__name__
             raise UserError(f"{short(address)}: cannot be fetched ({reason[:200]})") from None
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
 
     def _evict(self, keep: Path) -> None:
-        entries = []
+        entries, total, forsaken = [], 0, time.time() - _FORSAKEN
         for entry in os.scandir(self.folder):
             with contextlib.suppress(OSError):
-                if not entry.name.startswith(".part-"):
-                    status = entry.stat()
+                status = entry.stat()
+                part = entry.name.startswith(".part-")
+                if part and status.st_mtime < forsaken:
+                    os.unlink(entry.path)
+                    continue
+                total += status.st_size
+                if not part:
                     entries.append((status.st_mtime_ns, status.st_size, entry.path))
-        total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.limit:
                 return
@@ -123,21 +136,6 @@ def _suffix(address: str, name: str) -> str:
     return ending if re.fullmatch(r"\.\w{1,12}", ending) else ""
 
 
-def _copy(address: str, file: BinaryIO) -> None:
-    if address.startswith("data:"):
-        head, _, body = address.partition(",")
-        file.write(base64.b64decode(body) if head.endswith(";base64") else urllib.parse.unquote_to_bytes(body))
-        return
-    try:
-        import fsspec
-
-        with fsspec.open(address, "rb") as source:
-            while block := source.read(1 << 22):
-                file.write(block)
-    except ImportError:
-        raise UserError(f"{short(address)}: packages to read it are missing: {install_line('remote')}") from None
-
-
 def default_cache() -> MediaCache:
     """`~/.cache/kangaroo/media` (or below XDG_CACHE_HOME), at most 50 GiB."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -152,14 +150,24 @@ def use_cache(cache: MediaCache) -> None:
     _cache[:] = [cache]
 
 
+def current_cache() -> MediaCache:
+    """The cache of this process."""
+    if not _cache:
+        use_cache(default_cache())
+    return _cache[0]
+
+
 def local(path: str | Path) -> Path:
     """A local path for a path or address; addresses are fetched. Raises UserError."""
     text = str(path)
-    if not is_remote(text):
-        return Path(text)
-    if not _cache:
-        use_cache(default_cache())
-    return _cache[0].fetch(text)
+    if is_remote(text):
+        return current_cache().fetch(text)
+    try:
+        if b"\0" not in os.fsencode(text):
+            return Path(text)
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{short(text)}: no file can have such a name")
 
 
 # --------------------------------------------------------------------------------- members
