@@ -7,7 +7,13 @@
 # with the arguments given. Run it again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/arguments.sh
 source launch/environment.sh
+
+if [[ "${1:-}" == --help ]]; then
+  head_of launch/quickstart.sh
+  exit 0
+fi
 
 enter_environment quickstart,curation
 exec kangaroo quickstart "$@"

@@ -7,7 +7,13 @@
 # too, as CI does. Comparisons with PyTorch need KANGAROO_TEST_TORCH=1 (or CI=true), which installs it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/arguments.sh
 source launch/environment.sh
+
+if [[ "${1:-}" == --help ]]; then
+  head_of launch/test.sh
+  exit 0
+fi
 
 packages=()
 if [[ "${KANGAROO_TEST_TORCH:-}" == 1 || "${CI:-}" == true ]]; then

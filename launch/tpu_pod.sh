@@ -6,15 +6,19 @@
 #       --bucket=gs://BUCKET/kangaroo [--spot] [--slices=N] [--runtime=VERSION] [--dry-run] \
 #       -- train --config=configs/stage5_long_video.py:kangaroo_8b --workdir=/mnt/kangaroo/stage5
 #
-# What stands after -- are the arguments of `kangaroo`. The bucket is mounted at /mnt/kangaroo on every host.
-# --dry-run prints every command instead of running it.
+# What stands after -- are the arguments of `kangaroo`. The bucket is mounted at /mnt/kangaroo on every host. The hosts
+# get this clone's tracked files as they are now (`git add` what you made), and nothing else of it. --dry-run prints
+# every command instead of running it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/arguments.sh
 source launch/restart.sh
 
 name="" zone="" project="" type="" bucket="" runtime="" slices=1 spot=0 dry_run=0
 while [[ $# -gt 0 && "$1" != -- ]]; do
+  check_flag tpu_pod.sh "$1"
   case "$1" in
+    --help) head_of launch/tpu_pod.sh; exit 0 ;;
     --name=*) name="${1#*=}" ;;
     --zone=*) zone="${1#*=}" ;;
     --project=*) project="${1#*=}" ;;
@@ -24,21 +28,17 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
     --slices=*) slices="${1#*=}" ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
-    *) echo "tpu_pod.sh: unknown flag $1; the head of the file lists them" >&2; exit 2 ;;
+    *) refuse tpu_pod.sh "unknown flag $1; --help lists them" ;;
   esac
   shift
 done
 [[ "${1:-}" == -- ]] && shift
 for flag in name zone project type bucket; do
-  if [[ -z "${!flag}" ]]; then
-    echo "tpu_pod.sh: --$flag is missing" >&2
-    exit 2
-  fi
+  [[ -n "${!flag}" ]] || refuse tpu_pod.sh "--$flag is missing"
 done
-if [[ $# -eq 0 ]]; then
-  echo "tpu_pod.sh: nothing to run; give the arguments of kangaroo after --" >&2
-  exit 2
-fi
+check_numbers tpu_pod.sh slices
+[[ $# -gt 0 ]] || refuse tpu_pod.sh "nothing to run; give the arguments of kangaroo after --"
+git rev-parse --is-inside-work-tree &>/dev/null || refuse tpu_pod.sh "no git clone, of which the tracked files could be sent"
 if [[ -z "$runtime" ]]; then
   case "$type" in
     v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -100,15 +100,21 @@ on_all_hosts() { # COMMAND: run it on every host of every slice at once; fails i
   return "$status"
 }
 
+# The archive goes through folders that are nobody else's on both sides: `scratch` here, the user's home there.
 prepare() {
-  local node
-  run tar --exclude=.git --exclude=.venv --exclude=runs -czf /tmp/kangaroo_jax.tgz . || return
+  local node file
+  git ls-files -z | while IFS= read -r -d '' file; do
+    if [[ -e "$file" || -L "$file" ]]; then printf '%s\0' "$file"; fi # not what was deleted here
+  done >"$scratch/files" || return
+  run tar --null -T "$scratch/files" -czf "$scratch/kangaroo_jax.tgz" || return
   for node in $(nodes); do
-    run gcloud compute tpus tpu-vm scp /tmp/kangaroo_jax.tgz "$node:/tmp/" "${where[@]}" --worker=all || return
+    run gcloud compute tpus tpu-vm scp "$scratch/kangaroo_jax.tgz" "$node:" "${where[@]}" --worker=all || return
   done
-  on_all_hosts "set -e; mkdir -p ~/kangaroo_jax && tar -xzf /tmp/kangaroo_jax.tgz -C ~/kangaroo_jax
-sudo mkdir -p /mnt/kangaroo && sudo chmod 777 /mnt/kangaroo
-mountpoint -q /mnt/kangaroo || gcsfuse --implicit-dirs --only-dir '$(bucket_folder)' '$(bucket_name)' /mnt/kangaroo
+  on_all_hosts "set -e; mkdir -p ~/kangaroo_jax; tar -xzf ~/kangaroo_jax.tgz -C ~/kangaroo_jax; rm ~/kangaroo_jax.tgz
+if ! mountpoint -q /mnt/kangaroo; then
+  sudo install -d -m 700 -o \"\$(id -un)\" /mnt/kangaroo
+  gcsfuse --implicit-dirs --only-dir $(printf '%q' "$(bucket_folder)") $(printf '%q' "$(bucket_name)") /mnt/kangaroo
+fi
 cd ~/kangaroo_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 }
 
@@ -120,6 +126,9 @@ attempt() { # once: get the slice, install, train; 0 when the training is done
     on_all_hosts "cd ~/kangaroo_jax && KANGAROO_PROCESSES=auto .venv/bin/kangaroo $(printf '%q ' "$@")"
 }
 
+umask 077
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
 [[ $dry_run == 1 ]] && create
 restart_until_done attempt "$@"
 run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet

@@ -9,7 +9,6 @@ are left out.
 
 import argparse
 import json
-import multiprocessing
 import resource
 import statistics
 import time
@@ -188,9 +187,8 @@ class Peer:
 
         self._order: list[int] = list(range(workers))  # what an epoch reads; the loader's sampler
         self._shape = (len(jobs), len(jobs[0][1]), SIDE, SIDE, 3)
-        dataset: Any = Jobs(
-            [(_tiny_video(), (0,))] * workers + list(jobs), name, own
-        )  # a sequence serves; torch wants its own
+        first = (_tiny_video(Path(jobs[0][0]).parent), (0,))
+        dataset: Any = Jobs([first] * workers + list(jobs), name, own)  # a sequence serves; torch wants its own
         self._loader: Any = torch.utils.data.DataLoader(
             dataset, batch_size=None, sampler=self._order, num_workers=workers, persistent_workers=True,
             multiprocessing_context="spawn", prefetch_factor=2,
@@ -318,10 +316,9 @@ def _decode_seconds(job: Job) -> float:
     return time.process_time() - start
 
 
-def _tiny_video() -> str:
-    import tempfile
-
-    path = Path(tempfile.gettempdir()) / f"kangaroo-bench-{multiprocessing.current_process().pid}.mp4"
+def _tiny_video(folder: Path) -> str:
+    """Of one second, made once beside the videos that are measured."""
+    path = folder / "1s.mp4"
     if not path.exists():
         make_video(path, 1, 0)
     return str(path)

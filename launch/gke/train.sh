@@ -10,36 +10,35 @@
 # image and command run as: xpk workload create --tpu-type=TYPE --docker-image=IMAGE --command='kangaroo ...'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source launch/arguments.sh
 
 name="" image="" type="" topology="" slices=1 claim="" restarts=100 namespace=default dry_run=0
 while [[ $# -gt 0 && "$1" != -- ]]; do
+  check_flag gke/train.sh "$1"
   case "$1" in
+    --help) head_of launch/gke/train.sh; exit 0 ;;
     --name=* | --image=* | --type=* | --topology=* | --slices=* | --claim=* | --restarts=* | --namespace=*)
       flag="${1%%=*}"
       printf -v "${flag#--}" '%s' "${1#*=}"
       ;;
     --dry-run) dry_run=1 ;;
-    *) echo "gke/train.sh: unknown flag $1; the head of the file lists them" >&2; exit 2 ;;
+    *) refuse gke/train.sh "unknown flag $1; --help lists them" ;;
   esac
   shift
 done
 [[ "${1:-}" == -- ]] && shift
 for flag in name image type topology; do
-  if [[ -z "${!flag}" ]]; then
-    echo "gke/train.sh: --$flag is missing" >&2
-    exit 2
-  fi
+  [[ -n "${!flag}" ]] || refuse gke/train.sh "--$flag is missing"
 done
-if [[ $# -eq 0 ]]; then
-  echo "gke/train.sh: nothing to run; give the arguments of kangaroo after --" >&2
-  exit 2
-fi
+check_numbers gke/train.sh slices restarts
+[[ $# -gt 0 ]] || refuse gke/train.sh "nothing to run; give the arguments of kangaroo after --"
+[[ "$topology" =~ ^[0-9]+(x[0-9]+)*$ ]] || refuse gke/train.sh "--topology=$topology: chips by axis are needed, as 4x8"
 case "$type" in # the node label, and the chips of one host in a slice of several hosts
   v4) accelerator=tpu-v4-podslice chips_a_host=4 ;;
   v5e) accelerator=tpu-v5-lite-podslice chips_a_host=4 ;;
   v5p) accelerator=tpu-v5p-slice chips_a_host=4 ;;
   v6e) accelerator=tpu-v6e-slice chips_a_host=4 ;;
-  *) echo "gke/train.sh: --type=$type: one of v4, v5e, v5p, v6e" >&2; exit 2 ;;
+  *) refuse gke/train.sh "--type=$type: one of v4, v5e, v5p, v6e" ;;
 esac
 chips=1
 for size in ${topology//x/ }; do chips=$((chips * size)); done

@@ -8,26 +8,29 @@
 # with code 0, and the job queues itself again until the training is done. --dry-run prints the job script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source launch/arguments.sh
 
 nodes="" gpus=8 time=24:00:00 dry_run=0 cpus=12
 flags=()
 while [[ $# -gt 0 && "$1" != -- ]]; do
+  check_flag slurm/train.sh "$1"
   case "$1" in
+    --help) head_of launch/slurm/train.sh; exit 0 ;;
     --nodes=*) nodes="${1#*=}" ;;
     --gpus-per-node=*) gpus="${1#*=}" ;;
     --cpus-per-gpu=*) cpus="${1#*=}" ;;
     --time=*) time="${1#*=}" ;;
     --partition=* | --account=* | --qos=* | --constraint=* | --reservation=*) flags+=("#SBATCH $1") ;;
     --dry-run) dry_run=1 ;;
-    *) echo "slurm/train.sh: unknown flag $1; the head of the file lists them" >&2; exit 2 ;;
+    *) refuse slurm/train.sh "unknown flag $1; --help lists them" ;;
   esac
   shift
 done
 [[ "${1:-}" == -- ]] && shift
 if [[ -z "$nodes" || $# -eq 0 ]]; then
-  echo "slurm/train.sh: --nodes=N and, after --, the arguments of kangaroo are needed" >&2
-  exit 2
+  refuse slurm/train.sh "--nodes=N and, after --, the arguments of kangaroo are needed"
 fi
+check_numbers slurm/train.sh nodes gpus cpus
 arguments="$(printf '%q ' "$@")"
 python="${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/}python"
 
