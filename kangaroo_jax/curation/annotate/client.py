@@ -9,11 +9,12 @@ from typing import Any
 
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.requests import Backend, Completion, Failure, Reply, Request, key_of
-from kangaroo_jax.curation.annotate.schemas import mistake, parse_json
+from kangaroo_jax.curation.annotate.schemas import json_of, mistake, writable
 from kangaroo_jax.curation.annotate.text import is_refusal
 from kangaroo_jax.errors import UserError
 
 _UNREACHABLE_AFTER = 8  # connections that failed before the first answer
+_LETTERS_A_TOKEN = 64  # more than any answer has on average: what is longer is none to this request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Client:
         kept = self._cache.get(key) if self._cache is not None else None
         if kept is not None:
             self.counts["from_cache"] += 1
-            return self._counted(_with_data(kept, request))
+            return self._counted(_with_data(kept, request, self._varies))
         if key in self._under_way:
             self.counts["joined"] += 1
             return self._counted(await asyncio.shield(self._under_way[key]))
@@ -98,6 +99,11 @@ class Client:
         finally:
             del self._under_way[key]
         return self._counted(reply)
+
+    @property
+    def _varies(self) -> bool:
+        """Whether the same question may get another answer: at temperature 0 a model gives the same each time."""
+        return bool(self.backend.settings.get("temperature", 0.0))
 
     def _counted(self, reply: Reply) -> Reply:
         self.counts[reply.outcome] += 1
@@ -122,7 +128,7 @@ class Client:
                     await asyncio.sleep(self._wait(failure, failures))
             spent[0] += completion.prompt_tokens
             spent[1] += completion.completion_tokens
-            reply = _judged(completion, request)
+            reply = _judged(completion, request, max_tokens, self._varies)
             if reply.outcome == "ok":
                 break
             self.faults[reply.outcome if reply.outcome != "error" else "malformed"] += 1
@@ -179,31 +185,34 @@ def _read(path: str) -> bytes:
         raise Failure("image", f"{path}: {error.strerror or error}", transient=False) from None
 
 
-def _judged(completion: Completion, request: Request) -> Reply:
-    """The typed outcome of an answer."""
+def _judged(completion: Completion, request: Request, max_tokens: int, varies: bool) -> Reply:
+    """The typed outcome of an answer; `varies` says whether an error may be none next time."""
     text = completion.text.strip()
     tokens: dict[str, Any] = {
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
     }
+    if len(text) > _LETTERS_A_TOKEN * max_tokens:
+        reason = f"malformed: {len(text):,} letters, which is more than {max_tokens:,} tokens"
+        return Reply("error", reason=reason, transient=varies, **tokens)
     if completion.finish == "refused":
         return Reply("refused", text, reason="the model's filter", **tokens)
     if completion.finish == "length":
         return Reply("truncated", text, reason="longer than max_tokens", **tokens)
     if request.schema is None:
         if not text:
-            return Reply("error", reason="malformed: empty answer", transient=True, **tokens)
+            return Reply("error", reason="malformed: empty answer", transient=varies, **tokens)
         if is_refusal(text[:120]):
             return Reply("refused", text, reason="the answer declines", **tokens)
-    return _with_data(Reply("ok", text, **tokens), request)
+    return _with_data(Reply("ok", text, **tokens), request, varies)
 
 
-def _with_data(reply: Reply, request: Request) -> Reply:
+def _with_data(reply: Reply, request: Request, varies: bool) -> Reply:
     """The reply with its answer parsed, where the request has a schema; an error where it does not obey it."""
     if request.schema is None or reply.outcome != "ok":
         return reply
     try:
-        data = parse_json(reply.text)
+        data = json_of(reply.text)
     except ValueError as error:
         if is_refusal(reply.text[:120]):
             return dataclasses.replace(reply, outcome="refused", reason="the answer declines")
@@ -211,5 +220,5 @@ def _with_data(reply: Reply, request: Request) -> Reply:
     else:
         problem = mistake(data, request.schema)
         if not problem:
-            return dataclasses.replace(reply, data=data)
-    return dataclasses.replace(reply, outcome="error", transient=True, reason=f"malformed: {problem}")
+            return dataclasses.replace(reply, data=writable(data))
+    return dataclasses.replace(reply, outcome="error", transient=varies, reason=f"malformed: {problem}")

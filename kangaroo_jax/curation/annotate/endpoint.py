@@ -1,11 +1,17 @@
-"""A backend over HTTP: any server that speaks OpenAI's chat completions (vLLM, SGLang, `kangaroo serve`, ...)."""
+"""A backend over HTTP: any server that speaks OpenAI's chat completions (vLLM, SGLang, `kangaroo serve`, ...).
 
+A server may answer anything. What is no answer is a `Failure`, whatever it holds: bodies are read up to a limit and
+within a time, redirects are not followed, and the key is taken out of every text that comes back.
+"""
+
+import asyncio
 import base64
 import contextlib
 import email.utils
 import functools
 import importlib.util
 import json
+import math
 import os
 import ssl
 import time
@@ -18,6 +24,9 @@ from kangaroo_jax.installing import install_line
 
 _FATAL = {401: "the key is wrong", 403: "the key may not use this model", 404: "no such model or address"}
 _POOLS = 8  # of connections
+_LONGEST_BODY = 8 << 20  # bytes of a response; a long answer is some 40,000
+_MOST_TOKENS = 1 << 40  # that a server may say it used
+_SHORTEST_KEY = 8  # characters; what is shorter is no secret, and may be a word of an answer
 _SIGNATURES = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 
 
@@ -40,7 +49,7 @@ class Endpoint:
         structured: bool = True,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """`api_key_env` names the environment variable that holds the key. `timeout` is in seconds.
+        """`api_key_env` names the environment variable that holds the key. `timeout` is in seconds, of a whole call.
 
         `settings` go into every request (temperature, top_p, seed, ...). `structured` asks for schemas by
         `response_format`; without it they are only checked.
@@ -68,10 +77,9 @@ class Endpoint:
             import certifi
 
             context.load_verify_locations(certifi.where())
+        http: dict[str, Any] = {"verify": context, "follow_redirects": False, "event_hooks": {"response": [_read_body]}}
         return [
-            openai.AsyncOpenAI(
-                **options, timeout=self._timeout, http_client=openai.DefaultAsyncHttpxClient(verify=context)
-            )
+            openai.AsyncOpenAI(**options, timeout=self._timeout, http_client=openai.DefaultAsyncHttpxClient(**http))
             for _ in range(_POOLS)
         ]
 
@@ -83,14 +91,17 @@ class Endpoint:
         try:
             # The client's own `chat.completions.create` checks every key of the body against its types, and the
             # answer too: more than half of its CPU time.
-            content = await self._post(body)
-        except openai.APITimeoutError:
+            async with asyncio.timeout(self._timeout):  # of the client's own, each part of an answer begins another
+                content = await self._post(body)
+        except (openai.APITimeoutError, TimeoutError):
             raise Failure("timeout") from None
-        except openai.APIConnectionError as error:
-            raise Failure("connection", str(error.__cause__ or error)) from None
         except openai.APIStatusError as error:
-            raise _failure(error, self._url, self.name) from None
-        return _completion(content)
+            raise self._failure(error) from None
+        except (openai.OpenAIError, _TooLong) as error:
+            cause = error.__cause__ or error
+            kind = "malformed" if isinstance(cause, _TooLong) else "connection"
+            raise Failure(kind, self._without_key(str(cause))[:200]) from None
+        return self._completion(content)
 
     async def _post(self, body: dict[str, Any]) -> str:
         """The body of the response, by the client that has least to do."""
@@ -118,11 +129,66 @@ class Endpoint:
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         return body
 
+    def _failure(self, error: Any) -> Failure:
+        """What a status means. Raises UserError for one that every request will get."""
+        status, headers = error.status_code, error.response.headers
+        if 300 <= status < 400:
+            where = self._without_key(headers.get("location", "nowhere"))[:200]
+            detail = f"leads to {where}, which is not followed; set base_url to the address that answers"
+            return Failure(f"status {status}", detail, transient=False)
+        detail = self._without_key(" ".join(str(error.message).split()))[:200]
+        if status in _FATAL:
+            raise UserError(f"backend {self.name} ({self._url}): status {status}, {_FATAL[status]}: {detail}") from None
+        transient = status in (408, 409, 429) or status >= 500
+        return Failure(f"status {status}", detail, transient=transient, retry_after=_seconds(headers))
+
+    def _completion(self, content: str) -> Completion:
+        """The answer in a response's body. Raises Failure where the body is not what the protocol says."""
+        try:
+            body = json.loads(content)
+            choice, usage = body["choices"][0], body.get("usage") or {}
+            message, finish = choice["message"], choice.get("finish_reason")
+            refusal, text = (message.get(key) or "" for key in ("refusal", "content"))
+            tokens = [usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise Failure("malformed", f"no chat completion ({type(error).__name__})") from None
+        if not isinstance(refusal, str) or not isinstance(text, str):
+            raise Failure("malformed", "no chat completion (its content is no text)")
+        if not all(isinstance(count, int | float) and 0 <= count < _MOST_TOKENS for count in tokens):
+            raise Failure("malformed", "no chat completion (its counts of tokens are none)")
+        prompt, completion = map(int, tokens)
+        if refusal or finish == "content_filter":
+            return Completion(self._text(refusal or text), "refused", prompt, completion)
+        return Completion(self._text(text), "length" if finish == "length" else "stop", prompt, completion)
+
+    def _text(self, text: str) -> str:
+        """A text of an answer, that can be written as UTF-8 and holds no key."""
+        return self._without_key(text.encode("utf-8", "replace").decode())
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if len(self._key) >= _SHORTEST_KEY else text
+
     async def close(self) -> None:
         """See `Backend`."""
         if "_clients" in self.__dict__:
             for client in self._clients:
                 await client.close()
+
+
+class _TooLong(Exception):
+    """A response goes on for longer than any answer."""
+
+
+async def _read_body(response: Any) -> None:
+    """Read a response as httpx itself would next, but only so far. Raises _TooLong."""
+    parts, size = [], 0
+    async for part in response.aiter_bytes(1 << 16):
+        size += len(part)
+        if size > _LONGEST_BODY:
+            await response.aclose()
+            raise _TooLong(f"a body of more than {_LONGEST_BODY >> 20} MiB")
+        parts.append(part)
+    response._content = b"".join(parts)
 
 
 def data_uri(image: bytes) -> str:
@@ -141,43 +207,16 @@ def _key(name: str, variable: str) -> str:
     return os.environ[variable]
 
 
-def _failure(error: Any, url: str, name: str) -> Failure:
-    """What a status means. Raises UserError for one that every request will get."""
-    status, detail = error.status_code, " ".join(str(error.message).split())[:200]
-    if status in _FATAL:
-        raise UserError(f"backend {name} ({url}): status {status}, {_FATAL[status]}: {detail}") from None
-    transient = status in (408, 409, 429) or status >= 500
-    wait = _seconds(error.response.headers)
-    return Failure(f"status {status}", detail, transient=transient, retry_after=wait)
-
-
 def _seconds(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, of `retry-after-ms` or `Retry-After` (a number or a date)."""
     for key, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(key)
         if value is None:
             continue
-        try:
-            return max(float(value) * unit, 0.0)
-        except ValueError:
-            pass
-        try:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = float(value) * unit
+            if not math.isnan(seconds):
+                return max(seconds, 0.0)
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-        except ValueError:
-            pass
     return None
-
-
-def _completion(content: str) -> Completion:
-    """The answer in a response's body. Raises Failure where the body is not what the protocol says."""
-    try:
-        body = json.loads(content)
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        message, finish = choice["message"], choice.get("finish_reason")
-        refusal, text = message.get("refusal"), message.get("content") or ""
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Failure("malformed", f"no chat completion ({type(error).__name__})") from None
-    if refusal or finish == "content_filter":
-        return Completion(refusal or text, "refused", *tokens)
-    return Completion(text, "length" if finish == "length" else "stop", *tokens)

@@ -10,12 +10,15 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
 
 
-def parse_json(text: str) -> object:
+def json_of(answer: str) -> Any:
     """The JSON value of an answer, also where a model wrapped it in a Markdown fence. Raises ValueError."""
-    text = text.strip()
+    text = answer.strip()
     if text.startswith("```"):
         text = text.split("\n", 1)[-1].rsplit("```", 1)[0]
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def mistake(data: object, schema: Mapping[str, Any]) -> str:
@@ -23,11 +26,24 @@ def mistake(data: object, schema: Mapping[str, Any]) -> str:
 
     Raises UserError where `jsonschema` is not installed.
     """
-    error = next(_validator(canonical(schema)).iter_errors(data), None)
+    validator = _validator(canonical(schema))
+    try:
+        error = next(validator.iter_errors(data), None)
+    except RecursionError:  # of a message that would show the value
+        return "nested too deep"
     if error is None:
         return ""
     where = "/".join(str(step) for step in error.absolute_path)
     return " ".join(f"{where}: {error.message}".removeprefix(": ").split())[:200]
+
+
+def writable(data: Any) -> Any:
+    """The same value with "?" for each half of a surrogate pair in its texts, which UTF-8 has no place for."""
+    if isinstance(data, str):
+        return data.encode("utf-8", "replace").decode()
+    if isinstance(data, list):
+        return [writable(one) for one in data]
+    return {key: writable(value) for key, value in data.items()} if isinstance(data, dict) else data
 
 
 @functools.lru_cache(maxsize=256)
