@@ -31,7 +31,7 @@ def choose(rows: Iterable[Mapping[str, Any]], clips: int, rules: ConfigDict) -> 
         categories[row["clip"]] = row.get("category") or ""
     means = {clip: statistics.fmean(found) for clip, found in scores.items() if clip not in bad}
     order = sorted((clip for clip in means if means[clip] >= rules.min_score), key=lambda c: (-means[c], _hash(c)))
-    target = min(rules.count or round(rules.share * clips), len(order))
+    target = min(rule_size(clips, rules), len(order))
     if not rules.balance:
         return set(order[:target])
     groups: dict[str, list[str]] = collections.defaultdict(list)
@@ -39,6 +39,11 @@ def choose(rows: Iterable[Mapping[str, Any]], clips: int, rules: ConfigDict) -> 
         groups[categories[clip]].append(clip)
     quotas = level({name: len(group) for name, group in groups.items()}, target)
     return {clip for name, group in groups.items() for clip in group[: quotas[name]]}
+
+
+def rule_size(clips: int, rules: ConfigDict) -> int:
+    """How many of so many clips the rules want, if there are enough good ones."""
+    return rules.count or max(round(rules.share * clips), rules.at_least)
 
 
 def level(sizes: Mapping[str, int], target: int) -> dict[str, int]:

@@ -70,6 +70,7 @@ def annotation_config(preset: str = "endpoint") -> ConfigDict:
     c.choose = ConfigDict(
         dict(
             share=0.1,  # of the clips; the paper's 6M of 60M
+            at_least=100,  # clips, which a smaller share does not go below: a small set is not thinned
             count=0,  # of clips, in place of the share
             min_score=0.0,  # from 0 to 1
             balance=True,  # the same cap for every category

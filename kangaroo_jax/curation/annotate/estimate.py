@@ -66,5 +66,7 @@ def told(result: dict[str, Any]) -> str:
         )
     if result["missing_images"]:
         lines.append(f"{result['missing_images']:,} images are missing, such as {result['first_missing'][0]}")
+    if not result["total"]["cost"]:
+        lines.append("no prices are set: --config.backends.NAME.price_in=... and price_out=..., for a million tokens")
     lines.append(f"assumed: answers take {ANSWERED:.0%} of their longest, {TOKENS_A_WORD} tokens a word")
     return "\n".join(lines)

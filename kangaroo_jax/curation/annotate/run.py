@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.captioning import Captioner, FrameCaptions
-from kangaroo_jax.curation.annotate.choose import choose
+from kangaroo_jax.curation.annotate.choose import choose, rule_size
 from kangaroo_jax.curation.annotate.estimate import Estimate, told
 from kangaroo_jax.curation.annotate.files import Clip, read_clips, read_lines, write_lines
 from kangaroo_jax.curation.annotate.ordered import Progress, in_order
@@ -37,7 +37,7 @@ def annotate_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bo
         dry_run: only say how many calls and tokens it would be, and what they cost; nothing is asked or written.
 
     Raises:
-        UserError: a clip, the config or a backend is wrong, or an endpoint cannot be reached.
+        UserError: a clip, the config or a backend is wrong, an endpoint cannot be reached, or no caption is ok.
     """
     for language in (*config.languages, config.frame_language):
         check_language(language)
@@ -61,22 +61,53 @@ async def _annotate(clips: Sequence[Clip], output: Path, config: ConfigDict, cac
         parts = _plan(clips, output, captioner)
         wanted = {"parts": [path.name for path, _ in parts], "choose": config.choose.to_dict()}
         mark = hashlib.sha256(canonical(wanted).encode()).hexdigest()
-        if _finished(output, mark):
-            tell(f"{output}: finished already; nothing to do")
+        if (before := _finished(output, mark)) is not None:
+            bad = before["captions"] - before["outcomes"]["ok"]
+            tell(f"{output}: finished already{f', {bad:,} captions are not ok' if bad else ''}; nothing to do")
             return
         rows, missing = await _parts(parts, captioner, output, tell, len(clips))
     finally:
         await team.close()
-    summary = _finish(rows, len(clips), output, config)
+    summary, reason = _finish(rows, len(clips), output, config)
     summary |= {"prompts": captioner.prompts, "this_run": team.summary(), "all_runs": cache.totals()}
-    if not missing:
+    good = summary["outcomes"].get("ok", 0)
+    if good and not missing:
         summary["finished"] = mark
     write_json(output / "annotation.json", summary)
     tell(_last_line(summary, output))
-    if missing:
-        tell(f"{missing:,} clips met errors that may pass; run the same command again to ask for them once more")
-    else:
+    if not missing:
         shutil.rmtree(output / "parts", ignore_errors=True)
+    if not good:
+        raise UserError(
+            f"annotate: none of the {summary['captions']:,} captions is ok, the first because of {reason}; "
+            f"{_advice(missing)}; see {output / 'captions.jsonl'}"
+        )
+    for line in _remarks(summary, missing, reason, config):
+        tell(line)
+
+
+def _remarks(summary: dict[str, Any], missing: int, reason: str, config: ConfigDict) -> Iterator[str]:
+    """What else is worth a line: captions that are not ok, and clips that were not chosen."""
+    outcomes, rules = summary["outcomes"], config.choose
+    if bad := summary["captions"] - outcomes["ok"]:
+        yield f"{bad:,} captions are not ok, the first because of {reason}; {_advice(missing)}"
+    if summary["refined_clips"] == rule_size(summary["clips"], rules) < summary["clips"]:
+        names = ("count",) if rules.count else ("share", "at_least")
+        rule = " and ".join(f"choose.{name}={rules[name]:g}" for name in names)
+        yield (
+            f"{summary['refined_clips']:,} of {summary['clips']:,} clips chosen for refined.jsonl by {rule}; "
+            "--config.choose.share=1 keeps all that are ok"
+        )
+
+
+def _advice(missing: int) -> str:
+    """What to do about captions that are not ok."""
+    if missing:
+        return f"{missing:,} clips met errors that may pass: run the same command again to ask for them once more"
+    return (
+        "the same command would meet the same: another model, or a temperature "
+        "(--config.backends.NAME.temperature=0.7), may do better"
+    )
 
 
 def _plan(clips: Sequence[Clip], output: Path, captioner: Captioner) -> list[tuple[Path, Sequence[Clip]]]:
@@ -105,14 +136,15 @@ def _state(path: str) -> list[Any]:
     return [path, found.st_size, found.st_mtime_ns]
 
 
-def _finished(output: Path, mark: str) -> bool:
-    """Whether the files are there, of just these inputs."""
+def _finished(output: Path, mark: str) -> dict[str, Any] | None:
+    """annotation.json, if the files are there, of just these inputs."""
     try:
         summary = json.loads((output / "annotation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
     there = all((output / name).is_file() for name in ("captions.jsonl", "refined.jsonl"))
-    return there and summary.get("finished") == mark
+    there &= bool(summary.get("outcomes", {}).get("ok"))
+    return summary if there and summary.get("finished") == mark else None
 
 
 async def _parts(
@@ -159,18 +191,22 @@ def _rows_of(results: Sequence[Path | list[dict[str, Any]]]) -> Iterator[dict[st
 
 def _finish(
     results: Sequence[Path | list[dict[str, Any]]], clips: int, output: Path, config: ConfigDict
-) -> dict[str, Any]:
-    """Write captions.jsonl and refined.jsonl; returns their counts."""
+) -> tuple[dict[str, Any], str]:
+    """Write captions.jsonl and refined.jsonl; returns their counts, and why the first caption is not ok that is not."""
+    first = ""
+
     counts: dict[str, collections.Counter[str]] = {
         name: collections.Counter() for name in ("outcomes", "reasons", "dropped_sentences", "categories", "chosen")
     }
 
     def counted() -> Iterator[dict[str, Any]]:
+        nonlocal first
         for row in _rows_of(results):
             counts["outcomes"][row["outcome"]] += 1
             counts["categories"][row["category"]] += 1
             counts["dropped_sentences"].update(one["rule"] for one in row.get("dropped", ()))
             if row["reason"]:
+                first = first or f"{row['outcome']} ({row['reason']})"
                 counts["reasons"][row["reason"].split(":")[0]] += 1
             yield row
 
@@ -184,12 +220,13 @@ def _finish(
                 yield row
 
     refined_rows = write_lines(output / "refined.jsonl", refined())
-    return {
+    summary = {
         "clips": clips,
         "captions": captions,
         "refined_clips": len(chosen),
         "refined_captions": refined_rows,
-    } | {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+    }
+    return summary | {name: dict(sorted(counter.items())) for name, counter in counts.items()}, first
 
 
 def _last_line(summary: dict[str, Any], output: Path) -> str:

@@ -1,6 +1,8 @@
 """The backends of a config, made and asked through clients."""
 
+import collections
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,7 +22,9 @@ class Team:
         """Only the backends that `names` names are made. Raises UserError for a name or setting that is wrong."""
         self.clients: dict[str, Client] = {}
         self._configs: dict[str, ConfigDict] = {}
-        for name, config in {name: backend_config(backends, name) for name in names}.items():
+        configs = {name: backend_config(backends, name) for name in names}
+        _check_settings(configs)
+        for name, config in configs.items():
             limits = {field.name: config[field.name] for field in dataclasses.fields(Limits)}
             self._configs[name] = config
             self.clients[name] = Client(make_backend(name, config), Limits(**limits), cache)
@@ -71,14 +75,36 @@ def cost(config: ConfigDict, prompt_tokens: float, completion_tokens: float) -> 
     return (prompt_tokens * config.price_in + completion_tokens * config.price_out) / 1e6
 
 
+# kind -> the key that every backend of it needs, and what that is
+_NEEDED = {
+    "endpoint": ("model", "the name that its server knows a model by"),
+    "kangaroo": ("checkpoint", "a folder that training wrote"),
+    "scenes": ("corpus", "a folder that kangaroo quickstart generated"),
+}
+
+
+def _check_settings(configs: Mapping[str, ConfigDict]) -> None:
+    """Raise a UserError that names all settings that backends lack."""
+    lacking = collections.defaultdict(list)
+    for name, config in configs.items():
+        if config.kind not in _NEEDED:
+            raise UserError(f"backend {name}: no kind {config.kind!r}; there are {', '.join(_NEEDED)}")
+        key, what = _NEEDED[config.kind]
+        if not config[key]:
+            lacking[what].append(f"--config.backends.{name}.{key}=...")
+        if config.kind == "endpoint" and config.api_key_env and not os.environ.get(config.api_key_env):
+            lacking["the API key, in the environment"].append(f"{config.api_key_env} (of {name})")
+    if lacking:
+        told = "; ".join(f"{' '.join(flags)} ({what})" for what, flags in lacking.items())
+        raise UserError(f"models are asked that are not named yet: give {told}; docs/annotation.md has the presets")
+
+
 def make_backend(name: str, config: ConfigDict) -> Backend:
-    """The backend that a config describes. Raises UserError."""
+    """The backend that a config with all needed settings describes. Raises UserError."""
     sampling: Mapping[str, Any] = {key: config[key] for key in ("temperature", "top_p", "seed")}
     if config.kind == "endpoint":
         from kangaroo_jax.curation.annotate.endpoint import Endpoint
 
-        if not config.model:
-            raise UserError(f"backend {name}: say which model, --config.backends.{name}.model=...")
         return Endpoint(
             name,
             config.base_url,
@@ -91,13 +117,7 @@ def make_backend(name: str, config: ConfigDict) -> Backend:
     if config.kind == "kangaroo":
         from kangaroo_jax.curation.annotate.own_model import OwnModel
 
-        if not config.checkpoint:
-            raise UserError(f"backend {name}: say which model, --config.backends.{name}.checkpoint=...")
         return OwnModel(name, config.checkpoint, batch_size=config.batch_size, settings=sampling)
-    if config.kind == "scenes":
-        from kangaroo_jax.curation.annotate.scenes import SceneRules
+    from kangaroo_jax.curation.annotate.scenes import SceneRules
 
-        if not config.corpus:
-            raise UserError(f"backend {name}: say which corpus, --config.backends.{name}.corpus=...")
-        return SceneRules(name, config.corpus, settings={"view": config.view})
-    raise UserError(f"backend {name}: no kind {config.kind!r}; there are endpoint, kangaroo and scenes")
+    return SceneRules(name, config.corpus, settings={"view": config.view})

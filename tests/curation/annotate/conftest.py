@@ -58,7 +58,7 @@ def make_config() -> Callable[..., ConfigDict]:
         for name, backend in config.backends.items():
             backend.update(base_url=url, model=name, timeout=2.0, first_wait=0.02, concurrency=16, seed=len(name))
         config.refine.update(min_sentence_support=0.0)
-        config.choose.share = 0.5
+        config.choose.update(share=0.5, at_least=0)
         config.update_from_flattened_dict(changes)
         return config
 

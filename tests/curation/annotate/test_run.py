@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.files import read_clips
 from kangaroo_jax.curation.annotate.run import annotate_main, estimate
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.tools.bench_annotate import bench_annotate, statistics_of
 
 
@@ -118,3 +120,36 @@ def test_five_thousand_requests():
         "truncated",
         "malformed",
     }
+
+
+def test_what_failed_is_counted_and_whether_it_may_pass_is_said(tmp_path, honest_server, make_clips, make_config):
+    source, config, lines = make_clips(tmp_path / "in", 3, frames=2), make_config(honest_server), []
+    config.refine.min_words = 1000.0  # no caption is long enough, next time neither
+    for _ in range(2):  # the second time, too: it is not finished
+        with pytest.raises(UserError, match="none of the 6 captions is ok.*words are left.*would meet the same"):
+            annotate_main(source, tmp_path / "out", config, tell=no_words)
+    config.refine.min_words = 8.0
+    for k in range(2):
+        (tmp_path / f"in/frames/0001_{k}.jpg").unlink()
+    annotate_main(source, tmp_path / "out", config, tell=lines.append)
+    assert "2 captions are not ok, the first because of error (frames: 0 of 2" in "".join(lines)
+    assert "may pass" not in "".join(lines)
+    annotate_main(source, tmp_path / "out", config, tell=lines.append)
+    assert "finished already, 2 captions are not ok; nothing to do" in lines[-1]
+
+
+def test_a_small_set_is_thinned_aloud_or_not_at_all(tmp_path, honest_server, make_clips, make_config):
+    source, config, lines = make_clips(tmp_path / "in", 6, frames=1), make_config(honest_server), []
+    config.choose.share = 1 / 3
+    annotate_main(source, tmp_path / "out", config, tell=lines.append)
+    assert "2 of 6 clips chosen for refined.jsonl by choose.share=0.333333 and choose.at_least=0" in lines[-1]
+    config.choose.at_least = 100  # the default
+    annotate_main(source, tmp_path / "out", config, tell=lines.append)
+    assert "6 clips chosen; see" in lines[-1] and len(rows_of(tmp_path / "out/refined.jsonl")) == 12
+
+
+def test_all_that_backends_lack_is_said_at_once(tmp_path, make_clips, monkeypatch):
+    config = annotation_config("own")
+    config.backends.writer.api_key_env = "NO_SUCH_KEY"
+    with pytest.raises(UserError, match="captioner_a.checkpoint=.*backends.writer.model=.*NO_SUCH_KEY .of writer"):
+        annotate_main(make_clips(tmp_path / "in", 1), tmp_path / "out", config)
