@@ -76,9 +76,10 @@ def override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: l
     from kangaroo_jax.errors import UserError
 
     keys = list(config_keys(config))
+    rest = _last_of_each(rest)
     for argument in rest:
         if argument.startswith(CONFIG_KEY):
-            key = argument.removeprefix(CONFIG_KEY).partition("=")[0]
+            key = _key(argument)
             if key not in keys:
                 raise UserError(f"{job}: the config has no key {key!r}{nearest(key, keys)}")
     overrides = flags.FlagValues()
@@ -86,3 +87,19 @@ def override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: l
     left = parse(overrides, job, rest)
     no_more(job, values, left)
     return config_flags.get_override_values(overrides["config"])
+
+
+def _key(argument: str) -> str:
+    return argument.removeprefix(CONFIG_KEY).partition("=")[0]
+
+
+def _last_of_each(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with the last `--config.KEY` of each KEY: a tuple's flag would add to what an earlier one says."""
+    said: list[list[str]] = []  # a flag, and its value where that is an argument of its own
+    for argument in arguments:
+        if said and not argument.startswith("--") and "=" not in said[-1][0]:
+            said[-1].append(argument)
+        else:
+            said.append([argument])
+    last = {_key(words[0]): i for i, words in enumerate(said) if words[0].startswith(CONFIG_KEY)}
+    return [word for i, words in enumerate(said) if last.get(_key(words[0]), i) == i for word in words]

@@ -3,9 +3,12 @@
 Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from kangaroo_jax.arguments import parse
 from kangaroo_jax.jobs import JOBS, Job
@@ -30,15 +33,49 @@ def start() -> int:
         from kangaroo_jax.host import ensure_huge_pages
 
         ensure_huge_pages()
-    return main()
+    _watch_for_a_second_interrupt()
+    return main(interrupted=_end)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the arguments (by default those of the process) name; returns the exit code."""
+def _end() -> NoReturn:
+    """End this process as interrupted, now.
+
+    What a compilation of XLA leaves in the frames of the interruption crashes the process where they are freed.
+    """
+    print("kangaroo: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _watch_for_a_second_interrupt() -> None:
+    """Let a second Ctrl-C end the process at once, whatever it is in.
+
+    The first is an exception that Python raises when a library's call returns, which may be minutes later, and that
+    closes what is open. Whoever presses it again does not want to wait for either.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(reader, 1) == bytes([signal.SIGINT])
+        _end()
+
+    threading.Thread(target=watch, name="interrupts", daemon=True).start()
+
+
+def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], object] | None = None) -> int:
+    """Run the job that the arguments (by default those of the process) name; returns the exit code.
+
+    `interrupted` is called when Ctrl-C has been pressed and what was open is closed; by default a line says so.
+    """
     with outputs():
         try:
             _run(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt:
+            if interrupted is not None:
+                interrupted()
             print("kangaroo: interrupted", file=sys.stderr)
             return 130
         except Exception as error:

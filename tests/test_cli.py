@@ -1,6 +1,7 @@
 """The command line: what it lists, what it passes on, and that bad input is one line and exit code 2."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,13 @@ def test_train_passes_its_config_on(capsys, tmp_path, trained):
     changes = [
         "--config.optimizer.learning_rate=1e-3",
         "--config.train.mesh=1,1,1,1",
+        "--config.data.train=b.jsonl",
         "--config.data.train=a.jsonl",
+        "--config.train.steps=7",
+        "--config.train.steps",
+        "9",
+        "--config.optimizer.trainable=(('.*', 1.0),)",
+        "--config.optimizer.trainable=(('vision/.*', 0.5), ('.*', None))",
         "--config.train.tensorboard",
         "--config.data.fps",
         "2",
@@ -102,6 +109,7 @@ def test_train_passes_its_config_on(capsys, tmp_path, trained):
     assert workdir == tmp_path / "new" and workdir.is_dir()
     assert config.stage == "stage3_refine" and config.model.preset == "tiny" and config.data.strict
     assert config.optimizer.learning_rate == 1e-3 and config.data.train == ("a.jsonl",)
+    assert config.train.steps == 9 and config.optimizer.trainable == (("vision/.*", 0.5), (".*", None))
     assert config.train.mesh == (1, 1, 1, 1) and config.train.tensorboard and config.data.fps == 2.0
 
 
@@ -181,6 +189,49 @@ def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeyp
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(ZeroDivisionError):
         run(capsys, *TRAIN, f"--workdir={tmp_path}")
+
+
+INTERRUPTED = """
+import os, sys, time
+from kangaroo_jax import cli
+from kangaroo_jax.jobs import Job
+
+class Compiling:
+    def __del__(self):
+        os._exit(139)
+
+def compile(values, rest):
+    keeps = Compiling()
+    print("compiles", flush=True)
+    time.sleep(60)
+
+def close(values, rest):
+    try:
+        print("compiles", flush=True)
+        time.sleep(60)
+    finally:
+        print("closes", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                pass
+
+cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close)})
+sys.exit(cli.start())
+"""
+
+
+@pytest.mark.parametrize(("job", "lines"), [("compile", ["compiles\n"]), ("close", ["compiles\n", "closes\n"])])
+def test_an_interruption_ends_a_process_that_compiles_and_the_second_one_that_closes(job, lines):
+    command = [sys.executable, "-c", INTERRUPTED, job]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        for line in lines:
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (130, "", "kangaroo: interrupted\n")
 
 
 # ------------------------------------------------------------------------------ config files
