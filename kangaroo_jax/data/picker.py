@@ -7,6 +7,7 @@ kept: the frame on display is decided by the presentation times of all packets.
 
 import collections
 import contextlib
+import errno
 import functools
 import math
 import time as clock
@@ -46,7 +47,9 @@ _OPEN = {
     "protocol_whitelist": "file,subfile",
     "format_whitelist": ",".join(sorted(av.formats_available - _PLAYLISTS)),
 }
-_COVER = av.stream.Disposition.attached_pic
+# Since PyAV 19 text that is not UTF-8 is no error anyhow.
+_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+_COVER = av.stream.Disposition.attached_pic.value
 
 
 @contextlib.contextmanager
@@ -62,8 +65,8 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     else:
         source = member.ffmpeg_input()
     try:
-        with av.open(source, options=_OPEN, metadata_errors="ignore") as container:
-            streams = [s for s in container.streams.video if not int(s.disposition) & int(_COVER)]
+        with av.open(source, options=_OPEN, **_METADATA) as container:
+            streams = [s for s in container.streams.video if not s.disposition.value & _COVER]
             if not streams:
                 raise UserError(f"{name}: no video stream in this file")
             stream = streams[0]
@@ -76,9 +79,9 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
             codec.thread_type = "NONE"
             codec.options = {"err_detect": "explode"}  # damage is an error, and no guess at a picture
             yield container, stream
-    except av.error.ArgumentError:  # what FFmpeg says of a format that is not allowed, and of some damage
-        raise UserError(f"{name}: not a readable video: damaged, or a playlist, which is not followed") from None
     except (av.error.FFmpegError, OverflowError) as error:
+        if getattr(error, "errno", 0) == errno.EINVAL:  # of a format that is not allowed, and of some damage
+            raise UserError(f"{name}: not a readable video: damaged, or a playlist, which is not followed") from None
         detail = (getattr(error, "strerror", None) or str(error)).lower()
         raise UserError(f"{name}: not a readable video, or damaged or cut short ({detail})") from None
 

@@ -4,6 +4,7 @@ A frame is a grid of 4 x 4 blocks. The corners say which way up it is (white top
 the other twelve are the bits of the frame's number.
 """
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -61,8 +62,6 @@ def write_video(
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = tick
         stream.codec_context.gop_size = gop
-        if rotation:
-            stream.set_display_rotation(rotation)
         if audio:
             _add_silence(container, seconds=stamps[-1] + 2.0)
         for number, stamp in enumerate(stamps):
@@ -73,7 +72,23 @@ def write_video(
             frame.pts, frame.time_base = round((start + stamp) / tick), tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if rotation:
+        cos, sin = round(np.cos(np.radians(rotation))), round(np.sin(np.radians(rotation)))
+        set_display_matrix(path, cos, -sin, sin, cos)
     return path
+
+
+def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
+    """Have an MP4's first track say how it is shown: (a, b) is where its x axis points, (c, d) its y axis."""
+    plain, said = (struct.pack(">9i", *row) for row in (_matrix(1, 0, 0, 1), _matrix(a, b, c, d)))
+    data = path.read_bytes()
+    place = data.index(plain, data.index(b"tkhd"))
+    path.write_bytes(data[:place] + said + data[place + len(said) :])
+
+
+def _matrix(a: int, b: int, c: int, d: int) -> tuple[int, ...]:
+    one = 1 << 16
+    return a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30
 
 
 def write_audio(path: Path, seconds: float = 1.0) -> Path:

@@ -202,9 +202,11 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
         from av.video.reformatter import VideoReformatter
     except ImportError as error:
         raise ImportError("videos are read by PyAV: pip install av (or give a list of frames)") from error
-    with av.open(str(path), metadata_errors="ignore") as container:
-        cover = av.stream.Disposition.attached_pic
-        stream = next(s for s in container.streams.video if not int(s.disposition) & int(cover))
+    # Since PyAV 19 text that is not UTF-8 is no error anyhow.
+    metadata: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+    with av.open(str(path), **metadata) as container:
+        cover = av.stream.Disposition.attached_pic.value
+        stream = next(s for s in container.streams.video if not s.disposition.value & cover)
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         times = sample_times(_duration(path, container, stream), sampling, multiple)
         scaler, converter, ratio = VideoReformatter(), VideoReformatter(), float(stream.sample_aspect_ratio or 1) or 1.0
