@@ -7,7 +7,16 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.models.eva_clip import normalise, resize_matrix
-from kangaroo_jax.models.layers import LayerNorm, Linear, RMSNorm, rotary_1d, rotary_2d, rotate_half, rotate_pairs
+from kangaroo_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    lookup,
+    rotary_1d,
+    rotary_2d,
+    rotate_half,
+    rotate_pairs,
+)
 from kangaroo_jax.models.patchify import Projector, time_encoding
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
 from kangaroo_jax.sharding import constrain, make_mesh, sharding
@@ -144,3 +153,19 @@ def test_where_tokens_are_cut_weights_are_joined_and_their_gradients_cut_again()
         found = jax.jit(gradient)(cut_weights, jax.device_put(x, sharding(mesh, ("batch", "tokens", None))))
     np.testing.assert_allclose(found["kernel"][...], expected, atol=1e-6)
     assert found["kernel"][...].sharding.is_equivalent_to(cut, 2)
+
+
+@pytest.mark.parametrize("vocabulary", [68, 67])  # cut over the tensor axis, or whole where it does not divide
+@pytest.mark.parametrize("shape", [(1, 2, 1, 4), (1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
+def test_rows_of_a_table_cut_over_devices_are_found_and_get_their_gradients(shape, vocabulary):
+    random = np.random.default_rng(0)
+    table = jnp.asarray(random.normal(size=(vocabulary, 8)), jnp.float32)
+    tokens = random.permutation(np.arange(4 * 20) % vocabulary).reshape(4, 20).astype(np.int32)
+    weight = random.normal(size=(4, 20, 8)).astype(np.float32)
+    loss = lambda table: jnp.sum(lookup(table, tokens, jnp.float32) * weight)  # noqa: E731
+    expected = np.zeros(table.shape, np.float32)
+    np.add.at(expected, tokens, weight)
+    with jax.set_mesh(make_mesh(shape, jax.devices()[:8])):
+        found, gradient = jax.jit(lambda table: (lookup(table, tokens, jnp.float32), jax.grad(loss)(table)))(table)
+    np.testing.assert_array_equal(found, np.asarray(table)[tokens])
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.models.losses import chunked_cross_entropy
+from kangaroo_jax.sharding import make_mesh
 from tests.models.small import assert_trees_close
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 96, 8, 211
 
 
-def operands(share_weighted):
+def operands(share_weighted, batch=BATCH, vocabulary=VOCABULARY):
     random = np.random.default_rng(0)
-    hidden = jnp.asarray(random.normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32)
-    head = jnp.asarray(random.normal(size=(WIDTH, VOCABULARY)), jnp.float32)
-    targets = random.integers(0, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
-    weights = random.uniform(0.5, 2.0, (BATCH, LENGTH)) * (random.random((BATCH, LENGTH)) < share_weighted)
+    hidden = jnp.asarray(random.normal(size=(batch, LENGTH, WIDTH)), jnp.float32)
+    head = jnp.asarray(random.normal(size=(WIDTH, vocabulary)), jnp.float32)
+    targets = random.integers(0, vocabulary, (batch, LENGTH)).astype(np.int32)
+    weights = random.uniform(0.5, 2.0, (batch, LENGTH)) * (random.random((batch, LENGTH)) < share_weighted)
     return hidden, head, targets, weights.astype(np.float32)
 
 
@@ -32,6 +33,17 @@ def test_value_and_gradients_equal_plain_cross_entropy(share, chunk):
     chunked = lambda *x: 3 * chunked_cross_entropy(*x, targets, weights, chunk=chunk)[0]  # noqa: E731
     expected = lambda *x: 3 * plain(*x, targets, weights)  # noqa: E731
     actual, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, head) for f in (chunked, expected))
+    assert_trees_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 4), (2, 1, 2, 2), (1, 4, 1, 2)], ids=str)
+def test_a_vocabulary_cut_over_devices_gives_the_plain_value_and_gradients(shape):
+    """Every piece of the vocabulary holds some of the targets; the loss and both gradients are sums over pieces."""
+    hidden, head, targets, weights = operands(0.6, batch=4, vocabulary=212)
+    chunked = lambda *x: 3 * chunked_cross_entropy(*x, targets, weights, chunk=20)[0]  # noqa: E731
+    expected = jax.value_and_grad(lambda *x: 3 * plain(*x, targets, weights), argnums=(0, 1))(hidden, head)
+    with jax.set_mesh(make_mesh(shape, jax.devices()[:8])):
+        actual = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, head)
     assert_trees_close(actual, expected, 1e-5)
 
 

@@ -25,7 +25,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def config(make_micro_config):
     config = make_micro_config()
-    config.model.llm.update(width=32, mlp_width=64, vocab_size=401, loss_chunk=16)  # a vocabulary that does not divide
+    config.model.llm.update(width=32, mlp_width=64, vocab_size=400, loss_chunk=16)  # cut over the tensor axis
     config.data.update(packs_per_batch=8, tokens_per_pack=64, frames_per_pack=6)
     config.optimizer.update(learning_rate=3e-3)
     config.train.steps = STEPS
@@ -45,6 +45,7 @@ def batch(config) -> PackedBatch:
         positions[row, :cut], positions[row, cut:end] = np.arange(cut), np.arange(end - cut)
         index[row, 2:3], index[row, cut + 3 : cut + 5] = 0, [1, 2]  # a group of frames is one token
     weights = ((random.uniform(size=(b, t)) < 0.1 + 0.1 * np.arange(b)[:, None]) & (segments > 0)).astype(np.float32)
+    weights *= np.where(np.arange(t) % 2, 0.5, 2.0).astype(np.float32)
     return PackedBatch(
         tokens=tokens,
         segment_ids=segments,
