@@ -21,7 +21,7 @@ KERNELS = {
     "splash": functools.partial(splash, interpret=True),
     "triton": functools.partial(triton, interpret=True),
 }
-LENGTH = 200  # two blocks, the second padded
+LENGTH = 200  # one block of 256, padded
 
 
 def value_and_gradients(function, qkv, weight):
@@ -56,6 +56,26 @@ def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_bac
         monkeypatch.setattr(attention_splash, "FUSED_SHARE", share)
         for a, b in zip(jax.tree.leaves(value_and_gradients(run, qkv, weight)), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize(("causal", "fused"), [(True, True), (True, False), (False, True)])
+def test_splash_of_several_blocks_visits_all_that_are_needed(monkeypatch, causal, fused):
+    """Three blocks of queries and of keys; a query of the last needs keys of the first, and segments cross blocks."""
+    monkeypatch.setattr(attention_splash, "BLOCKS", (128,))
+    monkeypatch.setattr(attention_splash, "FUSED_SHARE", 1 / 8 if fused else 0)
+    length = 384
+    qkv = [x[:1] for x in operands(length, heads=1, kv_heads=1)]
+    segments, ids = (np.arange(length) >= 150).astype(np.int32)[None], None
+    mask = np.ones((1, length, length), bool)
+    if causal:
+        mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
+        ids = (jnp.asarray(segments), jnp.asarray(segments))
+    assert attention_splash.block_sizes(length, length, causal, fused).block_kv == 128
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+    actual = value_and_gradients(lambda *x: KERNELS["splash"](*x, ids, causal=causal), qkv, weight)
+    expected = value_and_gradients(lambda *x: plain(*x, mask), qkv, weight)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 @pytest.mark.parametrize("pieces", [2, 4, 8])
