@@ -25,9 +25,15 @@ def small_config(**changes) -> ConfigDict:
     return c
 
 
+@functools.cache
+def _parts(**changes) -> tuple[nnx.GraphDef, nnx.State]:
+    make = lambda: nnx.split(Kangaroo(small_config(**changes), rngs=nnx.Rngs(0)))  # noqa: E731
+    return nnx.eval_shape(make)[0], jax.jit(lambda: make()[1])()
+
+
 def small_model(**changes) -> Kangaroo:
     """A model of `small_config`, always with the same weights."""
-    return Kangaroo(small_config(**changes), rngs=nnx.Rngs(0))
+    return nnx.merge(*_parts(**changes))
 
 
 def sample(seed: int, groups: int, text: int) -> PackedBatch:
@@ -81,7 +87,7 @@ def stack_packs(packs: list[PackedBatch]) -> PackedBatch:
 
 @functools.cache
 def _gradient_of(**changes) -> Callable[[PackedBatch], tuple[jax.Array, nnx.State]]:
-    graph, weights = nnx.split(small_model(**changes))
+    graph, weights = _parts(**changes)
 
     def mean_loss(weights, batch):
         loss, weight = nnx.merge(graph, weights).loss(batch)

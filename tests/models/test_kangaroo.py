@@ -127,6 +127,22 @@ def test_the_patchify_starts_as_average_pooling_and_may_be_bypassed():
     assert single.encode(batch.frames, batch.frame_times).shape == (1, 2 * 16, 24)
 
 
+def test_a_frame_has_the_time_of_its_fraction_of_a_second():
+    """Vision tokens are the pooled and projected features plus the sinusoids of the seconds, as NumPy has them."""
+    model, (side, width) = small_model(), (16, 16)
+    times = np.asarray([[0.25, 0.7, 3.375, 3.875]], np.float32)
+    frames = np.random.default_rng(0).integers(0, 256, (1, 4, side, side, 3)).astype(np.uint8)
+    angles = times[0, :, None] / 10_000.0 ** (np.arange(0, width, 2) / width)
+    time = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(4, 1, width)
+
+    @jax.jit
+    def both():
+        timed = (model.vision(jnp.asarray(frames[0])) + time).reshape(2, 2, 2, 2, 2, 2, width)  # groups, frames, rows
+        return model.encode(frames, times), model.projector(timed.mean(axis=(1, 3, 5)).reshape(1, 8, width))
+
+    assert_trees_close(*both(), 1e-4)
+
+
 def test_logits_give_the_loss():
     model, batch = small_model(), BATCH
     log = jax.nn.log_softmax(model.logits(batch))

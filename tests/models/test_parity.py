@@ -24,6 +24,15 @@ def test_vision_encoder_before_and_after_the_norm(case):
     assert_close(model.norm(tokens), cases[f"{case}.tokens_after_norm"])
 
 
+@pytest.mark.parametrize("output_norm", [False, True])
+def test_what_the_encoder_gives_are_the_patches_without_cls(output_norm):
+    model, cases = from_fixtures.eva()
+    model.output_norm = output_norm
+    given = jax.jit(lambda pixels: model(pixels))(cases["case56.pixels"].transpose(0, 2, 3, 1))
+    expected = cases["case56.tokens_after_norm"][:, 1:] if output_norm else cases["case56.patch_tokens_before_norm"]
+    assert_close(given, expected)
+
+
 def test_position_embedding_is_resized_as_timm_does():
     model, cases = from_fixtures.eva()
     assert_close(model.positions(8)[None], cases["case112.pos_embed_resized"])
