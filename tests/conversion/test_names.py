@@ -1,13 +1,18 @@
 """The table: both directions of a row undo each other, every parameter has one, offenders are all named."""
 
+import re
+
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax.config import model_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.sources import shapes_of, special_ids
 from kangaroo_jax.conversion.weights import contiguous
+from kangaroo_jax.training.parameters import Binding
+from tests.models import from_fixtures
 
 # A shape here that each arrangement is for.
 SHAPES = {
@@ -130,3 +135,96 @@ def test_match_names_every_offender():
 def test_brief_joins_runs_of_layers():
     some = [f"a.layers.{i}.b" for i in (0, 1, 2, 5)] + ["c", "a.layers.7.d"]
     assert names.brief(some) == "a.layers.{0-2,5}.b, c, a.layers.7.d"
+
+
+# A second list of which tensor is which, written from the other projects' own code and sharing nothing with the table:
+# Hugging Face's convert_llama_weights_to_hf.py, and timm's checkpoint_filter_fn of eva.py.
+META_TO_HF = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.attention.wq": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.attention.wk": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.attention.wv": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attention.wo": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.feed_forward.w1": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.feed_forward.w2": "model.layers.{i}.mlp.down_proj",
+    "layers.{i}.feed_forward.w3": "model.layers.{i}.mlp.up_proj",
+}
+EVA_TO_TIMM = (
+    ("mlp.ffn_ln", "mlp.norm"),
+    ("attn.inner_attn_ln", "attn.norm"),
+    ("mlp.w1", "mlp.fc1_g"),
+    ("mlp.w2", "mlp.fc1_x"),
+    ("mlp.w3", "mlp.fc2"),
+    ("attn.q_bias", "attn.q_proj.bias"),
+    ("attn.v_bias", "attn.v_proj.bias"),
+)
+
+
+def by_path(layout: str, **options: str) -> dict[str, str]:
+    return {ours: theirs for ours, _, theirs in names.entries(layout, **options)}
+
+
+def test_meta_and_hugging_face_call_the_same_tensor_by_these_names():
+    meta, hf = by_path("meta"), by_path("llama")
+    pairs = {meta[path].removesuffix(".weight"): hf[path].removesuffix(".weight") for path in hf}
+    assert meta.keys() == hf.keys() and pairs == META_TO_HF
+
+
+def test_eva_and_timm_call_the_same_tensor_by_these_names():
+    eva, timm = by_path("eva"), by_path("timm")
+    for path, name in eva.items():
+        name = name.removeprefix("visual.")
+        for theirs, timms in EVA_TO_TIMM:
+            name = name.replace(theirs, timms)
+        assert timm[path] == name, path
+    release = by_path("kangaroo")
+    assert all(release[path] == name.replace("visual.", "vision_tower.") for path, name in eva.items())
+    assert all(release[path] == name for path, name in by_path("llama").items())
+
+
+@pytest.mark.parametrize(("fixture", "layout", "prefix"), [("llama", "llama", "llm"), ("eva", "timm", "vision")])
+def test_every_tensor_of_a_fixture_is_the_one_that_the_parity_tests_load(fixture, layout, prefix):
+    """Files of transformers and timm by the table, and by the list whose model gives those projects' outputs."""
+    shapes = Binding(nnx.eval_shape(lambda: getattr(from_fixtures, fixture)()[0])).shapes
+    weights, _, _ = from_fixtures.read({"llama": "llama_tiny", "eva": "eva02_tiny"}[fixture])
+    second = {"llama": from_fixtures.LLAMA_NAMES, "eva": from_fixtures.EVA_NAMES}[fixture]
+    rows = names.table(layout, {f"{prefix}/{path}": x.shape for path, x in shapes.items()})
+    names.match(rows, {name: x.shape for name, x in weights.items()}, "FIXTURE")
+    for row in rows:
+        pattern = next(pattern for pattern in second if re.fullmatch(pattern, row.theirs))
+        assert row.ours == f"{prefix}/{second[pattern]}"
+        layer = re.fullmatch(pattern, row.theirs).groups()
+        assert row.layer == (int(layer[0]) if layer else None)
+        expected = from_fixtures.torch_layout(row.ours, weights[row.theirs]).reshape(row.shape_here)
+        np.testing.assert_array_equal(row.here(weights[row.theirs]), expected)
+
+
+def test_the_joint_parts_have_the_names_of_the_release():
+    given = {ours: (how, theirs) for ours, how, theirs in names.entries("kangaroo") if ours[:3] in ("pro", "pat")}
+    assert given == {
+        "patchify/kernel": ("depthwise", "patchify.weight"),
+        "patchify/bias": ("same", "patchify.bias"),
+        "projector/first/kernel": ("linear", "mm_projector.0.weight"),
+        "projector/first/bias": ("same", "mm_projector.0.bias"),
+        "projector/second/kernel": ("linear", "mm_projector.2.weight"),
+        "projector/second/bias": ("same", "mm_projector.2.bias"),
+    }
+    linear = by_path("kangaroo", projector="linear")
+    assert (linear["projector/first/kernel"], linear["projector/first/bias"]) == (
+        "mm_projector.weight",
+        "mm_projector.bias",
+    )
+
+
+def test_the_marks_are_rows_of_the_releases_token_embedding():
+    shapes = {"llm/embedding": (20, 4), "special_embedding": (4, 4)}
+    rows = {r.ours: r for r in names.table("kangaroo", shapes, (6, 7, 8, 9))}
+    marks = rows["special_embedding"]
+    assert marks.theirs == rows["llm/embedding"].theirs == "model.embed_tokens.weight" and marks.rows == (6, 7, 8, 9)
+    assert marks.cut_axis is None
+    with pytest.raises(ValueError, match="embed_tokens"):
+        _ = marks.shape_there
