@@ -1,0 +1,85 @@
+"""What a step reports: lines of JSON in order, rates over a window, one line for people."""
+
+import json
+
+import pytest
+
+from kangaroo_jax.training import metrics
+from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, read_metrics
+
+
+class Clock:
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_every_step_is_a_line_with_the_seconds_since_the_one_before(tmp_path, clock):
+    log = MetricLog(tmp_path, name="metrics.3.jsonl")
+    for step, seconds in ((1, 2.5), (2, 0.25)):
+        clock.now += seconds
+        log.write(step, {"loss": 1.0 / step})
+    log.flush()
+    expected = [{"step": 1, "loss": 1.0, "seconds": 2.5}, {"step": 2, "loss": 0.5, "seconds": 0.25}]
+    assert read_metrics(tmp_path / "metrics.3.jsonl") == expected
+    log.rewind(1)
+    log.write(2, {"loss": 7.0})
+    log.close()
+    assert [line["loss"] for line in read_metrics(log.path)] == [1.0, 7.0]
+
+
+def test_lines_after_a_step_are_dropped_and_that_step_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "x": [step]}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "x')
+    drop_after(path, 2)
+    assert path.read_text() == '{"step": 1, "x": [1]}\n{"step": 2, "x": [2]}\n'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (61, "0:01:01"), (3 * 3600 + 62 * 60 + 5, "4:02:05")]
+)
+def test_durations_are_hours_minutes_and_seconds(seconds, text):
+    assert duration(seconds) == text
+
+
+VALUES = {"loss": 1.23456, "grad_norm": 0.5, "learning_rate": 2e-4}
+
+
+def test_rates_are_of_the_window_and_of_a_chip(clock):
+    lines: list[str] = []
+    progress = Progress("stage9", 200, lines.append, chips=4)
+    for _ in range(2):
+        clock.now += 5
+        progress.add(tokens=600, frames=30, places=1000, wait=1.0, frame_places=40, counts={"a/en": 3, "b/zh": 1})
+    assert progress.window() == (2, 10.0)
+    rates = {"tokens_per_second_per_chip": 30.0, "frames_per_second_per_chip": 1.5, "data_wait": 0.2}
+    assert progress.rates() == rates
+    progress.line(20, VALUES, 3, {"mfu_causal": 0.4321, "mfu_full": 0.5})
+    assert lines == [
+        "stage9  20/200  loss 1.2346  grad 0.50  lr 2.0e-04  120 tok/s  6 frames/s  useful 60% frames 75%  "
+        "a/en 75%  b/zh 25%  wait 20%  MFU 43.2% causal 50.0% full  skipped 3  ETA 0:15:00"
+    ]
+    clock.now += 2
+    progress.add(tokens=500, frames=0, places=1000, wait=0.0, counts={"a/en": 1})
+    assert progress.window() == (1, 2.0)
+    progress.line(199, VALUES, 0)
+    assert lines[1] == (
+        "stage9 199/200  loss 1.2346  grad 0.50  lr 2.0e-04  250 tok/s  0 frames/s  useful 50%  wait 0%  ETA 0:00:02"
+    )
+
+
+def test_the_six_most_frequent_sources_are_shown(clock):
+    lines: list[str] = []
+    progress = Progress("s", 10, lines.append)
+    clock.now += 1
+    counts = {f"{name}/en": i for i, name in enumerate("abcdefgh", start=1)}
+    progress.add(tokens=1, frames=1, places=1, wait=0.0, counts=counts)
+    progress.line(1, VALUES, 0)
+    assert "h/en 22%  g/en 19%  f/en 17%  e/en 14%  d/en 11%  c/en 8%  wait" in lines[0]
+    progress.line(2, VALUES, 0)  # no time and no step since
+    assert "0 tok/s" in lines[1]

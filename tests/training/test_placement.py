@@ -1,0 +1,76 @@
+"""What a config leaves open is decided from the chip: mesh, accumulation, remat; what does not fit is refused."""
+
+import pytest
+
+from kangaroo_jax.chips import CHIPS
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training.placement import resolve
+
+
+def config_of(packs=32, tokens=8192, **train):
+    config = stage_config("kangaroo_8b")
+    config.data.update(packs_per_batch=packs, tokens_per_pack=tokens)
+    config.train.update(train)
+    return config
+
+
+def decided(chip, devices, slices=1, **changes):
+    config = config_of(**changes)
+    found = resolve(config, CHIPS.get(chip), devices, slices)
+    assert config.model.llm.remat == "auto" and not (config.train.mesh and "mesh" not in changes)  # a copy is changed
+    return tuple(found.train.mesh), found.train.accumulate, found.model.llm.remat, found.model.vision.remat
+
+
+@pytest.mark.parametrize(
+    ("chip", "devices", "slices", "changes", "expected"),
+    [
+        ("v5e", 32, 1, {}, ((1, 8, 1, 4), 4, "full", "full")),
+        ("v6e", 8, 1, {}, ((1, 2, 1, 4), 16, "full", "full")),
+        ("v5p", 16, 1, {}, ((1, 16, 1, 1), 2, "full", "full")),
+        ("v5e", 64, 2, {}, ((2, 8, 1, 4), 2, "full", "full")),  # the data axis runs over the slices
+        ("v5e", 2, 1, {}, ((1, 1, 1, 2), 32, "full", "full")),  # a slice smaller than the group takes what it has
+        ("v5e", 32, 1, {"tokens": 1 << 15}, ((1, 8, 1, 4), 4, "full", "full")),
+        (
+            "v5e",
+            32,
+            1,
+            {"tokens": (1 << 15) + 128},
+            ((1, 32, 1, 1), 1, "full", "full"),
+        ),  # beyond the table: the default
+        ("v5p", 64, 1, {"packs": 1, "tokens": 1 << 19}, ((1, 1, 16, 4), 1, "minimal", "full")),
+        ("v5p", 256, 1, {"packs": 1, "tokens": 1 << 21}, ((1, 1, 64, 4), 1, "minimal", "full")),
+        ("v5p", 16, 1, {"packs": 4, "tokens": 1 << 19}, ((1, 1, 4, 4), 4, "minimal", "full")),
+        ("v5p", 16, 1, {"packs": 4}, ((1, 4, 4, 1), 1, "full", "full")),  # too few packs: longer rows of devices
+        ("v5p", 16, 1, {"packs": 2}, ((1, 2, 8, 1), 1, "full", "full")),
+        ("H100", 16, 1, {"packs": 4}, ((1, 4, 1, 4), 1, "full", "full")),  # on GPUs the tensor axis
+        (None, 8, 1, {"packs": 8}, ((1, 8, 1, 1), 1, "full", "full")),
+        (None, 1, 1, {"packs": 6}, ((1, 1, 1, 1), 6, "full", "full")),
+        ("v5p", 16, 1, {"mesh": (1, 4, 1, -1)}, ((1, 4, 1, 4), 8, "full", "full")),
+        ("v5p", 16, 1, {"mesh": (1, 4, 1, 4), "accumulate": 2}, ((1, 4, 1, 4), 2, "full", "full")),
+    ],
+)
+def test_what_is_left_open_is_decided(chip, devices, slices, changes, expected):
+    assert decided(chip, devices, slices, **changes) == expected
+
+
+def test_what_the_config_names_is_kept():
+    config = config_of()
+    config.model.llm.remat = config.model.vision.remat = "dots"
+    found = resolve(config, CHIPS["v5p"], 16)
+    assert (found.model.llm.remat, found.model.vision.remat) == ("dots", "dots")
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes", "message"),
+    [
+        (16, {"packs": 6, "mesh": (1, 4, 1, 4)}, "packs_per_batch 6 must be a multiple of 4"),
+        (16, {"packs": 8, "mesh": (1, 4, 1, 4), "accumulate": 4}, "accumulate 4: 8 packs over 4 groups"),
+        (16, {"mesh": (1, 4, 1, 3)}, "12 places for 16 devices"),
+        (6, {"packs": 4}, "must be a multiple of"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(devices, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        resolve(config_of(**changes), CHIPS["v5p"], devices)
+    assert "\n" not in str(error.value)
