@@ -136,7 +136,9 @@ def test_sigterm_to_a_single_process_saves_and_ends_with_code_0(corpus, tmp_path
     wait_for_step(workdir, 2)
     process.send_signal(signal.SIGTERM)
     assert wait([process], 120) == [0], output(workdir, 0)
-    assert (checkpoint.find(workdir) / "params").is_dir()
+    saved = int(checkpoint.find(workdir).name)
+    assert 2 <= saved < STEPS, "it did not stop, but went on to the end"
+    assert output(workdir, 0).rstrip().endswith(f"asked to stop; saved after step {saved}")
 
 
 @pytest.mark.slow

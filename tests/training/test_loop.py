@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,10 @@ def empty_batch(config):
     )
 
 
+KILLS = int(os.environ.get("KANGAROO_TEST_KILLS", "3"))  # of a curriculum, spread over its stages
+KILLED_STAGES = ("stage1_image_pretrain", "stage3_refine", "stage5_long_video")
+KILLED_STEPS = 6 * (1 + -(-KILLS // 3)) + 2  # two checkpoints for each kill and two more, and the end between them
+
 RUN = """
     import os, sys
     os.environ["XLA_FLAGS"] = ""
@@ -125,61 +130,74 @@ RUN = """
     jax.config.update("jax_platforms", "cpu")
     from pathlib import Path
     from kangaroo_jax.training import curriculum
-    corpus, workdir = Path(sys.argv[1]), sys.argv[2]
+    corpus, workdir, steps, stages = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 
     def adjust(name, config):
         config.data.update(packs_per_batch=1, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
         config.data.update(long_max_frames=16, long_min_frames=16)
-        config.train.update(steps=8, checkpoint_every=3, log_every=1)
+        config.train.update(steps=steps, checkpoint_every=3, log_every=1)
         config.model.vision.depth = config.model.llm.depth = 1
 
     curriculum.run("tiny", workdir, data=corpus, tokenizer=corpus / "tokenizer.model", adjust=adjust,
-                   stages=("stage1_image_pretrain", "stage3_refine", "stage5_long_video"),
-                   tell=lambda line: print(line, flush=True))
+                   stages=stages, tell=lambda line: print(line, flush=True))
 """
 
 
 def start_curriculum(corpus: Path, workdir: Path) -> subprocess.Popen:
-    code = textwrap.dedent(RUN)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(corpus), str(workdir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
-    )
+    """Its output goes to WORKDIR.log."""
+    command = [sys.executable, "-c", textwrap.dedent(RUN), str(corpus), str(workdir), str(KILLED_STEPS), *KILLED_STAGES]
+    with open(f"{workdir}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "XLA_FLAGS": ""})
+
+
+def whole_checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints of a stage that are whole."""
+    return sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def wait_for_a_new_checkpoint(process: subprocess.Popen, workdir: Path, stage: str) -> int:
+    """Until a stage has a whole checkpoint that it did not have, before its last; its step."""
+    before, end = whole_checkpoints(workdir / stage), time.time() + 600
+    while process.poll() is None and time.time() < end:
+        new = whole_checkpoints(workdir / stage)
+        if new and new[-1] > max(before, default=0):
+            assert new[-1] < KILLED_STEPS, "the stage has ended: nothing to go on with"
+            return new[-1]
+        time.sleep(0.005)
+    raise AssertionError(f"{stage} has no new checkpoint: {Path(f'{workdir}.log').read_text()[-2000:]}")
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_changes_no_loss_and_no_sample(corpus, tmp_path):
-    straight = start_curriculum(corpus, tmp_path / "straight")
-    output, _ = straight.communicate(timeout=600)
-    assert straight.returncode == 0, output
-    random = np.random.default_rng(0)
-    kills = 0
-    workdir = tmp_path / "killed"
-    while True:
+def test_kill_9_after_a_checkpoint_changes_no_loss_no_gradient_and_no_sample(corpus, tmp_path):
+    """Every kill comes after a whole checkpoint, in each stage in turn, and the next process goes on from it."""
+    straight, workdir = tmp_path / "straight", tmp_path / "killed"
+    assert start_curriculum(corpus, straight).wait(timeout=600) == 0, Path(f"{straight}.log").read_text()[-3000:]
+    random, wanted = np.random.default_rng(0), ("", 0)
+    for kill in range(KILLS + 1):
         process = start_curriculum(corpus, workdir)
-        if kills < 3:
-            wanted = int(random.integers(2, 7))  # so many step lines later it dies
-            for line in process.stdout:
-                wanted -= "tok/s" in line
-                if wanted == 0:
-                    break
-            time.sleep(float(random.uniform(0, 0.2)))
+        if kill < KILLS:
+            stage = KILLED_STAGES[kill * len(KILLED_STAGES) // KILLS]
+            wait_for_a_new_checkpoint(process, workdir, stage)
+            time.sleep(float(random.uniform(0, 0.1)))
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
-        break
-    for stage in ("stage1_image_pretrain", "stage3_refine", "stage5_long_video"):
-        want = read_metrics(tmp_path / "straight" / stage / "metrics.jsonl")
+            assert process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait(timeout=600) == 0
+        output = Path(f"{workdir}.log").read_text()
+        if wanted[1]:
+            gone_on = re.search(f"^{wanted[0]}: goes on after step (\\d+)$", output, re.MULTILINE)
+            assert gone_on and int(gone_on[1]) == wanted[1], (kill, wanted, output[-3000:])
+            print(f"kill {kill}: {wanted[0]} went on after step {wanted[1]}")
+        if kill < KILLS:
+            wanted = stage, whole_checkpoints(workdir / stage)[-1]
+            assert 0 < wanted[1] < KILLED_STEPS
+    for stage in KILLED_STAGES:
+        want = read_metrics(straight / stage / "metrics.jsonl")
         have = read_metrics(workdir / stage / "metrics.jsonl")
-        assert [line["step"] for line in have] == list(range(1, 9))
+        assert [line["step"] for line in have] == list(range(1, KILLED_STEPS + 1))
         for a, b in zip(want, have, strict=True):
-            assert a["loss"] == b["loss"] and a["samples"] == b["samples"], (stage, a["step"])
+            for key in ("loss", "grad_norm", "learning_rate", "samples", "tokens", "frames"):
+                assert a[key] == b[key], (stage, a["step"], key)
 
 
 def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus, tmp_path):
