@@ -1,0 +1,46 @@
+"""Which tests hold which file: those that name a fault soonest come first."""
+
+_MODELS = "tests/models/"
+_TRAINING = "tests/training/"
+
+
+def _of(folder: str, names: str) -> list[str]:
+    return [f"{folder}test_{name}.py" for name in names.split()]
+
+
+ROOMS: dict[str, dict[str, list[str]]] = {
+    "models": {
+        "kangaroo_jax/models/attention.py": _of(_MODELS, "attention attention_kernels"),
+        "kangaroo_jax/models/attention_context.py": _of(_MODELS, "attention_kernels"),
+        "kangaroo_jax/models/attention_splash.py": _of(_MODELS, "splash_blocks attention_kernels"),
+        "kangaroo_jax/models/attention_triton.py": _of(_MODELS, "attention_kernels"),
+        "kangaroo_jax/models/eva_clip.py": _of(_MODELS, "layers parity initial"),
+        "kangaroo_jax/models/kangaroo.py": _of(_MODELS, "initial kangaroo"),
+        "kangaroo_jax/models/layers.py": _of(_MODELS, "layers parity initial"),
+        "kangaroo_jax/models/llama.py": _of(_MODELS, "parity initial"),
+        "kangaroo_jax/models/losses.py": _of(_MODELS, "losses"),
+        "kangaroo_jax/models/patchify.py": _of(_MODELS, "layers parity initial"),
+        "kangaroo_jax/models/stack.py": _of(_MODELS, "layers initial"),
+    },
+    "training": {
+        f"kangaroo_jax/training/{name}.py": _of(_TRAINING, tests)
+        for name, tests in {
+            "checkpoint": "checkpoint parameters resume loop",
+            "curriculum": "curriculum loop",
+            "distributed": "watchdog distributed",
+            "flops": "observe",
+            "host_rows": "host_rows meshes",
+            "loop": "resume loop",
+            "metrics": "metrics",
+            "observe": "observe",
+            "optimizer": "optimizer",
+            "parameters": "parameters",
+            "placement": "placement",
+            "state": "state meshes",
+            "step": "step",
+        }.items()
+    },
+    "packing": {"kangaroo_jax/data/packing.py": _of("tests/data/", "packing resume")},
+    "mixture": {"kangaroo_jax/data/mixture.py": _of("tests/data/", "mixture shuffle")},
+    "names": {"kangaroo_jax/conversion/names.py": _of("tests/conversion/", "names")},
+}
