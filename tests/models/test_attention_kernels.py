@@ -121,12 +121,14 @@ def test_little_is_computed_beyond_the_causal_half(length):
     assert visited_share(length, length, False) == 1
 
 
-def test_more_devices_than_key_value_heads():
-    qkv = operands(32, heads=4, kv_heads=2)
+def test_more_devices_than_key_value_heads(monkeypatch):
+    qkv, local, held = operands(32, heads=4, kv_heads=2), module._local, []
+    monkeypatch.setattr(module, "_local", lambda *x: held.append((x[1].shape, x[2].shape)) or local(*x))
     run = lambda *x: attention(*x, segment_ids=None, causal=True)  # noqa: E731
     with jax.set_mesh(make_mesh((1, 2, 1, 4), jax.devices()[:8])):
         actual = jax.jit(run)(*qkv)
     np.testing.assert_allclose(actual, plain(*qkv, np.tri(32, dtype=bool)[None]), atol=1e-5)
+    assert held == [((1, 32, 1, 8), (1, 32, 1, 8))]  # a row and a head each, and not the whole on every device
 
 
 def test_what_would_not_honour_segments_refuses():

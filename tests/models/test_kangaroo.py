@@ -143,6 +143,19 @@ def test_a_frame_has_the_time_of_its_fraction_of_a_second():
     assert_trees_close(*both(), 1e-4)
 
 
+def test_fewer_groups_of_frames_than_devices():
+    """Groups are added so that every device has as many, and taken away again."""
+    model, random = small_model(), np.random.default_rng(0)
+    frames = random.integers(0, 256, (1, 6, 16, 16, 3)).astype(np.uint8)
+    times = np.sort(random.uniform(0, 9, (1, 6))).astype(np.float32)
+    encode = jax.jit(lambda frames, times: model.encode(frames, times))
+    expected = encode(frames, times)
+    with jax.set_mesh(make_mesh((1, 2, 2, 2))):
+        found = encode(frames, times)
+    assert found.shape == (1, 3 * 4, 24)
+    assert_trees_close(found, expected, 1e-5)
+
+
 def test_logits_give_the_loss():
     model, batch = small_model(), BATCH
     log = jax.nn.log_softmax(model.logits(batch))

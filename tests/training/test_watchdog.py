@@ -83,6 +83,7 @@ def test_signs_of_life_are_written_with_the_step_and_end_with_finished(two, tmp_
     two.values["kangaroo/alive/1"] = sign("finished")
     with Watchdog(timeout=30, path=tmp_path / "hosts.json") as watchdog:
         wait_until(lambda: "kangaroo/alive/0" in two.values)
+        assert alive(two, 0)["step"] == 0
         watchdog.step(7)
         wait_until(lambda: alive(two, 0)["step"] == 7 and (tmp_path / "hosts.json").exists())
         assert alive(two, 0)["state"] == "" and alive(two, 0)["step_time"] > 0
