@@ -119,7 +119,7 @@ def empty_batch(config):
     )
 
 
-KILLS = int(os.environ.get("KANGAROO_TEST_KILLS", "3"))  # of a curriculum, spread over its stages
+KILLS = int(os.environ.get("KANGAROO_TEST_TRAIN_KILLS", "3"))  # of a curriculum, spread over its stages
 KILLED_STAGES = ("stage1_image_pretrain", "stage3_refine", "stage5_long_video")
 KILLED_STEPS = 6 * (1 + -(-KILLS // 3)) + 2  # two checkpoints for each kill and two more, and the end between them
 
