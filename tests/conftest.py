@@ -8,11 +8,12 @@ from pathlib import Path
 # Before jax is imported. Most of the time goes into compiling, a third less of it at level 0; CI, which runs the
 # slow tests too, compiles as in real use.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_force_host_platform_device_count=8"]
-    + ["--xla_backend_optimization_level=0"] * ("--slow" not in sys.argv)
-    + [os.environ.get("XLA_FLAGS", "")]
-).strip()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has them from its parent
+    os.environ["XLA_FLAGS"] = " ".join(
+        ["--xla_force_host_platform_device_count=8"]
+        + ["--xla_backend_optimization_level=0"] * ("--slow" not in sys.argv)
+        + [os.environ.get("XLA_FLAGS", "")]
+    ).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 

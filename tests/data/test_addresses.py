@@ -16,6 +16,8 @@ from kangaroo_jax.data.download import Limits
 from kangaroo_jax.data.storage import MediaCache, absolute, join, local
 from kangaroo_jax.errors import UserError
 
+pytestmark = pytest.mark.alone
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     """`/size/N` N bytes, `/endless`, `/slow`, `/short`, `/to?ADDRESS` a redirect, `/loop`."""

@@ -13,6 +13,8 @@ from kangaroo_jax.data.image import load_image
 from kangaroo_jax.data.video import FramePolicy, load_video, probe
 from tests.data.media import write_audio, write_video
 
+pytestmark = pytest.mark.alone
+
 POLICY = FramePolicy(min_frames=8)
 
 

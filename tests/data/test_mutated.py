@@ -20,6 +20,8 @@ from kangaroo_jax.data.loader import make_loader
 from kangaroo_jax.data.tokenizer import Tokenizer
 from tests.data.media import numbered_frame, write_audio, write_video
 
+pytestmark = pytest.mark.alone
+
 SECONDS_A_FILE = 20.0
 
 

@@ -16,6 +16,8 @@ from kangaroo_jax.data.loader import merge_states
 from kangaroo_jax.data.tokenizer import Tokenizer, train_sentencepiece
 from tests.data.media import write_video
 
+pytestmark = pytest.mark.alone
+
 ROWS = 12
 
 

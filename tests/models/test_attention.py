@@ -52,7 +52,7 @@ def test_values_and_gradients_equal_the_plain_formula(small_chunks, length, caus
     actual = value(lambda *x: attention(*x, segment_ids=(segments, segments), causal=causal))
     expected = value(lambda *x: plain(*x, mask))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-6)  # the sum is of thousands of values
 
 
 def test_no_segments_and_unequal_lengths(small_chunks):

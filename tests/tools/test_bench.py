@@ -9,6 +9,8 @@ import pytest
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.tools import bench
 
+pytestmark = pytest.mark.alone
+
 
 def test_bench_train_reports_rates(make_micro_config, capsys, monkeypatch):
     config = make_micro_config()

@@ -6,6 +6,8 @@ import pytest
 from kangaroo_jax.data.decode import ProcessDecoder
 from kangaroo_jax.tools import bench_data
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])

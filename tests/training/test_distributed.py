@@ -18,6 +18,8 @@ from kangaroo_jax.training import checkpoint, distributed
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = Path(__file__).with_name("processes.py")
 ROUNDS = int(os.environ.get("KANGAROO_TEST_ROUNDS", "2"))  # kills of a host: 0, which coordinates, 1, 2, 3, 0, ...
 SAVES = int(os.environ.get("KANGAROO_TEST_SAVES", "4"))  # kills during a save

@@ -15,6 +15,8 @@ from kangaroo_jax.curation.annotate.endpoint import Endpoint, data_uri
 from kangaroo_jax.curation.annotate.requests import Completion, Failure, Reply, Request
 from kangaroo_jax.curation.annotate.schemas import object_schema
 
+pytestmark = pytest.mark.alone
+
 QUICK = Limits(first_wait=0.01, longest_wait=2.0, retries=2, answer_retries=2)
 SCHEMA = object_schema(answer={"type": "string", "minLength": 1})
 

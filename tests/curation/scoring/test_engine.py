@@ -21,6 +21,8 @@ from kangaroo_jax.curation.stages import BY_NAME
 from kangaroo_jax.errors import UserError
 from tests.curation.scoring.clips import breaking_job, moving, write_clip
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[3]
 ROUNDS = int(os.environ.get("KANGAROO_TEST_ROUNDS", "1"))  # kills under Ray
 LIGHT = ("text", "face", "caption_language")
