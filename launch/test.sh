@@ -17,7 +17,7 @@ fi
 
 packages=()
 if [[ "${KANGAROO_TEST_TORCH:-}" == 1 || "${CI:-}" == true ]]; then
-  packages=(torch==2.13.0 transformers peft)
+  packages=(torch==2.13.0 'transformers>=5.24,<5.25' 'peft>=0.21,<0.22') # what the tests were run with
 fi
 enter_environment dev ${packages[@]+"${packages[@]}"}
 
