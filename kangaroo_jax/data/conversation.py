@@ -4,7 +4,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-TAG = re.compile(r"<(image|video)>")
+TAG = re.compile(r"(?<!\\)<(image|video)>")  # one after a backslash is text
+_TEXT_OF_TAG = re.compile(r"\\(<(?:image|video)>)")
 _LEADING_TAGS = re.compile(r"^((?:<(?:image|video)>)++)(?=\S)")
 _SCRIPTS = (  # of the languages whose script tells them apart from others; Han without kana is Chinese
     ("ja", re.compile(r"[\u3040-\u30ff]")),
@@ -17,7 +18,10 @@ _SCRIPTS = (  # of the languages whose script tells them apart from others; Han 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one side says; a user's text holds the tags `<image>` and `<video>` where its media stand."""
+    """What one side says; a user's text holds the tags `<image>` and `<video>` where its media stand.
+
+    In it `\\<image>` is the text `<image>`.
+    """
 
     role: str  # "system", "user" or "assistant"
     text: str
@@ -65,6 +69,16 @@ class Conversation:
 def count_tags(turns: Sequence[Turn]) -> list[str]:
     """The kinds ("image", "video") that the user's and system's turns ask for, in order."""
     return [kind for turn in turns if turn.role != "assistant" for kind in TAG.findall(turn.text)]
+
+
+def escaped(text: str) -> str:
+    """Text in which nothing is a tag, as a turn holds it: a backslash before what looks like one."""
+    return re.sub(r"(<(?:image|video)>)", r"\\\1", text)
+
+
+def literal(text: str) -> str:
+    """What a piece of a user's text between tags says: the text of which `escaped` made it."""
+    return _TEXT_OF_TAG.sub(r"\1", text)
 
 
 def spaced(text: str) -> str:

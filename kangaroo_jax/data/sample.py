@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.conversation import TAG, Conversation, Media, Turn, count_tags, language_of
+from kangaroo_jax.data.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.video import FramePolicy, MediaInfo, clip_range, folder_of_frames, probe, sample_times
 
@@ -129,9 +129,11 @@ def make_recipe(
             frames = sum(len(ref.times) for ref in writer.used)
             if writer.length > limit or frames > budget:
                 if fitting is None:
+                    asked = [f"{medium.fps:g}" for medium in conversation.media if medium.fps is not None]
+                    why = f"; its 'fps' asks for {', '.join(asked)} frames a second of video" if asked else ""
                     raise UserError(
                         f"sample {conversation.id!r}: {writer.length} tokens and {frames} frames to its first answer, "
-                        f"but a sample may have {limit} and {budget}"
+                        f"but a sample may have {limit} and {budget}{why}"
                     )
                 break
             fitting = writer.mark()
@@ -282,7 +284,7 @@ class _Writer:
                 if i % 2:
                     self._block(self._refs[len(self.used)])
                 elif part:
-                    self._ids += self._tokenizer.encode(part)
+                    self._ids += self._tokenizer.encode(literal(part))
         self._ids.append(self._tokenizer.eot)
 
     def _block(self, ref: MediaRef) -> None:

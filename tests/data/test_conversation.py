@@ -88,7 +88,7 @@ def test_split_answer() -> None:
         ({"video": "a.mp4", "conversations": talk("Q", "A")}, "0 <video> tags in the human turns, but 1 files"),
         ({"video": "a.mp4", "conversations": talk("<video><video>", "A")}, "2 <video> tags"),
         ({"conversations": talk("<image>", "A")}, "1 <image> tags in the human turns, but 0 files in 'image'"),
-        ({"video": "a.mp4", "conversations": talk("<image>", "A")}, "<image> tags"),
+        ({"video": "a.mp4", "conversations": talk("<image><image>", "A")}, "<image> tags"),
         ({"video": 5, "conversations": talk("<video>", "A")}, "'video' must be a path"),
         ({"video": [None], "conversations": talk("<video>", "A")}, "'video' must be a path"),
         ({"video": "a", "fps": -1, "conversations": talk("<video>", "A")}, "'fps' must be a positive number"),

@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from PIL import Image
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.conversation import Conversation, Media, Turn, language_of
+from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags, language_of
 from kangaroo_jax.data.download import Limits
-from kangaroo_jax.data.formats import Columns, parse_record, to_record
+from kangaroo_jax.data.format_writing import to_record
+from kangaroo_jax.data.formats import FORMATS, Columns, parse_record
 from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.sample import make_recipe
 from kangaroo_jax.data.sources import AnnotationFile, read_conversations
 from kangaroo_jax.data.storage import MediaCache, use_cache
+from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.video import load_video, probe
 from tests.data.media import numbered_frame, read_number, write_video
 
@@ -31,7 +35,7 @@ COLUMNS = Columns(images="images", videos="videos")
 
 # ------------------------------------------------------------------------- round trips
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), max_size=12)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>\\"), max_size=12)
 paths = st.text("abc/_-.0 é影", min_size=1, max_size=12).map(lambda p: "/m/" + p.strip("/ .") + ".mp4")
 clips = st.fixed_dictionaries(
     {},
@@ -236,10 +240,94 @@ def _user(content: Any, role: str = "user", **record: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content}], **record}
 
 
+QA = [("user", "Q"), ("assistant", "A")]
+TURNS = [{"role": r, "content": c} for r, c in QA]
+TRL = [{"type": "text", "text": "Q", "index": None}, {"type": "image", "text": None, "index": 0}]
+LLAVA = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+KINDS: list[tuple[dict[str, Any], str, str, list[tuple[str, str]]]] = [  # record, format, the user's text, media
+    ({"video": "v.mp4", "conversations": LLAVA}, "llava", "<video>\nQ", [("video", "/v.mp4")]),
+    ({"video": ["v.mp4"], "image": [], "conversations": LLAVA}, "llava", "<video>\nQ", [("video", "/v.mp4")]),
+    ({"images": ["i"], "messages": [{"role": "user", "content": TRL}, TURNS[1]]}, "hf", "Q<image>", [("image", "/i")]),
+    (
+        {
+            "videos": ["v", "w"],
+            "messages": [{"role": "user", "content": [{"type": "video"}, TRL[0], {"type": "video"}]}, TURNS[1]],
+        },
+        "hf",
+        "<video>\nQ<video>",
+        [("video", "/v"), ("video", "/w")],
+    ),
+    (
+        {"images": ["i"], "messages": [{"role": "user", "content": TRL[:1]}, TURNS[1]]},
+        "hf",
+        "<image>\nQ",
+        [("image", "/i")],
+    ),
+    ({"conversations": TURNS}, "messages", "Q", []),
+    ({"image": "i", "conversation": TURNS}, "messages", "<image>\nQ", [("image", "/i")]),
+    ({"messages": [{"role": "User", "content": "Q"}, {"role": "Assistant", "content": "A"}]}, "messages", "Q", []),
+    ({"query": "<video>Q", "response": "A", "videos": ["v"]}, "query", "<video>\nQ", [("video", "/v")]),
+    ({"instruction": "Q", "input": "x", "output": "A"}, "alpaca", "Q\nx", []),
+    ({"video": "v", "question": "Q", "answer": "A"}, "question", "<video>\nQ", [("video", "/v")]),
+    ({"video_path": "v", "question": "Q", "answer": "A"}, "question", "<video>\nQ", [("video", "/v")]),
+    ({"video": "v", "QA": [{"i": "", "q": "Q", "a": "A"}]}, "question", "<video>\nQ", [("video", "/v")]),
+    ({"video": "v", "caption": "A"}, "caption", "<video>", [("video", "/v")]),
+    ({"path": "i.jpg", "caption": "A"}, "caption", "<image>", [("image", "/i.jpg")]),
+    ({"messages": [{"role": "user", "content": "the <video> tag?"}, TURNS[1]]}, "messages", "the \\<video> tag?", []),
+    (
+        {"image": "i", "conversations": [{"from": "human", "value": "<image>in \\<image>?"}, LLAVA[1]]},
+        "llava",
+        "<image>\nin \\<image>?",
+        [("image", "/i")],
+    ),
+]
+
+
+@pytest.mark.parametrize("record, name, text, media", KINDS, ids=range(len(KINDS)))
+def test_the_kinds_of_records_that_are_about(
+    record: dict[str, Any], name: str, text: str, media: list[tuple[str, str]]
+) -> None:
+    parsed = parse_record(json.loads(json.dumps(record)), "x", "/")
+    assert parsed.format == name and name in FORMATS
+    assert [turn.text for turn in parsed.conversation.turns] == [text, "A"]
+    assert [(medium.kind, medium.path) for medium in parsed.conversation.media] == media
+
+
+def test_tags_that_are_text_reach_the_model_as_text(tokenizer: Tokenizer, data_config: ConfigDict) -> None:
+    content = [{"type": "text", "text": "an <image> or \\<video> tag"}]
+    parts = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+    conversation = parse_record(parts, "x", "/").conversation
+    assert not conversation.media and count_tags(conversation.turns) == []
+    recipe = make_recipe(conversation, tokenizer, data_config, 2, 3)
+    assert (
+        tokenizer.encode("an <image> or \\<video> tag")
+        == recipe.tokens.tolist()[
+            (begin := recipe.tokens.tolist().index(tokenizer.encode("an")[0])) : begin
+            + len(tokenizer.encode("an <image> or \\<video> tag"))
+        ]
+    )
+    assert parse_record(to_record(conversation, "hf"), "x", "/").conversation.turns == conversation.turns
+
+
+def test_what_is_odd_is_noted() -> None:
+    talk = [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": " "}]
+    parsed = parse_record({"video": "v", "fps": 29.97, "conversations": talk}, "x", "/")
+    assert sorted(note.split(":")[0].split(" of 10")[0] for note in parsed.notes) == ["'fps'", "an answer is empty"]
+
+
 MISTAKES: list[tuple[Any, str]] = [
+    ({"images": ["i"], "messages": [_user(TRL + TRL[1:])["messages"][0], TURNS[1]]}, "there are 1 in 'images'"),
+    ({"images": ["i", "j"], "messages": [_user(TRL)["messages"][0], TURNS[1]]}, "2 files in 'images', but 1 parts"),
+    ({"conversations": [{"from": "human", "value": "<video>\nQ"}, LLAVA[1]]}, "1 <video> tags"),
+    ({"video": None, "conversations": [{"from": "human", "value": "a <video> b"}, LLAVA[1]]}, "is written \\<video>"),
+    ({"video": "v", "question": "Q", "answer": "A", "options": ["A"]}, "has 'options' beside 'question'"),
+    ({"video": "v", "question": "Q", "answer": 2}, "'question' and 'answer' must be text"),
+    ({"caption": "A"}, "a caption is of one medium, and the record names 0"),
+    ({"video": "v", "text": "A"}, "the record has 'video', 'text'"),
+    ({"video": "v", "start": 10**400, "caption": "A"}, "'start' must be a positive number"),
+    ({"conversations": [{"from": "function_call", "value": "{}"}]}, "calls of tools are not read"),
     (_user([{"type": "audio", "audio": "a.wav"}]), 'part of type "audio"'),
     (_user([{"type": "video", "video": 3}]), "must be a path or address"),
-    (_user([{"type": "text", "text": "see <video>"}]), "the tag <video> in its text"),
     (_user([{"type": "video", "video": "a", "fps": 0}]), "'fps' must be a positive"),
     (_user([{"type": "image", "image": "a"}], role="assistant"), "it may only say text"),
     (_user("Q", audios=["a.wav"]), "sound is not supported"),
