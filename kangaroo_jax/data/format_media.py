@@ -74,9 +74,13 @@ def tagged(
     wanted = count_tags(turns)
     for kind, files in (("image", images), ("video", videos)):
         if wanted.count(kind) != len(files):
+            many = wanted.count(kind) > len(files)
+            what_to_do = (
+                f"a tag that is only text is written \\<{kind}>" if many else f"write <{kind}> where each stands"
+            )
             raise UserError(
                 f"{where}: {wanted.count(kind)} <{kind}> tags in the human turns, but {len(files)} files in '{kind}'; "
-                f"a tag that is only text is written \\<{kind}>"
+                f"{what_to_do}"
             )
     clips = iter(option_rows(item, len(videos), where)) if videos else iter(())
     of_kind: dict[str, Iterator[Any]] = {"image": iter(images), "video": iter(videos)}

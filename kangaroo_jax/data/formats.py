@@ -21,14 +21,24 @@ import dataclasses
 import os
 from typing import Any
 
-from kangaroo_jax.data.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.conversation import CLIP_KEYS, Conversation, Media, Turn
 from kangaroo_jax.data.format_media import Parsed, listed, record_media, shown, tagged, untagged_first
 from kangaroo_jax.data.format_parts import is_parts, parts_record
 from kangaroo_jax.data.format_turns import Keys, keys_of, read_turns, rounds_of
 from kangaroo_jax.data.image import IMAGE_SUFFIXES
 from kangaroo_jax.errors import UserError
 
-__all__ = ["FORMATS", "Columns", "Parsed", "caption_record", "is_record", "parse_record", "shown"]
+__all__ = [
+    "FORMATS",
+    "MEDIA_KEYS",
+    "RECORD_KEYS",
+    "Columns",
+    "Parsed",
+    "caption_record",
+    "is_record",
+    "parse_record",
+    "shown",
+]
 
 FORMATS = {
     "llava": "LLaVA conversations",
@@ -46,7 +56,20 @@ _PAIRS = (("query", "response"), ("instruction", "output"), ("question", "answer
 _CAPTIONS = ("caption", "captions")
 _OPTIONS = ("options", "candidates", "choices", "option0", "choice_a", "a0", "Answer_Choices")
 _IMAGE_KEYS, _VIDEO_KEYS = ("image", "images"), ("video", "videos")
+MEDIA_KEYS = frozenset((*_IMAGE_KEYS, *_VIDEO_KEYS))
 _PATH_KEYS = ("image_path", "video_path", "media", "path", "file", "file_name")  # told apart by name or ending
+RECORD_KEYS = frozenset(  # all that a record is read from
+    {
+        *_TURN_LISTS,
+        *_CAPTIONS,
+        *_OPTIONS,
+        *MEDIA_KEYS,
+        *_PATH_KEYS,
+        *CLIP_KEYS,
+        *(key for pair in _PAIRS for key in pair),
+    }
+    | {"id", "language", "lang", "system", "history", "input", "audio", "audios", "frames"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,24 +10,21 @@ set-train.array_record-0...::12/0        record 12 of `kangaroo data build`, med
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
 import os
 import re
 import tempfile
-import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from kangaroo_jax.data.addresses import check_scheme, is_remote, short
 from kangaroo_jax.data.download import Limits, download
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.installing import install_line
 from kangaroo_jax.json_text import utf8
 from kangaroo_jax.terminal import printable
 
@@ -208,8 +205,10 @@ def member_of(path: str | Path) -> Member | None:
     container, _, name = text.partition(MEMBER)
     if match := _TAR_MEMBER.match(name):
         return Member(text, Path(container), int(match[2]), int(match[3]))
-    if container.endswith(".parquet"):
-        return Member(text, Path(container), data=_parquet_bytes(text, container, name))
+    if container.lower().endswith(".parquet"):
+        from kangaroo_jax.data.parquet import parquet_bytes
+
+        return Member(text, Path(container), data=parquet_bytes(text, container, name))
     if ".array_record" in container:
         from kangaroo_jax.data.dataset import embedded_bytes
 
@@ -224,73 +223,3 @@ def member_suffix(path: str | Path) -> str:
     if MEMBER in name:
         name = re.sub(r"@\d+\+\d+$", "", name)
     return os.path.splitext(name)[1].lower()
-
-
-def _parquet_bytes(label: str, container: str, name: str) -> bytes:
-    row, column, index = name.split("/")
-    value = parquet_table(container).row(int(row), [column])[column]
-    medium = value[int(index)] if isinstance(value, list) else value
-    data = medium.get("bytes") if isinstance(medium, dict) else medium
-    if not isinstance(data, bytes):
-        raise UserError(f"{label}: no bytes in this row")
-    return data
-
-
-class ParquetTable:
-    """Random access to the rows of a Parquet file; the row group read last is kept, in each thread."""
-
-    def __init__(self, path: str) -> None:
-        """Raises UserError if it cannot be opened or pyarrow is not installed."""
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise UserError(f"{path}: a Parquet file needs the package pyarrow: {install_line('data')}") from None
-        try:
-            self._file = pq.ParquetFile(path, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._ends = [sum(groups[: i + 1]) for i in range(len(groups))]
-        self._lock, self._kept = threading.Lock(), threading.local()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def leaves(self) -> list[str]:
-        """Dotted names of all leaf columns."""
-        schema = self._file.schema
-        return [schema.column(i).path for i in range(len(schema))]
-
-    def row(self, index: int, columns: list[str]) -> dict[str, Any]:
-        """One row of some (leaf) columns, as plain values."""
-        group = next(i for i, end in enumerate(self._ends) if index < end)
-        key = (group, tuple(columns))
-        if getattr(self._kept, "key", None) != key:
-            with self._lock:
-                table = self._file.read_row_group(group, columns=columns, use_threads=False)
-            self._kept.key, self._kept.table = key, table
-        first = self._ends[group - 1] if group else 0
-        return self._kept.table.slice(index - first, 1).to_pylist()[0]
-
-
-@functools.lru_cache(maxsize=32)
-def parquet_table(path: str) -> ParquetTable:
-    """The opened file, shared by the threads of this process."""
-    return ParquetTable(path)
-
-
-# --------------------------------------------------------------------------------- archives
-
-
-def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, size) of every file in an uncompressed tar archive, from its headers. Raises UserError."""
-    import tarfile
-
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{path}: not a readable tar archive, without compression ({error})") from None

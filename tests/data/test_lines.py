@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data import sources
+from kangaroo_jax.data import readers, sources
 from kangaroo_jax.data.ledger import Ledger
 from kangaroo_jax.data.loader import make_loader
-from kangaroo_jax.data.sources import AnnotationFile, evenly, line_places
+from kangaroo_jax.data.readers import line_places
+from kangaroo_jax.data.sources import AnnotationFile, evenly
 from kangaroo_jax.data.tokenizer import Tokenizer
 
 pieces = st.sampled_from([b"{}", b" {} ", b"\n", b"\n\n", b"\r\n", b" ", b"\t\n", "[é]".encode(), b"{" * 9])
@@ -24,7 +25,7 @@ pieces = st.sampled_from([b"{}", b" {} ", b"\n", b"\n\n", b"\r\n", b" ", b"\t\n"
 def test_lines_are_found_as_python_finds_them(parts: list[bytes], block: int) -> None:
     text = b"".join(parts)
     with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
+        patch.setattr(readers, "_BLOCK", block)
         file.write(text)
         file.seek(0)
         begins, numbers, size = line_places(file)

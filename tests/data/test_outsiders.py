@@ -1,0 +1,283 @@
+"""Annotation files as outsiders write them: tar shards with stray members, tables, text files of many shapes."""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.mixture import Mixture, open_sources
+from kangaroo_jax.data.sources import AnnotationFile
+from kangaroo_jax.data.storage import member_of
+from tests.data.media import numbered_frame, read_number
+
+RECORD = {"conversations": [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}]}
+GOOD = RECORD | {"id": "g", "video": "v.mp4"}
+LINE = json.dumps(GOOD)
+
+
+def picture(number: int, kind: str = "PNG", frames: int = 1) -> bytes:
+    file = io.BytesIO()
+    images = [Image.fromarray(numbered_frame(number + i)) for i in range(frames)]
+    images[0].save(file, kind, **({"save_all": True, "append_images": images[1:]} if frames > 1 else {}))
+    return file.getvalue()
+
+
+def write_tar(path: Path, *members: tuple[str, bytes | str]) -> Path:
+    """Members with their bytes; a text is the target of a link."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                info.type, info.linkname = tarfile.SYMTYPE, data
+                archive.addfile(info)
+            else:
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+# ---------------------------------------------------------------------------------- tar shards
+
+JSON = json.dumps(RECORD).encode()
+STRAY: list[tuple[str, bytes]] = [
+    ("._0.json", b"\0\5\x16\7"),
+    ("._0.mp4", b"\0"),
+    ("README", b"hello"),
+    ("README.md", b"hello"),
+    ("index.txt", b"0\n1\n"),
+    (".hidden.txt", b"x"),
+    ("a/.DS_Store", b"x"),
+    ("__MACOSX/0.json", b"x"),
+]
+
+
+@pytest.mark.parametrize("member", STRAY, ids=[name for name, _ in STRAY])
+def test_stray_members_are_passed_over_and_counted(tmp_path: Path, member: tuple[str, bytes]) -> None:
+    for order in (0, 1):
+        members = [("0.json", JSON), ("0.mp4", b"x" * 9)]
+        file = AnnotationFile(
+            write_tar(tmp_path / f"{order}.tar", *([member] * (1 - order) + members + [member] * order))
+        )
+        assert (
+            len(file) == 1 and file[0].media[0].path.endswith("+9") and "1 files that belong to no" in file.describe()
+        )
+
+
+def test_samples_that_downloads_left_unfinished_stop_nothing(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        ("0.txt", b" \n"), ("0.mp4", b"x"),
+        ("1.json", b'{"status": "failed_to_download", "caption": "c"}'),
+        ("2.jpg", picture(1)),
+        ("3.txt", b"\xef\xbb\xbfA caption.\r\n"), ("3.MP4", b"x"),
+        ("4.JSON", JSON), ("4.mp4", b"x"),
+    )  # fmt: skip
+    file = AnnotationFile(path)
+    assert [file[i].turns[-1].text for i in (3, 4)] == ["A caption.", "A"]
+    for i in range(3):
+        with pytest.raises(UserError, match=f"sample {i}: needs a .json"):
+            file[i]
+
+
+def test_members_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
+    still, moving = picture(5), picture(5, "GIF", 4)
+    path = write_tar(
+        tmp_path / "a.tar",
+        ("0.json", JSON), ("0.webp", picture(3, "WEBP", 3)),
+        ("1.json", JSON), ("1.gif", moving),
+        ("2.txt", b"moves"), ("2.gif", moving),
+        ("3.txt", b"stands"), ("3.png", still),
+        ("4.txt", b"both"), ("4.gif", picture(5, "GIF")),
+    )  # fmt: skip
+    file = AnnotationFile(path)
+    assert [file[i].media[0].kind for i in range(5)] == ["video", "video", "video", "image", "image"]
+
+
+def test_links_in_a_tar(tmp_path: Path) -> None:
+    inside = write_tar(tmp_path / "a.tar", ("v/0.mp4", b"xyz"), ("0.json", JSON), ("0.mp4", "v/0.mp4"))
+    (sample,) = [c for c in map(AnnotationFile(inside).look_at, range(2)) if not isinstance(c, UserError)]
+    member = member_of(sample.media[0].path)
+    assert member is not None and member.read() == b"xyz"
+    outside = write_tar(tmp_path / "b.tar", ("0.json", JSON), ("0.mp4", "/data/0.mp4"))
+    with pytest.raises(UserError, match=r"sample 0: 0.mp4 is a link .* tar -h"):
+        AnnotationFile(outside)
+
+
+def test_a_member_larger_than_its_archive_and_packed_archives(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", ("0.json", JSON), ("0.mp4", b"x" * 5000))
+    os.truncate(path, 3000)
+    with pytest.raises(UserError, match="cut short"):
+        AnnotationFile(path)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(UserError, match="a.tar.gz: unpack it first"):
+        AnnotationFile(tmp_path / "a.tar.gz")
+
+
+# ---------------------------------------------------------------------------------- text files
+
+TABLE = 'video,question,answer,start\nv.mp4,"What, and\nwhere?",A,1.5\nw.mp4,Q,B,\n'
+TEXTS: list[tuple[str, bytes, int]] = [
+    ("object.json", json.dumps({"data": [GOOD, GOOD]}, indent=2).encode(), 2),
+    ("object_in_a_line.json", json.dumps({"version": 1, "annotations": [GOOD, GOOD]}).encode(), 2),
+    ("by_name.json", json.dumps({"0": GOOD, "1": GOOD}).encode(), 2),
+    ("pretty.json", json.dumps(GOOD, indent=1).encode(), 1),
+    ("pretty.jsonl", (json.dumps(GOOD, indent=1) + "\n" + json.dumps(GOOD, indent=1)).encode(), 2),
+    ("one.json", LINE.encode(), 1),
+    ("lines.json", f"{LINE}\n{LINE}\n".encode(), 2),
+    ("lines.jsonl.gz", gzip.compress(f"{LINE}\n{LINE}\n".encode()), 2),
+    ("list.json.gz", gzip.compress(json.dumps([GOOD] * 3).encode()), 3),
+    ("mark.jsonl", b"\xef\xbb\xbf" + LINE.encode(), 1),
+    ("table.csv", TABLE.encode(), 2),
+    ("table.tsv", b"\xef\xbb\xbf" + b"video\tcaption\nv.mp4\tA dog.\n", 1),
+]
+
+
+@pytest.mark.parametrize("name, data, count", TEXTS, ids=[name for name, *_ in TEXTS])
+def test_text_files_of_many_shapes(tmp_path: Path, name: str, data: bytes, count: int) -> None:
+    (tmp_path / name).write_bytes(data)
+    file = AnnotationFile(tmp_path / name)
+    assert len(file) == count
+    assert {conversation.media[0].path for conversation in map(file.__getitem__, range(count))} <= {
+        str(tmp_path / "v.mp4"),
+        str(tmp_path / "w.mp4"),
+    }
+
+
+def test_a_table_has_its_options_and_names_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(TABLE)
+    file = AnnotationFile(tmp_path / "a.csv")
+    assert file[0].turns[0].text == "<video>\nWhat, and\nwhere?" and file[0].media[0].start == 1.5
+    (tmp_path / "a.csv").write_text(TABLE + "v.mp4,Q\n")
+    with pytest.raises(UserError, match="a.csv, line 5: has fewer fields"):
+        AnnotationFile(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("file,label\nv.mp4,3\n")
+    with pytest.raises(UserError, match="line 2: 'conversations' must be a list .* has 'file', 'label'.* 'question'"):
+        AnnotationFile(tmp_path / "a.csv")
+
+
+HOSTILE: list[tuple[str, bytes]] = [
+    ("deep.jsonl", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ("deep.json", b"[" * 100_000 + b"]" * 100_000),
+    ("digits.jsonl", b'{"id": ' + b"9" * 5000 + b"}"),
+    ("start.jsonl", json.dumps(GOOD | {"start": 10**400}).encode()),
+    ("gap.jsonl", b"\x00\xff\xfe"),
+    ("list.json", b"[1, [2"),
+    ("number.json", b"7"),
+    ("cut.jsonl.gz", gzip.compress(LINE.encode())[:-9]),
+    ("utf16.jsonl", LINE.encode("utf-16")),
+]
+
+
+@pytest.mark.parametrize("name, data", HOSTILE, ids=[name for name, _ in HOSTILE])
+def test_hostile_text_is_refused_in_one_line(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        AnnotationFile(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+def test_several_wrong_records_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([LINE, "{}", LINE, "[]", "{"]))
+    with pytest.raises(UserError, match=r"line 2: .*; 2 more of 5 records are wrong: kangaroo data check lists them"):
+        AnnotationFile(tmp_path / "a.jsonl")
+    file = AnnotationFile(tmp_path / "a.jsonl", check=False)
+    assert [isinstance(file.look_at(i), UserError) for i in range(5)] == [False, True, False, True, True]
+
+
+# ---------------------------------------------------------------------------------- Parquet
+
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+TALK = [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]
+
+
+def table(path: Path, rows: list[dict[str, Any]], **options: Any) -> AnnotationFile:
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return AnnotationFile(path)
+
+
+def test_media_in_a_table_beside_it_or_neither(tmp_path: Path) -> None:
+    Image.fromarray(numbered_frame(9)).save(tmp_path / "i.png")
+    images = [
+        {"bytes": picture(3), "path": "a.png"},
+        {"bytes": None, "path": "i.png"},
+        None,
+        {"bytes": picture(4), "path": None},
+    ]
+    rows = [{"image": image, "conversations": TALK} for image in images]
+    rows[2] = {"image": None, "conversations": [{"from": "human", "value": "Q"}, TALK[1]]}
+    file = table(tmp_path / "a.parquet", rows, row_group_size=3)
+    for _ in range(2):  # in any order
+        for i, number in ((3, 4), (0, 3), (1, 9)):
+            assert read_number(load_image(file[i].media[0].path, 48)) == number
+    assert not file[2].media
+
+
+def test_bytes_without_a_struct_and_lists_of_media(tmp_path: Path) -> None:
+    file = table(tmp_path / "a.parquet", [{"image": picture(i), "conversations": TALK} for i in range(4)])
+    assert [read_number(load_image(file[i].media[0].path, 48)) for i in (2, 0, 3)] == [2, 0, 3]
+    both = [{"from": "human", "value": "<image><image>Q"}, TALK[1]]
+    images = [{"bytes": picture(5), "path": None}, {"bytes": picture(6), "path": None}]
+    file = table(tmp_path / "b.parquet", [{"image": images, "conversations": both}] * 2)
+    assert [read_number(load_image(medium.path, 48)) for medium in file[1].media] == [5, 6]
+
+
+def test_tables_with_dictionaries_and_other_columns(tmp_path: Path) -> None:
+    talks = [json.dumps([{"from": "human", "value": f"Q{i}"}, TALK[1]]) for i in range(70)]
+    rows = [{"id": str(i % 3), "more": [1.0] * 5, "conversations": talk} for i, talk in enumerate(talks)]
+    made = pa.Table.from_pylist(rows)
+    made = made.set_column(0, "id", made.column("id").dictionary_encode())
+    pq.write_table(made, tmp_path / "a.parquet", row_group_size=40)
+    file = AnnotationFile(tmp_path / "a.parquet")
+    assert [(file[i].id, file[i].turns[0].text) for i in (69, 0, 33, 41)] == [
+        (str(i % 3), f"Q{i}") for i in (69, 0, 33, 41)
+    ]
+
+
+def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None:
+    word = pa.array(["x" * (1 << 20)]).dictionary_encode()
+    ids = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), word.dictionary)
+    talk = pa.array([[{"from": "human", "value": "Q"}, TALK[1]]] * 300)
+    pq.write_table(pa.table({"id": ids, "conversations": talk}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 5000
+    with pytest.raises(UserError, match="take more than 100 times the file's size"):
+        AnnotationFile(tmp_path / "a.parquet")
+
+
+# ---------------------------------------------------------------------------------- names of sources
+
+
+def named(tmp_path: Path, *names: str) -> list[str]:
+    """Files of so many records as their place in the list says; a folder's name gives the number."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(LINE + "\n" for _ in range(10 + len(name))))
+    return [str(tmp_path / name) for name in names]
+
+
+def test_sources_keep_the_names_of_a_saved_run(tmp_path: Path) -> None:
+    first, second = named(tmp_path, "a/train.jsonl", "bb/train.jsonl")
+    before = Mixture(open_sources([first, second], ""), 3, 2)
+    assert [source.name for source in before.sources] == ["train", "bb/train"]
+    (front,) = named(tmp_path, "ccc/train.jsonl")
+    after = Mixture(open_sources([front, first, second], ""), 3, 2)
+    after.keep_names(before.identity())
+    assert [source.name for source in after.sources] == ["ccc/train", "train", "bb/train"]
+    assert [after.place(1, i + 1, 5)[1] for i in range(2)] == [before.place(1, i, 5)[1] for i in range(2)]
+
+
+def test_a_built_dataset_has_its_own_name_and_answers_to_the_old_one(tmp_path: Path) -> None:
+    (path,) = named(tmp_path, "set/1.0.0")
+    (other,) = named(tmp_path, "other.jsonl")
+    mixture = Mixture(open_sources([path, other], ""), 3, 2)
+    assert [source.name for source in mixture.sources] == ["set", "other"]
+    saved = {"1.0": mixture.identity()["set"], "other": mixture.identity()["other"]}
+    mixture.keep_names(saved)
+    assert mixture.identity() == saved
