@@ -6,6 +6,7 @@ A record is a conversation; its media are in it, or named by path. Shards are wr
 any order, by any number of runs: what is there is not written again, and the bytes are those of one run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -123,7 +124,21 @@ def encode(encoder: Any, conversation: Conversation, embed: bool) -> bytes:
     media = [_encode_medium(medium, embed) for medium in conversation.media]
     turns = [{"role": turn.role, "text": turn.text, "loss": turn.loss} for turn in conversation.turns]
     example = {"id": conversation.id, "language": conversation.language, "turns": turns, "media": media}
+    example = _encodable(example)
     return encoder.serialize_example(encoder.encode_example(example))
+
+
+def _encodable(value: Any) -> Any:
+    """Text that UTF-8 does not hold as bytes: a file's name as its own, half a surrogate pair as "?"."""
+    if isinstance(value, str):
+        for errors in ("strict", "surrogateescape"):
+            with contextlib.suppress(UnicodeEncodeError):
+                data = value.encode("utf-8", errors)
+                return value if errors == "strict" else data
+        return value.encode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {key: _encodable(one) for key, one in value.items()}
+    return [_encodable(one) for one in value] if isinstance(value, list) else value
 
 
 def _encode_medium(medium: Media, embed: bool) -> dict[str, Any]:
@@ -284,4 +299,4 @@ def _opened(file: str) -> tuple[Any, Any]:
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

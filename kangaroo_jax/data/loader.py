@@ -159,6 +159,9 @@ class Loader:
             UserError: the state is of other data, another seed, other sizes, or lacks a row of this host.
         """
         values = json.loads(state)
+        if isinstance(values.get("sources"), dict):
+            self._mixture.keep_names(values["sources"])
+            self._identity |= {"sources": self._mixture.identity(), "order": self._mixture.order()}
         for key, mine in self._identity.items():
             saved = values.get(key)
             if key == "sources" and isinstance(saved, dict):

@@ -13,7 +13,6 @@ Without the shuffle the lanes take turns on one list, all sources one after the 
 """
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -29,7 +28,9 @@ from kangaroo_jax.data.formats import Columns
 from kangaroo_jax.data.packing import Place
 from kangaroo_jax.data.shuffle import EndlessShuffle
 from kangaroo_jax.data.sources import AnnotationFile
+from kangaroo_jax.json_text import parse_json, utf8
 
+_VERSION = re.compile(r"\d+\.\d+\.\d+")  # the folder that `kangaroo data build` writes into
 _SPEC = re.compile(r"^(.*?)(?:%(\d+(?:\.\d+)?))?$", re.DOTALL)
 _BLOCKS = (256, 4096, 65_536)  # places over which shares of sources are exact
 _SUBSET_SEED = 0x5B5E7  # of the samples that NAME%50 keeps, the same in every run
@@ -43,6 +44,7 @@ class Source:
     file: AnnotationFile
     percent: float = 100.0  # 50: a fixed half of the samples; 300: each thrice an epoch
     weight: float | None = None  # of the mixture; None: by the number of samples
+    names: tuple[str, ...] = ()  # by which a run may have known it, the shortest first
 
     @property
     def count(self) -> int:
@@ -74,17 +76,43 @@ class Mixture:
         if not shuffle and any(source.weight is not None for source in self.sources):
             raise UserError("config.data.shuffle is False, so that sources follow one another: drop their weights")
         self._ends = np.cumsum([source.count for source in self.sources])
-        single = len(self.sources) == 1
-        self._shuffles = [
-            EndlessShuffle(source.count, seed if single else seed ^ zlib.crc32(source.name.encode()))
-            for source in self.sources
-        ]
+        self._shuffles = self._orders()
         weights = [source.count if source.weight is None else source.weight for source in self.sources]
         if not sum(weights) > 0 or min(weights) < 0:
             raise UserError(f"config.data.weights {weights} must not be negative, nor all 0")
         self.shares = np.array(weights, np.float64) / sum(weights)
         names = [source.name for source in self.sources]
         self.counts = _apportion(self.shares, names) if shuffle else np.diff(self._ends, prepend=0)
+
+    def _orders(self) -> list[EndlessShuffle]:
+        """The order of each source, by its name where there are several."""
+        single = len(self.sources) == 1
+        return [
+            EndlessShuffle(source.count, self.seed if single else self.seed ^ zlib.crc32(utf8(source.name)))
+            for source in self.sources
+        ]
+
+    def keep_names(self, saved: Mapping[str, Sequence[int]]) -> None:
+        """Call the sources as a saved run did, so that each goes on where it was; new ones take names of their own.
+
+        A name is short where no other source has it, so that a source put in front may take another's.
+        """
+        mine, names = self.identity(), dict.fromkeys(range(len(self.sources)), "")
+        for name, value in saved.items():
+            same = [i for i, s in enumerate(self.sources) if not names[i] and list(mine[s.name]) == list(value)]
+            called = [i for i in same if self.sources[i].name == name] or [
+                i for i in same if name in self.sources[i].names
+            ]
+            if called:
+                names[called[0]] = name
+        rest = [i for i, name in names.items() if not name]
+        taken = [*saved, *(name for name in names.values() if name)]
+        fresh = _unique([[self.sources[i].name, *self.sources[i].names] for i in rest], taken)
+        for i, name in zip(rest, fresh, strict=True):
+            own = self.sources[i].name  # a source that has changed keeps its name, so that this is what is refused
+            names[i] = own if own in saved and own not in names.values() else name
+        self.sources[:] = [dataclasses.replace(s, name=names[i]) for i, s in enumerate(self.sources)]
+        self._shuffles = self._orders()
 
     @property
     def epoch(self) -> int:
@@ -179,7 +207,7 @@ def _apportion(shares: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def open_sources(
-    train: Sequence[str], media_root: str, registry: str = "", weights: Sequence[float] = ()
+    train: Sequence[str], media_root: str, registry: str = "", weights: Sequence[float] = (), *, check: bool = True
 ) -> list[Source]:
     """The sources of a config.
 
@@ -190,6 +218,7 @@ def open_sources(
         registry: a JSON file of names: Qwen's {"annotation_path", "data_path"} (and "weight", "repeats") or
             LLaMA-Factory's rows.
         weights: one a source, how often it is drawn; () draws by size, or by the registry's weights.
+        check: read records as the files are opened; see `AnnotationFile`.
 
     Raises:
         UserError: a file or name is missing or wrong, or there are not as many weights as sources.
@@ -211,35 +240,42 @@ def open_sources(
             entries.append((path, percent, {"path": path, "root": media_root}))
     if weights and len(weights) != len(entries):
         raise UserError(f"config.data.weights has {len(weights)} values for {len(entries)} sources")
-    names = _unique([name for name, _, _ in entries])
+    candidates = [_names(name) for name, _, _ in entries]
+    names = _unique(candidates)
     sources = []
     for i, (_, percent, entry) in enumerate(entries):
-        file = AnnotationFile(entry["path"], entry["root"], columns=entry.get("columns"))
+        file = AnnotationFile(entry["path"], entry["root"], columns=entry.get("columns"), check=check)
         weight = float(weights[i]) if weights else entry.get("weight")
-        sources.append(Source(names[i], file, percent * entry.get("repeats", 1), weight))
+        sources.append(Source(names[i], file, percent * entry.get("repeats", 1), weight, tuple(candidates[i])))
     if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
         raise UserError(f"{registry}: give a weight to all of {', '.join(names)}, or to none")
     return sources
 
 
-def _unique(paths: Sequence[str]) -> list[str]:
-    """Short names, one a source: the file's without its ending, with as many folders as it takes."""
-    names: list[str] = []
-    for path in paths:
-        parts = Path(os.path.splitext(path)[0]).parts or (path,)
-        name = next((n for n in ("/".join(parts[-k:]) for k in range(1, len(parts) + 1)) if n not in names), None)
-        names.append(name or f"{path} ({sum(other == path for other in paths[: len(names)]) + 1})")
-    return names
+def _names(path: str) -> list[str]:
+    """Names of a source: the file's without its ending, or the built dataset's, with ever more of its folders."""
+    parts = Path(os.path.splitext(path)[0]).parts or (path,)
+    version = [parts] if len(parts) > 1 and _VERSION.fullmatch(os.path.basename(path.rstrip("/"))) else []
+    stems = [parts[:-1], *version] if version else [parts]  # the last is how earlier versions named it
+    return ["/".join(stem[-k:]) for stem in stems for k in range(1, len(stem) + 1)]
+
+
+def _unique(candidates: Sequence[Sequence[str]], taken: Sequence[str] = ()) -> list[str]:
+    """The first name of each source that is not another's already."""
+    names = list(taken)
+    for possible in candidates:
+        name = next((n for n in possible if n not in names), None)
+        number = sum(list(other) == list(possible) for other in candidates[: len(names) - len(taken)]) + 1
+        names.append(name or f"{possible[-1]} ({number})")
+    return names[len(taken) :]
 
 
 def _read_registry(path: str) -> dict[str, dict[str, Any]]:
     folder = os.path.dirname(path) or "."
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = parse_json(Path(path).read_bytes(), path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the registry of sources ({error.strerror or error})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         raise UserError(f"{path}: expected an object of names, each with an object that says where its data is")
     return {name: _entry(path, folder, name, row) for name, row in table.items()}

@@ -1,6 +1,7 @@
 """`kangaroo data check|stats|build|show`: look at data, and build a dataset of it, before training on it."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -13,17 +14,19 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation
 from kangaroo_jax.data.mixture import Source, open_sources
+from kangaroo_jax.data.storage import current_cache, use_cache
+from kangaroo_jax.data.webdataset import Unfinished
 from kangaroo_jax.terminal import printable
 
 _SOURCES = "annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run one of the jobs; see `--help`. `check` ends with exit code 1 if a medium is bad. Raises UserError."""
+    """Run one of the jobs; see `--help`. `check` ends with exit code 1 if anything is bad. Raises UserError."""
     parser = argparse.ArgumentParser(prog="kangaroo data", description=__doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
     for name, summary in (
-        ("check", "decode every medium in parallel and report what is wrong with each"),
+        ("check", "read every record, decode every medium in parallel, and report what is wrong with each"),
         ("stats", "lengths, languages, turns, and how full packs would be in each stage"),
         ("build", "write a TFDS dataset of ArrayRecord shards, resumable, without TensorFlow"),
         ("show", "a picture of what the model is fed of sample N"),
@@ -33,8 +36,12 @@ def main(argv: Sequence[str]) -> None:
             job.add_argument("number", type=int, help="of the sample, from 0")
         job.add_argument("sources", nargs="+" if name != "check" else "*", help=_SOURCES)
         job.add_argument("--media-root", default="", help="folder of the media; by default each file's own")
+        job.add_argument("--allow-private", action="store_true", help="addresses may lead to private networks")
         _ARGUMENTS[name](job)
     arguments = parser.parse_args(argv)
+    if arguments.allow_private:
+        cache = current_cache()
+        use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
     _JOBS[arguments.job](arguments)
 
 
@@ -73,15 +80,18 @@ def _config_arguments(job: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     from kangaroo_jax.tools.data_check import check_media, media_in, media_of
+    from kangaroo_jax.tools.data_records import Records
 
     if not arguments.sources and not arguments.media:
         raise UserError("data check: name annotation files, or media with --media")
-    media = media_in(arguments.media)
-    if arguments.sources:
-        sources = _open(arguments)
-        media |= media_of(conversation for source in sources for conversation in _all(source))
-    bad = check_media(media, Path(arguments.report), workers=arguments.workers, seconds=arguments.seconds)
-    if bad:
+    media, report = media_in(arguments.media), Path(arguments.report)
+    sources = open_sources(arguments.sources, arguments.media_root, check=False) if arguments.sources else []
+    records = Records(sources)
+    media |= media_of(records)
+    bad = check_media(media, report, workers=arguments.workers, seconds=arguments.seconds)
+    records.check_clips(report)
+    records.summary()
+    if bad or records.wrong:
         sys.exit(1)
 
 
@@ -101,7 +111,7 @@ def _build(arguments: argparse.Namespace) -> None:
     sources = _open(arguments)
     plan = Plan(arguments.name, Path(arguments.out), arguments.embed == "true", arguments.shard_samples)
     fingerprint = fingerprint_of([Path(source.file.path) for source in sources if Path(source.file.path).is_file()])
-    folder = write_dataset(plan, _Joined(sources), fingerprint)
+    folder = write_dataset(plan, _Joined(sources, finished=True), fingerprint)
     print(f"{folder}: tfds.data_source({arguments.name!r}, data_dir={arguments.out!r}), or config.data.train")
 
 
@@ -143,15 +153,17 @@ def _config(arguments: argparse.Namespace) -> tuple[ConfigDict, Any]:
     return load_config(arguments.config), load_tokenizer(arguments.tokenizer)
 
 
-def _all(source: Source) -> Any:
-    return (source.file[i] for i in range(len(source.file)))
-
-
 class _Joined(Sequence[Conversation]):
     """The samples of all sources, one source after another."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], *, finished: bool = False) -> None:
+        """With `finished` those of tar shards that failed downloads left without caption or medium are left out."""
         self._places = [(source, n) for source in sources for n in range(source.count)]
+        if finished:
+            whole = [(s, n) for s, n in self._places if not isinstance(s.file.look_at(s.sample(n)), Unfinished)]
+            if len(whole) < len(self._places):
+                print(f"{len(self._places) - len(whole):,} samples without caption or medium are left out")
+            self._places = whole
 
     def __len__(self) -> int:
         return len(self._places)

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-import json
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +18,9 @@ from kangaroo_jax.data.conversation import Conversation
 from kangaroo_jax.data.decode import WorkerPool
 from kangaroo_jax.data.image import IMAGE_SUFFIXES, load_image
 from kangaroo_jax.data.picker import open_video, start_seconds, stream_seconds
-from kangaroo_jax.data.storage import member_suffix, short
+from kangaroo_jax.data.storage import current_cache, member_suffix, short, use_cache
 from kangaroo_jax.data.video import folder_of_frames, probe
+from kangaroo_jax.json_text import json_line
 
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it
 
@@ -76,13 +77,13 @@ def check_media(
 
     Raises UserError where the report cannot be written.
     """
-    pool = WorkerPool(check_one, max(1, workers), seconds)
+    pool = WorkerPool(check_one, max(1, workers), seconds, functools.partial(use_cache, current_cache()))
     start, bad, problems = time.perf_counter(), 0, collections.Counter[str]()
     temporary = report.with_name(report.name + ".tmp")
     total = {"image": 0, "video": 0, "frames": 0, "seconds": 0.0}
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") as file:
             futures = [(path, kind, sample, pool.submit(path, kind)) for (path, kind), sample in media.items()]
             for number, (path, kind, sample, future) in enumerate(futures, start=1):
                 found = future.result()
@@ -92,7 +93,7 @@ def check_media(
                 total[kind] += 1
                 total["frames"] += found.frames
                 total["seconds"] += found.seconds
-                file.write(json.dumps(dataclasses.asdict(found), ensure_ascii=False) + "\n")
+                file.write(json_line(dataclasses.asdict(found)))
                 if found.problems:
                     bad += 1
                     problems[found.problems[0].removeprefix(f"{short(path)}: ").split(" (")[0][:60]] += 1

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from kangaroo_jax.data.sample import Recipe, make_recipe, probe_cached
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.installing import install_line
 from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
+from kangaroo_jax.whole_files import write_json
 
 STAGES = ("stage1_image_pretrain", "stage2_video_pretrain", "stage3_refine", "stage4_instruct", "stage5_long_video")
 _OFFLINE = 10_000  # samples packed offline, for comparison: its time grows with the square
@@ -69,7 +69,7 @@ def write_stats(
     for stage in STAGES:
         result["packing"][stage] = packing_of(conversations, load_config(f"{stage}:{config.model.preset}"), tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stats.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "stats.json", result)
     _plot(values, result["packing"], folder / "stats.png")
     return result
 

@@ -1,14 +1,16 @@
 """`kangaroo data`: what each job writes, prints and exits with."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from kangaroo_jax.cli import main
-from kangaroo_jax.data.sources import AnnotationFile
+from kangaroo_jax.data.sources import AnnotationFile, read_conversations
 from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.data.video import probe
 from tests.data.media import numbered_frame, write_video
 
 
@@ -96,6 +98,41 @@ def test_build_then_train_from_it(data: Path, capsys: pytest.CaptureFixture[str]
     assert run("check", data / "sets" / "small" / "1.0.0", "--report", data / "r.jsonl") == 0
     assert "2 media" in capsys.readouterr().out
     assert run("build", data / "train.jsonl", "--name", "a b", "--out", data) == 2
+
+
+def test_check_names_all_wrong_records_and_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": ""}]
+    good = {"video": "a.mp4", "conversations": talk}
+    wrong = [{"video": "a.mp4"}] * 24 + [good | {"id": "late", "start": 30, "end": 40}]
+    names = [good | {"id": "half \ud83d", "video": "latin-\udce9.mp4"}, good | {"video": "half\ud83d.mp4"}, good]
+    lines = [json.dumps(record) for record in [*wrong, *names]] + ['{"a": ' * 50_000, '{"id": ' + "9" * 5000 + "}"]
+    (data / "bad.jsonl").write_text("\n".join(lines))
+    report = data / "r.jsonl"
+    assert run("check", data / "bad.jsonl", "--report", report) == 1
+    out = capsys.readouterr().out
+    assert out.count("bad.jsonl, line") == 20 and "27 of 30 records are wrong, the first 20 are above" in out
+    assert "3 media" in out and "2 bad" in out and "latin-\\udce9.mp4: no such file" in out
+    assert "note: 4 records: an answer is empty" in out
+    assert [json.loads(line)["path"] for line in report.read_bytes().splitlines()][1].endswith("latin-\udce9.mp4")
+    (data / "late.jsonl").write_text(json.dumps(good | {"id": "late", "start": 30, "end": 40}))
+    assert run("check", data / "late.jsonl", "--report", report) == 1
+    assert "sample 'late'" in (out := capsys.readouterr().out) and "no video between start 30 s and end 40 s" in out
+
+
+def test_names_and_texts_that_utf8_cannot_hold(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorflow_datasets")
+    (data / os.fsdecode(b"latin-\xe9.mp4")).write_bytes((data / "a.mp4").read_bytes())
+    talk = [{"from": "human", "value": "<video>half \ud83d"}, {"from": "gpt", "value": "half \ud83d"}]
+    record = {"id": "x\ud83d", "video": os.fsdecode(b"latin-\xe9.mp4"), "conversations": talk}
+    (data / "odd.jsonl").write_text(json.dumps(record))
+    assert run("check", data / "odd.jsonl", "--report", data / "r.jsonl") == 0
+    for embed in ("true", "false"):
+        built = ["--name", f"odd_{embed}", "--out", data / "sets", "--embed", embed]
+        assert run("build", data / "odd.jsonl", *built) == 0
+        (sample,) = read_conversations([data / "sets" / f"odd_{embed}" / "1.0.0"])
+        assert sample.turns[1].text.startswith("half") and probe(sample.media[0].path, "video").seconds == 5.0
+    arguments = ["--tokenizer", data / "tokenizer.model", "--config", "stage4_instruct:tiny", "--out", data / "s.png"]
+    assert run("show", 0, data / "odd.jsonl", *arguments) == 0
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
