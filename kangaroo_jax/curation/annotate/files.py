@@ -1,15 +1,16 @@
 """Files of one JSON object a line: clips in, captions out, there whole or not at all."""
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.data.storage import is_remote
+from kangaroo_jax.data.addresses import is_remote, short
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.json_text import json_line, parse_json
+
+_LONGEST = 1e9  # seconds of a medium, some thirty years
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +55,18 @@ class Clip:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE: line N", object) of every line that is not empty. Raises UserError."""
+    """("FILE, line N", object) of every line that is not empty. Raises UserError."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                where = f"{path}: line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where}: not JSON ({error})") from None
+                row, where = parse_json(line, str(path), number), f"{path}, line {number}"
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: expected an object, found {type(row).__name__}")
                 yield where, row
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -77,9 +74,9 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     temporary, count = path.with_name(path.name + ".tmp"), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_line(row))
                 count += 1
             file.flush()
             os.fsync(file.fileno())
@@ -99,7 +96,7 @@ def read_clips(path: Path) -> list[Clip]:
     for where, row in read_lines(path):
         clip = _clip(row, where, path.parent)
         if clip.id in seen:
-            raise UserError(f"{where}: the id {clip.id!r} is taken by {seen[clip.id].rpartition(': ')[2]}")
+            raise UserError(f"{where}: the id {clip.id!r} is taken by {seen[clip.id].rpartition(', ')[2]}")
         seen[clip.id] = where
         clips.append(clip)
     if not clips:
@@ -147,6 +144,6 @@ def _keyframe(value: Any, where: str, folder: Path) -> KeyFrame:
 def _seconds(value: Any, key: str, where: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise UserError(f"{where}: {key!r} must be seconds, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LONGEST:
+        raise UserError(f"{where}: {key!r} must be seconds, found {short(repr(value), 40)}")
     return float(value)

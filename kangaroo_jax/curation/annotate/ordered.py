@@ -25,6 +25,10 @@ class Progress:
         """So many were done by an earlier run; they say nothing about this run's rate."""
         self._skipped += count
 
+    def expect(self, count: int) -> None:
+        """So many more are to be done than was known."""
+        self._total += count
+
     def step(self, count: int = 1) -> None:
         """So many more are done."""
         self._done += count

@@ -8,6 +8,7 @@ from typing import Any
 from kangaroo_jax.curation.annotate.requests import canonical
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
+from kangaroo_jax.json_text import parse_json
 
 
 def json_of(answer: str) -> Any:
@@ -16,9 +17,9 @@ def json_of(answer: str) -> Any:
     if text.startswith("```"):
         text = text.split("\n", 1)[-1].rsplit("```", 1)[0]
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+        return parse_json(text, "the answer")
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def mistake(data: object, schema: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from kangaroo_jax.whole_files import write_json
 
 Tell = Callable[[str], None]
 AT_ONCE = 64  # conversations under way
+FULL = "share of its task is full"  # why a good one is dropped
 OUTPUTS = ("instruct.jsonl", "instruct_dropped.jsonl", "instruct.json", "instruct_schema.json")
 
 
@@ -42,7 +43,7 @@ def instruct_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bo
         dry_run: only say how many calls and tokens it would be, and what they cost.
 
     Raises:
-        UserError: the captions, the config or a backend is wrong, or an endpoint cannot be reached.
+        UserError: the captions, the config or a backend is wrong, an endpoint cannot be reached, or nothing was made.
     """
     cells = cells_of(config)
     if not 2 <= config.options <= 8 or not 2 <= config.min_rounds <= config.max_rounds <= 8:
@@ -66,11 +67,20 @@ def read_captions(source: Path, config: ConfigDict) -> list[Row]:
     for where, row in read_lines(source):
         if not all(isinstance(row.get(key), str) for key in ("id", "clip", "language", "media", "outcome")):
             raise UserError(f"{where}: no object of captions.jsonl (id, clip, language, media, outcome)")
-        if row["outcome"] == "ok" and row["scores"]["score"] >= config.min_score:
+        if row["outcome"] == "ok" and _score(row, where) >= config.min_score:
             rows.append(row)
     if not rows:
         raise UserError(f"{source}: no caption in it is ok and has a score of at least {config.min_score:g}")
     return rows
+
+
+def _score(row: Row, where: str) -> float:
+    """The score of a caption that is ok. Raises UserError where it is no such caption."""
+    scores = row.get("scores")
+    score = scores.get("score") if isinstance(scores, dict) else None
+    if not isinstance(score, int | float) or not all(isinstance(row.get(key), str) for key in ("caption", "short")):
+        raise UserError(f"{where}: a caption that is ok has texts 'caption' and 'short', and a number scores.score")
+    return score
 
 
 async def _instruct(
@@ -101,10 +111,29 @@ async def _instruct(
     write_lines(output / OUTPUTS[1], (_dropped(one) for one in dropped))
     write_json(output / OUTPUTS[3], schema())
     write_lines(output / OUTPUTS[0], records)
+    if not records:
+        summary.pop("finished", None)
     write_json(output / OUTPUTS[2], summary)
     tell(_last_line(summary, output))
+    may_pass = f"{again:,} conversations met errors that may pass: run the same command again to ask for them once more"
+    if not records:
+        raise UserError(
+            f"instruct: no conversation was made{_why_none(dropped, cells)}{f'; {may_pass}' if again else ''}"
+        )
     if again:
-        tell(f"{again:,} conversations met errors that may pass; run the same command again to ask for them once more")
+        tell(may_pass)
+
+
+def _why_none(dropped: Sequence[Made], cells: Mapping[Cell, float]) -> str:
+    """Why there is nothing: a task that got none ends all where shares are kept, and most were dropped for a reason."""
+    got = {(one.slot.task, one.slot.language) for one in dropped if one.reason == FULL}
+    without = ", ".join(f"{task}_{language}" for task, language in cells if (task, language) not in got)
+    reasons = collections.Counter(f"{one.reason} ({one.detail})" if one.detail else one.reason for one in dropped)
+    reasons.pop(FULL, None)
+    common = f"; most often dropped: {reasons.most_common(1)[0][0][:300]}" if reasons else ""
+    if got:
+        return f": there is none of {without}, and shares are kept (--config.keep_shares=False does not){common}"
+    return common or ": the captions are in none of the languages of config.shares"
 
 
 def _mark(source: Path, output: Path, config: ConfigDict, maker: Maker, team: Team) -> str:
@@ -142,13 +171,14 @@ async def build(
     kept: dict[Cell, list[Made]] = {cell: [] for cell in cells}
     dropped: list[Made] = []
     asked: set[tuple[str, str, str]] = set()
-    progress = Progress(sum(wanted.values()), "conversations", tell, maker.team.line if maker.team else str)
+    progress = Progress(0, "conversations", tell, maker.team.line if maker.team else str)
     while True:
         batch = [
             slot for cell in cells for slot in itertools.islice(plans[cell], max(wanted[cell] - len(kept[cell]), 0))
         ]
         if not batch:
             break
+        progress.expect(len(batch))  # what is asked for may be more than there are captions for
         for made in _not_twice(await in_order(maker.make, batch, AT_ONCE, progress.step), asked):
             if made.reason:
                 dropped.append(made)
@@ -185,7 +215,7 @@ def _same_shares(kept: dict[Cell, list[Made]], wanted: Mapping[Cell, int]) -> li
     cut = []
     for cell, count in wanted.items():
         most = round(reached * count)
-        cut += [dataclasses.replace(one, reason="share of its task is full") for one in kept[cell][most:]]
+        cut += [dataclasses.replace(one, reason=FULL) for one in kept[cell][most:]]
         del kept[cell][most:]
     return cut
 
