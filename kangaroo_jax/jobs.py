@@ -207,12 +207,12 @@ def _run_curate(values: "flags.FlagValues", rest: list[str]) -> None:
 
     words = [word for word in rest if not word.startswith("-")]
     config = load_config(values.config)
-    override("curate", values, config, [flag for flag in rest if flag.startswith("-")])
+    overrides = override("curate", values, config, [flag for flag in rest if flag.startswith("-")])
     options: dict[str, Any] = {name: values[name].value for name in values if name != "config"}
 
     from kangaroo_jax.curation.curate import main as curate_main
 
-    curate_main(words, config, **options)
+    curate_main(words, config, overrides=overrides, **options)
 
 
 def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:

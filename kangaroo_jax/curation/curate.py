@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation import engine, select, shards
 from kangaroo_jax.curation.manifest import read_inputs
-from kangaroo_jax.curation.run_shard import Plan
+from kangaroo_jax.curation.run_shard import Plan, is_done
 from kangaroo_jax.curation.shards import Shard
 from kangaroo_jax.curation.stages import enabled
 from kangaroo_jax.errors import UserError
@@ -39,6 +39,7 @@ class Options:
     retry: bool = False
     name: str = "curated"
     annotations: str = ""
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # --config.KEY=VALUE, by key
 
     @property
     def root(self) -> Path:
@@ -73,52 +74,116 @@ def curate(options: Options, config: ConfigDict) -> None:
 
         plain["embedding"] = with_identity(plain["embedding"])
     plan = Plan(root, enabled(plain), plain)
-    items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"])
+    items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"], root)
     with shards.claimed(root):
         parts = shards.make_shards(items, plain["engine"]["shard_items"])
+        tell_replaced(root, parts, plan)
         if options.retry:
             forget_failures(root)
         score(parts, plan, options)
         remove_old(root, parts)
-        _choose(options, plain)
+        _choose(options, plain["select"])
 
 
-def _choose(options: Options, config: dict[str, Any]) -> None:
+def tell_replaced(root: Path, parts: Sequence[Shard], plan: Plan) -> None:
+    """Say how many items of earlier runs are no longer in the input.
+
+    Raises UserError: none of them is, so that the input is another.
+    """
+    now = {part.name: part for part in parts}
+    files = list((root / "scores").glob("*.jsonl"))
+    changed = [file for file in files if file.stem not in now or not is_done(now[file.stem], plan)]
+    before = {row["item"] for file in changed for row in shards.rows_of(file)}
+    gone = before - {item["id"] for part in parts for item in part.items}
+    if gone and len(gone) == len(before) and len(changed) == len(files):
+        raise UserError(
+            f"{root}: has the scores of {len(gone):,} items, of which none is in this input; give another --output, "
+            "both inputs with a comma, or remove the folder first"
+        )
+    if gone:
+        print(f"curate: {len(gone):,} items of the last run are no longer in the input; their scores go")
+
+
+def _choose(options: Options, settings: dict[str, Any]) -> None:
     from kangaroo_jax.curation.report import write_report
 
-    print(select.table(select.select(options.root, config["select"])))
-    print(write_report(options.root, config["select"], options.annotations))
+    root = options.root
+    result = select.select(root, settings)
+    print(select.table(result))
+    print(write_report(root, settings, options.annotations))
+    broken, clips = result["rules"][0]["dropped"], result["clips"]
+    if broken == clips:
+        first = next(shards.rows_of(root / "dropped.jsonl"))["reason"]
+        raise UserError(
+            f"curate: all {clips:,} clips are broken, the first because of {first}; {root / 'dropped.jsonl'} has the "
+            "others; kangaroo curate --retry with the same flags tries again"
+        )
+    if broken:
+        print(f"{broken:,} of {clips:,} clips are broken: dropped.jsonl says why, kangaroo curate --retry tries again")
 
 
 def select_again(options: Options, config: ConfigDict) -> None:
     """Choose anew from the scores that are there. Raises UserError."""
+    shards.score_files(options.root)
     with shards.claimed(options.root):
-        _choose(options, plain_config(config))
+        _choose(options, plain_config(config)["select"])
+
+
+def chosen_by(options: Options, config: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that the last choice was made with, and those of the command line that differ from them.
+
+    Raises UserError: nothing was chosen yet.
+    """
+    shards.score_files(options.root)
+    given, last = plain_config(config)["select"], select.last_settings(options.root)
+    if not (options.root / "funnel.json").exists():
+        raise UserError(f"{options.root}: nothing was chosen here yet; run kangaroo curate select first")
+    if last is None:  # of an earlier version
+        return given, {}
+    keys = [key.removeprefix("select.") for key in options.overrides if key.startswith("select.")]
+    return {**given, **last}, {key: given[key] for key in keys if given[key] != last.get(key)}
+
+
+def _of_last_choice(job: str, options: Options, config: ConfigDict) -> dict[str, Any]:
+    """The settings of the last choice. Raises UserError: the command line has others."""
+    settings, other = chosen_by(options, config)
+    for key, value in other.items():
+        raise UserError(
+            f"curate {job}: the last choice was made with select.{key}={settings[key]}; run kangaroo curate select "
+            f"--output={options.output} --config.select.{key}={value} first"
+        )
+    return settings
 
 
 def report(options: Options, config: ConfigDict) -> None:
     """Write report.html anew. Raises UserError."""
     from kangaroo_jax.curation.report import write_report
 
-    if not (options.root / "funnel.json").exists():
-        raise UserError(f"{options.root}: nothing was chosen here yet; run kangaroo curate select first")
+    settings = _of_last_choice("report", options, config)
     with shards.claimed(options.root):
-        print(write_report(options.root, plain_config(config)["select"], options.annotations))
+        print(write_report(options.root, settings, options.annotations))
 
 
 def explain(options: Options, config: ConfigDict, name: str) -> None:
-    """All that is known of a clip. Raises UserError."""
+    """All that is known of a clip, by the settings of the last choice and those of the command line.
+
+    Raises UserError.
+    """
     from kangaroo_jax.curation.doctor import explain as explain_clip
 
-    explain_clip(options.root, name, plain_config(config)["select"])
+    settings, other = chosen_by(options, config)
+    for key, value in other.items():
+        print(f"as if select.{key} were {value}; the last choice was made with {settings[key]}")
+    explain_clip(options.root, name, settings | other)
 
 
 def export(options: Options, config: ConfigDict) -> None:
     """Write what was kept as a dataset. Raises UserError."""
     from kangaroo_jax.curation.export import export as write
 
+    settings = _of_last_choice("export", options, config)
     with shards.claimed(options.root):
-        print(write(options.root, plain_config(config), options.name, options.annotations))
+        print(write(options.root, plain_config(config) | {"select": settings}, options.name, options.annotations))
 
 
 def doctor(options: Options, config: ConfigDict) -> None:

@@ -6,7 +6,8 @@
     OUTPUT/clips/ID.mkv               clips cut from longer files, where media are embedded
 
 Conversations are those of `kangaroo instruct` (or of any annotation file), captions of `kangaroo annotate`, or the
-captions that the input had. Cutting copies packets from the key frame before the start: no picture is coded again.
+captions that the input had: the first of them that lie in OUTPUT, unless a file is named. Cutting copies packets from
+the key frame before the start: no picture is coded again.
 """
 
 import collections
@@ -15,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,33 @@ import av
 
 import kangaroo_jax
 from kangaroo_jax.curation import shards
+from kangaroo_jax.curation.annotate.files import read_lines
 from kangaroo_jax.curation.stages import STAGES
 from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.data.addresses import is_remote, short
 from kangaroo_jax.data.conversation import Conversation, Media
 from kangaroo_jax.data.dataset import Plan, write_dataset
 from kangaroo_jax.data.formats import caption_record
 from kangaroo_jax.data.picker import open_video, start_seconds
 from kangaroo_jax.data.sources import AnnotationFile
-from kangaroo_jax.data.storage import join, local
+from kangaroo_jax.data.storage import join, local, member_of
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.json_text import utf8
 
 MEDIA = ("embed", "reference", "keyframes")
 _WHOLE = 0.05  # seconds by which a clip may fall short of its file and still be all of it
 _Place = tuple[str, float | None, float | None]
+_Places = Mapping[_Place, tuple[Row, Row]]
 
 
-def export(root: Path, config: Mapping[str, Any], name: str, annotations: str = "") -> Path:
+def export(
+    root: Path, config: Mapping[str, Any], name: str, annotations: str = "", tell: Callable[[str], None] = print
+) -> Path:
     """Write the dataset, the JSONL and the card; returns the dataset's folder.
 
-    Raises UserError: nothing was chosen, no conversation is about what was, or a medium cannot be read.
+    A conversation whose medium cannot be read is left out, and told.
+
+    Raises UserError: nothing was chosen, no conversation is about what was, or no medium can be read.
     """
     settings = config["export"]
     if settings["media"] not in MEDIA or not name.isidentifier():
@@ -52,48 +61,82 @@ def export(root: Path, config: Mapping[str, Any], name: str, annotations: str = 
         raise UserError(f"{root}: nothing was chosen here yet; run kangaroo curate select first")
     entries = list(shards.rows_of(root / "selected.jsonl"))
     rows = {row["id"]: row for row in shards.all_scores(root)}
-    places = _places(root, entries, rows)
-    conversations = [
-        dataclasses.replace(one, media=tuple(_placed(medium, places, root, settings["media"]) for medium in one.media))
-        for one in _conversations(root, entries, annotations)
-        if all(_place(medium) in places for medium in one.media)
-    ]
-    if not conversations:
-        raise UserError(
-            "curate export: no conversation about a clip that was kept; give --annotations=FILE of kangaroo annotate "
-            "or instruct, or captions in the manifest"
-        )
+    source = Path(annotations) if annotations else _found(root)
+    tell(
+        f"export: conversations of {source}; --annotations=FILE takes others"
+        if not annotations
+        else f"export: {source}"
+    )
+    conversations = _of_kept(source, root, _places(root, entries, rows), entries, settings["media"], tell)
     folder = root / "export"
     shards.put(root, folder / f"{name}.jsonl", shards.lines(map(_llava, conversations)))
     fingerprint = hashlib.sha256((folder / f"{name}.jsonl").read_bytes()).hexdigest()[:16]
     plan = Plan(name, folder, settings["media"] == "embed", settings["shard_samples"])
     written = write_dataset(plan, conversations, fingerprint)
-    card = data_card(root, config, name, entries, conversations, annotations)
-    shards.put(root, folder / f"{name}.md", card.encode())
+    card = data_card(root, config, name, entries, conversations, source)
+    shards.put(root, folder / f"{name}.md", utf8(card))
     return written
 
 
 # --------------------------------------------------------------------------- conversations
 
 
-def _conversations(root: Path, entries: Sequence[Row], annotations: str) -> Iterator[Conversation]:
-    if not annotations:
+def _found(root: Path) -> Path:
+    """What lies in OUTPUT: conversations, else captions, else the choice with the captions of the input."""
+    names = ("instruct.jsonl", "captions.jsonl", "selected.jsonl")
+    return next(root / name for name in names if (root / name).exists())
+
+
+def _of_kept(
+    source: Path, root: Path, places: _Places, entries: Sequence[Row], how: str, tell: Callable[[str], None]
+) -> list[Conversation]:
+    """The conversations about clips that were kept, with their media as they are exported.
+
+    Raises UserError: there are none, or no medium can be read.
+    """
+    kept, failures, clips = [], [], set[str]()
+    for one in _conversations(source, root, entries):
+        if not all(_place(medium) in places for medium in one.media):
+            continue
+        try:
+            media = tuple(_placed(medium, places, root, how) for medium in one.media)
+        except UserError as error:
+            failures.append(f"{one.id}: {error}")
+            continue
+        kept.append(dataclasses.replace(one, media=media))
+        clips.update(places[_place(medium)][0]["id"] for medium in one.media)
+    if failures:
+        told = f"{len(failures):,} conversations have a medium that cannot be read, such as {failures[0]}"
+        if not kept:
+            raise UserError(f"curate export: all {told}")
+        tell(f"export: {told}; they are left out")
+    if not kept:
+        raise UserError(
+            f"curate export: {source} has no conversation about a clip that was kept. Run kangaroo annotate "
+            f"--input={root / 'selected.jsonl'} for captions, kangaroo instruct --input={root / 'refined.jsonl'} for "
+            "questions, then this again; or give captions in the manifest of --input, or --annotations=FILE"
+        )
+    tell(f"export: {len(kept):,} conversations about {len(clips):,} of {len(entries):,} kept clips")
+    return kept
+
+
+def _conversations(source: Path, root: Path, entries: Sequence[Row]) -> Iterator[Conversation]:
+    if source.resolve() == root / "selected.jsonl":
         for entry in entries:
             if entry["caption"]:
                 yield _captioned(entry, entry["id"], entry["media"])
         return
-    if not os.path.exists(annotations):
-        raise UserError(f"{annotations}: no such file")
-    first = next(shards.rows_of(Path(annotations)), {}) if annotations.endswith(".jsonl") else {}
-    if "caption" in first and "clip" in first:  # of kangaroo annotate
-        here = os.path.dirname(os.path.abspath(annotations))
-        for row in shards.rows_of(Path(annotations)):
-            if row["caption"]:
-                yield _captioned(row, row["id"], join(here, row["media"]))
+    if not source.exists():
+        raise UserError(f"{source}: no such file")
+    first = next(read_lines(source), ("", {}))[1] if source.suffix == ".jsonl" else {}
+    if "outcome" in first and "clip" in first:  # of kangaroo annotate
+        for _, row in read_lines(source):
+            if row.get("caption") and row.get("outcome") == "ok":
+                yield _captioned(row, row["id"], join(str(source.resolve().parent), row["media"]))
         return
-    source = AnnotationFile(annotations)
-    for i in range(len(source)):
-        yield source[i]
+    file = AnnotationFile(source)
+    for i in range(len(file)):
+        yield file[i]
 
 
 def _captioned(row: Row, name: str, path: str) -> Conversation:
@@ -126,9 +169,12 @@ def _is_whole(row: Row) -> bool:
     return row["kind"] == "image" or (row["start"] < _WHOLE and row["end"] > row["probe"]["seconds"] - _WHOLE)
 
 
-def _placed(medium: Media, places: Mapping[_Place, tuple[Row, Row]], root: Path, how: str) -> Media:
-    """The medium as it is exported."""
+def _placed(medium: Media, places: _Places, root: Path, how: str) -> Media:
+    """The medium as it is exported. Raises UserError: it is gone, or cannot be cut."""
     entry, row = places[_place(medium)]
+    if how == "embed" and not is_remote(medium.path) and member_of(medium.path) is None:
+        if not os.path.exists(medium.path):
+            raise UserError(f"{short(medium.path)}: no such file")
     if _is_whole(row):
         medium = dataclasses.replace(medium, start=None, end=None)
     if medium.kind == "image" or how == "reference":
@@ -215,7 +261,7 @@ def data_card(
     name: str,
     entries: Sequence[Row],
     conversations: Sequence[Conversation],
-    annotations: str,
+    annotations: Path,
 ) -> str:
     """The data card, Markdown."""
     result = json.loads((root / "funnel.json").read_text(encoding="utf-8"))
@@ -255,10 +301,10 @@ def _sources(entries: Sequence[Row]) -> list[tuple[str, str, int]]:
     return [(*pair, count) for pair, count in sorted(counts.items())]
 
 
-def _versions(annotations: str) -> list[tuple[str, str]]:
+def _versions(annotations: Path) -> list[tuple[str, str]]:
     """Models and prompts that the rows of an annotation file name."""
     found: dict[tuple[str, str], None] = {}
-    for row in shards.rows_of(Path(annotations)) if annotations.endswith(".jsonl") else ():
+    for _, row in read_lines(annotations) if annotations.suffix == ".jsonl" else ():
         source = row.get("source")
         trace: Row = source if isinstance(source, dict) else row
         for part in ("models", "prompts"):

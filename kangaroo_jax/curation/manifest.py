@@ -13,16 +13,19 @@ An item is a dictionary, as it goes through all stages and into the scores:
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.data.addresses import WEB, check_scheme, is_remote, scheme_of, short
 from kangaroo_jax.data.image import IMAGE_SUFFIXES
-from kangaroo_jax.data.storage import is_remote, join, member_suffix, short
+from kangaroo_jax.data.storage import join, member_suffix
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
+from kangaroo_jax.json_text import parse_json, utf8
 
 Item = dict[str, Any]
 VIDEO_SUFFIXES = (
@@ -40,6 +43,7 @@ VIDEO_SUFFIXES = (
     ".3gp",
     ".gif",
 )
+FOLDERS = ("stages", "scores", "keyframes", "timings", "clips", "export")  # that curation makes in its output
 _MANIFESTS = (".jsonl", ".csv", ".tsv", ".parquet")
 # Columns by what they mean, the first that a row has; those of WebVid (videoid, page_dir, contentUrl, name),
 # Youku-mPLUG (video_id:FILE, golden_caption), LAION and COYO (url or URL, text or TEXT, key, hash) and Wukong (dir).
@@ -69,23 +73,35 @@ _COLUMNS = {
 }
 
 
-def read_inputs(inputs: Sequence[str], media_root: str = "", fetch: bool = False) -> list[Item]:
+def is_output(folder: str | Path) -> bool:
+    """Whether a folder is what a run of curation wrote, or began to."""
+    ends = all(os.path.exists(os.path.join(folder, name)) for name in ("funnel.json", "selected.jsonl"))
+    return ends or os.path.exists(os.path.join(folder, "stages", "lock"))
+
+
+def read_inputs(
+    inputs: Sequence[str], media_root: str = "", fetch: bool = False, output: Path | None = None
+) -> list[Item]:
     """The items of folders and manifests, each once, ordered by id.
+
+    A row of a manifest that cannot be read is an item, too: it has no path, and `missing` says what is wrong with it.
 
     Args:
         inputs: folders, media files, or manifests; `NAME=PATH` names the source, otherwise the file's stem does.
         media_root: folder or address that a manifest's paths start from; "" is its own folder.
         fetch: whether an http(s) address of a row is read where no local file is. Others (gs://, s3://) always are.
+        output: the folder that is written. It is left out of folders, and so are outputs of other runs.
 
     Raises:
-        UserError: an input is missing, empty, or a row of it cannot be read.
+        UserError: an input is missing, empty, or what curation wrote; or no row of a manifest can be read.
     """
     items: dict[str, Item] = {}
     for one in inputs:
         name, equals, path = one.partition("=")
         if not equals or os.path.exists(one):
             name, path = "", one
-        for item in _items_of(path, name or Path(path).stem or "input", media_root, fetch):
+        _check_not_written(path, output)
+        for item in _items_of(path, name or _name_of(path) or "input", media_root, fetch, output):
             base, copies = item["id"], 1
             while item["id"] in items:  # the same row again: the later one is found to be a duplicate
                 copies += 1
@@ -96,59 +112,99 @@ def read_inputs(inputs: Sequence[str], media_root: str = "", fetch: bool = False
     return [items[key] for key in sorted(items)]
 
 
-def _items_of(path: str, source: str, root: str, fetch: bool) -> Iterator[Item]:
+def _check_not_written(path: str, output: Path | None) -> None:
+    """Raise a UserError for an input that curation wrote, or is about to write into."""
+    real = Path(os.path.realpath(path))
+    inside = output is not None and output in real.parents and real.relative_to(output).parts[0] in FOLDERS
+    if inside or (real.is_dir() and is_output(real)):
+        raise UserError(f"{path}: was written by kangaroo curate; --input names the media that it was made of")
+    if real == output:
+        raise UserError(f"{path}: is the --output, too; give another, such as --output={os.path.join(path, 'curated')}")
+
+
+def _name_of(path: str) -> str:
+    """What a file or folder is called, without its ending; bytes that are not UTF-8 are replaced."""
+    return os.fsencode(Path(path).stem).decode("utf-8", "replace")
+
+
+def _items_of(path: str, source: str, root: str, fetch: bool, output: Path | None) -> Iterator[Item]:
     if os.path.isdir(path):
-        yield from _folder(path, source)
+        yield from _folder(path, source, output)
     elif not os.path.exists(path):
         raise UserError(f"{path}: no such folder or file; --input names media, a folder of them, or a manifest")
     elif path.endswith(_MANIFESTS):
-        for number, row in enumerate(_rows(path), start=1):
-            yield _item(row, f"{path}, row {number}", source, root or os.path.dirname(path) or ".", fetch)
+        yield from _manifest(path, source, root or os.path.dirname(path) or ".", fetch)
     elif path.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
         yield _named({"path": os.path.abspath(path), "source": source}, os.path.basename(path))
     else:
         raise UserError(f"{path}: neither a folder, a manifest ({', '.join(_MANIFESTS)}), a video nor an image")
 
 
-def _folder(path: str, source: str) -> Iterator[Item]:
+def _folder(path: str, source: str, output: Path | None) -> Iterator[Item]:
     """All media below a folder; a category is the name of the folder that a file lies in, if not `path` itself."""
     for folder, names, files in os.walk(path):
-        names.sort()
+        inner = {name: os.path.join(folder, name) for name in names}
+        written = {name for name, at in inner.items() if is_output(at) or os.path.realpath(at) == str(output)}
+        names[:] = sorted(set(names) - written)
         for file in sorted(files):
-            if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
+            if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("._"):  # of macOS
                 full = os.path.join(folder, file)
-                inner = os.path.relpath(full, path)
-                category = "" if folder == path else os.path.basename(folder)
-                yield _named({"path": os.path.abspath(full), "source": source, "category": category}, inner)
+                category = "" if folder == path else os.fsencode(os.path.basename(folder)).decode("utf-8", "replace")
+                item = {"path": os.path.abspath(full), "source": source, "category": category}
+                yield _named(item, os.path.relpath(full, path))
 
 
-def _rows(path: str) -> Iterator[dict[str, Any]]:
-    """Rows of a manifest. Raises UserError."""
+def _manifest(path: str, source: str, root: str, fetch: bool) -> Iterator[Item]:
+    """The items of a manifest's rows, those that cannot be read among them. Raises UserError: none can."""
+    bad, first, good = 0, "", 0
+    for number, row in enumerate(_rows(path), start=1):
+        where = f"{path}, row {number}: "
+        try:
+            if isinstance(row, UserError):
+                where = ""
+                raise row
+            item, good = _item(row, source, root, fetch), good + 1
+        except UserError as error:
+            bad, reason = bad + 1, f"{where}{error}"
+            first = first or reason
+            item = _named({"path": "", "source": source, "missing": reason}, f"row {number}")
+        yield item
+    if bad and not good:
+        raise UserError(first + (f" (and {bad - 1:,} rows like it)" if bad > 1 else ""))
+
+
+def _rows(path: str) -> Iterator[dict[str, Any] | UserError]:
+    """Rows of a manifest, or what is wrong with one. Raises UserError."""
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
-        return
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.endswith(".jsonl"):
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _json_row(line, f"{path}, line {number}")
-            else:
-                yield from csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
+    elif path.endswith(".jsonl"):
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_row(line, path, number)
+    else:
+        yield from _csv_rows(path)
 
 
-def _json_row(line: str, where: str) -> dict[str, Any]:
+def _json_row(line: bytes, path: str, number: int) -> dict[str, Any] | UserError:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON object is needed")
-    return row
+        row = parse_json(line, path, number)
+    except UserError as error:
+        return error
+    return row if isinstance(row, dict) else UserError(f"{path}, line {number}: a JSON object is needed")
+
+
+def _csv_rows(path: str) -> Iterator[dict[str, Any] | UserError]:
+    """Paths may be names that are not UTF-8, as the file system has them."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
+        while True:
+            try:
+                yield next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield UserError(f"{path}, line {reader.line_num}: not CSV ({error})")
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -167,28 +223,51 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
 
 
-def _item(row: dict[str, Any], where: str, source: str, root: str, fetch: bool) -> Item:
+def _item(row: dict[str, Any], source: str, root: str, fetch: bool) -> Item:
     """The item of a manifest's row. Raises UserError."""
-    meant: dict[str, Any] = {}
+    meant = {}
     for meaning, names in _COLUMNS.items():
-        meant[meaning] = next((row[name] for name in names if row.get(name) not in (None, "")), "")
-    address = str(meant.pop("url"))
-    candidates = _candidates(row, str(meant["path"]), address)
+        name = next((name for name in names if row.get(name) not in (None, "")), "")
+        meant[meaning] = _text(row[name], name, meaning in ("path", "url")) if name else ""
+    address = meant["url"]
+    candidates = _candidates(row, meant["path"], address)
     if not candidates:
-        raise UserError(f"{where}: names no medium; it has the columns {', '.join(map(str, row))}")
+        raise UserError(f"names no medium; it has the columns {', '.join(map(str, row))}")
     places = [join(root, candidate) for candidate in candidates]
     here = next((place for place in places if is_remote(place) or os.path.exists(place)), "")
-    if is_remote(here) and here.startswith(("http://", "https://")) and not fetch:
-        here = ""
-    if not here and address and (fetch or not address.startswith(("http://", "https://"))) and is_remote(address):
-        here = address
-    item: Item = {key: str(meant[key]) for key in ("caption", "category", "language", "licence", "source_id", "kind")}
+    if not here or is_remote(here):
+        here = next((place for place in (here, address) if _may_be_read(place, fetch)), "")
+    item: Item = {key: meant[key] for key in ("caption", "category", "language", "licence", "source_id", "kind")}
     item |= {"path": here if is_remote(here) or not here else os.path.abspath(here)}
-    item["source"] = str(meant["source"] or source)
-    item["start"], item["end"] = _seconds(meant["start"], where), _seconds(meant["end"], where)
+    item["source"] = meant["source"] or source
+    start, end = item["start"], item["end"] = _seconds(meant["start"]), _seconds(meant["end"])
+    if end is not None and end <= (start or 0.0):
+        raise UserError(f"its end {end:g} is not after its start {start or 0:g}")
     if not here:
         item["missing"] = f"no such file: {short(candidates[0])}" + (f" ({short(address)})" if address else "")
     return _named(item, candidates[0])
+
+
+def _text(value: Any, name: str, is_path: bool) -> str:
+    """A column's text; a path may be a name that is not UTF-8. Raises UserError."""
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{name!r} must be text, found {type(value).__name__}")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if not is_path and "\udc80" <= text[error.start] <= "\udcff":  # how Python reads a byte that is not UTF-8
+            raise UserError(f"{name!r} is not UTF-8 text") from None
+        return text if is_path else text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _may_be_read(address: str, fetch: bool) -> bool:
+    """Whether it is an address that is read; those of the web are if `fetch` is set. Raises UserError for a scheme."""
+    if not is_remote(address):
+        return False
+    check_scheme(address)
+    return fetch or scheme_of(address) not in WEB
 
 
 def _candidates(row: dict[str, Any], path: str, address: str) -> list[str]:
@@ -207,15 +286,18 @@ def _candidates(row: dict[str, Any], path: str, address: str) -> list[str]:
     return places
 
 
-def _seconds(value: Any, where: str) -> float | None:
+def _seconds(text: str) -> float | None:
     """Seconds, from a number or `hh:mm:ss.s`. Raises UserError."""
-    if value in (None, ""):
+    if not text:
         return None
     try:
-        parts = [float(part) for part in str(value).split(":")]
+        parts = [float(part) for part in text.split(":")]
     except ValueError:
-        raise UserError(f"{where}: {value!r} is no time; write seconds or hh:mm:ss") from None
-    return sum(part * 60**i for i, part in enumerate(reversed(parts)))
+        parts = [math.nan]
+    seconds = sum(part * 60**i for i, part in enumerate(reversed(parts)))
+    if not (all(part >= 0 for part in parts) and math.isfinite(seconds)):
+        raise UserError(f"{short(repr(text), 40)} is no time; write seconds or hh:mm:ss")
+    return seconds
 
 
 def _named(item: Item, path: str) -> Item:
@@ -228,7 +310,7 @@ def _named(item: Item, path: str) -> Item:
     stem = re.sub(r"[^A-Za-z0-9_]+", "-", os.path.splitext(os.path.basename(path))[0]).strip("-")[:40]
     # The caption belongs to what is told apart: of one medium, a dataset may have several.
     parts = (item["source"], path, str(item["start"]), str(item["end"]), item["source_id"], item["caption"])
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(utf8("\0".join(parts))).hexdigest()[:12]
     return {"id": f"{stem}-{digest}" if stem else digest, **item}
 
 

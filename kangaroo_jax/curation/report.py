@@ -3,6 +3,7 @@
 import base64
 import collections
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import cv2
 import numpy as np
 
 from kangaroo_jax.curation import shards
+from kangaroo_jax.curation.annotate.files import read_lines
 from kangaroo_jax.curation.report_charts import bars, histogram
 from kangaroo_jax.curation.select import RULES
 from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.json_text import utf8
 from kangaroo_jax.tools.report_charts import escape
 from kangaroo_jax.tools.report_style import STYLE
 
@@ -54,8 +57,13 @@ def write_report(root: Path, settings: Mapping[str, Any], annotations: str = "")
         + "\n".join(section for section in sections if section)
         + "\n<footer>Written by kangaroo_jax. This file holds all that it shows.</footer>\n</main>\n</body>\n</html>\n"
     )
-    shards.put(root, root / "report.html", page.encode())
+    shards.put(root, root / "report.html", utf8(_HARMFUL.sub("\ufffd", page)))
     return root / "report.html"
+
+
+_HARMFUL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)  # names hold anything; a page must not
 
 
 _STYLE = """
@@ -185,7 +193,7 @@ def thumbnail(root: Path, row: Row, k: int | None = None) -> str:
 def _annotated(root: Path, rows: Mapping[str, Row], annotations: str) -> str:
     """Captions or conversations beside the frames of their clips."""
     cards: list[str] = []
-    for entry in shards.rows_of(Path(annotations)) if annotations else ():
+    for _, entry in read_lines(Path(annotations)) if annotations else ():
         row = rows.get(str(entry.get("clip", entry.get("id"))))
         if row is None or len(cards) >= _SHOWN:
             continue

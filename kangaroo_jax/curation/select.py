@@ -1,7 +1,7 @@
 """`kangaroo curate select`: which clips are kept, from the scores alone, and the first rule that each other one fails.
 
 Rules, in this order: broken, seconds, size, text, face, motion, language (thresholds); duplicate (of a group the
-best video is kept: most pixels, longest, sharpest); category (a cap), source (a quota). Caps keep those with the lowest
+best video is kept, see `_WORTH`); category (a cap), source (a quota). Caps keep those with the lowest
 hash of their id, so that the choice is the same wherever and however often it is made.
 """
 
@@ -14,14 +14,19 @@ from typing import Any
 
 from kangaroo_jax.curation import duplicates, shards
 from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.json_text import parse_json, utf8
 
 RULES = ("broken", "seconds", "size", "text", "face", "motion", "language", "duplicate", "category", "source")
+SETTINGS = "select.json"  # what the last choice was made with, beside selected.jsonl
 Settings = Mapping[str, Any]
 Verdict = tuple[str, str]  # the rule, and why
 
 
 def select(root: Path, settings: Settings) -> dict[str, Any]:
-    """Write OUTPUT/selected.jsonl, dropped.jsonl and funnel.json; returns the funnel. Raises UserError."""
+    """Write OUTPUT/selected.jsonl, dropped.jsonl, funnel.json and select.json (the settings); returns the funnel.
+
+    Raises UserError: there are no scores.
+    """
     rows = list(shards.all_scores(root))
     verdicts = judge(rows, settings)
     kept, dropped = [], []
@@ -34,8 +39,15 @@ def select(root: Path, settings: Settings) -> dict[str, Any]:
     result = funnel(rows, verdicts, settings)
     shards.put(root, root / "selected.jsonl", shards.lines(kept))
     shards.put(root, root / "dropped.jsonl", shards.lines(dropped))
-    shards.put(root, root / "funnel.json", (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    shards.put(root, root / "funnel.json", utf8(json.dumps(result, indent=1, ensure_ascii=False) + "\n"))
+    shards.put(root, root / SETTINGS, utf8(json.dumps(dict(settings), indent=1, ensure_ascii=False) + "\n"))
     return result
+
+
+def last_settings(root: Path) -> dict[str, Any] | None:
+    """The settings of the choice that is in a folder, None where none are kept."""
+    file = root / SETTINGS
+    return parse_json(file.read_bytes(), str(file)) if file.exists() else None
 
 
 def judge(rows: Sequence[Row], settings: Settings) -> list[Verdict | None]:
@@ -64,22 +76,31 @@ def threshold_verdict(row: Row, settings: Settings) -> Verdict | None:
     motion = row.get("motion", {}).get("score")
     side = min(probe["width"], probe["height"])
     language = language_of(row)
+    least = {name: settings[f"min_{name}"] for name in ("decodable", "seconds", "short_side", "motion")}
+    most = {name: settings[f"max_{name}"] for name in ("seconds", "text", "face")}
+    long, moves = f"{seconds:.1f} s", f"{motion or 0:.4f}% of the diagonal"
     checks = (
-        ("broken", decodable < settings["min_decodable"], f"{decodable:.0%} of its frames can be decoded"),
-        ("seconds", video and seconds < settings["min_seconds"], f"{seconds:.1f} s"),
-        ("seconds", video and seconds > settings["max_seconds"], f"{seconds:.1f} s"),
-        ("size", side < settings["min_short_side"], f"{probe['width']}x{probe['height']} pixels"),
-        ("text", text > settings["max_text"], f"{text:.1%} of the picture"),
-        ("face", face > settings["max_face"], f"{face:.1%} of the picture"),
-        ("motion", video and motion is None, "no two frames to compare"),
-        (
-            "motion",
-            video and motion is not None and motion < settings["min_motion"],
-            f"{motion or 0:.4f}% of the diagonal",
-        ),
-        ("language", bool(settings["languages"] and language) and language not in settings["languages"], language),
+        ("broken", decodable < least["decodable"], f"{decodable:.0%} of its frames can be decoded", "min_decodable"),
+        ("seconds", video and seconds < least["seconds"], long, "min_seconds"),
+        ("seconds", video and seconds > most["seconds"], long, "max_seconds"),
+        ("size", side < least["short_side"], f"{probe['width']}x{probe['height']} pixels", "min_short_side"),
+        ("text", text > most["text"], f"{text:.1%} of the picture", "max_text"),
+        ("face", face > most["face"], f"{face:.1%} of the picture", "max_face"),
+        ("motion", video and motion is None, "no two frames to compare", ""),
+        ("motion", video and motion is not None and motion < least["motion"], moves, "min_motion"),
+        ("language", bool(settings["languages"] and language) and language not in settings["languages"], language, ""),
     )
-    return next(((rule, reason) for rule, failed, reason in checks if failed), None)
+    for rule, failed, found, key in checks:
+        if failed:
+            return rule, f"{found}{_limit(key, settings)}"
+    return None
+
+
+def _limit(key: str, settings: Settings) -> str:
+    """What a score is beyond, for a reason."""
+    if not key:
+        return ""
+    return f", {'under' if key.startswith('min_') else 'over'} {key} {settings[key]:g}"
 
 
 def language_of(row: Row) -> str:
@@ -112,17 +133,26 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
     for i, first in zip(kept, found, strict=True):
         members[first].append(i)
     for group in members.values():
-        best = min(group, key=lambda i: _worth(rows[i]))
+        best = min(group, key=lambda i: (*(-worth(rows[i]) for _, worth in _WORTH), rows[i]["id"]))
         for i in group:
             if rows[i]["item"] != rows[best]["item"]:
-                verdicts[i] = ("duplicate", f"of {rows[best]['id']}")
+                verdicts[i] = ("duplicate", f"of {rows[best]['id']}, {_better(rows[best], rows[i])}")
 
 
-def _worth(row: Row) -> tuple[float, float, float, str]:
-    """Sorts the best of a group first: most pixels, longest, sharpest."""
-    probe = row["probe"]
-    sharp = sum(row.get("keyframes", {}).get("sharpness", ()))
-    return -probe["width"] * probe["height"], -(row["end"] - row["start"]), -sharp, row["id"]
+# What makes one of a group better, the first that differs; the ids are compared where nothing does.
+_WORTH: tuple[tuple[str, Callable[[Row], float]], ...] = (
+    ("has more pixels", lambda row: row["probe"]["width"] * row["probe"]["height"]),
+    ("names its category", lambda row: bool(row["category"])),
+    ("has a caption", lambda row: bool(row["caption"])),
+    ("is longer", lambda row: (row["end"] or 0.0) - (row["start"] or 0.0)),
+    ("is sharper", lambda row: sum(row.get("keyframes", {}).get("sharpness", ()))),
+)
+
+
+def _better(best: Row, other: Row) -> str:
+    """Why the best of a group is better than another."""
+    reason = next((what for what, worth in _WORTH if worth(best) > worth(other)), "is the same; its id comes first")
+    return f"which {reason}"
 
 
 def _judge_caps(

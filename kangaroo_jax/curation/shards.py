@@ -22,9 +22,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.curation.manifest import Item, item_state
+from kangaroo_jax.curation.manifest import FOLDERS, Item, is_output, item_state
 from kangaroo_jax.curation.stages.base import Row, Settings, Stage
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.json_text import utf8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def put_rows(root: Path, target: Path, rows: Iterable[Row], done: Row) -> None:
 
 def lines(rows: Iterable[Row]) -> bytes:
     """JSONL, keys in order: equal rows are equal bytes."""
-    return "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows).encode()
+    return utf8("".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows))
 
 
 def marker(target: Path) -> Path:
@@ -119,16 +120,27 @@ def score_file(root: Path, shard: str) -> Path:
 
 def all_scores(root: Path) -> Iterator[Row]:
     """Every row of OUTPUT/scores, shard by shard. Raises UserError: there are none."""
+    for file in score_files(root):
+        yield from rows_of(file)
+
+
+def score_files(root: Path) -> list[Path]:
+    """The files of OUTPUT/scores. Raises UserError: there are none."""
     files = sorted((root / "scores").glob("*.jsonl"))
     if not files:
         raise UserError(f"{root}: no scores here; run kangaroo curate --input=... --output={root} first")
-    for file in files:
-        yield from rows_of(file)
+    return files
 
 
 @contextlib.contextmanager
 def claimed(root: Path) -> Iterator[None]:
-    """The folder for this run alone; what a killed run was writing is removed. Raises UserError."""
+    """The folder for this run alone; what a killed run was writing is removed.
+
+    Raises UserError: it cannot be written, another run writes there, or it holds folders that others wrote.
+    """
+    foreign = next((name for name in FOLDERS if (root / name).exists()), None)
+    if foreign and not is_output(root):
+        raise UserError(f"{root}: has a folder {foreign!r} that is not of kangaroo curate; give another --output")
     try:
         (root / "stages").mkdir(parents=True, exist_ok=True)
         file: Any = open(root / "stages" / "lock", "w")  # noqa: SIM115

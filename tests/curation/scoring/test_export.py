@@ -1,6 +1,7 @@
 """What is exported is read by the loader's reader, Grain and tfds, and shows the pictures that it should."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -83,9 +84,42 @@ def test_a_cut_clip_has_the_pictures_of_the_file(manifest, tmp_path):
     assert np.abs(ours.pixels.astype(int) - theirs.pixels).max() <= 1
 
 
-def test_nothing_to_export_is_said(clips, config, tmp_path):
-    with pytest.raises(UserError, match="nothing was chosen here yet"):
-        run_export(Options(str(tmp_path / "out"), name="set"), config)
-    curate(Options(str(tmp_path / "out"), (str(clips),)), config)
-    with pytest.raises(UserError, match="no conversation about a clip that was kept"):
-        run_export(Options(str(tmp_path / "out"), name="set"), config)
+def test_nothing_to_export_is_said(clips, config, tmp_path, capsys):
+    run = Options(str(tmp_path / "out"), (str(clips),), name="set")
+    with pytest.raises(UserError, match="no scores here"):
+        run_export(run, config)
+    assert not (tmp_path / "out").exists()
+    curate(run, config)
+    with pytest.raises(UserError, match="no conversation about a clip that was kept. Run kangaroo annotate.* instruct"):
+        run_export(run, config)
+    kept = [json.loads(line) for line in (tmp_path / "out/selected.jsonl").read_text().splitlines()]
+    rows = [
+        {"id": f"{row['id']}-en", "clip": row["id"], "language": "en", "outcome": "error", "reason": "timeout"}
+        | {key: row[key] for key in ("media", "start", "end")}
+        for row in kept
+    ]
+    for row in rows[1:]:
+        row |= {"outcome": "ok", "caption": "a cloud"}
+    rows[-1] |= {"outcome": "error"}  # too short: its caption is there, and no good
+    (tmp_path / "out/captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_export(run, config)
+    told = capsys.readouterr().out
+    assert "conversations of" in told and "out/captions.jsonl; --annotations=FILE takes others" in told
+    assert "export: 4 conversations about 4 of 6 kept clips" in told
+    with pytest.raises(UserError, match="selected.jsonl has no conversation"):  # the captions of the input
+        run_export(Options(run.output, name="set", annotations=str(tmp_path / "out/selected.jsonl")), config)
+
+
+def test_a_medium_that_is_gone_costs_its_conversations(clips, config, tmp_path, capsys):
+    media = tmp_path / "media"
+    shutil.copytree(clips, media)
+    rows = [{"path": str(media / f"clip_{k}.mp4"), "caption": f"clip {k}"} for k in range(2)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Options(str(tmp_path / "out"), (str(tmp_path / "list.jsonl"),), name="set")
+    curate(run, config)
+    (media / "clip_0.mp4").unlink()
+    run_export(run, config)
+    assert "1 conversations have a medium that cannot be read" in capsys.readouterr().out
+    (media / "clip_1.mp4").unlink()
+    with pytest.raises(UserError, match="all 2 conversations have a medium that cannot be read.*no such file"):
+        run_export(run, config)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,7 +98,15 @@ def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"path": "x.mp4"}\n{"path"', "line 2: not JSON"),
+        ("a.jsonl", '\n{"path"\n{', "line 2: not JSON .*and 1 rows like it"),
+        ("a.jsonl", '{"path": "x.mp4", "start": ' + "1" * 400 + "}\n", "is no time"),
+        ("a.jsonl", '{"path": "x.mp4", "start": -1}\n', "'-1' is no time"),
+        ("a.jsonl", '{"path": "x.mp4", "end": 1e999}\n', "'inf' is no time"),
+        ("a.jsonl", '{"path": "x.mp4", "start": 5, "end": 3}\n', "end 3 is not after its start 5"),
+        ("a.jsonl", '{"path": ["x.mp4"]}\n', "'path' must be text, found list"),
+        ("a.jsonl", '{"path": "ftp://x.example/a.mp4"}\n', "not ftp://"),
+        ("a.jsonl", '{"path": "reference://x.png::file:///i.json"}\n', "not reference://"),
+        ("a.jsonl", '{"path": "s3://b/x.mp4::file:///i"}\n', "a chain of file systems"),
         ("a.jsonl", "[1]\n", "a JSON object is needed"),
         ("a.jsonl", '{"size": 3}\n', "names no medium; it has the columns size"),
         ("a.jsonl", '{"path": "x.mp4", "start": "soon"}\n', "'soon' is no time"),
@@ -117,3 +126,36 @@ def test_an_added_item_changes_one_shard(tmp_path):
     after = {shard.name: shard.key for shard in make_shards([*items, {"id": "new", "path": "/none/new.mp4"}], 16)}
     assert len(before) > 8 and before.keys() == after.keys()
     assert sum(before[name] != after[name] for name in before) == 1
+
+
+def test_a_row_that_cannot_be_read_costs_itself_and_is_not_forgotten(tmp_path):
+    files(tmp_path, "a.mp4")
+    deep, large = b"[" * 100_000, b'{"path": "a.mp4", "start": ' + b"9" * 5000 + b"}"
+    rows = [b'{"path": "a.mp4"}', b"{", deep, large, b"7", b'{"path": "a.mp4", "caption": "caf\xe9"}']
+    (tmp_path / "list.jsonl").write_bytes(b"\n".join(rows))
+    items = read_inputs([str(tmp_path / "list.jsonl")])
+    assert [item["path"] for item in items if "missing" not in item] == [str(tmp_path / "a.mp4")]
+    told = sorted(item["missing"].partition("list.jsonl, ")[2] for item in items if "missing" in item)
+    assert [text[:6] for text in told] == [f"line {n}" for n in (2, 3, 4, 5, 6)]
+    assert len({item["id"] for item in items}) == 6
+
+
+def test_names_that_are_not_utf8_and_halves_of_letters_are_read(tmp_path):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    files(tmp_path, f"in/{os.fsdecode(bytes([0xE9]))}/{name}")
+    (item,) = read_inputs([str(tmp_path / "in")])
+    assert os.path.exists(item["path"]) and item["category"] == "\ufffd"
+    rows = [{"path": item["path"], "caption": "a dog \ud83d"}, {"path": item["path"], "caption": name}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad, good = sorted(read_inputs([str(tmp_path / "list.jsonl")]), key=lambda item: item["path"])
+    assert good["caption"] == "a dog ?" and os.path.exists(good["path"])
+    assert bad["missing"].endswith("'caption' is not UTF-8 text")
+    (tmp_path / "list.csv").write_bytes(b"path\n" + os.fsencode(item["path"]) + b"\n")
+    assert os.path.exists(only(read_inputs([str(tmp_path / "list.csv")]))["path"])
+
+
+@pytest.mark.parametrize("address", ["HTTP://127.0.0.1:1/a.mp4", "https://x.example/a.mp4"])
+def test_the_web_is_read_only_where_that_is_asked_for(tmp_path, address):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": address}))
+    assert only(read_inputs([str(tmp_path / "list.jsonl")]))["path"] == ""
+    assert only(read_inputs([str(tmp_path / "list.jsonl")], fetch=True))["path"] == address

@@ -51,9 +51,25 @@ def test_of_duplicates_the_best_is_kept(settings):
     small = {"probe": {"decodable": 1.0, "width": 320, "height": 180, "seconds": 10.0, "sha256": "x"}}
     rows = [a_row("a", seed=1, **small), a_row("b", seed=1), a_row("c", seed=2)]
     verdicts = judge(rows, settings)
-    assert verdicts == [("duplicate", "of b"), None, None]
+    assert verdicts == [("duplicate", "of b, which has more pixels"), None, None]
     rows[1]["text"]["coverage"] = 0.9  # what is dropped takes nothing with it
     assert [verdict and verdict[0] for verdict in judge(rows, settings)] == [None, "text", None]
+
+
+def test_of_equal_pictures_the_one_that_says_more_is_kept(settings):
+    plain, named, told = a_row("a", seed=1), a_row("b", seed=1, category="birds"), a_row("c", seed=1, caption="a bird")
+    assert judge([plain, named], settings) == [("duplicate", "of b, which names its category"), None]
+    assert judge([plain, told], settings) == [("duplicate", "of c, which has a caption"), None]
+    longer = a_row("d", seed=1, end=12.0)
+    assert judge([plain, longer], settings) == [("duplicate", "of d, which is longer"), None]
+    same = a_row("e", seed=1)
+    assert judge([plain, same], settings) == [None, ("duplicate", "of a, which is the same; its id comes first")]
+
+
+def test_a_reason_names_the_limit(settings):
+    settings.update(min_short_side=400)
+    assert threshold_verdict(a_row("a"), settings) == ("size", "640x360 pixels, under min_short_side 400")
+    assert threshold_verdict(a_row("a", end=1e4), settings) == ("seconds", "10000.0 s, over max_seconds 1200")
 
 
 def test_clips_of_one_video_are_not_each_others_duplicates(settings):
