@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
+from kangaroo_jax.data.storage import short
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.video import FramePolicy, MediaInfo, clip_range, folder_of_frames, probe, sample_times
 
@@ -222,7 +223,7 @@ def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], l
     if len(chosen) > most:
         chosen = [inside[int((i + 0.5) * len(inside) / most)] for i in range(most)]
     if not chosen:
-        raise UserError(f"{medium.path}: no frame between start {begin:g} s and end {end:g} s")
+        raise UserError(f"{short(medium.path)}: no frame between start {begin:g} s and end {end:g} s")
     return tuple(frames[i] for i in chosen), [i / rate - begin for i in chosen]
 
 

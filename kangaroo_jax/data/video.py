@@ -16,7 +16,7 @@ import numpy as np
 from kangaroo_jax.data import animation
 from kangaroo_jax.data.image import IMAGE_SUFFIXES, image_size_of, load_image
 from kangaroo_jax.data.picker import FramePicker, open_video, stream_seconds
-from kangaroo_jax.data.storage import local, member_suffix
+from kangaroo_jax.data.storage import local, member_suffix, short
 from kangaroo_jax.errors import UserError
 
 
@@ -118,7 +118,7 @@ def clip_range(path: str | Path, duration_s: float, start: float | None, end: fl
     finish = duration_s if end is None else min(end, duration_s)
     if begin < 0 or begin >= finish:
         raise UserError(
-            f"{path}: no video between start {begin:g} s and end {duration_s if end is None else end:g} s; "
+            f"{short(path)}: no video between start {begin:g} s and end {duration_s if end is None else end:g} s; "
             f"it is {duration_s:.2f} s long"
         )
     return begin, finish
@@ -243,5 +243,5 @@ def folder_of_frames(path: str | Path) -> tuple[str, ...]:
     folder = local(path)
     names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not names:
-        raise UserError(f"{path}: a folder without images; a video's folder holds its frames")
+        raise UserError(f"{short(path)}: a folder without images; a video's folder holds its frames")
     return tuple(str(folder / name) for name in sorted(names, key=animation.natural))

@@ -6,6 +6,7 @@ answer, history = kangaroo.chat(query="And then?", history=history)
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 import sys
@@ -21,9 +22,11 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags
 from kangaroo_jax.data.decode import ThreadDecoder
-from kangaroo_jax.data.sample import MediaRef, Recipe, render_prompt
+from kangaroo_jax.data.image import opened_image
+from kangaroo_jax.data.sample import MediaRef, Recipe, probe_cached, render_prompt
+from kangaroo_jax.data.storage import MEMBER, join, short
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from kangaroo_jax.data.video import probe
+from kangaroo_jax.data.video import folder_of_frames
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.models import kangaroo as models
@@ -31,6 +34,8 @@ from kangaroo_jax.models import kangaroo as models
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 History = list[dict[str, Any]]
+AnyPath = str | Path
+Video = AnyPath | Sequence[AnyPath]  # what shows it, or its frames as images
 MediaOfOne = tuple[MediaRef, ...]  # what one prompt looks at
 VIDEOS_REMEMBERED = 4  # whose vision tokens stay on the device for the next round
 
@@ -62,8 +67,8 @@ class Kangaroo:
 
     def chat(
         self,
-        video: str | Path | None = None,
-        image: str | Path | None = None,
+        video: Video | None = None,
+        image: AnyPath | None = None,
         query: str = "",
         history: History | None = None,
         *,
@@ -77,7 +82,8 @@ class Kangaroo:
         """Answer a query about a video, an image, both, or what the history is about.
 
         Args:
-            video, image: files. They stand before the query, or where it says `<video>` and `<image>`.
+            video, image: files, addresses or members of containers (`data.storage`). A video may also be a folder
+                or a list of images. They stand before the query, or where it says `<video>` and `<image>`.
             query: what to ask.
             history: what the last round returned (JSON-able); its videos need not be given again.
             temperature: 0 always takes the likeliest token.
@@ -192,7 +198,7 @@ class Kangaroo:
         """The vision tokens of a prompt's media, remembered for the rounds to come."""
         if not media:
             return None
-        key = tuple((ref, os.stat(ref.path).st_mtime_ns) for ref in media)
+        key = tuple((ref, *map(_version, ref.frames or (ref.path,))) for ref in media)
         if key not in self._seen:
             frames, times, _ = self._decode([media])
             self._seen[key] = self._generator.encode(frames, times)
@@ -200,6 +206,14 @@ class Kangaroo:
         while len(self._seen) > VIDEOS_REMEMBERED:
             self._seen.popitem(last=False)
         return self._seen[key]
+
+
+def _version(path: str) -> int:
+    """A number that changes with a file, or with the container that a member is in; 0 for an address."""
+    for place in (path, path.partition(MEMBER)[0]):
+        with contextlib.suppress(OSError):
+            return os.stat(place).st_mtime_ns
+    return 0
 
 
 def _size(recipe: Recipe) -> tuple[int, list[str], int]:
@@ -230,8 +244,8 @@ def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Ite
 
 def ask(
     query: str,
-    video: str | Path | None = None,
-    image: str | Path | None = None,
+    video: Video | None = None,
+    image: AnyPath | None = None,
     start: float | None = None,
     end: float | None = None,
 ) -> dict[str, Any]:
@@ -239,15 +253,12 @@ def ask(
     if not query.strip():
         raise UserError("the query is empty: say what to ask")
     media: list[dict[str, Any]] = []
-    for kind, path in (("video", video), ("image", image)):
-        if path is not None and (found := probe(path).kind) != kind:
-            raise UserError(f"{path}: this is a file of the kind {found}; give it as {found}")
     if video is not None:
-        media.append({"kind": "video", "path": str(video), "start": start, "end": end})
+        media.append(_video(video) | {"start": start, "end": end})
     elif start is not None or end is not None:
         raise UserError("start and end belong to a video, and none is given")
     if image is not None:
-        media.append({"kind": "image", "path": str(image)})
+        media.append({"kind": "image", "path": _opened(image, "image")})
     wanted = count_tags([Turn("user", query)])
     if not wanted:
         query = "".join(f"<{medium['kind']}>\n" for medium in media) + query
@@ -258,6 +269,49 @@ def ask(
     return {"role": "user", "text": query, "media": media}
 
 
+def _video(video: Video) -> dict[str, Any]:
+    """What a history says of a video: its path, and its frames where it is a list of images."""
+    if isinstance(video, (str, Path)):
+        if os.path.isdir(video):
+            for frame in folder_of_frames(video):
+                _opened(frame, "image")
+            return {"kind": "video", "path": str(video)}
+        return {"kind": "video", "path": _opened(video, "video")}
+    frames = [_opened(frame, "image") for frame in video]
+    if not frames:
+        raise UserError("the list of the video's frames is empty")
+    return {"kind": "video", "path": frames[0], "frames": frames}
+
+
+def _opened(path: AnyPath, kind: str) -> str:
+    """The path of something that can be opened as a `kind`. Raises UserError where it is none, or rather the other."""
+    text = str(path)
+    if text.startswith("file://"):
+        text = join("", text)
+    try:
+        info = probe_cached(text, kind)
+    except UserError:
+        if kind == "image" and _opens(text, "video"):
+            raise UserError(f"{short(text)}: this is a video; give it as video") from None
+        raise
+    if kind == "video" and info.seconds <= 1.0 and _is_still(text):
+        raise UserError(f"{short(text)}: this is a still image; give it as image")
+    return text
+
+
+def _opens(path: str, kind: str) -> bool:
+    with contextlib.suppress(UserError):
+        return probe_cached(path, kind).seconds > 0
+    return False
+
+
+def _is_still(path: str) -> bool:
+    """Whether it is an image of one frame, which FFmpeg takes for a short video."""
+    with contextlib.suppress(UserError), opened_image(path) as image:
+        return getattr(image, "n_frames", 1) == 1
+    return False
+
+
 def conversation(turns: History) -> Conversation:
     """A history and the new turn as the data pipeline wants it. Raises UserError where it is no history."""
     fields = {field.name for field in dataclasses.fields(Media)}
@@ -265,7 +319,7 @@ def conversation(turns: History) -> Conversation:
     for number, turn in enumerate(turns):
         try:
             role, text, refs = turn["role"], turn["text"], turn.get("media") or []
-            media += [Media(**ref) for ref in refs if set(ref) <= fields]
+            media += [Media(**ref | {"frames": tuple(ref.get("frames", ()))}) for ref in refs if set(ref) <= fields]
         except (TypeError, KeyError, AttributeError):
             raise UserError(f"history: turn {number + 1} is none of those that chat returns") from None
         if role != ("user", "assistant")[number % 2]:
@@ -283,7 +337,7 @@ def chat_main(
     checkpoint: str | Path,
     *,
     query: str | None = None,
-    video: str | None = None,
+    video: Video | None = None,
     image: str | None = None,
     start: float | None = None,
     end: float | None = None,

@@ -1,14 +1,21 @@
 """Chat about real files with a small random model: what is said does not matter, that it is said right does."""
 
+import base64
 import json
+import tarfile
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.storage import MediaCache, tar_members, use_cache
+from kangaroo_jax.data.video import folder_of_frames
 from kangaroo_jax.inference import chat as chat_module
 from kangaroo_jax.inference.chat import Kangaroo, ask, chat_main, conversation
 from kangaroo_jax.inference.sampling import Sampling
@@ -79,6 +86,76 @@ def test_video_and_image_stand_where_the_query_says(kangaroo, media):
     assert kangaroo.recipe(conversation([turn])).frames == 2 + 4
     with pytest.raises(UserError, match="the query has the tags video, but 0 files"):
         ask("What is in <video>?")
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, media) -> dict[str, str]:
+    """The same three colours, 4 s, in every way that training reads a video; and stills."""
+    folder = tmp_path_factory.mktemp("shown")
+    frames = [
+        Image.fromarray(np.full((16, 16, 3), colour, np.uint8)) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))
+    ]
+    for suffix in ("gif", "webp", "png"):
+        frames[0].save(folder / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=1000)
+    (folder / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(folder / "frames" / f"{number}.bmp")
+    for name in ("s.jfif", "s.jp2", "s.ppm", "still"):
+        frames[0].save(folder / name, format={"s.jp2": "JPEG2000", "s.ppm": "PPM"}.get(name, "JPEG"))
+    video = (media / "a.mp4").read_bytes()
+    (folder / "no ending").write_bytes(video)
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        archive.add(media / "a.mp4", "7.mp4")
+    ((name, begin, size),) = tar_members(folder / "shard.tar")
+    pq.write_table(pa.table({"video": [{"bytes": video, "path": "a.mp4"}]}), folder / "t.parquet")
+    places = {path.name: str(path) for path in folder.iterdir()}
+    return places | {
+        "member": f"{folder / 'shard.tar'}::{name}@{begin}+{size}",
+        "row": f"{folder / 't.parquet'}::0/video/0",
+        "file": (folder / "no ending").as_uri(),
+        "data": f"data:video/mp4;base64,{base64.b64encode(video).decode()}",
+    }
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "frames", "no ending", "member", "row", "file", "data"])
+def test_whatever_training_reads_as_a_video_can_be_talked_about(
+    kangaroo, shown, encodings, name, monkeypatch, tmp_path
+):
+    use_cache(MediaCache(tmp_path, 1 << 30))
+    _, history = kangaroo.chat(video=shown[name], query="What?", **SHORT)
+    kangaroo.chat(query="And?", history=json.loads(json.dumps(history)), **SHORT)
+    assert encodings == [4]  # the second round has seen it
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "s.jfif", "s.jp2", "s.ppm", "still"])
+def test_every_image_format_is_an_image(kangaroo, shown, name):
+    frames, *_ = kangaroo._decode([kangaroo.recipe(conversation([ask("?", image=shown[name])])).media])
+    assert (np.abs(frames.astype(int) - (250, 0, 0)).max(axis=(0, 1, 2)) < 6).all()  # of an animation the first frame
+
+
+def test_a_list_of_images_is_a_video(kangaroo, shown, encodings):
+    frames = folder_of_frames(shown["frames"])
+    answer, history = kangaroo.chat(video=frames, query="What?", **SHORT)
+    assert kangaroo.chat(video=shown["frames"], query="What?", **SHORT)[0] == answer
+    kangaroo.chat(query="And?", history=json.loads(json.dumps(history)), **SHORT)
+    assert encodings == [4, 4] and history[0]["media"][0]["frames"] == list(frames)
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ("this is a still image; give it as image", {"video": "still"}),
+        ("this is a still image; give it as image", {"video": "s.ppm"}),
+        ("this is a video; give it as video", {"image": "no ending"}),
+        ("no video between start 90 s", {"video": "data", "start": 90.0}),
+        ("no video between start 90 s", {"video": "frames", "start": 90.0}),
+    ],
+)
+def test_what_is_no_such_medium_is_one_short_line(kangaroo, shown, said, options, tmp_path):
+    use_cache(MediaCache(tmp_path, 1 << 30))
+    with pytest.raises(UserError, match=said) as error:
+        kangaroo.chat(query="?", **{key: shown.get(value, value) for key, value in options.items()})
+    assert len(str(error.value)) < 300
 
 
 def test_streamed_pieces_are_the_answer(kangaroo, media):
