@@ -129,7 +129,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
+        raise UserError(
+            f"{path}: cannot read the tokenizer ({error.strerror or error}); Llama-3's tokenizer.json or "
+            "tokenizer.model comes with its weights, the quickstart leaves one for the preset tiny in its workdir"
+        ) from None
     if data.lstrip()[:1] == b"{":
         return _from_json(path, data)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):

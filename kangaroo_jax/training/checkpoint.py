@@ -128,6 +128,9 @@ def find(path: str | Path) -> Path:
     for stage in reversed(stages):
         if any(p.name.isdigit() for p in (stage / "checkpoints").iterdir()):
             return find(stage)
+    if any(path.glob("*.safetensors")):
+        hint = f"kangaroo convert --from={path} --to=DIR makes a checkpoint of it"
+        raise UserError(f"{path}: weights in the layout of Hugging Face; {hint}")
     raise UserError(f"{path}: holds no finished checkpoint (looked for STEP/params, checkpoints/STEP and stage*/)")
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, find_chip
-from kangaroo_jax.config import to_plain
+from kangaroo_jax.config import PRESETS, model_config, to_plain
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.data.batches import LoaderStats
 from kangaroo_jax.data.ledger import Ledger
@@ -214,18 +214,33 @@ def open_tokenizer(config: ConfigDict) -> Tokenizer:
             "config.data.tokenizer is empty: give a tokenizer.json, tokenizer.model or SentencePiece .model"
         )
     tokenizer = load_tokenizer(config.data.tokenizer)
+    preset, where = config.model.preset, config.data.tokenizer
     if tokenizer.vocab_size > config.model.llm.vocab_size:
         raise UserError(
-            f"{config.data.tokenizer}: {tokenizer.vocab_size} tokens, but config.model.llm.vocab_size is "
-            f"{config.model.llm.vocab_size}; use the model's own tokenizer"
+            f"{where}: {tokenizer.vocab_size} tokens, but config.model.llm.vocab_size is "
+            f"{config.model.llm.vocab_size}; this is {preset}: {_preset_for(tokenizer)}"
         )
     for name, wanted in config.model.special_ids.items():
         if getattr(tokenizer, name) != wanted:
             raise UserError(
-                f"{config.data.tokenizer}: <{name}> is {getattr(tokenizer, name)}, but config.model.special_ids.{name} "
-                f"is {wanted}; set it to the tokenizer's"
+                f"{where}: <{name}> is {getattr(tokenizer, name)}, but config.model.special_ids.{name} is {wanted}; "
+                f"this is {preset}: {_preset_for(tokenizer)}"
             )
     return tokenizer
+
+
+def _preset_for(tokenizer: Tokenizer) -> str:
+    """What to do with a tokenizer that is not the model's."""
+    models = {preset: model_config(preset) for preset in PRESETS}
+    fit = [
+        preset
+        for preset, model in models.items()
+        if tokenizer.vocab_size <= model.llm.vocab_size
+        and all(getattr(tokenizer, name) == token for name, token in model.special_ids.items())
+    ]
+    if not fit:
+        return "give the tokenizer that belongs to its weights"
+    return f"say {' or '.join(f':{preset}' for preset in fit)} after the config's name, or give its own tokenizer"
 
 
 def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
