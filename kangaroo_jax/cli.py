@@ -114,14 +114,18 @@ def _run_job(name: str, arguments: list[str]) -> None:
         return
     job.define(values)
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(_help(name, job, values), end="")
+        word = next((argument for argument in arguments if argument in job.words), "")
+        print(_help(name, job, values, word), end="")
         return
     job.run(values, parse(values, name, arguments))
 
 
-def _help(name: str, job: Job, values: "flags.FlagValues") -> str:
-    lines = [f"usage: kangaroo {name} [--flag=value ...]", "", job.summary, "", "flags:"]
-    for flag in sorted(values):
+def _help(name: str, job: Job, values: "flags.FlagValues", word: str) -> str:
+    """The help of a job, or of the job within it that `word` names."""
+    usage = f"usage: kangaroo {name} {word + ' ' if word else ''}[--flag=value ...]"
+    more = [*job.more.splitlines(), ""] if job.more and not word else []
+    lines = [usage, "", job.summary, "", *more, "flags:"]
+    for flag in job.words[word] if word else sorted(values):
         default = "" if values[flag].default in (None, "", False) else f" (default {values[flag].default})"
         lines.append(f"  --{flag:16} {values[flag].help}{default}")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """The jobs of the command line: their flags, and what runs them. Each imports what it needs when it is asked for."""
 
 import dataclasses
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ class Job:
     define: Callable[["flags.FlagValues"], None] | None  # None: the job reads its arguments itself
     run: Callable[["flags.FlagValues", list[str]], None]  # with the arguments that are no flag of the job
     huge_pages: bool = False  # of what runs a model in its own process
+    more: str = ""  # of its help, between the summary and the flags
+    words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # flags of each job within it
 
 
 def _define_train(values: "flags.FlagValues") -> None:
@@ -115,8 +118,9 @@ def _define_chat(values: "flags.FlagValues") -> None:
 
     define = definer(values)
     define(flags.DEFINE_string, "checkpoint", None, "folder that training wrote: a curriculum, a stage or one step")
-    define(flags.DEFINE_string, "video", None, "video file to talk about")
-    define(flags.DEFINE_string, "image", None, "image file to talk about")
+    video = "file, folder of images or address of a video to talk about; given several times: its frames, as images"
+    define(flags.DEFINE_multi_string, "video", None, video)
+    define(flags.DEFINE_string, "image", None, "image to talk about: a file or an address")
     define(flags.DEFINE_float, "start", None, "second of the video to begin at", lower_bound=0.0)
     define(flags.DEFINE_float, "end", None, "second of the video to end at", lower_bound=0.0)
     define(flags.DEFINE_string, "query", None, "one question; without it a conversation begins")
@@ -130,6 +134,8 @@ def _run_chat(values: "flags.FlagValues", rest: list[str]) -> None:
     no_more("chat", values, rest)
     required("chat", values, "checkpoint")
     options: dict[str, Any] = {name: values[name].value for name in values if name != "checkpoint"}
+    if values.video is not None and len(values.video) == 1:
+        options["video"] = values.video[0]
 
     from kangaroo_jax.inference.chat import chat_main
 
@@ -169,9 +175,14 @@ def _define_convert(values: "flags.FlagValues") -> None:
 def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.config import stage_config
     from kangaroo_jax.errors import UserError
+    from kangaroo_jax.installing import install_line
 
     no_more("convert", values, not_of_config(rest))
     required("convert", values, "to")
+    if values.verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise UserError(
+            f"convert: --verify runs the model in PyTorch too, which is not installed: {install_line('convert')}"
+        )
     given = {name: values[name].value for name in ("from", "vision", "llm")}
     if bool(given["from"]) == bool(given["vision"] or given["llm"]):
         raise UserError("convert: give --from, or --vision and --llm")
@@ -238,14 +249,17 @@ def _define_plan(values: "flags.FlagValues") -> None:
 
 
 def _run_plan(values: "flags.FlagValues", rest: list[str]) -> None:
-    from kangaroo_jax.config_files import load_config
+    from kangaroo_jax.config_files import config_folder, load_config
     from kangaroo_jax.tools.plan_compile import prepare_environment
 
     no_more("plan", values, not_of_config(rest))
     if values.table:
         from kangaroo_jax.tools import plan
 
-        print(plan.table_of_file(Path(values.table)))
+        table = Path(values.table)
+        if not table.exists() and (of_clone := config_folder().parent / table).is_file():
+            table = of_clone
+        print(plan.table_of_file(table))
         return
     required("plan", values, "topology", *(() if values.curriculum else ("config",)))
     prepare_environment()  # before anything imports JAX
@@ -327,22 +341,69 @@ def _run_instruct(values: "flags.FlagValues", rest: list[str]) -> None:
     instruct_main(source, output, config, dry_run=values.dry_run)
 
 
+_CONFIG_HELP = """\
+Every key of the config is a flag, --config.KEY=VALUE: --config.train.steps=100 --config.optimizer.learning_rate=1e-4
+--config.data.train='("a.jsonl",)'. The last one of a key counts. config.json in a work folder lists all keys.
+"""
+_STAGES_HELP = """\
+Stages (FILE): stage1_image_pretrain, stage2_video_pretrain, stage3_refine, stage4_instruct or
+stage5_long_video, or a path of yours.
+Presets: kangaroo_8b (the published sizes), base_100m (benchmarks), tiny (CPU).
+"""
+_CURATE_HELP = """\
+  kangaroo curate --input=PATH,... --output=DIR    score everything, choose, report
+  kangaroo curate select --output=DIR              choose again, from the scores: --config.select.max_face=0.1
+  kangaroo curate explain ID --output=DIR          all that is known of one clip (an id, its beginning, or a file)
+  kangaroo curate report --output=DIR              write report.html again
+  kangaroo curate export --output=DIR              a dataset of what was chosen, for training
+  kangaroo curate doctor                           what is installed, and works
+
+kangaroo curate JOB --help lists the flags of one of them. Thresholds and stages are keys of configs/curation.py:
+--config.KEY=VALUE, or a copy of that file in --config.
+"""
+_CURATE_FLAGS = {
+    "select": ("output", "config"),
+    "explain": ("output", "config"),
+    "report": ("output", "config", "annotations"),
+    "export": ("output", "config", "name", "annotations"),
+    "doctor": (),
+}
+
 JOBS = {
     "quickstart": Job(
         "train a tiny Kangaroo from nothing, in minutes on a CPU", _define_quickstart, _run_quickstart, huge_pages=True
     ),
     "curriculum": Job(
-        "train all five stages, each from the last one's weights", _define_curriculum, _run_curriculum, huge_pages=True
+        "train all five stages, each from the last one's weights",
+        _define_curriculum,
+        _run_curriculum,
+        huge_pages=True,
+        more=_CONFIG_HELP,
     ),
     "train": Job(
-        "train one stage from a config file; --config.KEY=VALUE changes it", _define_train, _run_train, huge_pages=True
+        "train one stage from a config file; --config.KEY=VALUE changes it",
+        _define_train,
+        _run_train,
+        huge_pages=True,
+        more=_STAGES_HELP + _CONFIG_HELP,
     ),
     "chat": Job("ask a trained model about a video or an image", _define_chat, _run_chat, huge_pages=True),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta", _define_convert, _run_convert),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost", _define_plan, _run_plan),
     "data": Job("check, measure, build and look at training data", None, _run_data),
-    "curate": Job("score raw videos and images and choose among them", _define_curate, _run_curate),
+    "curate": Job(
+        "score raw videos and images and choose among them",
+        _define_curate,
+        _run_curate,
+        more=_CURATE_HELP,
+        words=_CURATE_FLAGS,
+    ),
     "annotate": Job("caption clips by their key frames, with any models", _define_annotate, _run_annotate),
     "instruct": Job("make an instruction set out of captions", _define_instruct, _run_instruct),
-    "bench": Job("measure the speed of training steps", None, _run_bench, huge_pages=True),
+    "bench": Job(
+        "measure training, the data loader, packing, conversion, curation and annotation",
+        None,
+        _run_bench,
+        huge_pages=True,
+    ),
 }

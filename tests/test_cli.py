@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax import cli
+from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import config_keys, find_config, load_config, nearest
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.training import curriculum, loop
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +91,43 @@ def test_help_of_a_job_and_version(capsys):
     assert run(capsys, "--version") == (0, "kangaroo 0.1.0\n", "")
 
 
+def test_help_says_what_there_is(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0 and all(word in out for word in ("--config.KEY=VALUE", "kangaroo_8b", "stage3_refine"))
+    assert "--config.KEY=VALUE" in run(capsys, "curriculum", "--help")[1]
+    out = run(capsys, "curate", "--help")[1]
+    for word in ("select", "explain", "report", "export", "doctor"):
+        assert f"kangaroo curate {word} " in out
+    out = run(capsys, "curate", "select", "--help")[1]
+    assert "kangaroo curate select" in out and "--output " in out and "--engine " not in out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    out = capsys.readouterr().out
+    modules = {path.stem.removeprefix("bench_") for path in (ROOT / "kangaroo_jax" / "tools").glob("bench_*.py")}
+    assert all(f"\n  {name} " in out for name in modules - {"torch"} | {"train", "vision", "train-vs-torch"})
+
+
+def test_a_table_of_the_docs_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "plan", "--table=docs/plan_compiled.jsonl")
+    assert code == 0 and out.startswith("|")
+    assert run(capsys, "plan", "--table=docs/none.jsonl")[0] == 2
+
+
+def test_a_row_is_benched_for_the_stages_whose_samples_it_holds(capsys):
+    assert run(capsys, "bench", "packing", "--row=20480x144", "--samples=50")[0] == 0
+    config = [
+        "bench",
+        "packing",
+        "--config",
+        "stage4_instruct:kangaroo_8b",
+        "--row=20480x144",
+        "--samples=50",
+        "--json",
+    ]
+    assert run(capsys, *config)[0] == 0
+
+
 def test_train_passes_its_config_on(capsys, tmp_path, trained):
     changes = [
         "--config.optimizer.learning_rate=1e-3",
@@ -155,6 +194,7 @@ BAD = {
     ("quickstart", "--scale=0"): "--scale=0",
     ("quickstart", "--fast"): "no flag --fast",
     ("chat",): "--checkpoint is missing",
+    ("chat", "--checkpoint=X"): "kangaroo convert --from=",
     ("chat", "--checkpoint=W"): "W: no such checkpoint folder",
     ("chat", "--checkpoint=W", "--video=none.mp4"): "none.mp4",
     ("chat", "--checkpoint=W", "--video=F", "--query=?"): "F: not a readable video",
@@ -171,9 +211,29 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     Path("F").write_text("text")
     Path("E").touch()
+    Path("X").mkdir()
+    Path("X/model.safetensors").touch()
     code, _, error = run(capsys, *arguments)
     assert code == 2 and BAD[arguments] in error
     assert error.startswith("kangaroo: ") and error.endswith("\n") and error.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_preset_names_the_preset(tmp_path):
+    config = stage_config("kangaroo_8b")
+    config.data.tokenizer = str(
+        train_sentencepiece(["What moves, and which way?"], tmp_path / "t.model", vocab_size=285)
+    )
+    with pytest.raises(UserError, match="this is kangaroo_8b: say :base_100m or :tiny"):
+        loop.open_tokenizer(config)
+    config.data.tokenizer = "none.model"
+    with pytest.raises(UserError, match="the quickstart leaves one for the preset tiny"):
+        loop.open_tokenizer(config)
+
+
+def test_nothing_is_converted_where_it_cannot_be_verified(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, error = run(capsys, "convert", "--from=X", f"--to={tmp_path / 'Y'}", "--verify")
+    assert code == 2 and "--verify runs the model in PyTorch" in error and error.count("\n") == 1
 
 
 def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeypatch):

@@ -34,13 +34,19 @@ from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
 
-ELSEWHERE = (
-    "data",
-    "packing",
-    "annotate",
-    "curate",
-    "checkpoint",
-)  # benchmarks with a module of their own, which may need more
+HERE = {
+    "train": "a stage's train step: [--config=STAGE:PRESET] [--packs=N] [--steps=N]",
+    "vision": "the ViT alone: [--config=STAGE:PRESET] [--frames=N] [--steps=N]",
+    "train-vs-torch": "a model of 100M parameters against the same in plain PyTorch: [--steps=N] [--rounds=N]",
+    "convert": "converting a checkpoint both ways, beside plain copies: [--folder=DIR] [--layers=N]",
+}
+ELSEWHERE = {  # with a module of their own, which may need more, and flags of their own: kangaroo bench NAME --help
+    "data": "how fast videos become batches, beside torchcodec, decord and OpenCV",
+    "packing": "how full rows get on made-up samples: [--config STAGE:PRESET ...] [--row=TOKENSxFRAMES]",
+    "checkpoint": "how long a save holds training up, and what memory it needs",
+    "annotate": "requests a second of the client of annotation, against a server that fails on purpose",
+    "curate": "CPU seconds of each stage of curation, and two workers against one: --input=...",
+}
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
@@ -224,14 +230,17 @@ def bench_config(arguments: argparse.Namespace) -> ConfigDict:
 
 
 def main(argv: Sequence[str]) -> None:
-    """`train`, `vision [--config=STAGE:PRESET] [--steps=N]`, `train-vs-torch [--steps=N] [--rounds=N] ...`,
-    `convert [--folder=DIR] [--layers=N]`, `data ...`, `packing ...`,
-    `annotate [--requests=N] ...` or `curate --input=... [--rounds=N]`.
-    """
+    """Run the benchmark that the first argument names, of `HERE` or `ELSEWHERE`. Raises UserError."""
     if argv and argv[0] in ELSEWHERE:
         return importlib.import_module(f"kangaroo_jax.tools.bench_{argv[0]}").main(argv[1:])
-    parser = argparse.ArgumentParser(prog="kangaroo bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "vision", "train-vs-torch", "convert"))
+    parser = argparse.ArgumentParser(
+        prog="kangaroo bench",
+        description="Measure parts of the program on this machine.\n\nbenchmarks:\n"
+        + "".join(f"  {name:15} {line}\n" for name, line in (HERE | ELSEWHERE).items()),
+        epilog="Of " + ", ".join(ELSEWHERE) + " the flags are listed by kangaroo bench NAME --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=(*HERE, *ELSEWHERE), metavar="BENCHMARK", help="a name of the list above")
     parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
     parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
     parser.add_argument("--frames", type=int, default=64, help="vision: frames a call")
@@ -240,7 +249,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="train-vs-torch: how often the two take turns")
     parser.add_argument("--segments", type=int, default=1, help="train-vs-torch: samples packed into a row")
     parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
-    parser.add_argument("--layers", type=int, default=32, help="convert: of the decoder; 32 is the 8B model, 17 GB")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=32,
+        help="convert: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     keep_freed_memory()

@@ -58,23 +58,38 @@ def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) ->
 def main(argv: Sequence[str]) -> None:
     """Print a Markdown table, or JSON. Raises UserError."""
     parser = argparse.ArgumentParser(prog="kangaroo bench packing", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", nargs="+", default=[f"{stage}:kangaroo_8b" for stage in STAGES])
+    parser.add_argument("--config", nargs="+", help="STAGE:PRESET, by default stages 3 to 5")
     parser.add_argument("--row", default="", help="TOKENSxFRAMES, such as 20480x144, in place of the config's")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     results = []
-    for spec in arguments.config:
+    for spec in arguments.config or [f"{stage}:kangaroo_8b" for stage in STAGES]:
         config = load_config(spec)
         if arguments.row:
             with config.unlocked():
                 config.data.tokens_per_pack, config.data.frames_per_pack = _row(arguments.row)
+            if not arguments.config and not _holds_a_sample(config):
+                if not arguments.json:
+                    print(f"{config.stage}: a sample may have {_most(config)}, which that row does not hold")
+                continue
         for text in ("log-uniform", "uniform"):
             found = bench_packing(config, arguments.samples, text, arguments.seed)
             row = f"{config.data.tokens_per_pack:,} / {config.data.frames_per_pack}"
             results.append({"stage": config.stage, "row": row, "text": text, **found})
     print(json.dumps(results) if arguments.json else _table(results))
+
+
+def _most(config: ConfigDict) -> str:
+    data = config.data
+    return f"{data.max_sample_tokens:,} tokens and {max(data.max_frames, data.long_max_frames)} frames"
+
+
+def _holds_a_sample(config: ConfigDict) -> bool:
+    data = config.data
+    frames = max(data.max_frames, data.long_max_frames)
+    return data.max_sample_tokens <= data.tokens_per_pack and frames <= data.frames_per_pack
 
 
 def _row(text: str) -> tuple[int, int]:
