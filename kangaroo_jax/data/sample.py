@@ -231,7 +231,7 @@ def probe_cached(path: str, kind: str | None = None) -> MediaInfo:
     """`probe`, remembered for the last 65,536 files while they stay unchanged. Raises UserError."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return probe(path, kind)  # an address, a member of a container, or nothing: it says what is wrong
     return _probe_version(path, kind, status.st_mtime_ns, status.st_size)
 

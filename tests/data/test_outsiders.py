@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data import feed, sources
+from kangaroo_jax.data.conversation import Conversation
 from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.ledger import Ledger
+from kangaroo_jax.data.loader import make_loader
 from kangaroo_jax.data.mixture import Mixture, open_sources
 from kangaroo_jax.data.sources import AnnotationFile
 from kangaroo_jax.data.storage import member_of
+from kangaroo_jax.data.tokenizer import Tokenizer
 from tests.data.media import numbered_frame, read_number
 
 RECORD = {"conversations": [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}]}
@@ -190,6 +196,38 @@ def test_several_wrong_records_are_counted(tmp_path: Path) -> None:
         AnnotationFile(tmp_path / "a.jsonl")
     file = AnnotationFile(tmp_path / "a.jsonl", check=False)
     assert [isinstance(file.look_at(i), UserError) for i in range(5)] == [False, True, False, True, True]
+
+
+def test_no_record_ends_a_training(
+    tmp_path: Path, tokenizer: Tokenizer, data_config: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    good = [json.dumps({"id": f"g{i}", "conversations": talk}) for i in range(6)]
+    bad = [data.decode() for _, data in HOSTILE[:3]] + [json.dumps({"id": "odd", "conversations": talk})]
+    (tmp_path / "a.jsonl").write_text("\n".join([*good[:3], *bad, *good[3:]]))
+    monkeypatch.setattr(sources, "CHECKED", 2)
+    made = feed.make_recipe
+
+    def breaks(conversation: Conversation, *more: Any) -> Any:
+        if conversation.id == "odd":
+            raise KeyError("a mistake of ours,\nor of a library")
+        return made(conversation, *more)
+
+    monkeypatch.setattr(feed, "make_recipe", breaks)
+    data_config.update(train=(str(tmp_path / "a.jsonl"),))
+    sizes = {"frames_per_group": 2, "tokens_per_group": 3, "seed": 1, "num_threads": 2}
+    loader = make_loader(data_config, tokenizer, ledger=Ledger(tmp_path / "l.jsonl"), **sizes)
+    seen = {name for _ in range(4) for name in next(loader)[1].sample_ids}
+    loader.close()
+    assert seen == {f"g{i}" for i in range(6)}
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert len(reasons) == 4 and any("cannot be used (KeyError" in reason for reason in reasons)
+    data_config.update(strict=True)
+    loader = make_loader(data_config, tokenizer, ledger=Ledger(), **sizes)
+    with pytest.raises(UserError, match=r"config.data.strict"):
+        for _ in range(9):
+            next(loader)
+    loader.close()
 
 
 # ---------------------------------------------------------------------------------- Parquet
