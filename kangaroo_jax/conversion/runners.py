@@ -1,7 +1,7 @@
 """Models at hand, run so that they can be compared: in JAX all that the table reads, in PyTorch what its libraries run.
 
-The torch side reads the files by itself, by the names that stand there, and never runs code that came with them,
-unless it is that of our own exports.
+The torch side reads the files by itself, by the names that stand there, and never runs code that came with them:
+models are those of transformers and of this package.
 """
 
 import re
@@ -37,6 +37,20 @@ FROM_TIMM = (
     (r"\.mlp\.fc1_x\.", ".mlp.w2."),
     (r"\.mlp\.fc2\.", ".mlp.w3."),
 )
+# The keys of a config.json that a model of torch is made from; others may name code, kernels to fetch among it.
+_DECODER = (
+    *(theirs for theirs, _ in formats.LLM_KEYS),
+    *(
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        *formats.FIXED,
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    ),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "header_ids", "eot_token_id")
+_SETTINGS = (*_DECODER, *_TOKENS, *formats.SECTIONS, "frame_sampling", "mm_projector_type")
 Run = tuple[np.ndarray, list[int]]  # logits float32[T, V] of a prompt, ids of the greedy answer
 
 
@@ -136,8 +150,7 @@ def _features(graph: Any, weights: Any, frames: jax.Array) -> jax.Array:
 
 
 class InTorch:
-    """A model with a decoder in PyTorch, in float32: an export by its own code, a released Kangaroo by ours, a
-    Llama by transformers."""
+    """A model with a decoder in PyTorch, in float32: a Kangaroo by our model file, a Llama by transformers."""
 
     def __init__(self, source: Source, scratch: Path) -> None:
         """Reads every weight; `scratch` is an empty folder. Raises UserError."""
@@ -149,7 +162,7 @@ class InTorch:
         self.model: Any
         self.tokenizer: Any
         folder = source.path if source.path.is_dir() else source.path.parent
-        load = _llama if source.layout == "llama" else _export if runs_itself(folder) else _released
+        load = _llama if source.layout == "llama" else _kangaroo
         try:
             with _quiet():
                 self.model, report, self.tokenizer = load(source, folder, scratch)
@@ -165,8 +178,9 @@ class InTorch:
     def answer(self, media: Path, query: str) -> tuple[np.ndarray, list[int], list[int]]:
         """(logits float32[T, V], the greedy answer's ids, the prompt's ids) of a question about a file."""
         kind = "image" if media.suffix.lower() in IMAGE_SUFFIXES else "video"
-        processing = __import__(type(self.model).__module__, fromlist=["KangarooProcessor"])
-        processor = processing.KangarooProcessor(self.model.config, self.tokenizer)
+        from kangaroo_jax.conversion.torch_model.processing_kangaroo import KangarooProcessor
+
+        processor = KangarooProcessor(self.model.config, self.tokenizer)
         content = [{"type": kind, kind: str(media)}, {"type": "text", "text": query}]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}])
         return (*self._run(inputs), inputs["input_ids"][0].tolist())
@@ -193,79 +207,107 @@ Loaded = tuple[Any, Mapping[str, Any], Any]  # a model, what was not loaded, a t
 
 
 def _llama(source: Source, folder: Path, scratch: Path) -> Loaded:
-    import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    kind: Any = LlamaForCausalLM
-    options: dict[str, Any] = dict(torch_dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    model, report = kind.from_pretrained(str(folder), config=_llama_config(folder), **options)
-    if not (folder / "tokenizer.json").is_file():
-        return model, report, None
-    return model, report, AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    model, report = _filled(LlamaForCausalLM, _llama_config(folder), _state(source))
+    return model, report, _own_tokenizer(folder)
 
 
 def _llama_config(folder: Path) -> Any:
     """transformers 4 overlooks `rope_parameters`, which 5 writes in place of `rope_theta` and `rope_scaling`."""
     from transformers import LlamaConfig
 
-    config: Any = LlamaConfig.from_pretrained(str(folder), local_files_only=True)
-    rope = dict(read_json(folder / "config.json").get("rope_parameters") or {})
+    raw = read_json(folder / "config.json")
+    config: Any = LlamaConfig(**{key: value for key, value in raw.items() if key in _DECODER})
+    rope = dict(raw.get("rope_parameters") or {})
     if rope and not hasattr(LlamaConfig(), "rope_parameters"):
         config.rope_theta = rope.pop("rope_theta", config.rope_theta)
         config.rope_scaling = rope if rope.get("rope_type", "default") != "default" else None
     return config
 
 
-def runs_itself(folder: Path) -> bool:
-    """Whether the folder is an export of ours, whose code is known; no other code is run."""
-    files = [(folder / name, CODE / name) for name in CODE_FILES]
-    return all(there.is_file() and there.read_bytes() == here.read_bytes() for there, here in files)
+def _kangaroo(source: Source, folder: Path, scratch: Path) -> Loaded:
+    """Weights in the release's names, run by our modelling file.
 
-
-def _export(source: Source, folder: Path, scratch: Path) -> Loaded:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    kind: Any = AutoModelForCausalLM
-    options: dict[str, Any] = dict(trust_remote_code=True, local_files_only=True)
-    model, report = kind.from_pretrained(str(folder), torch_dtype=torch.float32, output_loading_info=True, **options)
-    return model, report, AutoTokenizer.from_pretrained(str(folder), **options)
-
-
-def _released(source: Source, folder: Path, scratch: Path) -> Loaded:
-    """Weights in release names, run by our modelling file.
-
-    Of its config.json the decoder's keys are handed on as they stand there; what it does not say is the preset's.
+    The config.json of an export says all; of another's the decoder's keys are handed on as they stand there, and
+    what it does not say is the preset's.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from kangaroo_jax.conversion.tokenizers import write_tokenizer
     from kangaroo_jax.conversion.torch_model.configuration_kangaroo import KangarooConfig
     from kangaroo_jax.conversion.torch_model.modeling_kangaroo import KangarooForCausalLM
 
     raw, given = formats.write_hf(source.config, "float32"), read_json(folder / "config.json")
     tokenizer: Any = None
-    if source.tokenizer is not None:
+    if formats.SECTIONS.keys() <= given.keys():
+        raw.update(given)
+        tokenizer = _own_tokenizer(folder)
+    else:
+        raw.update({key: given[key] for key in _DECODER if given.get(key) is not None})
+    if tokenizer is None and source.tokenizer is not None:
+        from kangaroo_jax.conversion.tokenizers import write_tokenizer
+
         raw.update(write_tokenizer(source.tokenizer, source.config, scratch))
-        tokenizer = AutoTokenizer.from_pretrained(str(scratch), local_files_only=True)
-    decoder = [theirs for theirs, _ in formats.LLM_KEYS] + ["rope_theta", "rope_scaling", "rope_parameters"]
-    raw.update({key: given[key] for key in decoder if given.get(key) is not None})
-    unknown = ("auto_map", "architectures", "model_type", "torch_dtype")
-    config = KangarooConfig(**{key: value for key, value in raw.items() if key not in unknown})
-    (patchify,) = {row.theirs for row in _rows(source) if row.ours == "patchify/kernel"}
-    convolution = patchify.removesuffix("weight")
-    state = torch_state(
-        source.path, lambda name: f"patchify.{name.removeprefix(convolution)}" if name.startswith(convolution) else name
-    )
+        tokenizer = _own_tokenizer(scratch)
+    config = KangarooConfig(**{key: value for key, value in raw.items() if key in _SETTINGS})
+    return *_filled(KangarooForCausalLM, config, _state(source)), tokenizer
+
+
+def _state(source: Source) -> dict[str, Any]:
+    """The weights of a source by the names that the libraries' models use."""
+    given = read_json((source.path if source.path.is_dir() else source.path.parent) / "config.json")
+    convolution = ""
+    if source.layout == "kangaroo":
+        (patchify,) = {row.theirs for row in _rows(source) if row.ours == "patchify/kernel"}
+        convolution = patchify.removesuffix("weight")
+
+    def rename(name: str) -> str:
+        if convolution and name.startswith(convolution):
+            return f"patchify.{name.removeprefix(convolution)}"
+        return name
+
+    state = torch_state(source.path, rename)
     if "lm_head.weight" not in state and given.get("tie_word_embeddings"):
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
+def _filled(kind: Any, config: Any, state: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """(a model of a class that is installed here, what of the weights was not loaded).
+
+    `from_pretrained` is not used: by its leave some releases of transformers run files of the folder.
+    """
+    import torch
+
     with torch.device("meta"):  # the tensors read become the parameters: the model is in memory once
-        model = KangarooForCausalLM(config)
+        model = kind(config)
     result = model.load_state_dict(state, strict=False, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.model.config)
-    report = dict(missing_keys=result.missing_keys, unexpected_keys=result.unexpected_keys, mismatched_keys=[])
-    return model, report, tokenizer
+    return model, dict(missing_keys=result.missing_keys, unexpected_keys=result.unexpected_keys, mismatched_keys=[])
+
+
+def _own_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a folder brings, None where it has none. Raises UserError for one that is not read here."""
+    from transformers import AutoTokenizer
+
+    from kangaroo_jax.data.tokenizer import load_tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    load_tokenizer(file)  # what it may hold is checked there
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def code_of(source: Source) -> str:
+    """Whose code PyTorch runs for a source, in words."""
+    if source.layout == "llama":
+        return "transformers' LlamaForCausalLM"
+    mine = "this package's model file"
+    folder = source.path if source.path.is_dir() else source.path.parent
+    files = [(folder / name, CODE / name) for name in CODE_FILES]
+    if source.layout != "kangaroo" or not any(there.is_file() for there, _ in files):
+        return mine
+    same = all(there.is_file() and there.read_bytes() == here.read_bytes() for there, here in files)
+    return f"{mine} (the folder's own code is {'the same' if same else 'another, which was not run'})"
 
 
 def _rows(source: Source) -> list[names.Row]:

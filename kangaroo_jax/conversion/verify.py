@@ -1,8 +1,8 @@
 """Is a model still the same after a conversion? Both sides are loaded and run on the same prompt.
 
-One side runs in JAX, the other in PyTorch from its own files: an export with its own tokenizer, its own reading
-of the video and its own model file; a released Kangaroo by that model file; a bare Llama by transformers; a bare
-encoder by our vision tower. What is compared are token ids, then logits, then greedy answers; of an encoder
+One side runs in JAX, the other in PyTorch from its own weights, config and tokenizer: a Kangaroo by the model file and
+the reading of videos that an export of this package ships; a bare Llama by transformers; a bare encoder by our vision
+tower. Code that stands in a folder is never run. What is compared are token ids, then logits, then greedy answers; of an encoder
 the features.
 """
 
@@ -19,7 +19,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.names import LAYOUTS
-from kangaroo_jax.conversion.runners import InJax, InTorch, torch_features, turn
+from kangaroo_jax.conversion.runners import InJax, InTorch, code_of, torch_features, turn
 from kangaroo_jax.conversion.sources import Source, open_source, special_ids
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.inference.chat import Kangaroo, conversation
@@ -92,7 +92,7 @@ def verify(
     """
     import_torch("the comparison is run in torch")
     part, ours, theirs = sides([open_source(path, preset, overrides) for path in (first, second)])
-    tell(f"running {ours.path} in JAX, then {theirs.path} in PyTorch, in float32")
+    tell(f"running {ours.path} in JAX, then {theirs.path} in PyTorch, in float32, by {code_of(theirs)}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "torch"
         folder.mkdir()

@@ -154,3 +154,40 @@ def test_what_cannot_be_compared(checkpoint, tmp_path, capsys):
         assert code == 2 and message in error, error
     code, _, error = run(capsys, f"--from={checkpoint}", f"--to={tmp_path / 'x'}", "--verify", "--lora=a", *flags)
     assert code == 2 and "convert with --lora first" in error and not (tmp_path / "x").exists()
+
+
+def _attacked(folder, marker) -> None:
+    """Name code of the folder wherever a library looks for some, and change the code that an export ships."""
+    code = f"open({str(marker)!r}, 'a').write(__file__ + '\\n')\n"
+    (folder / "evil.py").write_text(code + "class KangarooForCausalLM: pass\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(model, *args, **kwargs): pass\n")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["auto_map"] = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")}
+    raw["auto_map"]["AutoModelForCausalLM"] = "evil.KangarooForCausalLM"
+    raw.update(attn_implementation="evil/kernel", _attn_implementation="evil/kernel")
+    (folder / "config.json").write_text(json.dumps(raw))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for file in folder.glob("*_kangaroo.py"):
+        file.write_text(code + file.read_text())
+
+
+def test_code_of_a_folder_is_never_run(checkpoint, video, tmp_path, capsys):
+    evil, marker = tmp_path / "evil", tmp_path / "was_run"
+    assert run(capsys, f"--from={checkpoint}", f"--to={evil}")[0] == 0
+    _attacked(evil, marker)
+    flags = [f"--from={evil}", f"--to={tmp_path / 'ours'}", "--verify", f"--video={video}"]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0 and "32 of 32 greedy tokens agree" in out and not marker.exists()
+    assert "by this package's model file (the folder's own code is another, which was not run)" in out
+
+
+def test_code_of_a_llama_is_never_run(checkpoint, tmp_path, capsys):
+    evil, marker = tmp_path / "evil", tmp_path / "was_run"
+    assert run(capsys, f"--from={checkpoint}", f"--to={evil}", "--format=llama")[0] == 0
+    (evil / "tokenizer_config.json").write_text('{"tokenizer_class": "Tokenizer"}')
+    _attacked(evil, marker)
+    code, out, _ = run(capsys, f"--from={evil}", f"--to={evil}", "--verify")
+    assert code == 0 and "by transformers' LlamaForCausalLM" in out and not marker.exists()
