@@ -190,3 +190,154 @@ def test_the_command_converts_and_verifies(checkpoint, tmp_path, video, capsys):
     arguments = ["convert", f"--from={checkpoint}", f"--to={tmp_path / 'hf'}", "--verify", f"--video={video}"]
     assert cli.main(arguments) == 0
     assert "32 of 32 greedy tokens agree" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------- what users of transformers do with an export
+
+
+@pytest.fixture(scope="module")
+def asked(exported, theirs, video, tmp_path_factory):
+    """(processor, a batch of three questions about a video, an image and nothing, and each of them alone)."""
+    from PIL import Image
+
+    picture = tmp_path_factory.mktemp("picture") / "a.png"
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 24, 3), np.uint8)).save(picture)
+    processor = transformers.AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+    times = np.arange(8) / 2
+    contents = [
+        [{"type": "video", "video": [picture] * 4 + [picture] * 4, "times": times}, {"type": "text", "text": "What?"}],
+        [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What moves in the video?"}],
+        "A red square?",
+    ]
+    conversations = [[{"role": "user", "content": content}] for content in contents]
+    batch = processor.apply_chat_template(conversations)
+    return processor, conversations, batch, [processor.apply_chat_template(one) for one in conversations]
+
+
+def _new(model, inputs, **options) -> list[list[int]]:
+    usual = dict(max_new_tokens=8, pad_token_id=2, temperature=None, top_p=None)
+    ids = model.generate(**inputs, **{**usual, "do_sample": False, **options})
+    return [row[inputs["input_ids"].shape[1] :] for row in ids.tolist()]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}])
+def test_each_row_of_a_batch_sees_its_own_frames(theirs, asked, options):
+    model, _ = theirs
+    _, _, batch, alone = asked
+    assert batch["pixel_values"].shape[0] == 8 + 2 and batch["input_ids"].shape[0] == 3
+    assert _new(model, batch, **options) == [row for one in alone for row in _new(model, one, **options)]
+
+
+def test_sampled_sequences_begin_with_the_same_logits(theirs, asked):
+    model, _ = theirs
+    batch, alone = asked[2:]
+    options = dict(do_sample=True, num_return_sequences=3, max_new_tokens=1, pad_token_id=2)
+    drawn = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True).logits[0]
+    with torch.no_grad():
+        expected = torch.cat([model(**one).logits[:, -1] for one in alone]).repeat_interleave(3, 0)
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_video_on_a_filled_cache_is_seen(theirs, asked):
+    model, _ = theirs
+    first, second = asked[3][0], asked[3][1]
+    done = model.generate(**first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=2)
+    name = "cache" if "cache" in done.keys() else "past_key_values"
+    ids = torch.cat([done.sequences, second["input_ids"]], 1)
+    both = {key: torch.cat([first[key], second[key]]) for key in ("pixel_values", "frame_times")}
+    both.update(input_ids=ids, attention_mask=torch.ones_like(ids))
+    expected = _new(model, both)
+    looked = []
+    hook = model.vision_tower.register_forward_pre_hook(lambda module, inputs: looked.append(len(inputs[0])))
+    assert _new(model, both, **{name: done[name]}) == expected
+    hook.remove()
+    assert looked == [2]  # the frames of the first turn are in the cache
+    with torch.no_grad(), pytest.raises(ValueError, match="4 places for 20 vision tokens"):
+        model(input_ids=second["input_ids"], **{key: both[key] for key in ("pixel_values", "frame_times")})
+
+
+def test_tokens_guessed_from_the_prompt_change_no_answer(theirs, asked):
+    """The placeholder may be among the guesses; it is a token like any other there."""
+    model, _ = theirs
+    one = dict(asked[3][0])
+    first = one["input_ids"][0].tolist().index(model.config.special_ids["vision"])
+    before = one["input_ids"][:, first - 2 : first]
+    one["input_ids"] = torch.cat([one["input_ids"], before], 1)
+    one["attention_mask"] = torch.ones_like(one["input_ids"])
+    looked_up = _new(model, one, prompt_lookup_num_tokens=4, max_matching_ngram_size=2)
+    assert looked_up == _new(model, one)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss(theirs, asked):
+    """As Trainer accumulates gradients: every part is told of how many labels the whole has."""
+    model, _ = theirs
+    batch, alone = asked[2:]
+    labels = torch.where((batch["input_ids"] >= 12) & (batch["attention_mask"] == 1), batch["input_ids"], -100)
+    whole = model(**batch, labels=labels)
+    count = int((labels[:, 1:] != -100).sum())
+    parts = 0.0
+    for i, one in enumerate(alone):
+        own = labels[i : i + 1, -one["input_ids"].shape[1] :]
+        parts += model(**one, labels=own, num_items_in_batch=torch.tensor(count)).loss
+    torch.testing.assert_close(parts, whole.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_reaches_the_encoder_and_changes_no_gradient(theirs, asked, reentrant):
+    import copy
+
+    model, inputs = copy.deepcopy(theirs[0]).train(), asked[3][0]
+    for name, weight in model.named_parameters():  # as with adapters: the patch embedding is frozen
+        weight.requires_grad_(name.endswith(("attn.q_proj.weight", "self_attn.q_proj.weight")))
+    runs = []
+    hook = model.vision_tower.blocks[0].attn.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = gradients()
+    hook.remove()
+    assert len(runs) == 3  # once more than without
+    assert found.keys() == expected.keys() and any("vision_tower" in name for name in found)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_processor_is_saved_with_a_model_and_read_again(theirs, asked, tmp_path):
+    processor, conversations, batch, alone = asked
+    assert isinstance(processor, transformers.ProcessorMixin)
+    theirs[0].save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = transformers.AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__name__ == "KangarooProcessor"
+    same = again.apply_chat_template(conversations)
+    assert all(torch.equal(same[key], batch[key]) for key in batch) and same.keys() == batch.keys()
+    alone_too = tmp_path / "alone"
+    processor.save_pretrained(alone_too)
+    read = transformers.AutoProcessor.from_pretrained(alone_too, trust_remote_code=True)
+    assert torch.equal(read.apply_chat_template(conversations[2])["input_ids"], alone[2]["input_ids"])
+    assert processor.batch_decode(batch["input_ids"])[2].endswith("A red square?assistant\n\n")
+
+
+def test_a_prompt_as_text_and_its_media(asked):
+    processor, conversations, batch, _ = asked
+    texts = processor.apply_chat_template(conversations, tokenize=False)
+    media = [conversation[0]["content"][0] for conversation in conversations[:2]]
+    frames, picture = media[0]["video"], media[1]["image"]
+    found = processor(text=texts, videos=[frames], images=picture, return_tensors="pt", padding=True)
+    assert torch.equal(found["input_ids"], batch["input_ids"])
+    assert torch.equal(found["pixel_values"], batch["pixel_values"])
+    narrow = found.to(torch.bfloat16)
+    assert narrow["pixel_values"].dtype == torch.bfloat16 and narrow["frame_times"].dtype == torch.float32
+    with pytest.raises(ValueError, match="more tags than media"):
+        processor(text=texts, images=picture)
+    with pytest.raises(ValueError, match="media without a tag in the text: {'image': 1}"):
+        processor(text="Who?", images=picture)
+    with pytest.raises(TypeError, match="continue_final_message"):
+        processor.apply_chat_template(conversations[2], continue_final_message=True)
+    with pytest.raises(ValueError, match="only 'pt'"):
+        processor.apply_chat_template(conversations[2], return_tensors="np")

@@ -3,6 +3,7 @@
 frames -> EVA-02 ViT -> + time in seconds -> 3D depthwise patchify -> projector -> tokens among the text -> Llama 3
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_kangaroo import KangarooConfig
@@ -76,7 +78,7 @@ class SwiGLU(nn.Module):
         return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(c["width"], eps=c["norm_eps"]), Attention(c)
@@ -113,6 +115,9 @@ class VisionTower(nn.Module):
         grid = pixels.shape[-1] // self.c["patch_size"]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid).to(x.dtype)
         cos, sin = self.rotary(grid, x.device, x.dtype)
+        if self.training and torch.is_grad_enabled() and not x.requires_grad:
+            # A checkpointed block gives gradients only where its input has some: adapters of frozen weights need them.
+            x.requires_grad_(any(weight.requires_grad for weight in self.blocks.parameters()))
         for block in self.blocks:
             x = block(x, cos, sin)
         return (self.norm(x) if self.c["output_norm"] else x)[:, 1:]
@@ -156,9 +161,19 @@ def time_encoding(seconds: torch.Tensor, width: int, theta: float) -> torch.Tens
 # ------------------------------------------------------------------------------------- model
 
 
+@dataclasses.dataclass
+class Seen:
+    """What the prompts of one `generate` show: their length in tokens, and of each the vision tokens [n, D] that a
+    cache does not have yet, behind the number of those that it has."""
+
+    prompt: int
+    rows: list[tuple[int, torch.Tensor]]
+
+
 class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     """The whole model. `chat` answers questions; `forward` and `generate` are those of any causal model, and take
-    `pixel_values` [F, 3, S, S] and `frame_times` [F] besides (see `KangarooProcessor`)."""
+    `pixel_values` [F, 3, S, S] and `frame_times` [F] besides: the frames of all rows of the batch, one after the other
+    (see `KangarooProcessor`)."""
 
     config_class = KangarooConfig
     base_model_prefix = "model"
@@ -213,17 +228,94 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, frame_times: torch.Tensor | None
     ) -> torch.Tensor:
-        """ids [B, T] -> embeddings [B, T, D], with the vision tokens, in order, where the placeholder stands."""
-        place = input_ids == self.config.special_ids["vision"]
-        x = self.model.embed_tokens(input_ids)
-        if pixel_values is None or not place.any():
-            return x
+        """ids [B, T] -> embeddings [B, T, D], with the vision tokens, in order, where the placeholder stands.
+
+        Raises ValueError where there are more or fewer of those than places.
+        """
+        if pixel_values is None:
+            return self.model.embed_tokens(input_ids)
+        seen = self._look(input_ids, pixel_values, frame_times)
+        return self._laid_in(input_ids, input_ids, seen)
+
+    def _look(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, frame_times: torch.Tensor | None, cached: int = 0
+    ) -> Seen:
+        """Encode the frames of prompts [B, T] but for those that stand among the first `cached` tokens."""
         if frame_times is None:
             raise ValueError("pixel_values need frame_times, the frames' seconds")
-        vision = self.encode_frames(pixel_values.to(x.device), frame_times).to(x.dtype)
-        if int(place.sum()) != len(vision):
-            raise ValueError(f"{int(place.sum())} places for {len(vision)} vision tokens")
-        return x.masked_scatter(place[..., None].expand_as(x), vision)
+        grid = pixel_values.shape[-1] // self.config.vision_config["patch_size"]
+        kernel = self.config.patchify_config["kernel"] if self.config.patchify_config["enabled"] else (1, 1, 1)
+        per_group = (grid // kernel[1]) * (grid // kernel[2])
+        place = input_ids == self.config.special_ids["vision"]
+        places, known = place.sum(1).tolist(), place[:, :cached].sum(1).tolist()
+        vision_tokens = len(pixel_values) // kernel[0] * per_group
+        if sum(places) != vision_tokens or any(n % per_group for n in places):
+            raise ValueError(f"{sum(places)} places for {vision_tokens} vision tokens")
+        firsts = [n // per_group for n in known]
+        is_new = [i >= first for n, first in zip(places, firsts, strict=True) for i in range(n // per_group)]
+        frames = torch.tensor(is_new, device=pixel_values.device).repeat_interleave(kernel[0])
+        pixels, times = pixel_values[frames], frame_times.to(pixel_values.device)[frames]
+        device = self.model.embed_tokens.weight.device
+        tokens = self.encode_frames(pixels.to(device), times) if len(pixels) else pixels.new_zeros(0, 0)
+        firsts = [first * per_group for first in firsts]
+        parts = tokens.split([n - first for n, first in zip(places, firsts, strict=True)])
+        return Seen(input_ids.shape[1], list(zip(firsts, parts, strict=True)))
+
+    def _laid_in(self, input_ids: torch.Tensor, latest: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """Embeddings [B, n, D] of `latest` [B, n], the last of `input_ids` [B, T], with the vision tokens laid in.
+
+        A placeholder behind the prompt is a token like any other: generated, or guessed from the prompt.
+        """
+        x = self.model.embed_tokens(latest)
+        place = input_ids == self.config.special_ids["vision"]
+        place[:, seen.prompt :] = False
+        start = input_ids.shape[1] - latest.shape[1]
+        before, place = place[:, :start].sum(1).tolist(), place[:, start:]
+        counts = place.sum(1).tolist()
+        if not any(counts):
+            return x
+        rows = zip(seen.rows, before, counts, strict=True)
+        vision = torch.cat([tokens[n - first : n - first + count] for (first, tokens), n, count in rows if count])
+        return x.masked_scatter(place[..., None].expand_as(x), vision.to(x.device, x.dtype))
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Frames are looked at once for the whole of `generate`, and all copies of a prompt show the same."""
+        frames = {name: kwargs.pop(name, None) for name in ("pixel_values", "frame_times")}
+        assisted, seen = kwargs.pop("seen", None), None  # of the model that this one guesses tokens for
+        if frames["pixel_values"] is not None:
+            if input_ids is None or kwargs.get("inputs_embeds") is not None:
+                raise ValueError("pixel_values need input_ids: embeddings do not say where the frames stand")
+            cache = kwargs.get(CACHE)
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            prompt = input_ids if assisted is None else input_ids[:, : assisted.prompt]
+            seen = self._look(prompt, **frames, cached=cached)
+            seen.rows = [row for row in seen.rows for _ in range(expand_size)]
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        input_ids, kwargs = expand(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs if seen is None else {**kwargs, **frames, "seen": seen}
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        seen: Seen | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What transformers makes of it, with the vision tokens among the embeddings."""
+        if seen is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "frame_times")}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        latest = inputs.get("input_ids")
+        if seen is not None and latest is not None and input_ids.shape[1] - latest.shape[1] < seen.prompt:
+            inputs["inputs_embeds"] = self._laid_in(input_ids, inputs.pop("input_ids"), seen)
+        return inputs
 
     def forward(
         self,
@@ -238,15 +330,21 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         frame_times: torch.Tensor | None = None,
         cache: Any = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """What a Llama takes and returns; `cache` is the name of `past_key_values` since transformers 5.24."""
+        """What a Llama takes and returns; `cache` is the name of `past_key_values` since transformers 5.24.
+
+        With a filled cache the frames are those of `input_ids`, not those that the cache has. The loss is the mean
+        over the labels, or where the batch is a part of one of `num_items_in_batch` labels their sum over that.
+        """
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            begins = cache is None or cache.get_seq_length() == 0
-            inputs_embeds = self.embed(input_ids, pixel_values if begins else None, frame_times)
+            goes_on = cache is not None and int(cache.get_seq_length()) > 0
+            shows = not goes_on or bool((input_ids == self.config.special_ids["vision"]).any())
+            inputs_embeds = self.embed(input_ids, pixel_values if shows else None, frame_times)
         kwargs.pop("return_dict", None)
         kwargs[CACHE] = cache
         outputs = self.model(
@@ -262,7 +360,11 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             shifted = labels[:, 1:].to(logits.device)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100)
+            how = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction=how)
+            if isinstance(num_items_in_batch, torch.Tensor):
+                num_items_in_batch = num_items_in_batch.to(loss.device)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         filled: dict[str, Any] = {CACHE: outputs[CACHE] if CACHE in outputs else None}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **filled)
 
