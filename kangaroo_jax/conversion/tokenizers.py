@@ -64,7 +64,7 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
         target.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         shutil.copyfile(source, folder / f"kangaroo_{source.name}")
     else:
-        shutil.copyfile(source, target)
+        _copy_json(source, target)
     eot = tokenizer.name(tokenizer.eot)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -79,6 +79,18 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return _token_keys(tokenizer)
+
+
+def _copy_json(source: Path, target: Path) -> None:
+    """Copy a tokenizer.json; a mark of ours that it calls no special token becomes one, as it is here."""
+    spec = json.loads(source.read_bytes())
+    odd = [e for e in spec["added_tokens"] if e["content"] in SPECIAL_NAMES.values() and not e.get("special")]
+    if not odd:
+        shutil.copyfile(source, target)
+        return
+    for entry in odd:
+        entry["special"] = True
+    target.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
 
 
 def _token_keys(tokenizer: Tokenizer) -> dict[str, Any]:

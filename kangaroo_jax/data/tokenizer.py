@@ -17,8 +17,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.json_text import parse_json
 
 SPECIAL_NAMES = {
     "bos": "<|begin_of_text|>",
@@ -67,6 +69,15 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# What a tokenizer.json may be made of: each part is linear in the text, and makes it but a few times as long.
+KNOWN_PARTS = (
+    *("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Lowercase", "Strip"),
+    *("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
+    *("ByteFallback", "Fuse"),
+)
+KNOWN_MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
+KNOWN_PATTERNS = (LLAMA3_PATTERN,)
+LARGEST_JSON = 128 << 20  # bytes of a tokenizer.json; Llama 3's is 9 MB
 # tiktoken recurses on long runs: text is cut where this many characters of one sort (blank or not) follow.
 _LONGEST_TEXT = 400_000
 _LONGEST_RUN = 25_000
@@ -144,17 +155,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _from_json(path: Path, data: bytes) -> Tokenizer:
-    """`tokenizers`. The added tokens are taken out of the reader, so that text cannot spell them, but for the
-    blank line of SentencePiece models trained here, which is text."""
+    """`tokenizers`. Special tokens are spelled out in text; added tokens that are not special are text, and found."""
     import tokenizers
 
+    if len(data) > LARGEST_JSON:
+        raise UserError(f"{path}: {len(data)} bytes are no tokenizer.json; is it the right file?")
+    spec = parse_json(data, str(path))
     try:
-        spec = json.loads(data)
-        text = [e for e in spec["added_tokens"] if e.get("special") is False and e["content"] in WHOLE_PIECES]
-        special = {int(entry["id"]): str(entry["content"]) for entry in spec["added_tokens"] if entry not in text}
-        spec.update(added_tokens=text, post_processor=None, truncation=None, padding=None)
+        for entry in spec["added_tokens"]:
+            entry["special"] = entry.get("special") is not False or entry["content"] in SPECIAL_NAMES.values()
+        added = {int(entry["id"]): str(entry["content"]) for entry in spec["added_tokens"]}
+        special = {int(entry["id"]): added[int(entry["id"])] for entry in spec["added_tokens"] if entry["special"]}
+        _check_parts(spec, path)
+        spec.update(post_processor=None, truncation=None, padding=None)
         reader = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the package raises bare Exception
+        reader.encode_special_tokens = True
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:  # the package raises bare Exception, and panics of Rust that are not even that
         raise UserError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
     by_name = {name: token for token, name in special.items()}
     ordinary = reader.get_vocab_size(with_added_tokens=False)
@@ -169,12 +187,41 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
             raise UserError(f"{path}: no {name} among its added tokens; give the tokenizer of a Llama-3 model")
     return Tokenizer(
         kind="llama3_json",
-        vocab_size=max(ordinary, *(token + 1 for token in special)),
+        vocab_size=max(ordinary, *(token + 1 for token in added)),
         **ids,
         _encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
         _decode=lambda tokens: reader.decode(tokens, skip_special_tokens=False),
         _special=special,
     )
+
+
+def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where a tokenizer.json asks for what may take for ever, or make a text any longer than it is."""
+    for kind in ("normalizer", "pre_tokenizer", "decoder"):
+        for part in _parts(spec.get(kind)):
+            name = part.get("type")
+            if name not in KNOWN_PARTS:
+                raise UserError(f"{path}: {kind} {name!r} is not read; known are {', '.join(KNOWN_PARTS)}")
+            pattern = part.get("pattern") or {"String": " "}
+            if "Regex" in pattern and pattern["Regex"] not in KNOWN_PATTERNS:
+                raise UserError(f"{path}: the {kind}'s pattern {pattern['Regex']!r} is none that is known; not read")
+            longest = max((len(str(part.get(key) or "")) for key in ("content", "prepend", "replacement")), default=0)
+            if longest > 8 or pattern.get("String") == "":
+                raise UserError(f"{path}: the {kind} {name!r} puts {longest} characters in place of a few; not read")
+    model = spec["model"]
+    if model.get("type", "BPE") not in KNOWN_MODELS or model.get("dropout"):
+        raise UserError(f"{path}: its model is none that is read ({', '.join(KNOWN_MODELS)}, without dropout)")
+
+
+def _parts(part: Any) -> Iterable[Mapping[str, Any]]:
+    """A part of a tokenizer.json as the parts that it is made of."""
+    if part is None:
+        return
+    if part.get("type") != "Sequence":
+        yield part
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        for inner in part.get(key) or ():
+            yield from _parts(inner)
 
 
 # ------------------------------------------------------------------- tokenizer.model, Llama 3
@@ -340,5 +387,5 @@ def train_sentencepiece(
     return path
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
