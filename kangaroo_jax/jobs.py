@@ -194,6 +194,8 @@ def _run_convert(values: "flags.FlagValues", rest: list[str]) -> None:
     from kangaroo_jax.conversion.convert import convert_main
 
     sources = list(given["from"] or [path for path in (given["vision"], given["llm"]) if path])
+    if Path(",".join(sources)).exists():  # one whose name has a comma
+        sources = [",".join(sources)]
     convert_main(sources, values.to, verify=values.verify, checks=checks, overrides=overrides, **options)
 
 
