@@ -19,6 +19,7 @@ from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building, Progress, Tell
+from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
@@ -33,11 +34,13 @@ SAME_NAME = {"kangaroo": "hf"}  # format that a layout is written as
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is written: weights under our names, a stage's config, a tokenizer's file or None."""
+    """What is written: weights under our names, a stage's config, a tokenizer's file or None, and what the source says
+    of lengths and ids (`Source.said`)."""
 
     weights: Weights
     config: ConfigDict
     tokenizer: Path | None
+    said: Mapping[str, Any]
 
 
 def convert(
@@ -94,7 +97,8 @@ def convert(
     if dtype != "keep":
         weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
     beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
-    model = Model(weights, config, Path(tokenizer) if tokenizer else beside)
+    said = next((s.said for s in reversed(opened) if s.said), {})
+    model = Model(weights, config, Path(tokenizer) if tokenizer else beside, said)
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
     plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer), sources=read_from)
@@ -153,6 +157,7 @@ def convert_main(
         raise UserError(
             "--verify compares models that are the same: convert with --lora first, then --from=THAT --verify"
         )
+    import_torch("the comparison is run in torch")
     if not Path(target).exists():
         convert(sources, target, **options)
     given = dict(checks or {})
@@ -207,20 +212,24 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
     rows = [row for row in table_for(layout, config.model) if row.ours != SPECIAL]
     total = sum(nbytes_there(row, weights) for row in rows)
     building.need(total)
+    if left := sorted({path.split("/")[0] for path in weights.specs if not path.startswith(LAYOUTS[layout])}):
+        tell(f"format {format} has no place for {', '.join(left)}: left out")
     progress = Progress(format, total, tell)
-    _write_config_there(format, model, weights, rows, building)
+    _write_config_there(format, model, weights, rows, building, tell)
     if format == "meta":
         write_torch(weights, rows, building, progress, "consolidated.00.pth")
     else:
         write_safetensors(weights, rows, building, progress, limit=shard_bytes)
     if layout == "kangaroo":
         export.write_beside(model.weights, weights, config, model.tokenizer, building.folder, tell)
-    elif layout in ("llama", "meta") and model.tokenizer is not None:
+    elif layout == "meta" and model.tokenizer is not None:
         shutil.copyfile(model.tokenizer, building.folder / model.tokenizer.name)
     progress.finish()
 
 
-def _write_config_there(format: str, model: Model, weights: Weights, rows: Sequence[Row], building: Building) -> None:
+def _write_config_there(
+    format: str, model: Model, weights: Weights, rows: Sequence[Row], building: Building, tell: Tell
+) -> None:
     """config.json or params.json, first, so that what cannot be said there is found at once."""
     llm, folder = model.config.model.llm, building.folder
     if format == "meta":
@@ -228,5 +237,4 @@ def _write_config_there(format: str, model: Model, weights: Weights, rows: Seque
     elif format == "llama":
         raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **formats.write_llm(llm)}
         raw["torch_dtype"] = export.widest(weights, [row.ours for row in rows])
-        raw["max_position_embeddings"] = int(8192 * llm.rope_scaling.factor)
-        export.write_json(folder / "config.json", raw)
+        export.write_beside_llama(raw, model.config, model.tokenizer, model.said, folder, tell)

@@ -63,6 +63,43 @@ def write_beside(
     _write_hidden_rows(ours, config, folder / SHADOWED)
 
 
+def write_beside_llama(
+    raw: dict[str, Any],
+    config: ConfigDict,
+    tokenizer: Path | None,
+    said: Mapping[str, Any],
+    folder: Path,
+    tell: Tell,
+) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files of a bare Llama.
+
+    Args:
+        raw: keys of config.json that the weights decide.
+        config: the stage's.
+        tokenizer: its file, or None.
+        said: lengths and ids of the Llama that this one comes from; they win.
+        folder: the target.
+        tell: prints a line.
+    """
+    from kangaroo_jax.conversion.tokenizers import write_tokenizer
+
+    tokens: dict[str, Any] = {}
+    if tokenizer is not None:
+        try:
+            tokens = write_tokenizer(tokenizer, config, folder)
+        except UserError as error:  # a bare Llama may have a tokenizer that no Kangaroo has
+            shutil.copyfile(tokenizer, folder / tokenizer.name)
+            tell(f"{error}; copied as it is, with no tokenizer_config.json")
+    elif "eos_token_id" not in said:
+        tell("no tokenizer beside the source: nothing says which token ends an answer; give one by --tokenizer")
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    # Named in any case: what is not said would be Llama 2's.
+    raw.update({key: said.get(key, tokens.get(key)) for key in ids})
+    raw["max_position_embeddings"] = said.get("max_position_embeddings", formats.longest(config.model.llm))
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", {key: raw[key] for key in ids if raw[key] is not None})
+
+
 def _generation(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The release's way to answer: sampled, 512 tokens at most."""
     value = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 512}

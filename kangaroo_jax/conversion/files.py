@@ -18,6 +18,7 @@ import numpy as np
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.installing import install_line
+from kangaroo_jax.json_text import parse_json
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -31,6 +32,13 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors library
+LARGEST_JSON = 256 << 20  # bytes of a config or index
+PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # that wrappers of a model put before every name
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched
+# What transformers' Trainer leaves beside the weights.
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
+# What torch raises for files that are damaged.
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, OverflowError)
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")  # keys under which checkpoints hold their weights
 # Along which axis Meta cuts a tensor for several files ("model parallel"); norms are in every file.
 META_AXES = {r"tok_embeddings|output|.*\.(wq|wk|wv|w1|w3)": 0, r".*\.(wo|w2)": 1}
@@ -59,7 +67,8 @@ Tensors = Mapping[str, Tensor]
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of a folder (an index and its shards, consolidated.*.pth, or the one file there is).
+    """The tensors of a file, or of a folder: of several files there those that transformers takes, else Meta's
+    consolidated.*.pth, else all of one kind.
 
     Raises:
         UserError: nothing to read, a damaged file, a missing shard, or a name in two files.
@@ -69,16 +78,47 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return _open_file(path)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            return _open_index(path / index)
+    for kind in ("model.safetensors", "pytorch_model.bin"):  # in this order, as transformers
+        if (path / kind).is_file():
+            return _open_file(path / kind)
+        if (path / f"{kind}.index.json").is_file():
+            return _open_index(path / f"{kind}.index.json")
     if shards := sorted(path.glob("consolidated.*.pth")):
         return _join_meta([_open_file(shard) for shard in shards])
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
-        files = [f for f in sorted(path.glob(pattern)) if f.name != "kangaroo_jax.safetensors"]
-        if files:
+        if files := [file for file in sorted(path.glob(pattern)) if _may_hold_weights(file)]:
             return _merge(_complete(files))
     raise UserError(f"{path}: no weights here (looked for *.safetensors, *.bin, *.pt, consolidated.*.pth)")
+
+
+def open_model(path: str | Path) -> dict[str, Tensor]:
+    """`open_tensors`, without what wrappers put before the names (see `unwrapped`)."""
+    tensors = open_tensors(path)
+    return {short: tensors[name] for name, short in unwrapped(tensors).items()}
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """name -> the name without the prefixes of DDP, `torch.compile` and PEFT, where every name has them."""
+    short = {name: name for name in names}
+    while prefix := next((p for p in PREFIXES if short and all(n.startswith(p) for n in short.values())), ""):
+        short = {name: now.removeprefix(prefix) for name, now in short.items()}
+    return short
+
+
+def left_aside(path: Path, read: Iterable[Path]) -> list[str]:
+    """The names of files in a folder that look like weights too, but were not read."""
+    if path.is_file():
+        return []
+    taken = {file.name for file in read}
+    found = [f for suffix in ("safetensors", "bin", "pt", "pth") for f in path.glob(f"*.{suffix}")]
+    names = [file.name for file in found if file.name not in taken and _may_hold_weights(file)]
+    if taken & {"model.safetensors", "pytorch_model.bin"}:
+        names += [file.name for file in path.glob("*.index.json")]
+    return sorted(names)
+
+
+def _may_hold_weights(file: Path) -> bool:
+    return file.name != "kangaroo_jax.safetensors" and NO_WEIGHTS.fullmatch(file.name) is None
 
 
 def files_of(tensors: Tensors) -> list[Path]:
@@ -87,6 +127,9 @@ def files_of(tensors: Tensors) -> list[Path]:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a git-lfs pointer, not the weights themselves; fetch them with git lfs pull")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in (".bin", ".pt", ".pth"):
@@ -96,11 +139,11 @@ def _open_file(path: Path) -> dict[str, Tensor]:
 
 def _open_index(path: Path) -> dict[str, Tensor]:
     places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
         raise UserError(f"{path}: has no weight_map; the file is damaged")
     opened: dict[str, dict[str, Tensor]] = {}
     for shard in sorted(set(places.values())):
-        if Path(str(shard)).name != shard:
+        if Path(shard).name != shard:
             raise UserError(f"{path}: names {shard!r}, which is no file beside it")
         if not (path.parent / shard).is_file():
             raise UserError(
@@ -137,11 +180,11 @@ def _merge(files: Iterable[Path], opened: Mapping[str, dict[str, Tensor]] | None
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises UserError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path}: {path.stat().st_size} bytes are no config or index; is it the right file?")
+        value = parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -163,7 +206,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         entries.pop("__metadata__", None)
         tensors = {name: _safetensor(path, name, entry, 8 + length) for name, entry in entries.items()}
         ends = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise UserError(f"{path}: damaged: its header is no safetensors header; download it again") from None
     position = 0
     for begin, end in ends:
@@ -178,8 +221,10 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 def _safetensor(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{path}: tensor {name} is of type {entry['dtype']}, which is not read; use F32, BF16 or F16")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if not all(type(n) is int and n <= path.stat().st_size for n in (*shape, begin, end)):
+        raise UserError(f"{path}: damaged: tensor {name} claims more than a file of this size holds")
     if end - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
         raise UserError(f"{path}: damaged: tensor {name} of shape {shape} and type {dtype} is not {end - begin} bytes")
 
@@ -222,26 +267,28 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand|opcode):? (\S+)", str(error))
-        what = f"it refers to {(found[1] or found[2]).rstrip('.')}" if found else "it holds more than tensors"
+        found = re.search(r"GLOBAL (\w+\.[\w.]+)", str(error))
+        what = f"it refers to {found[1].rstrip('.')}" if found else "it holds more than tensors"
         raise UserError(
             f"{path}: refused, nothing of it was run: {what}, which is no weight; get the weights as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: damaged or no torch file ({_first_line(error)})") from None
+    except MemoryError:
+        raise UserError(f"{path}: damaged: it claims more than the memory holds") from None
     state = _state_dict(loaded)
     if not state:
         raise UserError(f"{path}: holds no dictionary of tensors (found {type(loaded).__name__})")
     return {name: _torch_tensor(path, name, tensor) for name, tensor in state.items()}
 
 
-def _state_dict(loaded: Any) -> dict[str, Any]:
-    """The names and tensors in what a file holds; those of a training script are one level down."""
-    if not isinstance(loaded, Mapping):
+def _state_dict(loaded: Any, depth: int = len(WRAPPERS)) -> dict[str, Any]:
+    """The names and tensors in what a file holds; those of a training script are one level down, or some more."""
+    if not isinstance(loaded, Mapping) or not depth:
         return {}
     for key in WRAPPERS:
         if isinstance(loaded.get(key), Mapping):
-            return _state_dict(loaded[key])
+            return _state_dict(loaded[key], depth - 1)
     state = {str(name): value for name, value in loaded.items() if hasattr(value, "untyped_storage")}
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -253,7 +300,13 @@ def _torch_tensor(path: Path, name: str, tensor: Any) -> Tensor:
     try:
         dtype = dtype or np.dtype(str(tensor.dtype).removeprefix("torch."))
     except TypeError:
-        raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, which is not read") from None
+        dtype = None
+    if dtype is None or (dtype.itemsize < 2 and dtype.kind in "fV"):  # float8, whose scales stand elsewhere
+        raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, which is not read; use bfloat16 or float32")
+    if str(tensor.layout) != "torch.strided" or tensor.is_meta:
+        raise UserError(f"{path}: tensor {name} holds no plain numbers ({tensor.layout}, {tensor.device})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: tensor {name} of shape {tuple(tensor.shape)} claims more than the file holds")
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         part = tensor.detach()[start:stop].contiguous() if tensor.ndim else tensor.detach()

@@ -43,6 +43,7 @@ ROPE_KEYS = (
     ("original_max_position_embeddings", "original_length"),
 )
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what the decoder cannot vary
+LLAMA_31_LENGTH = 131_072  # tokens, of Llama 3.1 and 3.2
 USUAL_THETA, USUAL_EPS = 10_000.0, 1e-6  # of transformers' LlamaConfig, where config.json says nothing
 
 
@@ -59,7 +60,7 @@ def read_hf(raw: Mapping[str, Any], model: ConfigDict, where: Path) -> None:
     Raises:
         UserError: the file lacks a size, or asks for something that the decoder does not do.
     """
-    lacking = [key for key in REQUIRED if not isinstance(raw.get(key), int)]
+    lacking = [key for key in REQUIRED if not isinstance(raw.get(key), int) or raw[key] < 1]
     if lacking:
         raise UserError(f"{where}: does not say {', '.join(lacking)}; is it the config.json of a Llama?")
     for key, value in FIXED.items():
@@ -113,6 +114,16 @@ def write_llm(llm: ConfigDict) -> dict[str, Any]:
     return raw
 
 
+def longest(llm: ConfigDict, packed: int = 0) -> int:
+    """How many tokens a decoder is good for: 131,072 as published with Llama 3's scaled rope, else 8,192 as Llama 3,
+    or the `packed` that it was trained with."""
+    scaling = llm.get("rope_scaling")
+    if scaling and scaling.factor != 1.0:
+        scaled = int(scaling.original_length * scaling.factor)
+        return LLAMA_31_LENGTH if scaling.original_length == 8192 else scaled
+    return max(8192, packed)
+
+
 def write_hf(config: ConfigDict, dtype: str) -> dict[str, Any]:
     """config.json of a Kangaroo. `config` is a stage's; `dtype` that of the weights."""
     model = config.model
@@ -147,6 +158,14 @@ def meta_mlp_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * -(-hidden // multiple_of)
 
 
+_LLAMA_32 = ((2048, 16), (3072, 28))  # width and layers of Llama 3.2 1B and 3B
+
+
+def usual_factor(raw: Mapping[str, Any]) -> float:
+    """The factor of the rope scaling that a params.json asks for without saying it: 32 in Llama 3.2, 8 in 3.1."""
+    return 32.0 if (raw.get("dim"), raw.get("n_layers")) in _LLAMA_32 else 8.0
+
+
 def read_meta(raw: Mapping[str, Any], model: ConfigDict, where: Path, vocabulary: int) -> None:
     """Set config.model.llm from params.json; `vocabulary` is that of the weights, where the file gives -1 or none.
 
@@ -163,7 +182,7 @@ def read_meta(raw: Mapping[str, Any], model: ConfigDict, where: Path, vocabulary
     llm.kv_heads, llm.head_dim = int(raw.get("n_kv_heads") or llm.heads), llm.width // llm.heads
     llm.vocab_size = int(raw.get("vocab_size") or vocabulary)
     llm.vocab_size = vocabulary if llm.vocab_size < 0 else llm.vocab_size
-    factor = float(raw.get("rope_scaling_factor") or 8.0) if raw.get("use_scaled_rope") else 1.0
+    factor = float(raw.get("rope_scaling_factor") or usual_factor(raw)) if raw.get("use_scaled_rope") else 1.0
     llm.rope_scaling.update(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
 
 

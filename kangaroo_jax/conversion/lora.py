@@ -32,6 +32,7 @@ UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"),
     *("inference_mode", "lora_dropout", "init_lora_weights", "bias", "megatron_core", "qalora_group_size"),
+    "eva_config",  # how PEFT found the first factors, which the file holds
 }
 # Ways to initialise that leave the base as it was; others (PiSSA, OLoRA, LoftQ) also change the base.
 PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
-from kangaroo_jax.conversion.files import import_torch, open_tensors, read_json
+from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, read_json, unwrapped
 from kangaroo_jax.conversion.sources import Source, table_for
 from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
@@ -285,8 +285,8 @@ def _filled(kind: Any, config: Any, state: Mapping[str, Any]) -> tuple[Any, Mapp
 
 
 def _own_tokenizer(folder: Path) -> Any:
-    """The tokenizer that a folder brings, None where it has none. Raises UserError for one that is not read here."""
-    from transformers import AutoTokenizer
+    """The tokenizer.json of a folder, None where it has none. Raises UserError for one that is not read here."""
+    from transformers import PreTrainedTokenizerFast
 
     from kangaroo_jax.data.tokenizer import load_tokenizer
 
@@ -294,7 +294,7 @@ def _own_tokenizer(folder: Path) -> Any:
     if not file.is_file():
         return None
     load_tokenizer(file)  # what it may hold is checked there
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return PreTrainedTokenizerFast(tokenizer_file=str(file))
 
 
 def code_of(source: Source) -> str:
@@ -311,7 +311,7 @@ def code_of(source: Source) -> str:
 
 
 def _rows(source: Source) -> list[names.Row]:
-    return table_for(source.layout, source.config.model, open_tensors(source.path))
+    return table_for(source.layout, source.config.model, open_model(source.path))
 
 
 def torch_state(path: Path, rename: Callable[[str], str]) -> dict[str, Any]:
@@ -324,10 +324,10 @@ def torch_state(path: Path, rename: Callable[[str], str]) -> dict[str, Any]:
             from safetensors import safe_open
 
             with safe_open(str(file), "pt") as opened:
-                state.update({rename(name): opened.get_tensor(name).float() for name in opened.keys()})
+                state.update({name: opened.get_tensor(name).float() for name in opened.keys()})
         else:
-            state.update({rename(name): _as_torch(torch, t.read()) for name, t in open_tensors(file).items()})
-    return state
+            state.update({name: _as_torch(torch, t.read()) for name, t in open_tensors(file).items()})
+    return {rename(short): state[name] for name, short in unwrapped(state).items()}
 
 
 def _as_torch(torch: Any, array: np.ndarray) -> Any:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats, names
-from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, open_tensors, read_json
+from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors, read_json
 from kangaroo_jax.conversion.names import Row
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights, whole
@@ -43,7 +43,8 @@ class Source:
         config: a stage's config; of its `model`, what the layout does not cover is the preset's.
         tokenizer: file, or None.
         files: what the weights were read from.
-        left_out: what else the files hold, in words.
+        left_out: what else the files hold, and what was taken for granted, in words.
+        said: what is known of a decoder beside the sizes: its longest text, and its ids where its files say them.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Source:
     tokenizer: Path | None
     files: tuple[Path, ...]
     left_out: str = ""
+    said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mapping[str, Any] | None = None) -> Source:
@@ -71,7 +73,7 @@ def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mappin
         raise UserError(f"{path}: no such file or folder")
     if is_ours(path):
         return _open_ours(path)
-    tensors = open_tensors(path)
+    tensors = open_model(path)
     layout = next((layout for layout, sign in SIGNS if sign in tensors), None)
     if layout is None:
         some = ", ".join(sorted(tensors)[:3])
@@ -80,8 +82,46 @@ def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mappin
     config.update_from_flattened_dict(dict(overrides or {}))
     if layout in ("eva", "timm"):
         config.model.vision.pos_embed_grid = _stored_grid(tensors, config, path)
+    if layout in ("llama", "kangaroo"):
+        _check_head(path, tensors)
     weights, left_out = _mapped(path, layout, tensors, config)
-    return Source(path, layout, weights, config, _tokenizer(path), tuple(files_of(tensors)), left_out)
+    words = [left_out, *_taken_for_granted(path, layout, files_of(tensors))]
+    files = tuple(files_of(tensors))
+    said = _said(path) if layout == "llama" else {}
+    return Source(path, layout, weights, config, _tokenizer(path), files, "; ".join(filter(None, words)), said)
+
+
+def _check_head(path: Path, tensors: Tensors) -> None:
+    """Raise UserError where the head is missing and nothing says that the token embedding stands in for it."""
+    folder = path if path.is_dir() else path.parent
+    if "lm_head.weight" not in tensors and not read_json(folder / "config.json").get("tie_word_embeddings"):
+        raise UserError(
+            f"{path}: lm_head.weight is missing, and config.json does not say tie_word_embeddings: true; download the "
+            "weights again, or say so there where the token embedding is the head"
+        )
+
+
+def _taken_for_granted(path: Path, layout: str, files: Sequence[Path]) -> list[str]:
+    words = []
+    if others := left_aside(path, files):
+        words.append(f"{', '.join(others)} beside the weights: not read")
+    if layout == "meta":
+        folder = path if path.is_dir() else path.parent
+        raw = read_json(folder / "params.json")
+        if raw.get("use_scaled_rope") and not raw.get("rope_scaling_factor"):
+            words.append(f"the rope scaling's factor is not said: by the sizes it is {formats.usual_factor(raw):g}")
+    return words
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a decoder's folder says of lengths and of the tokens that begin, end and fill a text."""
+    folder = path if path.is_dir() else path.parent
+    keys = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    said: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        raw = read_json(folder / name) if (folder / name).is_file() else {}
+        said.update({key: raw[key] for key in keys if raw.get(key) is not None})
+    return said
 
 
 def is_ours(path: Path) -> bool:
@@ -109,7 +149,8 @@ def _open_ours(path: Path) -> Source:
     except UserError:
         tokenizer = None
     files = tuple(sorted(f for f in (folder / "params").rglob("*") if f.is_file()))
-    return Source(path, "orbax", weights, config, tokenizer, files)
+    length = formats.longest(config.model.llm, config.data.tokens_per_pack)
+    return Source(path, "orbax", weights, config, tokenizer, files, said={"max_position_embeddings": length})
 
 
 def model_shapes(model: ConfigDict) -> dict[str, Any]:
@@ -122,7 +163,12 @@ def _model_shapes(model: str) -> dict[str, Any]:
     """Tracing a model takes a second; a conversion wants its shapes several times."""
     from kangaroo_jax.training.checkpoint import abstract_model
 
-    return dict(abstract_model(ConfigDict(_tuples(json.loads(model)))).shapes)
+    config = ConfigDict(_tuples(json.loads(model)))
+    try:
+        return dict(abstract_model(config).shapes)
+    except Exception as error:  # whatever sizes that fit nothing lead to
+        why = (str(error).strip().splitlines() or [""])[0][:160]
+        raise UserError(f"config.model makes no model: {type(error).__name__}: {why}; check its sizes") from None
 
 
 def shapes_of(model: ConfigDict) -> dict[str, tuple[int, ...]]:

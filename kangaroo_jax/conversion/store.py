@@ -22,6 +22,7 @@ from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_fin
 
 # Large parameters that are no stack are cut along the dimension of the vocabulary.
 CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}
+MOST_PACKED = 100  # bytes of arrays for one of their files, at most: compressed weights take more than half their size
 _ZARR_DTYPES = {"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"}
 
 
@@ -34,15 +35,25 @@ class Stored:
 
         self._folder = params
         metadata = read_json(params / "_METADATA")
-        keys = [[key["key"] for key in entry["key_metadata"]] for entry in metadata.get("tree_metadata", {}).values()]
+        try:
+            entries = metadata.get("tree_metadata", {}).values()
+            keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
+        except (KeyError, TypeError, AttributeError):
+            keys = []
         if not keys or any(len(key) != 1 for key in keys):
             raise UserError(f"{params}: is no flat dictionary of parameters; give a checkpoint that kangaroo wrote")
         self._arrays: dict[str, Any] = {}
         self.specs: dict[str, Spec] = {}
+        room = (64 << 20) + MOST_PACKED * sum(file.stat().st_size for file in params.rglob("*") if file.is_file())
         for (path,) in keys:
+            if not isinstance(path, str) or ".." in Path(path).parts or Path(path).is_absolute():
+                raise UserError(f"{params}: {path!r} is no name of a parameter")
             self._arrays[path] = array = self._open(tensorstore, path, metadata)
             dtype = np.dtype(ml_dtypes.bfloat16) if array.dtype.name == "bfloat16" else array.dtype.numpy_dtype
             self.specs[path] = Spec(tuple(array.shape), dtype)
+            room -= math.prod(array.shape) * dtype.itemsize
+            if room < 0:
+                raise UserError(f"{params}: its arrays claim far more than its files hold; copy the checkpoint again")
 
     def _open(self, tensorstore: Any, path: str, metadata: Mapping[str, Any]) -> Any:
         base = {"driver": "file", "path": f"{self._folder}/"}

@@ -2,8 +2,8 @@
 
 One side runs in JAX, the other in PyTorch from its own weights, config and tokenizer: a Kangaroo by the model file and
 the reading of videos that an export of this package ships; a bare Llama by transformers; a bare encoder by our vision
-tower. Code that stands in a folder is never run. What is compared are token ids, then logits, then greedy answers; of an encoder
-the features.
+tower. Code that stands in a folder is never run. What is compared are token ids, then logits, then greedy answers; of
+an encoder the features.
 """
 
 import dataclasses
