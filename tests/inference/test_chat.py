@@ -14,7 +14,7 @@ from PIL import Image
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation, Media, Turn
-from kangaroo_jax.data.storage import MediaCache, tar_members, use_cache
+from kangaroo_jax.data.storage import MediaCache, use_cache
 from kangaroo_jax.data.video import folder_of_frames
 from kangaroo_jax.inference import chat as chat_module
 from kangaroo_jax.inference.chat import Kangaroo, ask, chat_main, conversation
@@ -106,11 +106,12 @@ def shown(tmp_path_factory, media) -> dict[str, str]:
     (folder / "no ending").write_bytes(video)
     with tarfile.open(folder / "shard.tar", "w") as archive:
         archive.add(media / "a.mp4", "7.mp4")
-    ((name, begin, size),) = tar_members(folder / "shard.tar")
+    with tarfile.open(folder / "shard.tar") as archive:
+        (member,) = archive.getmembers()
     pq.write_table(pa.table({"video": [{"bytes": video, "path": "a.mp4"}]}), folder / "t.parquet")
     places = {path.name: str(path) for path in folder.iterdir()}
     return places | {
-        "member": f"{folder / 'shard.tar'}::{name}@{begin}+{size}",
+        "member": f"{folder / 'shard.tar'}::{member.name}@{member.offset_data}+{member.size}",
         "row": f"{folder / 't.parquet'}::0/video/0",
         "file": (folder / "no ending").as_uri(),
         "data": f"data:video/mp4;base64,{base64.b64encode(video).decode()}",
