@@ -85,10 +85,10 @@ def decode_one(ref: MediaRef, image_size: int, seconds: float | None = None) -> 
     return clip
 
 
-def probe_one(path: str, kind: str) -> MediaInfo | UserError:
-    """Probe one medium. Errors are returned, not raised, those of libraries included."""
+def probe_one(path: str, kind: str, seconds: float | None = None) -> MediaInfo | UserError:
+    """Probe one medium, for at most `seconds`. Errors are returned, not raised, those of libraries included."""
     try:
-        return probe_cached(path, kind)
+        return probe_cached(path, kind, seconds)
     except UserError as error:
         return error
     except Exception as error:
@@ -115,7 +115,7 @@ class ThreadDecoder:
 
     def probe(self, path: str, kind: str) -> MediaInfo:
         """See `Decoder`."""
-        return _raised(probe_one(path, kind))
+        return _raised(probe_one(path, kind, self._time_limit))
 
     def close(self) -> None:
         """See `Decoder`."""

@@ -1,10 +1,14 @@
 """Pixels of still images, and the letterbox that images and video frames share."""
 
 import contextlib
+import functools
 import io
+import math
+import stat
 import struct
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kangaroo_jax.data.storage import local, member_of, short
 from kangaroo_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 MAX_PIXELS = 178_956_970  # of a still image; PIL's own limit against decompression bombs
 _BACKGROUND = (255, 255, 255)  # behind transparent pixels
+# What Pillow may read: its other formats run programs (EPS), fetch, or are for printers.
+_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_WHOLE = MAX_PIXELS // 2  # pixels, above which an image is made smaller before its colours are converted
+_STRIP = 1 << 22  # pixels converted at a time
+_MOST_TEXT = 1 << 20  # bytes of text that Pillow takes of a PNG's chunk, in all
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME")
+_ORIENTATION = 0x0112
+# Pillow warns from half of the pixels at which it refuses; ours is the number at which it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def letterbox(image: np.ndarray | Image.Image, side: int) -> np.ndarray:
@@ -61,7 +74,20 @@ def load_image(path: str | Path, image_size: int) -> np.ndarray:
     with opened_image(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{short(path)}: {image.width}x{image.height} pixels is too large an image")
-        return letterbox(to_rgb(ImageOps.exif_transpose(image)), image_size)
+        if image.width * image.height <= _WHOLE:
+            ImageOps.exif_transpose(image, in_place=True)
+            return letterbox(to_rgb(image), image_size)
+        turned = image.getexif().get(_ORIENTATION, 1)
+        shrink = max(1, min(8, max(image.size) // (4 * image_size)))
+        image.draft("RGB", (image.width // shrink, image.height // shrink))  # of JPEG, which is decoded smaller
+        shrink = max(1, min(shrink, max(image.size) // (4 * image_size)))
+        return letterbox(_turned(to_rgb(image, shrink), turned), image_size)
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """As EXIF's orientation says, by the way that PIL has for each."""
+    image.getexif()[_ORIENTATION] = orientation
+    return ImageOps.exif_transpose(image)
 
 
 def image_size_of(path: str | Path) -> tuple[int, int, str]:
@@ -79,16 +105,74 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     if isinstance(source, Path):
         check_file(source, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                yield image
+        with Image.open(_without_bad_text(source), formats=_formats()) as image:
+            yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{name}: too large an image (more than {MAX_PIXELS:,} pixels)") from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG or WebP file") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # of damaged files
         raise UserError(f"{name}: cannot read the image ({' '.join(str(error).split())})") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _without_bad_text(source: io.BytesIO | Path) -> io.BytesIO | Path:
+    """The same file; a PNG whose texts or profile are large or damaged without them, as viewers show it."""
+    with contextlib.ExitStack() as stack:
+        file = source if isinstance(source, io.BytesIO) else stack.enter_context(source.open("rb"))
+        bad = _bad_texts(file)
+        if not bad:
+            file.seek(0)
+            return source
+        data, kept, end = memoryview(file.getbuffer() if isinstance(file, io.BytesIO) else _whole(file)), [], 0
+        for begin, size in bad:
+            kept.append(data[end:begin])
+            end = begin + size
+        return io.BytesIO(b"".join([*kept, data[end:]]))
+
+
+def _whole(file: io.BufferedReader) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _bad_texts(file: io.BytesIO | io.BufferedReader) -> list[tuple[int, int]]:
+    """(first byte, size) of the chunks of text of a PNG that Pillow would stumble over; none of another file."""
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return []
+    place, bad, total = 8, [], 0
+    while len(head := file.read(8)) == 8:
+        size, name = struct.unpack(">I4s", head)
+        if name in _TEXTS:
+            body = file.read(size) if size <= _MOST_TEXT else b""
+            check = file.read(4) if body or not size else b""
+            length = _unpacked(name, body)
+            if check != struct.pack(">I", zlib.crc32(name + body)) or total + length > _MOST_TEXT:
+                bad.append((place, size + 12))
+            else:
+                total += length
+        place += size + 12
+        file.seek(place)
+    return bad
+
+
+def _unpacked(name: bytes, body: bytes) -> int:
+    """Bytes of a chunk's text once it is decompressed, as far as that matters."""
+    key, _, rest = body.partition(b"\0")
+    packed = rest[1:] if name in (b"zTXt", b"iCCP") else b""
+    if name == b"iTXt" and rest[:1] == b"\1":
+        packed = rest[2:].split(b"\0", 2)[-1]
+    if not packed:
+        return len(body)
+    try:
+        return len(zlib.decompressobj().decompress(packed, _MOST_TEXT + 1))
+    except zlib.error:
+        return _MOST_TEXT + 1
 
 
 def check_file(path: str | Path, name: str = "") -> None:
@@ -98,24 +182,73 @@ def check_file(path: str | Path, name: str = "") -> None:
     """
     file, path = Path(path), name or path
     try:
-        size = file.stat().st_size
+        status = file.stat()
     except OSError as error:
         raise UserError(
             f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
         ) from None
     if file.is_dir():
         raise UserError(f"{path}: this is a folder, not a media file")
-    if size == 0:
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: a pipe, a device or a socket, not a media file")
+    if status.st_size == 0:
         raise UserError(f"{path}: the file is empty (0 bytes)")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; 16-bit greys are scaled, not clipped; transparency is laid on white."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
+    """Any mode to RGB; greys of more than 8 bits are scaled, not clipped; transparency is laid on white.
+
+    It is done a strip at a time, so that a large image is not in memory several times over; with `shrink` every so
+    many pixels, either way, become one.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data and shrink == 1:
+        return image
+    convert = _converter(image)
+    width, height = (math.ceil(side / shrink) for side in image.size)
+    rows = max(1, _STRIP // (image.width * shrink)) * shrink
+    if rows >= image.height:
+        return _reduced(convert(image), shrink)
+    whole = Image.new("RGB", (width, height))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if "transparency" in image.info:
+            strip.info["transparency"] = image.info["transparency"]
+        whole.paste(_reduced(convert(strip), shrink), (0, top // shrink))
+    return whole
+
+
+def _reduced(image: Image.Image, shrink: int) -> Image.Image:
+    return image.reduce(shrink) if shrink > 1 else image
+
+
+def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What makes RGB of a strip of this image."""
+    image.load()
+    if image.mode == "F" or image.mode.startswith("I"):
+        return functools.partial(_grey_to_rgb, scale=_grey_scale(image))
+    return _on_white if image.has_transparency_data else lambda strip: strip.convert("RGB")
+
+
+def _grey_scale(image: Image.Image) -> tuple[float, float]:
+    """(divisor, factor) to 0..255 of a deep grey, by its mode and, of 32 bits, by its brightest pixel."""
+    if image.mode.startswith("I;16"):
+        return 257.0, 1.0
+    top = 0.0
+    for row in range(0, image.height, max(1, _STRIP // image.width)):
+        strip = np.asarray(image.crop((0, row, image.width, min(row + max(1, _STRIP // image.width), image.height))))
+        top = max(top, float(np.max(strip, where=np.isfinite(strip), initial=0.0)))
+    if image.mode == "F" and top <= 1.0:
+        return 1.0, 255.0
+    if top <= 255:
+        return 1.0, 1.0
+    return (257.0, 1.0) if top <= 65_535 else (top, 255.0)
+
+
+def _grey_to_rgb(strip: Image.Image, scale: tuple[float, float]) -> Image.Image:
+    grey = np.nan_to_num(np.asarray(strip).astype(np.float64), posinf=np.inf, neginf=0.0)
+    return Image.fromarray((grey / scale[0] * scale[1]).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(strip: Image.Image) -> Image.Image:
+    strip = strip.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", strip.size, (*_BACKGROUND, 255)), strip).convert("RGB")

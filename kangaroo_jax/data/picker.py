@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import math
+import re
 import time as clock
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,9 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
-from PIL import Image
 
-from kangaroo_jax.data.image import centre, check_file, fitted
+from kangaroo_jax.data.image import check_file
+from kangaroo_jax.data.pixels import FrameScaler
 from kangaroo_jax.data.storage import local, member_of, short
 from kangaroo_jax.errors import UserError
 
@@ -37,7 +37,6 @@ _SECONDS_PER_PIXEL = 2.5e-9
 _BLIND_GAIN = 300  # frames, in a file without an index
 _MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to damage
 _HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
-_LEAST_SIDE, _MOST_SHRINKING = 16, 32  # pixels, and times: beyond these a picture is scaled by PIL, not FFmpeg
 SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
 _READ_AHEAD = 8  # packets, in which to find what is on display next
 _MOST_ERRORS = 10_000  # packets that cannot be decoded, after which a file is given up
@@ -49,7 +48,13 @@ _OPEN = {
 }
 # Since PyAV 19 text that is not UTF-8 is no error anyhow.
 _METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-_COVER = av.stream.Disposition.attached_pic.value
+_COVER, _DEFAULT = av.stream.Disposition.attached_pic.value, av.stream.Disposition.default.value
+_TAG = re.compile(r"(\d+):(\d+):(\d+(?:[.,]\d*)?)")
+_LENGTHS_DIFFER = 0.02  # of a picture's length, by which the whole file's may be beside it
+_NO_TIMESTAMPS = 0x80  # a flag of FFmpeg's formats: raw streams, which have no seeks
+_RUN_UP = (
+    1.0  # seconds before a moment where to begin in an MPEG program stream, whose first times after a seek are guesses
+)
 
 
 @contextlib.contextmanager
@@ -66,13 +71,8 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         source = member.ffmpeg_input()
     try:
         with av.open(source, options=_OPEN, **_METADATA) as container:
-            streams = [s for s in container.streams.video if not s.disposition.value & _COVER]
-            if not streams:
-                raise UserError(f"{name}: no video stream in this file")
-            stream = streams[0]
+            stream = _best(name, container)
             codec = stream.codec_context
-            if codec is None or not codec.width or not codec.height:
-                raise UserError(f"{name}: the video stream cannot be decoded (unknown codec or no frame size)")
             if codec.width * codec.height > MAX_FRAME_PIXELS:
                 raise UserError(f"{name}: {codec.width}x{codec.height} pixels is too large; resize it below 8K")
             codec.thread_count = 1  # one thread a video, many videos at a time
@@ -86,27 +86,65 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         raise UserError(f"{name}: not a readable video, or damaged or cut short ({detail})") from None
 
 
+def video_streams(container: Any) -> list[Any]:
+    """The streams that move: no covers."""
+    return [stream for stream in container.streams.video if not stream.disposition.value & _COVER]
+
+
+def _best(name: str, container: Any) -> Any:
+    """The stream that FFmpeg would play, of those that can be decoded. Raises UserError."""
+    streams = video_streams(container)
+    if not streams:
+        raise UserError(f"{name}: no video stream in this file")
+    known = [s for s in streams if s.codec_context is not None and s.codec_context.width and s.codec_context.height]
+    if not known:
+        raise UserError(f"{name}: the video stream cannot be decoded (unknown codec or no frame size)")
+    best = container.streams.best("video")
+    for stream in known:
+        if stream.index == best.index:
+            return stream
+    return max(known, key=lambda s: (s.disposition.value & _DEFAULT, s.codec_context.width * s.codec_context.height))
+
+
 def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
     """Length of the video stream in seconds: the header's, or counted where it says nothing. Raises UserError."""
-    if stream.duration:
-        seconds = float(stream.duration * stream.time_base)
-    elif tag := stream.metadata.get("DURATION"):  # Matroska and WebM: 00:00:10.040000000, from the file's zero
-        hours, minutes, rest = tag.split(":")
-        seconds = int(hours) * 3600 + int(minutes) * 60 + float(rest) - start_seconds(stream)
-    elif container.duration:
-        seconds = container.duration / av.time_base
-    else:
-        seconds = _counted_seconds(path)
+    seconds = float(stream.duration * stream.time_base) if stream.duration else _tagged_seconds(stream)
+    if seconds is None:
+        seconds = container.duration / av.time_base if container.duration else 0.0
+        if not seconds:
+            seconds = _counted_seconds(path)
+        elif len(container.streams) > 1:  # it may be the sound's
+            own = _picture_seconds(path, seconds)
+            seconds = own if own and abs(seconds - own) > _LENGTHS_DIFFER * own else seconds
     if seconds <= 0:
         raise UserError(f"{short(path)}: no frames in the video stream")
-    if seconds > MAX_SECONDS:
-        raise UserError(f"{short(path)}: {seconds / 3600:.0f} hours is too long; give a clip of it (start, end)")
     return seconds
+
+
+def _tagged_seconds(stream: Any) -> float | None:
+    """Matroska and WebM: 00:00:10.040000000, from the file's zero; None where the tag is something else."""
+    match = _TAG.fullmatch(stream.metadata.get("DURATION", "").strip())
+    if match is None:
+        return None
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3].replace(",", ".")) - start_seconds(stream)
 
 
 def start_seconds(stream: Any) -> float:
     """When the first frame is on display, by the file's own clock; 0 where it does not say."""
     return float((stream.start_time or 0) * stream.time_base)
+
+
+def _picture_seconds(path: str | Path, seconds: float) -> float | None:
+    """Length of the picture of a file of `seconds`, by the last of its packets; None where none can be found."""
+    with open_video(path) as (container, stream):
+        tick, begin = float(stream.time_base), start_seconds(stream)
+        usual, ends = round(1 / float(stream.average_rate or _USUAL_RATE) / tick), []
+        with contextlib.suppress(av.error.FFmpegError):
+            container.seek(math.floor((begin + seconds) / tick), stream=stream)
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None:
+                    ends.append((packet.pts + (packet.duration or usual)) * tick)
+    return max(ends) - begin if ends else _counted_seconds(path)
 
 
 def _counted_seconds(path: str | Path) -> float:
@@ -121,6 +159,35 @@ def _counted_seconds(path: str | Path) -> float:
         if first is not None and last is not None and last > first:
             return float((last - first) * stream.time_base)
         return packets / float(stream.average_rate or _USUAL_RATE)
+
+
+def guesses_times(container: Any, stream: Any) -> bool:
+    """Whether presentation times are guesses that go back: AVI has decoding times alone, and there are B-frames."""
+    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+
+
+class BestEffort:
+    """FFmpeg's best-effort times: presentation times, or decoding times where those go back less often."""
+
+    def __init__(self) -> None:
+        self._faults = [0, 0]  # of presentation and decoding times
+        self.flush()
+
+    def flush(self) -> None:
+        """Forget the last times, after a seek."""
+        self._last: list[float] = [-math.inf, -math.inf]
+
+    def of(self, pts: int | None, dts: int | None) -> int | None:
+        """The time of the next frame out of the decoder, in its own ticks."""
+        for i, (stamp, other) in enumerate(((pts, dts), (dts, pts))):
+            if stamp is not None:
+                self._faults[i] += stamp <= self._last[i]
+                self._last[i] = stamp
+            elif other is not None:
+                self._last[i] = other
+        if pts is not None and (dts is None or self._faults[0] <= self._faults[1]):
+            return pts
+        return dts
 
 
 class FramePicker:
@@ -138,14 +205,20 @@ class FramePicker:
         self._path, self._container, self._stream, self._side = short(path), container, stream, image_size
         self._tick = float(stream.time_base)
         self._interval = 1 / float(stream.average_rate or stream.guessed_rate or _USUAL_RATE)
-        self._zero: float | None = None if stream.start_time is None else start_seconds(stream)
+        self._guessed = guesses_times(container, stream)
+        known = stream.start_time is not None and not self._guessed
+        self._zero: float | None = start_seconds(stream) if known else None
+        self._stamps = BestEffort()
+        self._stated = float((stream.duration or 0) * stream.time_base)
         self._deadline, self._limit = math.inf if seconds is None else clock.monotonic() + seconds, seconds
-        self._scaler, self._converter = VideoReformatter(), VideoReformatter()
+        self._pixels = FrameScaler(image_size, float(stream.sample_aspect_ratio or 1) or 1.0)
         codec = stream.codec_context
         self._gain = _SEEK_FRAMES + _SEEK_SECONDS / (_SECONDS_PER_PIXEL * codec.width * codec.height)
         # Without an index: containers whose seeks end at key frames, decoders that say which frames are whole.
         self._blind = codec.name in ("h264", "hevc") or "matroska" in container.format.name
-        self._may_skip = codec.name in SKIPPABLE
+        self._may_seek = not container.format.flags & _NO_TIMESTAMPS
+        self._run_up = _RUN_UP if container.format.name == "mpeg" else 0.0
+        self._may_skip = codec.name in SKIPPABLE and not self._guessed
         self._near: collections.deque[float] = collections.deque(maxlen=3 * _READ_AHEAD)  # times of packets just read
         self._limit_time = -math.inf  # seconds: of the frames up to here only the last is wanted
         self._skipping = False
@@ -213,7 +286,8 @@ class FramePicker:
                 else:
                     end = "its frames end at" if over else "no frame can be decoded after"
                     what = f"{end} {shown_at:.2f} s, before {time:.2f} s"
-                raise UserError(f"{self._path}: {what}; the file is damaged or cut short")
+                lost = self._errors or hole or shown_at > time or time < self._stated
+                raise UserError(f"{self._path}: {what}" + ("; the file is damaged or cut short" if lost else ""))
 
     @functools.cached_property
     def _keys(self) -> np.ndarray:
@@ -228,16 +302,16 @@ class FramePicker:
     def _decode(self) -> Iterator[tuple[Any, float]]:
         """Frames with their seconds from the first one, in display order, from the present position."""
         last = -self._interval
-        for frame in self._whole_frames():
-            stamp = frame.pts if frame.pts is not None else frame.dts
+        self._stamps.flush()
+        for frame, stamp in self._whole_frames():
             absolute = last + self._interval if stamp is None else stamp * float(frame.time_base or self._tick)
             if self._zero is None:
                 self._zero = absolute
             last = absolute
             yield frame, absolute - self._zero
 
-    def _whole_frames(self) -> Iterator[Any]:
-        """Frames that the decoder gives, but for those from damage to the next key frame, which may refer to it."""
+    def _whole_frames(self) -> Iterator[tuple[Any, int | None]]:
+        """Frames that the decoder gives and their stamps, but for those from damage to the next key frame."""
         codec, whole = self._stream.codec_context, True
         for packet in self._packets():
             if clock.monotonic() > self._deadline:
@@ -252,11 +326,12 @@ class FramePicker:
                 whole = False
                 continue
             for frame in frames:
+                stamp = self._stamps.of(None if self._guessed else frame.pts, frame.dts)
                 if frame.is_corrupt:
                     self._errors += 1
                 whole = (whole or frame.key_frame) and not frame.is_corrupt
                 if whole:
-                    yield frame
+                    yield frame, stamp
 
     def _packets(self) -> Iterator[Any]:
         """The stream's packets, some of which were read ahead; the file ends where it cannot be read any further."""
@@ -299,6 +374,8 @@ class FramePicker:
 
     def _should_seek(self, time: float, position: float) -> bool:
         """Whether a key frame worth jumping to lies between the decoder's position and `time`."""
+        if not self._may_seek:
+            return False
         if not self._keys.size:
             return self._blind and time - position >= _BLIND_GAIN * self._interval
         if time - position < self._gain * self._interval:
@@ -308,7 +385,7 @@ class FramePicker:
 
     def _jump(self, time: float, slack: float) -> tuple[Any, float, tuple[Any, float] | None]:
         """Seek to the last key frame not after `time`; further back if frames come out too late."""
-        back = 0.0
+        back = self._run_up
         while True:
             target = max(time - back, 0.0) + self.zero
             self._container.seek(math.floor(target / self._tick), stream=self._stream)
@@ -320,32 +397,5 @@ class FramePicker:
                 return shown, shown_at, next(self._frames, None)
             back = min(max(2 * back, 16 * self._interval), time)
 
-    # ---------------------------------------------------------------------------- pixels
-
     def _write_pixels(self, frame: Any, canvas: np.ndarray) -> None:
-        """Into uint8[S, S, 3], which is black: RGB, turned as the file says, its longest side S, centred."""
-        ratio = float(self._stream.sample_aspect_ratio or 1) or 1.0
-        aspect = frame.width * ratio / frame.height
-        quarter_turns = round(frame.rotation / 90) % 4
-        if quarter_turns % 2:
-            height, width = fitted(1 / aspect, self._side)
-        else:
-            width, height = fitted(aspect, self._side)
-        centre(np.rot90(self._scaled(frame, width, height), quarter_turns), canvas)
-
-    def _scaled(self, frame: Any, width: int, height: int) -> np.ndarray:
-        """uint8[height, width, 3], RGB; bicubic, antialiased.
-
-        Brightness and colour differences are scaled before they become RGB: a sixth of the work of scaling RGB, and
-        nearer to the picture, for the colours are kept at half the size and would be doubled pixel by pixel.
-        """
-        form = frame.format
-        shrink = max(frame.width / width, frame.height / height)
-        if form.is_rgb or len(form.components) != 3 or min(width, height) < _LEAST_SIDE or shrink > _MOST_SHRINKING:
-            rgb = self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
-        full = "yuvj444p" if form.name.startswith("yuvj") else "yuv444p"  # the j: brightness from 0 to 255
-        small = self._scaler.reformat(
-            frame, width=width, height=height, format=full, interpolation=Interpolation.BICUBIC, threads=1
-        )
-        return np.asarray(self._converter.reformat(small, format="rgb24", threads=1).to_ndarray())
+        self._pixels.write(frame, canvas)

@@ -227,18 +227,18 @@ def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], l
     return tuple(frames[i] for i in chosen), [i / rate - begin for i in chosen]
 
 
-def probe_cached(path: str, kind: str | None = None) -> MediaInfo:
+def probe_cached(path: str, kind: str | None = None, seconds: float | None = None) -> MediaInfo:
     """`probe`, remembered for the last 65,536 files while they stay unchanged. Raises UserError."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return probe(path, kind)  # an address, a member of a container, or nothing: it says what is wrong
-    return _probe_version(path, kind, status.st_mtime_ns, status.st_size)
+        return probe(path, kind, seconds)  # an address, a member of a container, or nothing: it says what is wrong
+    return _probe_version(path, kind, seconds, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=65_536)
-def _probe_version(path: str, kind: str | None, _modified: int, _size: int) -> MediaInfo:
-    return probe(path, kind)
+def _probe_version(path: str, kind: str | None, seconds: float | None, _modified: int, _size: int) -> MediaInfo:
+    return probe(path, kind, seconds)
 
 
 def _media_only(turn: Turn) -> Turn:

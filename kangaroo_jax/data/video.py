@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kangaroo_jax.data import animation
+from kangaroo_jax.data import animation, picker
 from kangaroo_jax.data.image import IMAGE_SUFFIXES, image_size_of, load_image
+from kangaroo_jax.data.kinds import is_picture_file, kind_of, read_head
 from kangaroo_jax.data.picker import FramePicker, open_video, stream_seconds
 from kangaroo_jax.data.storage import local, member_suffix, short
 from kangaroo_jax.errors import UserError
@@ -112,7 +113,7 @@ def clip_range(path: str | Path, duration_s: float, start: float | None, end: fl
     """The seconds of a file that `start` and `end` leave; an end after the last frame is moved to it.
 
     Raises:
-        UserError: nothing is left.
+        UserError: nothing is left, or more than a day.
     """
     begin = start or 0.0
     finish = duration_s if end is None else min(end, duration_s)
@@ -121,28 +122,32 @@ def clip_range(path: str | Path, duration_s: float, start: float | None, end: fl
             f"{short(path)}: no video between start {begin:g} s and end {duration_s if end is None else end:g} s; "
             f"it is {duration_s:.2f} s long"
         )
+    if finish - begin > picker.MAX_SECONDS:
+        raise UserError(f"{short(path)}: {(finish - begin) / 3600:.0f} hours is too long; give a clip (start, end)")
     return begin, finish
 
 
 # ------------------------------------------------------------------------------ public readers
 
 
-def probe(path: str | Path, kind: str | None = None) -> MediaInfo:
+def probe(path: str | Path, kind: str | None = None, seconds: float | None = None) -> MediaInfo:
     """Size and length of an image or video, from its header.
 
     Args:
         path: a file, address or member of a container (`storage`).
-        kind: "image" or "video"; by default what the ending says. A GIF, WebP or PNG may be either.
+        kind: "image" or "video"; by default what its first bytes say. A GIF, WebP or PNG that moves may be
+            either: by default it is what its ending says.
+        seconds: give up on an animation after so many.
 
     Raises:
         UserError: the file is missing, empty, unreadable, too large or without a video stream.
     """
-    suffix = member_suffix(path)
-    if kind == "image" or (kind is None and suffix in IMAGE_SUFFIXES):
+    head = read_head(path)
+    if (kind or _kind_by_default(path, head)) == "image":
         width, height, codec = image_size_of(path)
         return MediaInfo("image", width, height, 0.0, 0.0, codec)
-    if suffix in animation.SUFFIXES:
-        ends, width, height, codec = animation.frame_ends(path)
+    if is_pictures(path, head):
+        ends, width, height, codec = animation.frame_ends(path, seconds)
         return MediaInfo("video", width, height, ends[-1], len(ends) / ends[-1], codec)
     with open_video(path) as (container, stream):
         codec = stream.codec_context
@@ -154,6 +159,18 @@ def probe(path: str | Path, kind: str | None = None) -> MediaInfo:
             fps=float(stream.average_rate or 0),
             codec=codec.name,
         )
+
+
+def _kind_by_default(path: str | Path, head: bytes) -> str:
+    kind = kind_of(head)
+    if kind in ("image", "video"):
+        return kind
+    return "image" if member_suffix(path) in IMAGE_SUFFIXES else "video"
+
+
+def is_pictures(path: str | Path, head: bytes) -> bool:
+    """Whether Pillow reads a video: WebP and PNG by their bytes, another still image by its ending."""
+    return is_picture_file(head) or (member_suffix(path) in animation.SUFFIXES and kind_of(head) == "image")
 
 
 def load_video(
@@ -183,10 +200,10 @@ def load_video(
     if (policy is None) == (times is None):
         raise ValueError("load_video takes either policy or times")
     offset = start or 0.0
-    if member_suffix(path) in animation.SUFFIXES:
-        length = animation.frame_ends(path)[0][-1]
+    if is_pictures(path, read_head(path)):
+        length = animation.frame_ends(path, seconds)[0][-1] if policy is not None else math.inf
         wanted = _wanted(path, length, policy, times, start, end)
-        pixels, seen = animation.pick(path, wanted + offset, image_size)
+        pixels, seen = animation.pick(path, wanted + offset, image_size, seconds)
         return Clip(pixels, np.maximum(seen - offset, 0.0), offset)
     with open_video(path) as (container, stream):
         length = stream_seconds(path, container, stream) if policy is not None else math.inf
@@ -241,7 +258,7 @@ def load_media(
 def folder_of_frames(path: str | Path) -> tuple[str, ...]:
     """The images in a folder, numbers in their names in numerical order. Raises UserError where there are none."""
     folder = local(path)
-    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
     if not names:
         raise UserError(f"{short(path)}: a folder without images; a video's folder holds its frames")
     return tuple(str(folder / name) for name in sorted(names, key=animation.natural))

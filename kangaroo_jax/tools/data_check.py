@@ -13,16 +13,27 @@ import av
 import numpy as np
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data import animation
 from kangaroo_jax.data.conversation import Conversation
 from kangaroo_jax.data.decode import WorkerPool
 from kangaroo_jax.data.image import IMAGE_SUFFIXES, load_image
-from kangaroo_jax.data.picker import open_video, start_seconds, stream_seconds
+from kangaroo_jax.data.kinds import kind_of, read_head
+from kangaroo_jax.data.picker import (
+    BestEffort,
+    guesses_times,
+    open_video,
+    start_seconds,
+    stream_seconds,
+    video_streams,
+)
+from kangaroo_jax.data.pixels import HDR, has_alpha
 from kangaroo_jax.data.storage import current_cache, member_suffix, short, use_cache
-from kangaroo_jax.data.video import folder_of_frames, probe
+from kangaroo_jax.data.video import folder_of_frames, is_pictures, probe
 from kangaroo_jax.json_text import json_line
 
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it
+_GLITCHES = 0.01  # of a video's frames, that may step back a little
+_STEP = 0.5  # seconds back that are more than a glitch: two files joined
+_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".m2ts", ".3gp")
 
 
 @dataclasses.dataclass
@@ -56,22 +67,55 @@ def media_of(conversations: Iterable[Conversation]) -> Media:
     return media
 
 
-def media_in(paths: Sequence[str]) -> Media:
-    """Files, and all files in folders. Raises UserError for a path that does not exist."""
+def media_in(paths: Sequence[str], tell: Callable[[str], None] = print) -> Media:
+    """Files, and all media in folders: what is hidden, and what is no medium by its bytes nor by its ending, is passed
+    over and counted. Raises UserError for a path that does not exist.
+    """
     media: Media = {}
     for path in paths:
         if os.path.isdir(path):
-            files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        elif os.path.isfile(path):
-            files = [path]
+            files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+            found = {str(file): _kind_in_folder(file, Path(path)) for file in files}
+            if passed := sum(kind is None for kind in found.values()):
+                tell(f"{short(path)}: {passed:,} hidden files and files of other kinds are passed over")
+            media |= {(file, kind): "" for file, kind in found.items() if kind is not None}
+        elif os.path.exists(path):
+            media[path, _kind_of_file(path)] = ""
         else:
-            raise UserError(f"{path}: no such file or folder")
-        media |= {(file, "image" if member_suffix(file) in IMAGE_SUFFIXES else "video"): "" for file in files}
+            raise UserError(f"{short(path)}: no such file or folder")
     return media
 
 
+def _kind_in_folder(file: Path, folder: Path) -> str | None:
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return None
+    if file.suffix.lower() not in (*IMAGE_SUFFIXES, *_ENDINGS):
+        try:
+            if kind_of(read_head(file)) is None:
+                return None
+        except UserError:
+            return None
+    return _kind_of_file(str(file))
+
+
+def _kind_of_file(path: str) -> str:
+    """By its bytes; where they do not say, or may be either, by its ending."""
+    try:
+        kind = kind_of(read_head(path))
+    except UserError:
+        kind = None
+    if kind in ("image", "video"):
+        return kind
+    return "image" if member_suffix(path) in IMAGE_SUFFIXES else "video"
+
+
 def check_media(
-    media: Media, report: Path, *, workers: int, seconds: float, tell: Callable[[str], None] = print
+    media: Media,
+    report: Path,
+    *,
+    workers: int,
+    seconds: float,
+    tell: Callable[[str], None] = print,
 ) -> int:
     """Check all media, write a JSONL report of all, print the bad ones and a summary; returns how many are bad.
 
@@ -96,8 +140,9 @@ def check_media(
                 file.write(json_line(dataclasses.asdict(found)))
                 if found.problems:
                     bad += 1
-                    problems[found.problems[0].removeprefix(f"{short(path)}: ").split(" (")[0][:60]] += 1
-                    tell(f"BAD {short(path)}: {'; '.join(found.problems)}")
+                    said = [problem.removeprefix(f"{short(path)}: ") for problem in found.problems]
+                    problems[said[0].split(" (")[0][:60]] += 1
+                    tell(f"BAD {short(path)}: {'; '.join(said)}")
                 if number % 1000 == 0:
                     rate = number / (time.perf_counter() - start)
                     tell(f"{number:,} of {len(media):,}, {rate:.1f} files/s, ETA {(len(media) - number) / rate:.0f} s")
@@ -128,7 +173,7 @@ def check_one(path: str, kind: str) -> Report:
             for frame in folder_of_frames(path):
                 load_image(frame, 64)
                 report.frames += 1
-        elif member_suffix(path) in animation.SUFFIXES:
+        elif is_pictures(path, read_head(path)):
             info = probe(path, "video")
             report.codec, report.width, report.height, report.fps = info.codec, info.width, info.height, info.fps
             report.seconds = report.stated_seconds = info.seconds
@@ -149,38 +194,56 @@ def _check_video(path: str, report: Report) -> None:
         report.width, report.height = codec.width, codec.height
         report.fps, report.start = float(stream.average_rate or 0), start_seconds(stream)
         report.stated_seconds = stream_seconds(path, container, stream)
-        stamps, errors, last_decoded, ordered = [], 0, -np.inf, True
+        streams = len(video_streams(container))
+        if streams > 1:
+            report.notes.append(f"{streams} video streams: number {stream.index} is used, as by FFmpeg's players")
+        stamps, errors, seen = [], 0, set()
+        best, guesses = BestEffort(), guesses_times(container, stream)
         packets: Any = container.demux(stream)
         while True:
             try:
                 packet = next(packets, None)
                 if packet is None:
                     break
-                if packet.dts is not None:
-                    ordered &= packet.dts > last_decoded
-                    last_decoded = packet.dts
                 for frame in packet.decode():
                     errors += frame.is_corrupt
-                    if frame.pts is not None:
-                        stamps.append(float(frame.pts * (frame.time_base or stream.time_base)))
+                    stamp = best.of(None if guesses else frame.pts, frame.dts)
+                    if stamp is not None:
+                        stamps.append(float(stamp * (frame.time_base or stream.time_base)))
                     report.frames += 1
+                    seen |= set(_kinds_of_picture(frame))
             except av.error.FFmpegError:
                 errors += 1
                 if errors > 10_000:
                     break
-    _judge(report, np.array(stamps), errors, ordered)
+    report.notes += sorted(seen)
+    _judge(report, np.array(stamps), errors)
 
 
-def _judge(report: Report, stamps: np.ndarray, errors: int, ordered: bool) -> None:
+def _kinds_of_picture(frame: Any) -> Iterable[str]:
+    """What is done, or not done, to pictures of an unusual kind."""
+    if name := HDR.get(int(frame.color_trc)):
+        yield f"high dynamic range ({name}): shown as on a usual screen"
+    if frame.interlaced_frame:
+        yield "interlaced: frames hold the lines of two moments, and are not deinterlaced"
+    if has_alpha(frame.format):
+        yield "transparent: laid on white"
+
+
+def _judge(report: Report, stamps: np.ndarray, errors: int) -> None:
     """What the frames say of the file."""
-    report.monotonic = bool((np.diff(stamps) > 0).all()) and ordered
+    steps = np.diff(stamps)
+    back = int((steps <= 0).sum())
+    report.monotonic = not back
     if not report.frames:
         report.problems.append("no frame can be decoded")
         return
     if errors:
         report.problems.append(f"{errors} damaged packets or frames")
-    if not report.monotonic:
-        report.problems.append("presentation or decoding times do not ascend")
+    if back > max(1, _GLITCHES * len(steps)) or (back and steps.min() < -_STEP):
+        report.problems.append(f"times step back {back} times, by up to {-steps.min():.2f} s: joined files, or damage")
+    elif back:
+        report.notes.append(f"times step back {back} times in {len(stamps):,} frames")
     if not len(stamps):
         report.notes.append("frames without times: the rate is assumed")
         return

@@ -127,8 +127,9 @@ def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picker, "MAX_FRAME_PIXELS", 10**8)
     monkeypatch.setattr(picker, "MAX_SECONDS", 0.1)
     with pytest.raises(UserError) as error:
-        probe(path)
+        load_video(path, image_size=32, policy=POLICY)
     check_one_line(error, path, "too long")
+    assert len(load_video(path, image_size=32, policy=POLICY, start=0.1, end=0.2).times) == 8
     photo = tmp_path / "a.png"
     Image.new("RGB", (64, 64)).save(photo)
     monkeypatch.setattr(image, "MAX_PIXELS", 1000)
