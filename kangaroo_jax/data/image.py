@@ -101,9 +101,9 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     """The image in a file, address or member of a container; what its reader raises becomes a UserError."""
     name = short(path)
     member = member_of(path)
-    source: io.BytesIO | Path = local(path) if member is None else io.BytesIO(member.read())
-    if isinstance(source, Path):
-        check_file(source, name)
+    file = local(path) if member is None else member.file
+    check_file(file, name)
+    source: io.BytesIO | Path = file if member is None else io.BytesIO(member.read())
     try:
         with Image.open(_without_bad_text(source), formats=_formats()) as image:
             yield image

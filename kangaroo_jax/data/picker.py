@@ -62,9 +62,9 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """Container and video stream of a file, address or member; what libav or PyAV raises becomes a UserError."""
     name = short(path)
     member = member_of(path)
+    file = local(path) if member is None else member.file
+    check_file(file, name)
     if member is None:
-        file = local(path)
-        check_file(file, name)
         # "file:" and the whitelist keep names with colons, and playlists, away from the network.
         source: Any = f"file:{file}"
     else:
