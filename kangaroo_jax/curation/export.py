@@ -69,10 +69,11 @@ def export(
     )
     conversations = _of_kept(source, root, _places(root, entries, rows), entries, settings["media"], tell)
     folder = root / "export"
-    shards.put(root, folder / f"{name}.jsonl", shards.lines(map(_llava, conversations)))
-    fingerprint = hashlib.sha256((folder / f"{name}.jsonl").read_bytes()).hexdigest()[:16]
+    listed = shards.lines(map(_llava, conversations))
+    fingerprint = hashlib.sha256(listed).hexdigest()[:16]
     plan = Plan(name, folder, settings["media"] == "embed", settings["shard_samples"])
-    written = write_dataset(plan, conversations, fingerprint)
+    written = write_dataset(plan, conversations, fingerprint)  # refuses a folder with other conversations
+    shards.put(root, folder / f"{name}.jsonl", listed)
     card = data_card(root, config, name, entries, conversations, source)
     shards.put(root, folder / f"{name}.md", utf8(card))
     return written

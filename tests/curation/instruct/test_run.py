@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.curation.instruct.config import instruct_config
 from kangaroo_jax.curation.instruct.run import instruct_main
 from kangaroo_jax.data.mixture import open_sources
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.tools.bench_annotate import faulty_server, statistics_of
 
 # Questions that the server asks now and then, and answers without any video: what the blind check must find.
@@ -105,3 +106,17 @@ def test_two_thousand(tmp_path, server, make_captions):
     kept = [one for one in planted if "conversations" in one]
     print(len(planted), "give-aways,", len(kept), "kept", Counter(one["reason"] for one in planted))
     assert len(planted) > 100 and len(kept) <= 0.05 * len(planted)
+
+
+def test_nothing_made_is_no_success_and_totals_are_true(tmp_path, make_captions):
+    source, lines = make_captions(tmp_path, 3), []
+    instruct_main(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
+    assert lines[0].startswith("12 of 12 conversations, ")
+    rows = [row for row in rows_of(source) if row["language"] == "en"]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="none of detailed_caption_zh, short_caption_zh.*keep_shares=False"):
+        instruct_main(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
+    rows[0].pop("short")
+    source.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="line 1: a caption that is ok has texts"):
+        instruct_main(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)

@@ -123,3 +123,16 @@ def test_a_medium_that_is_gone_costs_its_conversations(clips, config, tmp_path, 
     (media / "clip_1.mp4").unlink()
     with pytest.raises(UserError, match="all 2 conversations have a medium that cannot be read.*no such file"):
         run_export(run, config)
+
+
+def test_a_dataset_of_other_conversations_is_refused_and_stays_whole(manifest, config, tmp_path):
+    run = Options(str(tmp_path / "out"), (str(manifest),), name="set")
+    curate(run, config)
+    run_export(run, config)
+    before = (tmp_path / "out/export/set.jsonl").read_bytes()
+    row = json.loads((tmp_path / "out/selected.jsonl").read_text().splitlines()[0])
+    row |= {"clip": row["id"], "outcome": "ok", "caption": "another"}
+    (tmp_path / "out/captions.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="set"):
+        run_export(run, config)
+    assert (tmp_path / "out/export/set.jsonl").read_bytes() == before
