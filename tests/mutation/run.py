@@ -116,7 +116,8 @@ def run_one(tree: Path, mutant: Mutant, tests: list[str], log: Path, cpu_seconds
 
 def all_mutants(room: str, tree: Path) -> list[Mutant]:
     """Every mutant of a room."""
-    return [mutant for file in ROOMS[room] for mutant in mutants_of(file, (tree / file).read_bytes())]
+    files = [file for file in ROOMS[room] if (tree / file).exists()]
+    return [mutant for file in files for mutant in mutants_of(file, (tree / file).read_bytes())]
 
 
 def sample_of(room: str, tree: Path, count: int, seed: int) -> list[Mutant]:
@@ -133,10 +134,11 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
-    """Scores by room and file, and the survivors."""
+    """Scores by room, and the survivors, of those changes that the tree as it is now still allows."""
     lines = []
     for room, files in ROOMS.items():
-        mine = [r for r in results.values() if r["path"] in files]
+        names = {mutant.name for mutant in all_mutants(room, ROOT)}
+        mine = [r for r in results.values() if r["path"] in files and r["name"] in names]
         if not mine:
             continue
         same = [r for r in mine if r["name"] in EQUIVALENT and r["result"] == "survived"]
