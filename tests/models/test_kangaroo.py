@@ -156,6 +156,27 @@ def test_fewer_groups_of_frames_than_devices():
     assert_trees_close(found, expected, 1e-5)
 
 
+def test_a_patchify_that_is_no_cube():
+    config = small_config(patchify__kernel=(2, 1, 4))
+    assert (frames_per_group(config), tokens_per_group(config, 16)) == (2, 4 * 1)
+    frames, times = np.zeros((1, 4, 16, 16, 3), np.uint8), np.zeros((1, 4), np.float32)
+    model = nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0)))
+    assert jax.eval_shape(lambda model: model.encode(frames, times), model).shape == (1, 2 * 4, 24)
+
+
+@pytest.mark.parametrize("part", ["vision", "llm"])
+def test_each_part_uses_the_attention_that_is_set(part):
+    """An implementation that refuses to run here is refused by both."""
+    model = nnx.eval_shape(lambda: Kangaroo(small_config(attention="splash"), rngs=nnx.Rngs(0)))
+    ids = np.zeros((1, 4), np.int32)
+    run = {
+        "vision": lambda model: model.vision(jnp.zeros((1, 16, 16, 3), jnp.uint8)),
+        "llm": lambda model: model.llm(model.llm.embed(ids), ids, ids)[0],
+    }
+    with pytest.raises(UserError, match="attention 'splash' does not run on this device"):
+        jax.eval_shape(run[part], model)
+
+
 def test_logits_give_the_loss():
     model, batch = small_model(), BATCH
     log = jax.nn.log_softmax(model.logits(batch))

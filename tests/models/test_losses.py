@@ -12,10 +12,10 @@ from tests.models.small import assert_trees_close
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 96, 8, 211
 
 
-def operands(share_weighted, batch=BATCH, vocabulary=VOCABULARY):
+def operands(share_weighted, batch=BATCH, vocabulary=VOCABULARY, width=WIDTH):
     random = np.random.default_rng(0)
-    hidden = jnp.asarray(random.normal(size=(batch, LENGTH, WIDTH)), jnp.float32)
-    head = jnp.asarray(random.normal(size=(WIDTH, vocabulary)), jnp.float32)
+    hidden = jnp.asarray(random.normal(size=(batch, LENGTH, width)), jnp.float32)
+    head = jnp.asarray(random.normal(size=(width, vocabulary)), jnp.float32)
     targets = random.integers(0, vocabulary, (batch, LENGTH)).astype(np.int32)
     weights = random.uniform(0.5, 2.0, (batch, LENGTH)) * (random.random((batch, LENGTH)) < share_weighted)
     return hidden, head, targets, weights.astype(np.float32)
@@ -36,10 +36,15 @@ def test_value_and_gradients_equal_plain_cross_entropy(share, chunk):
     assert_trees_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 1, 4), (2, 1, 2, 2), (1, 4, 1, 2)], ids=str)
-def test_a_vocabulary_cut_over_devices_gives_the_plain_value_and_gradients(shape):
-    """Every piece of the vocabulary holds some of the targets; the loss and both gradients are sums over pieces."""
-    hidden, head, targets, weights = operands(0.6, batch=4, vocabulary=212)
+@pytest.mark.parametrize(
+    ("shape", "width"), [((1, 2, 1, 4), 8), ((2, 1, 2, 2), 8), ((1, 4, 1, 2), 8), ((1, 2, 2, 2), 9)], ids=str
+)
+def test_a_vocabulary_cut_over_devices_gives_the_plain_value_and_gradients(shape, width):
+    """Every piece of the vocabulary holds some of the targets; the loss and both gradients are sums over pieces.
+
+    A width of 9 divides by no fsdp axis, so that the head is whole in that direction.
+    """
+    hidden, head, targets, weights = operands(0.6, batch=4, vocabulary=212, width=width)
     chunked = lambda *x: 3 * chunked_cross_entropy(*x, targets, weights, chunk=20)[0]  # noqa: E731
     expected = jax.value_and_grad(lambda *x: 3 * plain(*x, targets, weights), argnums=(0, 1))(hidden, head)
     with jax.set_mesh(make_mesh(shape, jax.devices()[:8])):
@@ -68,6 +73,15 @@ def shapes_in(jaxpr):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from shapes_in(inner)
+
+
+def test_what_is_not_asked_for_is_not_computed():
+    """Logits are one product; the gradient of the states and that of the head are one more each."""
+    hidden, head, targets, weights = operands(1.0)
+    loss = lambda *x: chunked_cross_entropy(*x, targets, weights, chunk=16)[0]  # noqa: E731
+    products = lambda function: str(jax.make_jaxpr(function)(hidden, head)).count("dot_general[")  # noqa: E731
+    assert products(loss) == 1
+    assert [products(jax.grad(loss, argnums=which)) for which in (0, 1, (0, 1))] == [2, 2, 3]
 
 
 def test_all_the_logits_never_exist():

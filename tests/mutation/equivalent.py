@@ -4,4 +4,9 @@ EQUIVALENT: dict[str, str] = {
     "kangaroo_jax/models/attention_splash.py | return np.array([[queries.max() >= first, queries.min() >= last - 1]])"
     " | return np.array([[queries.max() > first, queries.min() >= last - 1]])": "the last query of a block is never "
     "the first key of one: both sizes are multiples of 128",
+    "kangaroo_jax/models/attention_splash.py | PADDING = -1  # segment of the padding | PADDING = -2  # segment of the "
+    "padding": "any number does that no sample's segment has",
+    "kangaroo_jax/models/stack.py | layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves), strict=True)"
+    " | layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves))": "each has `depth` parts",
+    "kangaroo_jax/models/llama.py | scan: bool = True, | scan: bool = False,": "unrolled layers give the same",
 }

@@ -1,0 +1,120 @@
+"""What is found in a workdir: the last whole checkpoint, its tokenizer, its config; and what is said of what is not."""
+
+import types
+
+import jax
+import orbax.checkpoint as ocp
+import pytest
+
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.sharding import make_mesh
+from kangaroo_jax.training import loop
+from kangaroo_jax.training.checkpoint import (
+    check_rope,
+    check_shapes,
+    find,
+    find_tokenizer,
+    keep_tokenizer,
+    load_config,
+)
+
+
+def steps(folder, *numbers, whole=True):
+    for number in numbers:
+        (folder / "checkpoints" / str(number) / ("params" if whole else "config")).mkdir(parents=True)
+    return folder
+
+
+def test_the_last_whole_step_is_found_by_its_number_from_any_folder_above_it(tmp_path):
+    stage = steps(tmp_path / "stage2_video", 9, 100)
+    steps(stage, 200, whole=False)  # begun, without weights
+    (stage / "checkpoints" / "300.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    expected = stage / "checkpoints" / "100"
+    for path in (stage, stage / "checkpoints", expected, str(stage)):
+        assert find(path) == expected
+    steps(tmp_path / "stage1_image", 500)
+    (tmp_path / "stage3_refine" / "checkpoints").mkdir(parents=True)  # begun, nothing saved
+    assert find(tmp_path) == expected  # the last stage that has one
+
+
+def test_folders_without_a_checkpoint_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="none: no such checkpoint folder"):
+        find(tmp_path / "none")
+    (tmp_path / "stage1" / "checkpoints" / "tmp").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "stage1"):
+        with pytest.raises(UserError, match="holds no finished checkpoint"):
+            find(path)
+
+
+def test_the_first_tensor_that_does_not_fit_is_named():
+    shape = lambda *sizes: types.SimpleNamespace(shape=sizes)  # noqa: E731
+    wanted = {"a": shape(2, 3), "b": shape(4)}
+    check_shapes({"b": shape(4), "a": shape(2, 3)}, wanted, "FILE")
+    for found, message in (
+        ({"b": shape(4)}, "FILE: tensor a is missing"),
+        ({**wanted, "aa": shape(1)}, "FILE: tensor aa is not of this model"),
+        ({**wanted, "b": shape(5)}, r"FILE: tensor b has shape \(5,\), the config wants \(4,\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_shapes(found, wanted, "FILE")
+
+
+def test_the_tokenizer_is_kept_beside_the_checkpoints_and_found_from_them(tmp_path):
+    source, stage = tmp_path / "other.model", steps(tmp_path / "stage", 3)
+    source.write_bytes(b"first")
+    keep_tokenizer(source, stage)
+    assert (stage / "tokenizer.model").read_bytes() == b"first"
+    assert sorted(path.name for path in stage.iterdir()) == ["checkpoints", "tokenizer.model"]
+    for folder in (stage / "checkpoints" / "3", stage / "checkpoints", stage):
+        assert find_tokenizer(folder) == stage / "tokenizer.model"
+    (stage / "checkpoints" / "3" / "tokenizer.json").write_text("{}")
+    assert find_tokenizer(stage / "checkpoints" / "3").name == "tokenizer.json"  # the nearest
+    with pytest.raises(UserError, match=r"no tokenizer\.\* beside the checkpoint"):
+        find_tokenizer(tmp_path / "stage" / "checkpoints" / "a" / "b")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint that has a config and no weights; and that config."""
+    folder, config = tmp_path_factory.mktemp("saved"), stage_config("tiny")
+    (folder / "7" / "params").mkdir(parents=True)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder / "7" / "config", args=ocp.args.JsonSave(config.to_dict()))
+    return folder, config
+
+
+def test_a_config_comes_back_with_its_tuples_and_cannot_get_a_new_key(saved):
+    folder, config = saved
+    found = load_config(folder)
+    assert found.to_dict() == config.to_dict() and isinstance(found.model.patchify.kernel, tuple)
+    assert isinstance(found.optimizer.trainable[0], tuple)
+    with pytest.raises(AttributeError):
+        found.model.wrong = 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vision.rope_theta", 20_000.0),
+        ("vision.rope_reference_grid", 5),
+        ("tpe.theta", 500.0),
+        ("llm.rope_theta", 5e5),
+        ("llm.rope_scaling.factor", 8.0),
+    ],
+)
+def test_every_setting_that_turns_angles_is_compared(saved, key, value):
+    folder, config = saved
+    model = config.model.copy_and_resolve_references()
+    model.llm.rope_scaling.low_freq_factor = 3.0  # nothing, as long as the factor is 1
+    check_rope(folder, model)
+    model.update_from_flattened_dict({key: value})
+    name = key.removesuffix(".factor")
+    with pytest.raises(UserError, match=rf"7: config\.model\.{name} of the checkpoint is .*--config\.model\.{name}"):
+        check_rope(folder, model)
+
+
+def test_what_a_stage_runs_on_is_said_in_words():
+    assert loop.mesh_text(make_mesh((1, 1, 1, 1), jax.devices()[:1])) == "1 cpu device"
+    expected = "8 cpu devices, data 1, fsdp 2, context 2, tensor 2"
+    assert loop.mesh_text(make_mesh((1, 2, 2, 2), jax.devices()[:8])) == expected
