@@ -130,6 +130,8 @@ def run_ray(shards: Sequence[Shard], plan: Plan, address: str = "", workers: int
     The media and the output folder must have the same paths on all nodes. A task whose node is lost is run again on
     another; it finds what was finished there. Raises UserError.
     """
+    if not address and "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # without it, who reaches its port runs code
     try:
         import ray
     except ImportError:
@@ -162,7 +164,7 @@ def _connect(address: str, workers: int) -> None:
             include_dashboard=False if not address else None,
             runtime_env=environment,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"--ray_address={address}: {' '.join(str(error).split())[:200]}") from None
 
 

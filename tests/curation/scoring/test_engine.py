@@ -166,3 +166,15 @@ def test_mistakes_are_named(clips, config, tmp_path):
         curate(Options(str(tmp_path / "out"), (str(clips),), engine="rai"), config)
     with pytest.raises(UserError, match="no scores here; run kangaroo curate"):
         select_again(Options(str(tmp_path / "out")), config)
+
+
+def test_a_ray_that_is_started_here_asks_for_a_token(clips, config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # it reads its environment when it is imported
+    plan = Plan(tmp_path / "out", (BY_NAME["probe"],), json.loads(json.dumps(config.to_dict())))
+    for address, mode in (("", "token"), ("auto", None)):
+        for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        with pytest.raises(UserError, match="needs the package ray"):
+            engine.run_ray([], plan, address)
+        assert os.environ.get("RAY_AUTH_MODE") == mode
