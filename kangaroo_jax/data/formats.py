@@ -169,10 +169,15 @@ def _pairs(item: dict, asked: str, answered: str, where: str) -> list[Any]:
     question = item[asked]
     if asked == "instruction" and isinstance(item.get("input"), str) and item["input"]:
         question = f"{question}\n{item['input']}"
-    history = item.get("history") or []
+    return [*_history(item, "history", where), (question, item[answered])]
+
+
+def _history(item: dict, key: str, where: str) -> list[Any]:
+    """The rounds before the last."""
+    history = item.get(key) or []
     if not isinstance(history, list):
-        raise UserError(f"{where}: 'history' must be a list of pairs, found {shown(history)}")
-    return [*history, (question, item[answered])]
+        raise UserError(f"{where}: '{key}' must be a list of pairs, found {shown(history)}")
+    return history
 
 
 def _simple_media(item: dict, where: str) -> tuple[list[Any], list[Any]]:
@@ -208,7 +213,8 @@ def _by_columns(item: dict, columns: Columns, where: str) -> tuple[tuple[Turn, .
     videos = listed(item, columns.videos, where) if columns.videos else []
     system = item.get(columns.system) if columns.system else None
     if columns.formatting == "alpaca":
-        pairs = [*(item.get(columns.history) or []), (_alpaca_query(item, columns), item.get(columns.response))]
+        asked = _alpaca_query(item, columns), item.get(columns.response)
+        pairs = [*_history(item, columns.history, where), asked]
         return rounds_of(pairs, f"'{columns.prompt}' and '{columns.response}'", where, system), images, videos
     names = {columns.user: "user", columns.assistant: "assistant", columns.system_role: "system"}
     keys = Keys(columns.role, columns.content, names)

@@ -18,7 +18,7 @@ import numpy as np
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.format_media import Parsed
 from kangaroo_jax.data.formats import MEDIA_KEYS, RECORD_KEYS, Columns, parse_record
-from kangaroo_jax.data.storage import MEMBER, absolute, current_cache
+from kangaroo_jax.data.storage import MEMBER, absolute, current_cache, is_remote, join
 from kangaroo_jax.installing import install_line
 from kangaroo_jax.json_text import parse_json
 
@@ -39,9 +39,12 @@ class ParquetTable:
         except ImportError:
             raise UserError(f"{path}: a Parquet file needs the package pyarrow: {install_line('data')}") from None
         self._path, self._pa, self._pq = path, pa, pq
-        self._errors = (OSError, pa.ArrowException)
+        self._errors = (OSError, pa.ArrowException, ValueError, LookupError)  # the last two of damaged names and types
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
+            self.schema = self._file.schema_arrow
+            schema = self._file.schema
+            self.leaves = [schema.column(i).path for i in range(len(schema))]  # dotted names of all leaf columns
         except self._errors as error:
             raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
@@ -56,16 +59,6 @@ class ParquetTable:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
-
-    @property
-    def schema(self) -> Any:
-        """The columns' names and types, pyarrow's."""
-        return self._file.schema_arrow
-
-    def leaves(self) -> list[str]:
-        """Dotted names of all leaf columns."""
-        schema = self._file.schema
-        return [schema.column(i).path for i in range(len(schema))]
 
     def row(self, index: int, columns: tuple[str, ...]) -> dict[str, Any]:
         """One row of some (leaf) columns, as plain values. Raises UserError."""
@@ -82,8 +75,11 @@ class ParquetTable:
         stretches, schema = kept
         offset, size = stretches[inside // _STRETCH]
         data = os.pread(self._spool.fileno(), size, offset)
-        batch = self._pa.ipc.read_record_batch(self._pa.py_buffer(data), schema)
-        return batch.slice(inside % _STRETCH, 1).to_pylist()[0]
+        try:
+            batch = self._pa.ipc.read_record_batch(self._pa.py_buffer(data), schema)
+            return batch.slice(inside % _STRETCH, 1).to_pylist()[0]
+        except self._errors as error:
+            raise UserError(f"{self._path}, row {index + 1}: cannot be read ({error})") from None
 
     def _group_of(self, index: int) -> tuple[int, int]:
         """A row's group, and its number there."""
@@ -93,7 +89,8 @@ class ParquetTable:
     def _spooled(self, group: int, columns: tuple[str, ...]) -> tuple[list[tuple[int, int]], Any]:
         """Decode a group's records into the spool: place and size of each stretch, and their schema."""
         stretches, schema = [], None
-        if self._size(group, columns) > self._room:
+        plain = set(columns) == set(self.leaves)  # else the size has media in it
+        if plain and self._file.metadata.row_group(group).total_byte_size > self._room:
             raise self._too_large()
         try:
             if self._spool is None:
@@ -140,14 +137,8 @@ class ParquetTable:
             return self._pa.list_(kind.value_field.with_type(self._plain(kind.value_type)))
         return kind
 
-    def _size(self, group: int, leaves: tuple[str, ...]) -> int:
-        """Bytes of columns of a group, unpacked, as the file states them."""
-        metadata = self._file.metadata.row_group(group)
-        columns = (metadata.column(i) for i in range(metadata.num_columns))
-        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema in leaves)
-
-    def _check_size(self, group: int, leaf: str) -> None:
-        if self._size(group, (leaf,)) > _MEDIA:
+    def _check_size(self, group: int) -> None:
+        if self._file.metadata.row_group(group).total_byte_size > _MEDIA:
             raise UserError(
                 f"{self._path}: row group {group} holds more than {_MEDIA >> 30} GiB of media; "
                 "write the table with fewer rows a group"
@@ -165,22 +156,16 @@ class ParquetTable:
             if (group, leaf) not in self._flags:
                 self._flags[group, leaf] = self._flags_of(group, leaf)
             flags = self._flags[group, leaf]
-        return flags[inside] if flags else True
+        return flags[inside]
 
     def _flags_of(self, group: int, leaf: str) -> list[Any]:
-        """[] where the table's statistics say that nothing is null."""
-        metadata = self._file.metadata.row_group(group)
-        column = next(i for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == leaf)
-        statistics = metadata.column(column).statistics
-        if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
-            return []
-        flags: list[Any] = []
+        """From the media themselves: pyarrow ends the process where the statistics of a damaged file contradict it."""
+        self._check_size(group)
         try:
-            for batch in self._batches(self._file, group, [leaf], 1):
-                flags.append(_present(batch.column(0).to_pylist()[0]))
+            batches = self._batches(self._file, group, [leaf], 1)
+            return [_present(batch.column(0).to_pylist()[0]) for batch in batches]
         except self._errors as error:
             raise self._unreadable(group, error) from None
-        return flags
 
     def medium(self, index: int, leaf: str, number: int) -> bytes | None:
         """The bytes of a medium of a row, None where there are none. Raises UserError."""
@@ -189,7 +174,7 @@ class ParquetTable:
             at, batches, value = self._place if self._place_of == (group, leaf) else (-1, None, None)
             try:
                 if batches is None or inside < at:
-                    self._check_size(group, leaf)
+                    self._check_size(group)
                     at, batches = -1, self._batches(self._file, group, [leaf], 1)
                 while at < inside:
                     value = next(batches).column(0).to_pylist()[0]
@@ -235,7 +220,7 @@ def media_leaves(table: ParquetTable) -> dict[str, str]:
     """The columns with media in them, and the leaf that has the bytes: {"bytes", "path"}, or the bytes themselves."""
     import pyarrow as pa
 
-    leaves = table.leaves()
+    leaves = table.leaves
     found = {leaf.split(".")[0]: leaf for leaf in leaves if leaf.endswith(".bytes")}
     for field in table.schema:
         kind = field.type
@@ -257,7 +242,7 @@ class ParquetRecords:
         self.files, self._root, self._columns = [Path(file)], root, columns
         self._path, self._table = file, parquet_table(file)
         self._media = media_leaves(self._table)
-        leaves = [leaf for leaf in self._table.leaves() if leaf not in self._media.values()]
+        leaves = [leaf for leaf in self._table.leaves if leaf not in self._media.values()]
         known = [leaf for leaf in leaves if leaf.split(".")[0] in RECORD_KEYS]
         self._leaves = tuple(leaves if columns is not None or not known else known)
 
@@ -274,12 +259,20 @@ class ParquetRecords:
 
     def _in_table(self, row: int, column: str, leaf: str, value: Any) -> Any:
         """Media with bytes become the place of those bytes; others stay what the table says of them (a path)."""
-        flags = self._table.has_bytes(row, leaf)
+        unknown = not leaf.endswith(".bytes") or self._beside(value)
+        flags = self._table.has_bytes(row, leaf) if unknown else True
         if isinstance(value, list) or isinstance(flags, list):
             values = value if isinstance(value, list) else [None] * len(flags if isinstance(flags, list) else [])
             flags = flags if isinstance(flags, list) else [flags] * len(values)
             return [self._one(row, column, i, *pair) for i, pair in enumerate(zip(values, flags, strict=False))]
         return self._one(row, column, 0, value, flags) if value is not None or leaf == column else None
+
+    def _beside(self, value: Any) -> bool:
+        """Whether the path of a medium names a file, so that it matters whether the table has its bytes."""
+        if isinstance(value, list):
+            return any(map(self._beside, value))
+        path = value.get("path") if isinstance(value, dict) else None
+        return isinstance(path, str) and bool(path) and (is_remote(path) or os.path.exists(join(self._root, path)))
 
     def _one(self, row: int, column: str, number: int, value: Any, embedded: bool) -> Any:
         if not embedded:

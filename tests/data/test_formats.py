@@ -322,6 +322,7 @@ MISTAKES: list[tuple[Any, str]] = [
     ({"video": None, "conversations": [{"from": "human", "value": "a <video> b"}, LLAVA[1]]}, "is written \\<video>"),
     ({"video": "v", "question": "Q", "answer": "A", "options": ["A"]}, "has 'options' beside 'question'"),
     ({"video": "v", "question": "Q", "answer": 2}, "'question' and 'answer' must be text"),
+    ({"query": "Q", "response": "A", "history": 3}, "'history' must be a list of pairs"),
     ({"caption": "A"}, "a caption is of one medium, and the record names 0"),
     ({"video": "v", "text": "A"}, "the record has 'video', 'text'"),
     ({"video": "v", "start": 10**400, "caption": "A"}, "'start' must be a positive number"),

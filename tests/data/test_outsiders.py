@@ -279,6 +279,17 @@ def test_tables_with_dictionaries_and_other_columns(tmp_path: Path) -> None:
     ]
 
 
+def test_a_damaged_table_is_refused_in_one_line(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "Q"}, TALK[1]]
+    table(tmp_path / "a.parquet", [{"id": "long name", "conversations": talk}], use_dictionary=False)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for old, new in ((b"long name", b"long\xff\xfename"[:9]), (b"conversations", b"conversation\xff")):
+        path = tmp_path / f"{len(new)}.parquet"
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(UserError, match=r"parquet"):
+            AnnotationFile(path)
+
+
 def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None:
     word = pa.array(["x" * (1 << 20)]).dictionary_encode()
     ids = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), word.dictionary)
