@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What Pillow may read: others run programs (EPS). Playlists make FFmpeg open other files.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+PLAYLISTS = {"concat", "concatf", "dash", "hls", "imf", "rtsp", "sap", "sdp", "webm_dash_manifest"}
 TAG = re.compile(r"<(image|video)>")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ROUNDING = 1e-3  # seconds by which a requested time may fall short of the frame that it means
@@ -311,7 +315,10 @@ def load_media(part: dict[str, Any], sampling: dict[str, Any], multiple: int) ->
 def open_image(source: Any) -> Image.Image:
     """A path, an array uint8[height, width, 3] or a PIL image, turned upright, transparency laid on white."""
     image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
-    image = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
+    if isinstance(image, (str, os.PathLike)):
+        _check_file(image)
+        Image.init()
+        image = Image.open(image, formats=tuple(name for name in FORMATS if name in Image.OPEN))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
@@ -319,6 +326,12 @@ def open_image(source: Any) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    """Refuse what is no regular file, such as a pipe, which would be waited for without end."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file, or no regular one")
 
 
 def letterbox(image: Image.Image, side: int) -> np.ndarray:
@@ -360,9 +373,18 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
         raise ImportError("videos are read by PyAV: pip install av (or give a list of frames)") from error
     # Since PyAV 19 text that is not UTF-8 is no error anyhow.
     metadata: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-    with av.open(str(path), **metadata) as container:
+    _check_file(path)
+    options = {
+        "protocol_whitelist": "file",
+        "format_whitelist": ",".join(sorted(av.formats_available - PLAYLISTS)),
+    }
+    with av.open(f"file:{os.fspath(path)}", options=options, **metadata) as container:
         cover = av.stream.Disposition.attached_pic.value
-        stream = next(s for s in container.streams.video if not s.disposition.value & cover)
+        streams = [s for s in container.streams.video if not s.disposition.value & cover and s.codec_context]
+        if not streams:
+            raise ValueError(f"{path}: no video stream that can be decoded")
+        best = container.streams.best("video")
+        stream = next((s for s in streams if s.index == best.index), streams[0])
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         times = sample_times(_duration(path, container, stream), sampling, multiple)
         scaler, converter, ratio = VideoReformatter(), VideoReformatter(), float(stream.sample_aspect_ratio or 1) or 1.0
@@ -389,10 +411,12 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
 
 def _frames(container: Any, stream: Any, interval: float) -> Any:
     """(frame, seconds since the first) in the order of display."""
-    zero = None if stream.start_time is None else float(stream.start_time * stream.time_base)
+    guesses = container.format.name == "avi" and stream.codec_context.has_b_frames  # it has decoding times alone
+    known = stream.start_time is not None and not guesses
+    zero = float(stream.start_time * stream.time_base) if known else None
     last = -interval
     for frame in container.decode(stream):
-        stamp = frame.pts if frame.pts is not None else frame.dts
+        stamp = frame.pts if frame.pts is not None and not guesses else frame.dts
         absolute = last + interval if stamp is None else stamp * float(frame.time_base or stream.time_base)
         zero = absolute if zero is None else zero
         last = absolute
@@ -402,10 +426,9 @@ def _frames(container: Any, stream: Any, interval: float) -> Any:
 def _duration(path: str | os.PathLike, container: Any, stream: Any) -> float:
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    if tag := stream.metadata.get("DURATION"):
-        hours, minutes, rest = tag.split(":")
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:[.,]\d*)?)", stream.metadata.get("DURATION", "").strip()):
         start = float((stream.start_time or 0) * stream.time_base)
-        return int(hours) * 3600 + int(minutes) * 60 + float(rest) - start
+        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3].replace(",", ".")) - start
     if container.duration:
         return container.duration / 1_000_000
     raise ValueError(f"{path}: does not say how long it is; give a list of frames")
@@ -413,8 +436,10 @@ def _duration(path: str | os.PathLike, container: Any, stream: Any) -> float:
 
 def _pixels(frame: Any, scaler: Any, converter: Any, ratio: float, side: int) -> np.ndarray:
     aspect = frame.width * ratio / frame.height
-    quarter_turns = round(frame.rotation / 90) % 4
-    if quarter_turns % 2:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = struct.unpack("=9i", bytes(matrix)[:36])[:5] if matrix else (1, 0, 0, 0, 1)
+    turned = abs(b) > abs(a)
+    if turned:
         height, width = fitted(1 / aspect, side)
     else:
         width, height = fitted(aspect, side)
@@ -426,4 +451,6 @@ def _pixels(frame: Any, scaler: Any, converter: Any, ratio: float, side: int) ->
         full = "yuvj444p" if form.name.startswith("yuvj") else "yuv444p"
         small = scaler.reformat(frame, width=width, height=height, format=full, interpolation="BICUBIC", threads=1)
         rgb = converter.reformat(small, format="rgb24", threads=1).to_ndarray()
-    return on_black(np.rot90(rgb, quarter_turns), side)
+    right, down = (c, b) if turned else (a, d)  # where the picture's columns and rows go on display
+    rgb = rgb.swapaxes(0, 1) if turned else rgb
+    return on_black(rgb[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], side)
