@@ -43,10 +43,12 @@ def write_stats(
     total = sum(source.count for source in sources)
     chosen = np.unique(np.linspace(0, total - 1, min(limit, total)).round().astype(int))
     places = [(source, n) for source in sources for n in range(source.count)]
-    conversations = [places[i][0].file[places[i][0].sample(places[i][1])] for i in chosen]
+    found = [places[i][0].file.look_at(places[i][0].sample(places[i][1])) for i in chosen]
+    conversations = [one for one in found if not isinstance(one, UserError)]
     recipes, skipped = _recipes(conversations, config, tokenizer)
+    skipped += len(found) - len(conversations)
     if not recipes:
-        raise UserError(f"none of {len(conversations)} samples can be used; kangaroo data check says why")
+        raise UserError(f"none of {len(found)} samples can be used; kangaroo data check says why")
     seconds = [s for conversation in conversations for s in _seconds_of(conversation)]
     values = {
         "tokens": [len(recipe.tokens) for recipe in recipes],
@@ -58,7 +60,7 @@ def write_stats(
     }
     result: dict[str, Any] = {
         "samples": total,
-        "looked_at": len(conversations),
+        "looked_at": len(found),
         "skipped": skipped,
         "sources": {source.name: source.count for source in sources},
         "languages": dict(collections.Counter(recipe.language for recipe in recipes).most_common()),

@@ -1,7 +1,9 @@
 """`kangaroo data`: what each job writes, prints and exits with."""
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,20 @@ def test_stats(data: Path) -> None:
     assert 0.3 < packing["useful_tokens"] <= packing["tokens_at_most"] + 1e-3
     assert packing["tokens_per_pack_that_fit"] % 128 == 0
     assert (out / "stats.png").stat().st_size > 1000
+
+
+def test_stats_go_on_without_what_downloads_left_unfinished(data: Path) -> None:
+    pytest.importorskip("matplotlib")
+    members = {"0.txt": b" ", "0.png": b"x", "1.txt": b"A circle.", "1.png": (data / "b.png").read_bytes()}
+    with tarfile.open(data / "a.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    arguments = ["--tokenizer", data / "tokenizer.model", "--config", "stage4_instruct:tiny", "--out", data / "stats"]
+    assert run("stats", data / "a.tar", *arguments) == 0
+    stats = json.loads((data / "stats" / "stats.json").read_text())
+    assert (stats["looked_at"], stats["skipped"]) == (2, 1)
 
 
 def test_show(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
