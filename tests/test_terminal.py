@@ -41,6 +41,10 @@ def test_other_text_stays_as_it_is(text):
     assert (printable(text), stream.getvalue()) == (text, f"{text}\n")
 
 
+def test_the_bytes_of_an_address_are_left_out():
+    assert short("data:video/mp4;base64,AAAA") == "data:video/mp4;base64,..."
+
+
 def test_what_is_printed_keeps_its_lines_and_loses_its_escapes(capsys):
     with outputs():
         print("a\tb\r\nc\x1b[31m\r\u202ed\udcff")

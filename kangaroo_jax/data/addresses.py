@@ -35,6 +35,8 @@ def scheme_of(path: str | Path) -> str:
 def short(path: str | Path, longest: int = 200) -> str:
     """A path for messages: the bytes of a `data:` address are left out, what a terminal would obey is escaped."""
     text = str(path)
+    if text.startswith("data:"):
+        return printable(f"{text.partition(',')[0][: longest // 2]},...")
     return printable(text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}")
 
 

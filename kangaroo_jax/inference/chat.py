@@ -24,7 +24,7 @@ from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags
 from kangaroo_jax.data.decode import ThreadDecoder
 from kangaroo_jax.data.image import opened_image
 from kangaroo_jax.data.sample import MediaRef, Recipe, probe_cached, render_prompt
-from kangaroo_jax.data.storage import MEMBER, join, short
+from kangaroo_jax.data.storage import MEMBER, current_cache, join, short, use_cache
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.data.video import folder_of_frames
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
@@ -357,15 +357,27 @@ def chat_main(
     """
     sampling = Sampling(temperature, top_p, seed)
     media: dict[str, Any] = dict(video=video, image=image, start=start, end=end)
-    ask(query if query is not None else "?", **media)
-    kangaroo = Kangaroo.load(checkpoint)
-    turns: History = []
-    for line in [query] if query is not None else lines if lines is not None else _typed():
-        if not line.strip():
-            return
-        turns.append(ask(line, **(media if not turns else {})))
-        answer = _say(kangaroo.stream(turns, sampling, max_new_tokens=max_new_tokens))
-        turns.append({"role": "assistant", "text": answer})
+    with _typed_addresses():
+        ask(query if query is not None else "?", **media)
+        kangaroo = Kangaroo.load(checkpoint)
+        turns: History = []
+        for line in [query] if query is not None else lines if lines is not None else _typed():
+            if not line.strip():
+                return
+            turns.append(ask(line, **(media if not turns else {})))
+            answer = _say(kangaroo.stream(turns, sampling, max_new_tokens=max_new_tokens))
+            turns.append({"role": "assistant", "text": answer})
+
+
+@contextlib.contextmanager
+def _typed_addresses() -> Iterator[None]:
+    """Inside, addresses are what the user types: those of the user's own network too, unlike those of records."""
+    cache = current_cache()
+    use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
+    try:
+        yield
+    finally:
+        use_cache(cache)
 
 
 def _say(pieces: Iterator[str]) -> str:

@@ -1,8 +1,11 @@
 """Chat about real files with a small random model: what is said does not matter, that it is said right does."""
 
 import base64
+import functools
+import http.server
 import json
 import tarfile
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -252,6 +255,19 @@ def test_a_loaded_checkpoint_says_the_same(kangaroo, checkpoint, media, capsys):
     assert [line.strip() for line in capsys.readouterr().out.split("\n") if line.strip()] == [
         line.strip() for line in f"{answer}\n{follow}".split("\n") if line.strip()
     ]
+
+
+def test_an_address_that_is_typed_may_be_of_ones_own_network(checkpoint, media, tmp_path, capsys):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(media))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.mp4"
+        use_cache(MediaCache(tmp_path, 1 << 30))
+        with pytest.raises(UserError, match="a private network"):
+            ask("?", video=address)
+        chat_main(checkpoint, video=address, query="What moves?", max_new_tokens=4)
+        server.shutdown()
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_nothing_is_loaded_for_a_video_that_is_missing(media, tmp_path):
