@@ -7,6 +7,7 @@ and actors for stages with large models (`ray_workers`).
 import collections
 import os
 import queue
+import secrets
 import sys
 import threading
 import time
@@ -130,8 +131,10 @@ def run_ray(shards: Sequence[Shard], plan: Plan, address: str = "", workers: int
     The media and the output folder must have the same paths on all nodes. A task whose node is lost is run again on
     another; it finds what was finished there. Raises UserError.
     """
-    if not address and "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # without it, who reaches its port runs code
+    if not address and "RAY_ADDRESS" not in os.environ and sys.modules.get("ray") is None:
+        # Without it, who reaches its port runs code. Ray's own token would lie in the home folder, for all to read.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ImportError:
