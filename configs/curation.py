@@ -13,7 +13,8 @@ from kangaroo_jax.config import lock
 def get_config() -> ConfigDict:
     """The config of `kangaroo curate` and its jobs."""
     c = ConfigDict()
-    c.input = ConfigDict(dict(media_root="", fetch=False))  # fetch: also http(s):// addresses of a manifest
+    c.input = i = ConfigDict(dict(media_root="", fetch=False))  # fetch: also http(s):// addresses of a manifest
+    i.allow_private = False  # True: they may lead to this machine and to private networks
     c.engine = e = ConfigDict()
     e.workers = 0  # processes; 0 is one a core
     e.item_seconds = 300.0  # for one stage of one video, then it is given up and its process replaced

@@ -22,7 +22,7 @@ from kangaroo_jax.curation import engine, select, shards
 from kangaroo_jax.curation.manifest import read_inputs
 from kangaroo_jax.curation.run_shard import Plan, is_done
 from kangaroo_jax.curation.shards import Shard
-from kangaroo_jax.curation.stages import enabled
+from kangaroo_jax.curation.stages import STAGES, allow_private, enabled, run_stage, run_stage_anywhere
 from kangaroo_jax.errors import UserError
 
 ENGINES = ("local", "ray")
@@ -73,7 +73,7 @@ def curate(options: Options, config: ConfigDict) -> None:
         from kangaroo_jax.curation.stages.embedding import with_identity
 
         plain["embedding"] = with_identity(plain["embedding"])
-    plan = Plan(root, enabled(plain), plain)
+    plan = Plan(root, enabled(plain), plain, run_stage_anywhere if plain["input"]["allow_private"] else run_stage)
     items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"], root)
     with shards.claimed(root):
         parts = shards.make_shards(items, plain["engine"]["shard_items"])
@@ -182,6 +182,8 @@ def export(options: Options, config: ConfigDict) -> None:
     from kangaroo_jax.curation.export import export as write
 
     settings = _of_last_choice("export", options, config)
+    if config.input.allow_private:
+        allow_private()
     with shards.claimed(options.root):
         print(write(options.root, plain_config(config) | {"select": settings}, options.name, options.annotations))
 
@@ -204,10 +206,14 @@ def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
 
 
 def forget_failures(root: Path) -> None:
-    """Let stages score again the shards in which they failed on something."""
-    for folder in (root / "stages").iterdir():
-        for file in folder.glob("*.done") if folder.is_dir() else ():
-            if json.loads(file.read_bytes()).get("failed"):
+    """Let stages score again the shards in which they, or a stage that they follow, failed on something."""
+    again: dict[str, set[str]] = {}
+    for stage in STAGES:  # those that are followed come first
+        files = {file: file.stem.rpartition("-")[0] for file in (root / "stages" / stage.name).glob("*.done")}
+        failed = {shard for file, shard in files.items() if json.loads(file.read_bytes()).get("failed")}
+        again[stage.name] = failed.union(*(again[name] for name in stage.after))
+        for file, shard in files.items():
+            if shard in again[stage.name]:
                 file.unlink()
     for file in (root / "scores").glob("*.done"):
         if json.loads(file.read_bytes())["failed"]:

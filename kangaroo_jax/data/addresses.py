@@ -86,7 +86,8 @@ def public_hosts(address: str, host: str, port: int, *, allow_private: bool) -> 
     if private is not None and not allow_private:
         raise UserError(
             f"{short(address)}: leads to {private}, which is this machine or a private network; "
-            "--config.data.allow_private=True (kangaroo data: --allow-private) reads such addresses"
+            "--config.data.allow_private=True (kangaroo data: --allow-private, "
+            "kangaroo curate: --config.input.allow_private=True) reads such addresses"
         )
     return hosts
 

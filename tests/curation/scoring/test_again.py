@@ -1,7 +1,11 @@
 """A run after a run: curation reads nothing that it wrote, replaces nothing silently, and explains what was chosen."""
 
+import functools
+import http.server
+import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,3 +98,20 @@ def test_explain_judges_by_what_the_last_select_used(project, capsys):
 def test_no_job_makes_a_folder_of_nothing(job, tmp_path):
     assert cli.main(["curate", *job, f"--output={tmp_path / 'nowhere'}"]) == 2
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_private_address_is_read_only_where_that_is_asked_for(clips, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clips))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        row = {"path": f"http://127.0.0.1:{server.server_address[1]}/clip_0.mp4"}
+        (tmp_path / "list.jsonl").write_text(json.dumps(row))
+        config.input.fetch = True
+        run_of = Options(str(tmp_path / "out"), (str(tmp_path / "list.jsonl"),), retry=True)
+        with pytest.raises(UserError, match="all 1 clips are broken.*private network.*config.input.allow_private=True"):
+            curate(run_of, config)
+        config.input.allow_private = True
+        curate(run_of, config)
+        assert len((tmp_path / "out/selected.jsonl").read_text().splitlines()) == 1
+        server.shutdown()
