@@ -320,6 +320,8 @@ class FramePicker:
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
+                if packet.has_sidedata("encryption_info"):
+                    raise UserError(f"{self._path}: the video is encrypted") from None
                 self._errors += 1
                 if self._errors > _MOST_ERRORS:
                     raise
