@@ -13,7 +13,7 @@ from kangaroo_jax import cli
 from kangaroo_jax.config import model_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.convert import convert
-from kangaroo_jax.conversion.lora import factor_rows, factor_shapes, kernels, layout_of
+from kangaroo_jax.conversion.lora import check_settings, factor_rows, factor_shapes, kernels, layout_of
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.weights import whole
 from tests.conversion.test_round_trip import assert_same, quiet, tensors
@@ -179,6 +179,11 @@ def test_a_torch_file(adapters, llama, tmp_path):
     quiet([tmp_path / "ours"], tmp_path / "back")
     file = "adapter_model.safetensors"
     assert_same(load_file(adapters("usual")[0] / file), load_file(tmp_path / "back" / file))
+
+
+def test_how_peft_found_the_first_factors_changes_nothing():
+    settings = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="eva")
+    assert check_settings({**settings, "eva_config": {"rho": 2.0}}, Path("adapter_config.json"))["r"] == 2
 
 
 def test_names_and_shapes_of_the_published_sizes():
