@@ -47,6 +47,11 @@ def test_kernels_equal_the_plain_formula_and_nothing_leaks(name):
     np.testing.assert_array_equal(np.asarray(run(*qkv))[kept], np.asarray(changed)[kept])
 
 
+def test_triton_of_frames_ignores_its_own_padding():
+    qkv = operands(65, heads=2, kv_heads=2)
+    np.testing.assert_allclose(KERNELS["triton"](*qkv, None, causal=False), plain(*qkv, None), atol=2e-4)
+
+
 def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_backward_agree(monkeypatch):
     qkv = operands(65, heads=2, kv_heads=2)  # like a ViT's odd number of tokens, no segments
     weight = np.random.default_rng(1).normal(size=qkv[0].shape)

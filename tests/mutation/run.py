@@ -2,6 +2,7 @@
 
     python tests/mutation/run.py models training            # 40 mutants of each room, or --sample N; seeded
     python tests/mutation/run.py models --sample 200        # goes on where the last one stopped
+    python tests/mutation/run.py models --only attention    # those of the sample in files of that name
     python tests/mutation/run.py --report                   # scores and survivors of what has run
     python tests/mutation/run.py models --again             # once more those that survived, after tests were written
 
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("rooms", nargs="*", choices=[[], *ROOMS], help=f"of {', '.join(ROOMS)}")
     parser.add_argument("--sample", type=int, default=40, help="mutants of each room")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="files of the sample whose path this regex is found in")
     parser.add_argument("--work", type=Path, default=Path("/tmp/kangaroo_mutation"))
     parser.add_argument("--cpu-seconds", type=int, default=240, help="of the tests of one mutant")
     parser.add_argument("--again", action="store_true", help="run those again that survived")
@@ -180,6 +182,8 @@ def main() -> None:
         for room in options.rooms:
             for mutant in sample_of(room, tree, options.sample, options.seed):
                 known = read_results(results_file).get(mutant.name)
+                if not re.search(options.only, mutant.path):
+                    continue
                 if known and not (options.again and known["result"] == "survived" and mutant.name not in EQUIVALENT):
                     continue
                 tests = [test for test in ROOMS[room][mutant.path] if (tree / test).exists()]

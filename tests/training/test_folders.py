@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
@@ -11,6 +12,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.training import loop
 from kangaroo_jax.training.checkpoint import (
+    Checkpoints,
     check_rope,
     check_shapes,
     find,
@@ -18,6 +20,7 @@ from kangaroo_jax.training.checkpoint import (
     keep_tokenizer,
     load_config,
 )
+from kangaroo_jax.training.step import TrainState
 
 
 def steps(folder, *numbers, whole=True):
@@ -118,3 +121,13 @@ def test_what_a_stage_runs_on_is_said_in_words():
     assert loop.mesh_text(make_mesh((1, 1, 1, 1), jax.devices()[:1])) == "1 cpu device"
     expected = "8 cpu devices, data 1, fsdp 2, context 2, tensor 2"
     assert loop.mesh_text(make_mesh((1, 2, 2, 2), jax.devices()[:8])) == expected
+
+
+def test_the_last_checkpoints_are_kept_and_no_more(tmp_path):
+    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, {}, {"count": jnp.int32(0)})
+    checkpoints = Checkpoints(tmp_path, state, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(TrainState(jnp.int32(step), state.params, {}, state.opt_state), b"", {})
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]

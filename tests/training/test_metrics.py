@@ -55,9 +55,9 @@ def test_rates_are_of_the_window_and_of_a_chip(clock):
     progress = Progress("stage9", 200, lines.append, chips=4)
     for _ in range(2):
         clock.now += 5
-        progress.add(tokens=600, frames=30, places=1000, wait=1.0, frame_places=40, counts={"a/en": 3, "b/zh": 1})
+        progress.add(tokens=600, frames=30, places=1000, wait=1.02345, frame_places=40, counts={"a/en": 3, "b/zh": 1})
     assert progress.window() == (2, 10.0)
-    rates = {"tokens_per_second_per_chip": 30.0, "frames_per_second_per_chip": 1.5, "data_wait": 0.2}
+    rates = {"tokens_per_second_per_chip": 30.0, "frames_per_second_per_chip": 1.5, "data_wait": 0.2047}
     assert progress.rates() == rates
     progress.line(20, VALUES, 3, {"mfu_causal": 0.4321, "mfu_full": 0.5})
     assert lines == [
