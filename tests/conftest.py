@@ -15,6 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # which has them from its parent
         + [os.environ.get("XLA_FLAGS", "")]
     ).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one that reads what another has half written compiles again
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"-{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
