@@ -40,7 +40,7 @@ def decided(chip, devices, slices=1, **changes):
         ),  # beyond the table: the default
         ("v5p", 64, 1, {"packs": 1, "tokens": 1 << 19}, ((1, 1, 16, 4), 1, "minimal", "full")),
         ("v5p", 256, 1, {"packs": 1, "tokens": 1 << 21}, ((1, 1, 64, 4), 1, "minimal", "full")),
-        ("v5p", 256, 1, {"packs": 1, "tokens": (1 << 19) + 4096}, ((1, 1, 64, 4), 1, "minimal", "full")),
+        ("v5p", 256, 1, {"packs": 4, "tokens": (1 << 19) + 4096}, ((1, 1, 64, 4), 4, "minimal", "full")),
         ("v5p", 16, 1, {"packs": 16, "tokens": (1 << 21) + 4096}, ((1, 16, 1, 1), 1, "full", "full")),
         ("v5p", 16, 1, {"packs": 4, "tokens": 1 << 19}, ((1, 1, 4, 4), 4, "minimal", "full")),
         ("v5p", 16, 1, {"packs": 4}, ((1, 4, 4, 1), 1, "full", "full")),  # too few packs: longer rows of devices
