@@ -25,12 +25,12 @@ ROOMS: dict[str, dict[str, list[str]]] = {
     "training": {
         f"kangaroo_jax/training/{name}.py": _of(_TRAINING, tests)
         for name, tests in {
-            "checkpoint": "checkpoint parameters resume loop",
+            "checkpoint": "checkpoint folders parameters resume loop",
             "curriculum": "curriculum loop",
             "distributed": "watchdog distributed",
             "flops": "observe",
             "host_rows": "host_rows meshes",
-            "loop": "resume loop",
+            "loop": "folders resume loop",
             "metrics": "metrics",
             "observe": "observe",
             "optimizer": "optimizer",
