@@ -156,8 +156,8 @@ def test_what_cannot_be_compared(checkpoint, tmp_path, capsys):
     assert code == 2 and "convert with --lora first" in error and not (tmp_path / "x").exists()
 
 
-def _attacked(folder, marker) -> None:
-    """Name code of the folder wherever a library looks for some, and change the code that an export ships."""
+def _attacked(folder, marker, own_code: str) -> None:
+    """Name code of the folder wherever a library looks for some; the code that an export ships is the same or not."""
     code = f"open({str(marker)!r}, 'a').write(__file__ + '\\n')\n"
     (folder / "evil.py").write_text(code + "class KangarooForCausalLM: pass\n")
     (folder / "custom_generate").mkdir()
@@ -170,24 +170,25 @@ def _attacked(folder, marker) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    for file in folder.glob("*_kangaroo.py"):
+    for file in folder.glob("*_kangaroo.py") if own_code != "the same" else ():
         file.write_text(code + file.read_text())
 
 
-def test_code_of_a_folder_is_never_run(checkpoint, video, tmp_path, capsys):
+@pytest.mark.parametrize("own_code", ["the same", "another, which was not run"])
+def test_code_of_a_folder_is_never_run(own_code, checkpoint, video, tmp_path, capsys):
     evil, marker = tmp_path / "evil", tmp_path / "was_run"
     assert run(capsys, f"--from={checkpoint}", f"--to={evil}")[0] == 0
-    _attacked(evil, marker)
+    _attacked(evil, marker, own_code)
     flags = [f"--from={evil}", f"--to={tmp_path / 'ours'}", "--verify", f"--video={video}"]
     code, out, _ = run(capsys, *flags)
     assert code == 0 and "32 of 32 greedy tokens agree" in out and not marker.exists()
-    assert "by this package's model file (the folder's own code is another, which was not run)" in out
+    assert f"by this package's model file (the folder's own code is {own_code})" in out
 
 
 def test_code_of_a_llama_is_never_run(checkpoint, tmp_path, capsys):
     evil, marker = tmp_path / "evil", tmp_path / "was_run"
     assert run(capsys, f"--from={checkpoint}", f"--to={evil}", "--format=llama")[0] == 0
     (evil / "tokenizer_config.json").write_text('{"tokenizer_class": "Tokenizer"}')
-    _attacked(evil, marker)
+    _attacked(evil, marker, "the same")
     code, out, _ = run(capsys, f"--from={evil}", f"--to={evil}", "--verify")
     assert code == 0 and "by transformers' LlamaForCausalLM" in out and not marker.exists()
