@@ -51,6 +51,7 @@ _METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.
 _COVER, _DEFAULT = av.stream.Disposition.attached_pic.value, av.stream.Disposition.default.value
 _TAG = re.compile(r"(\d+):(\d+):(\d+(?:[.,]\d*)?)")
 _LENGTHS_DIFFER = 0.02  # of a picture's length, by which the whole file's may be beside it
+_ONE_LENGTH = ("asf", "flv", "matroska,webm", "nut")  # formats in which a stream's length is the whole file's
 _NO_TIMESTAMPS = 0x80  # a flag of FFmpeg's formats: raw streams, which have no seeks
 _RUN_UP = (
     1.0  # seconds before a moment where to begin in an MPEG program stream, whose first times after a seek are guesses
@@ -108,25 +109,40 @@ def _best(name: str, container: Any) -> Any:
 
 def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
     """Length of the video stream in seconds: the header's, or counted where it says nothing. Raises UserError."""
-    seconds = float(stream.duration * stream.time_base) if stream.duration else _tagged_seconds(stream)
-    if seconds is None:
-        seconds = container.duration / av.time_base if container.duration else 0.0
+    whole = container.duration / av.time_base if container.duration else 0.0
+    stated = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    seconds = stated if container.format.name not in _ONE_LENGTH else 0.0
+    seconds = seconds or _tagged_seconds(stream, whole)
+    if not seconds:
+        seconds = stated or whole
         if not seconds:
             seconds = _counted_seconds(path)
-        elif len(container.streams) > 1:  # it may be the sound's
-            own = _picture_seconds(path, seconds)
+        elif len(container.streams) > 1 or not stream.average_rate or start_seconds(stream) > _LENGTHS_DIFFER * seconds:
+            own = _picture_seconds(path, seconds)  # for it may be the sound's, or the end by the file's clock
             seconds = own if own and abs(seconds - own) > _LENGTHS_DIFFER * own else seconds
     if seconds <= 0:
         raise UserError(f"{short(path)}: no frames in the video stream")
     return seconds
 
 
-def _tagged_seconds(stream: Any) -> float | None:
-    """Matroska and WebM: 00:00:10.040000000, from the file's zero; None where the tag is something else."""
+def _tagged_seconds(stream: Any, whole: float) -> float:
+    """Matroska and WebM: 00:00:10.040000000, from the file's zero.
+
+    0 where the tag is something else, or more than the `whole` file has.
+    """
     match = _TAG.fullmatch(stream.metadata.get("DURATION", "").strip())
     if match is None:
-        return None
-    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3].replace(",", ".")) - start_seconds(stream)
+        return 0.0
+    end = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3].replace(",", "."))
+    if whole and end > (1 + _LENGTHS_DIFFER) * whole + start_seconds(stream):
+        return 0.0
+    return max(end - start_seconds(stream), 0.0)
+
+
+def rate_of(container: Any, stream: Any) -> float:
+    """Frames a second: the mean, of a raw stream what the pictures' own headers say; 0 where unknown."""
+    stated = stream.guessed_rate if container.format.flags & _NO_TIMESTAMPS else stream.average_rate
+    return float(stated or 0)
 
 
 def start_seconds(stream: Any) -> float:
@@ -143,7 +159,8 @@ def _picture_seconds(path: str | Path, seconds: float) -> float | None:
             container.seek(math.floor((begin + seconds) / tick), stream=stream)
             for packet in container.demux(stream):
                 if packet.size and packet.pts is not None:
-                    ends.append((packet.pts + (packet.duration or usual)) * tick)
+                    shown = packet.duration if stream.average_rate else None  # which is a tick where no rate is known
+                    ends.append((packet.pts + (shown or usual)) * tick)
     return max(ends) - begin if ends else _counted_seconds(path)
 
 
@@ -158,7 +175,7 @@ def _counted_seconds(path: str | Path) -> float:
                 last = max(last or 0, packet.pts + (packet.duration or 0))
         if first is not None and last is not None and last > first:
             return float((last - first) * stream.time_base)
-        return packets / float(stream.average_rate or _USUAL_RATE)
+        return packets / (rate_of(container, stream) or _USUAL_RATE)
 
 
 def guesses_times(container: Any, stream: Any) -> bool:
@@ -204,7 +221,7 @@ class FramePicker:
         """`seconds` after which to give up."""
         self._path, self._container, self._stream, self._side = short(path), container, stream, image_size
         self._tick = float(stream.time_base)
-        self._interval = 1 / float(stream.average_rate or stream.guessed_rate or _USUAL_RATE)
+        self._interval = 1 / (rate_of(container, stream) or _USUAL_RATE)
         self._guessed = guesses_times(container, stream)
         known = stream.start_time is not None and not self._guessed
         self._zero: float | None = start_seconds(stream) if known else None

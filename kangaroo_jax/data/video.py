@@ -16,7 +16,7 @@ import numpy as np
 from kangaroo_jax.data import animation, picker
 from kangaroo_jax.data.image import IMAGE_SUFFIXES, image_size_of, load_image
 from kangaroo_jax.data.kinds import is_picture_file, kind_of, read_head
-from kangaroo_jax.data.picker import FramePicker, open_video, stream_seconds
+from kangaroo_jax.data.picker import FramePicker, open_video, rate_of, stream_seconds
 from kangaroo_jax.data.storage import local, member_suffix, short
 from kangaroo_jax.errors import UserError
 
@@ -156,7 +156,7 @@ def probe(path: str | Path, kind: str | None = None, seconds: float | None = Non
             width=codec.width,
             height=codec.height,
             seconds=stream_seconds(path, container, stream),
-            fps=float(stream.average_rate or 0),
+            fps=rate_of(container, stream),
             codec=codec.name,
         )
 

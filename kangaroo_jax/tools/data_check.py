@@ -21,6 +21,7 @@ from kangaroo_jax.data.picker import (
     BestEffort,
     guesses_times,
     open_video,
+    rate_of,
     start_seconds,
     stream_seconds,
     video_streams,
@@ -192,7 +193,7 @@ def _check_video(path: str, report: Report) -> None:
         codec = stream.codec_context
         report.container, report.codec = container.format.name, codec.name
         report.width, report.height = codec.width, codec.height
-        report.fps, report.start = float(stream.average_rate or 0), start_seconds(stream)
+        report.fps, report.start = rate_of(container, stream), start_seconds(stream)
         report.stated_seconds = stream_seconds(path, container, stream)
         streams = len(video_streams(container))
         if streams > 1:

@@ -168,3 +168,49 @@ def test_transparent_videos_lie_on_white(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     shown = load_video(path, image_size=64, times=[0.0]).pixels[0]
     assert (shown[:, :30] == (255, 0, 0)).all() and (shown[:, 34:] == 255).all()
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("count", [1, 2, 30])
+@pytest.mark.parametrize("sound", [0, 1.12, 4])
+def test_the_length_of_windows_media_is_the_pictures(tmp_path: Path, count: int, sound: float) -> None:
+    whole, path = write_video(tmp_path / "a.mkv", count, 10), tmp_path / "a.wmv"
+    sounds = ["-f", "lavfi", "-i", f"sine=duration={sound * count / 10}"] if sound else []
+    subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", whole, *sounds, "-c:v", "wmv2", "-q:v", "2", "-c:a", "wmav2", path], check=True
+    )
+    clip = load_video(path, image_size=48, policy=POLICY)
+    assert set(numbers(clip)) >= {0, count - 1} and (np.diff(clip.times) >= 0).all()
+    assert probe(path).seconds == pytest.approx(count / 10, abs=0.13)
+
+
+def test_the_length_of_one_frame_beside_sound(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", 1, 10, audio=True)
+    assert probe(path).seconds < 0.2 and set(numbers(load_video(path, image_size=48, policy=POLICY))) == {0}
+
+
+@pytest.mark.parametrize("tag", [b"99:99:99.999999999", b"00:00:00.000000000", b"00:00:40.000000000"])
+def test_a_tag_of_a_length_that_the_file_has_not(tmp_path: Path, tag: bytes) -> None:
+    path = write_video(tmp_path / "a.mkv", 16, 8)
+    path.write_bytes(path.read_bytes().replace(b"00:00:02.000000000", tag))
+    assert probe(path).seconds == pytest.approx(2.0, abs=0.01)
+
+
+def test_a_clock_that_starts_late_is_no_part_of_the_length(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.nut", 16, 8, start=500.0)
+    assert probe(path).seconds == pytest.approx(2.0, abs=0.13)
+
+
+@pytest.mark.parametrize("rate", [10, 30])
+def test_a_raw_stream_runs_at_the_rate_that_it_states(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "a.h264"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width = stream.height = 96
+        stream.pix_fmt = "yuv420p"
+        for i in range(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24")))
+        container.mux(stream.encode(None))
+    assert probe(path).seconds == pytest.approx(60 / rate) and probe(path).fps == rate
+    clip = load_video(path, image_size=48, policy=POLICY)
+    assert clip.times == pytest.approx(np.array(numbers(clip)) / rate)

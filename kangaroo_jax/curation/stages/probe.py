@@ -15,7 +15,7 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.data import animation
 from kangaroo_jax.data.image import image_size_of, load_image
-from kangaroo_jax.data.picker import open_video, start_seconds, stream_seconds
+from kangaroo_jax.data.picker import open_video, rate_of, start_seconds, stream_seconds
 from kangaroo_jax.data.storage import local, member_of, member_suffix, short
 from kangaroo_jax.errors import UserError
 
@@ -82,7 +82,7 @@ def _video(path: str, settings: Settings) -> Row:
             raise UserError(f"{short(path)}: no frame can be decoded")
         width, height = codec.width * float(stream.sample_aspect_ratio or 1) or codec.width, codec.height
         width, height = (height, width) if turned else (width, height)
-        fps = float(stream.average_rate or 0) or frames / seconds
+        fps = rate_of(container, stream) or frames / seconds
         shape = _shape(round(width), round(height), container.format.name, codec.name, seconds, fps, frames, 0.0)
         decodable = rounded(min(present, whole / tried))
         return shape | {"present": rounded(present), "decodable": decodable, "keys": keys}
