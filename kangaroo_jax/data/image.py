@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from kangaroo_jax.data.storage import local, member_of, short
 from kangaroo_jax.errors import UserError
@@ -25,8 +25,18 @@ _FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM"
 _WHOLE = MAX_PIXELS // 2  # pixels, above which an image is made smaller before its colours are converted
 _STRIP = 1 << 22  # pixels converted at a time
 _MOST_TEXT = 1 << 20  # bytes of text that Pillow takes of a PNG's chunk, in all
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME")
+_FRAMES = (b"acTL", b"fcTL", b"fdAT")  # of an animated PNG
+_SIZES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 7}  # bytes of chunks that have but one size
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Pillow warns from half of the pixels at which it refuses; ours is the number at which it refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -74,20 +84,22 @@ def load_image(path: str | Path, image_size: int) -> np.ndarray:
     with opened_image(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{short(path)}: {image.width}x{image.height} pixels is too large an image")
-        if image.width * image.height <= _WHOLE:
-            ImageOps.exif_transpose(image, in_place=True)
-            return letterbox(to_rgb(image), image_size)
-        turned = image.getexif().get(_ORIENTATION, 1)
-        shrink = max(1, min(8, max(image.size) // (4 * image_size)))
-        image.draft("RGB", (image.width // shrink, image.height // shrink))  # of JPEG, which is decoded smaller
-        shrink = max(1, min(shrink, max(image.size) // (4 * image_size)))
-        return letterbox(_turned(to_rgb(image, shrink), turned), image_size)
+        shrink = 1
+        if image.width * image.height > _WHOLE:
+            shrink = max(1, min(8, max(image.size) // (4 * image_size)))
+            image.draft("RGB", (image.width // shrink, image.height // shrink))  # of JPEG, which is decoded smaller
+            shrink = max(1, min(shrink, max(image.size) // (4 * image_size)))
+        image.load()
+        rgb, turn = to_rgb(image, shrink), _TURNS.get(_orientation(image))
+        return letterbox(rgb if turn is None else rgb.transpose(turn), image_size)
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    """As EXIF's orientation says, by the way that PIL has for each."""
-    image.getexif()[_ORIENTATION] = orientation
-    return ImageOps.exif_transpose(image)
+def _orientation(image: Image.Image) -> int:
+    """As EXIF says; 1, upright, where it cannot be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return 1
 
 
 def image_size_of(path: str | Path) -> tuple[int, int, str]:
@@ -105,7 +117,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     check_file(file, name)
     source: io.BytesIO | Path = file if member is None else io.BytesIO(member.read())
     try:
-        with Image.open(_without_bad_text(source), formats=_formats()) as image:
+        with Image.open(_without_bad_asides(source), formats=_formats()) as image:
             yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{name}: too large an image (more than {MAX_PIXELS:,} pixels)") from None
@@ -121,11 +133,11 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _without_bad_text(source: io.BytesIO | Path) -> io.BytesIO | Path:
-    """The same file; a PNG whose texts or profile are large or damaged without them, as viewers show it."""
+def _without_bad_asides(source: io.BytesIO | Path) -> io.BytesIO | Path:
+    """The same file; a PNG whose texts, profile or other asides are large or damaged without these."""
     with contextlib.ExitStack() as stack:
         file = source if isinstance(source, io.BytesIO) else stack.enter_context(source.open("rb"))
-        bad = _bad_texts(file)
+        bad = _bad_asides(file)
         if not bad:
             file.seek(0)
             return source
@@ -141,18 +153,19 @@ def _whole(file: io.BufferedReader) -> bytes:
     return file.read()
 
 
-def _bad_texts(file: io.BytesIO | io.BufferedReader) -> list[tuple[int, int]]:
-    """(first byte, size) of the chunks of text of a PNG that Pillow would stumble over; none of another file."""
+def _bad_asides(file: io.BytesIO | io.BufferedReader) -> list[tuple[int, int]]:
+    """(first byte, size) of the chunks beside a PNG's pixels that Pillow would stumble over; none of another file."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         return []
     place, bad, total = 8, [], 0
     while len(head := file.read(8)) == 8:
         size, name = struct.unpack(">I4s", head)
-        if name in _TEXTS:
+        if name[0] & 0x20 and name not in _FRAMES:  # a small letter: what a reader may pass over
             body = file.read(size) if size <= _MOST_TEXT else b""
             check = file.read(4) if body or not size else b""
             length = _unpacked(name, body)
-            if check != struct.pack(">I", zlib.crc32(name + body)) or total + length > _MOST_TEXT:
+            whole = check == struct.pack(">I", zlib.crc32(name + body)) and _SIZES.get(name, size) == size
+            if not whole or total + length > _MOST_TEXT:
                 bad.append((place, size + 12))
             else:
                 total += length

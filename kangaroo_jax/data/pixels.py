@@ -85,7 +85,12 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
 
 def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     """Where a frame's x axis and y axis point on display, (x, y) each; None where the file says nothing."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside it lies what PyAV has no name for, as EXIF
+        return {0: None, 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[
+            round(frame.rotation / 90) % 4 * 90
+        ]
     if data is None:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data import animation, image
 from kangaroo_jax.data.decode import ThreadDecoder
-from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.image import letterbox, load_image
 from kangaroo_jax.data.kinds import kind_of
 from kangaroo_jax.data.sample import MediaRef
 from kangaroo_jax.data.video import folder_of_frames, load_video, probe
@@ -117,6 +117,8 @@ def test_large_images_are_turned_too(tmp_path: Path, orientation: int, monkeypat
     for name in ("a.jpg", "a.png"):
         Image.fromarray(numbered_frame(5, 960, 480)).save(tmp_path / name, exif=exif)
         plain = load_image(tmp_path / name, 48).astype(int)
+        with Image.open(tmp_path / name) as opened:
+            assert (plain == letterbox(ImageOps.exif_transpose(opened), 48)).all()
         monkeypatch.setattr(image, "_WHOLE", 1000)
         assert np.abs(load_image(tmp_path / name, 48) - plain).mean() < 6
         monkeypatch.undo()
@@ -136,8 +138,12 @@ def chunk(kind: bytes, body: bytes, check: int | None = None) -> bytes:
         lambda: chunk(b"tEXt", b"a\0" + b"x" * 3_000_000),
         lambda: chunk(b"tEXt", b"a\0b", check=1),
         lambda: chunk(b"zTXt", b"a\0\0broken"),
+        lambda: chunk(b"gAMA", b"\0\0\xb1\x8f", check=1),
+        lambda: chunk(b"prVt", b"a", check=1),
+        lambda: chunk(b"sRGB", b""),
+        lambda: chunk(b"eXIf", b"no EXIF"),
     ],
-    ids=["zTXt", "iTXt", "iCCP", "tEXt", "wrong sum", "broken"],
+    ids=["zTXt", "iTXt", "iCCP", "tEXt", "wrong sum", "broken", "wrong sum 2", "private", "short", "no EXIF"],
 )
 def test_a_png_is_read_whatever_its_texts_are(tmp_path: Path, make: Callable[[], bytes]) -> None:
     out = io.BytesIO()
@@ -145,6 +151,11 @@ def test_a_png_is_read_whatever_its_texts_are(tmp_path: Path, make: Callable[[],
     png, path = out.getvalue(), tmp_path / "a.png"
     path.write_bytes(png[:33] + make() + png[33:])
     assert read_number(load_image(path, 48)) == 5
+
+
+def test_a_frame_with_side_data_of_a_new_kind_is_shown(tmp_path: Path) -> None:
+    Image.fromarray(numbered_frame(5)).save(tmp_path / "a.tiff")  # FFmpeg hands its EXIF on with the frame
+    assert read_number(load_video(tmp_path / "a.tiff", image_size=48, times=[0.0]).pixels[0]) == 5
 
 
 # ----------------------------------------------------------------------------- files that are none
