@@ -18,6 +18,7 @@ STORES = ("s3", "gs", "gcs")
 _ADDRESS = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _DATA = re.compile(r"^data:[\w.+/;=-]*,", re.ASCII)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that the public internet uses
 
 
 def is_remote(path: str | Path) -> bool:
@@ -102,4 +103,6 @@ def is_public(host: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
     if inner is not None:
         return is_public(str(inner))
+    if ip.version == 6 and ip not in _GLOBAL_UNICAST:
+        return False
     return ip.is_global and not ip.is_multicast
