@@ -80,10 +80,10 @@ def _store_blocks(address: str, limits: Limits) -> Iterator[bytes]:
 def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
     """The body behind an address of the web, its redirects followed."""
     end = time.monotonic() + limits.seconds
-    target, late = address, threading.Event()
+    target = address
     for _ in range(_REDIRECTS + 1):
         connection = _connection(target, limits)
-        timer = threading.Timer(max(end - time.monotonic(), 0.0), _cut, (connection, late))
+        timer = threading.Timer(max(end - time.monotonic(), 0.0), connection.cut)
         timer.daemon = True
         timer.start()
         try:
@@ -91,9 +91,12 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
             moved = response.getheader("Location") if response.status in (301, 302, 303, 307, 308) else None
             if moved is None:
                 yield from _body(address, response, limits)
+            if connection.late:  # what was cut may look like an end: of a head, or of a body without a length
+                raise _too_slow(address, limits)
+            if moved is None:
                 return
         except (OSError, http.client.HTTPException):
-            if late.is_set():
+            if connection.late:
                 raise _too_slow(address, limits) from None
             raise
         finally:
@@ -106,7 +109,7 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
     raise UserError(f"{short(address)}: leads from one address to another more than {_REDIRECTS} times")
 
 
-def _connection(address: str, limits: Limits) -> http.client.HTTPConnection:
+def _connection(address: str, limits: Limits) -> "_Plain":
     """A connection, not yet opened, to a machine that was checked."""
     try:
         parts = urllib.parse.urlsplit(address)
@@ -123,26 +126,44 @@ def _connection(address: str, limits: Limits) -> http.client.HTTPConnection:
 
 
 def _opened(hosts: list[str], port: int, seconds: float) -> socket.socket:
-    """A socket to the first of a host's IP addresses that answers. Raises OSError."""
-    failure = OSError("no address")
-    for host in hosts:
+    """A socket to the first of a host's IP addresses that answers, within `seconds` for all. Raises OSError."""
+    failure, end = OSError("no address"), time.monotonic() + seconds
+    for left, host in zip(range(len(hosts), 0, -1), hosts, strict=True):
         try:
-            return socket.create_connection((host, port), seconds)
+            opened = socket.create_connection((host, port), max((end - time.monotonic()) / left, 0.01))
+            opened.settimeout(seconds)
+            return opened
         except OSError as error:
             failure = error
     raise failure
 
 
 class _Plain(http.client.HTTPConnection):
-    """To one of given IP addresses, in the name of a host."""
+    """To one of given IP addresses, in the name of a host; another thread can end it wherever it waits."""
 
     def __init__(self, hosts: list[str], host: str, port: int, seconds: float) -> None:
         super().__init__(host, port, timeout=seconds)
         self._hosts = hosts
+        self._wire: socket.socket | None = None  # `sock` is gone where a response goes on until the server closes
+        self.late = False
 
     def connect(self) -> None:
         """See `HTTPConnection`."""
-        self.sock = _opened(self._hosts, self.port, self.timeout or _SILENCE)
+        self._use(_opened(self._hosts, self.port, self.timeout or _SILENCE))
+
+    def _use(self, wire: socket.socket) -> None:
+        self.sock = self._wire = wire
+        if self.late:
+            self.cut()
+
+    def cut(self) -> None:
+        """End the connection, whose time is over."""
+        self.late = True
+        if self._wire is not None:
+            try:
+                self._wire.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                self._wire.close()
 
 
 class _Secure(_Plain):
@@ -153,7 +174,7 @@ class _Secure(_Plain):
     def connect(self) -> None:
         """See `HTTPConnection`."""
         super().connect()
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self._use(ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host))
 
 
 def _asked(connection: http.client.HTTPConnection, address: str) -> http.client.HTTPResponse:
@@ -182,13 +203,3 @@ def _body(address: str, response: http.client.HTTPResponse, limits: Limits) -> I
         yield block
     if stated is not None and got < stated:
         raise UserError(f"{short(address)}: cannot be fetched (the connection ended at {got:,} of {stated:,} bytes)")
-
-
-def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
-    """End a connection whose time is over, wherever it waits."""
-    late.set()
-    if connection.sock is not None:
-        try:
-            connection.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            connection.sock.close()

@@ -1,5 +1,6 @@
 """Addresses of records: which are read, from which machines, and within which limits."""
 
+import contextlib
 import http.server
 import os
 import socket
@@ -94,7 +95,7 @@ def test_only_five_kinds_of_addresses_and_no_chains(address: str, tmp_path: Path
     "host",
     "127.0.0.1 127.1 2130706433 0x7f000001 0177.0.0.1 localhost 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 "
     "0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 [::1] [::] [fe80::1] [fd00::1] [ff02::1] [::ffff:127.0.0.1] "
-    "[2002:7f00:1::] [64:ff9b::7f00:1]".split(),
+    "[2002:7f00:1::] [64:ff9b::7f00:1] [64:ff9b:1::7f00:1] [::127.0.0.1] [::ffff:0:127.0.0.1] [fec0::1]".split(),
 )
 def test_machines_that_are_not_public_are_refused(host: str) -> None:
     with pytest.raises(UserError, match="this machine or a private network|cannot be fetched"):
@@ -168,6 +169,37 @@ def test_bytes_and_time_are_bounded(server: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ended at 9 of 10 bytes"):
         cache(tmp_path).fetch(f"{server}/short/9")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"a"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", b"X: a\r\n"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["size of a chunk", "trailers", "head", "continue"],
+)
+def test_a_server_that_trickles_is_cut_off_wherever_it_is(head: bytes, piece: bytes, tmp_path: Path) -> None:
+    """Also where the connection is to be closed after the answer; no part of it is taken for a file."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            wire, _ = listening.accept()
+            with wire:
+                wire.recv(65536)
+                with contextlib.suppress(OSError):
+                    wire.sendall(head)
+                    for _ in range(80):
+                        wire.sendall(piece)
+                        time.sleep(0.05)
+
+        threading.Thread(target=serve, daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(UserError, match="not here after 0.3 s"):
+            cache(tmp_path, seconds=0.3).fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png")
+    assert time.monotonic() - start < 3 and not list(tmp_path.iterdir())
 
 
 def test_leftovers_of_lost_processes_are_removed(server: str, tmp_path: Path) -> None:
