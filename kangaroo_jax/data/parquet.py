@@ -5,6 +5,7 @@ file of this process's own, which has no name; a row is read from there. Media a
 the one that is wanted, a row at a time, and the place is kept, so that rows in order cost one pass.
 """
 
+import decimal
 import functools
 import os
 import re
@@ -223,11 +224,11 @@ def media_leaves(table: ParquetTable) -> dict[str, str]:
     leaves = table.leaves
     found = {leaf.split(".")[0]: leaf for leaf in leaves if leaf.endswith(".bytes")}
     for field in table.schema:
-        kind = field.type
-        while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind, types = field.type, pa.types
+        while types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
             kind = kind.value_type
-        binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        if binary and field.name in MEDIA_KEYS:
+        plain = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+        if (plain or types.is_fixed_size_binary(kind)) and field.name in MEDIA_KEYS:
             found[field.name] = next(leaf for leaf in leaves if leaf.split(".")[0] == field.name)
     return found
 
@@ -283,7 +284,9 @@ class ParquetRecords:
 
 
 def _from_text(value: Any, where: str) -> Any:
-    """Tables often hold conversations as JSON text, and text as bytes."""
+    """Tables often hold conversations as JSON text, text as bytes, and numbers as decimals."""
+    if isinstance(value, decimal.Decimal):
+        return float(value)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str) and value[:1] in ("[", "{"):

@@ -29,7 +29,7 @@ from kangaroo_jax.json_text import utf8
 from kangaroo_jax.terminal import printable
 
 MEMBER = "::"  # between a container and what is in it
-_TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$")
+_TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$", re.DOTALL)
 _FORSAKEN = 3600.0  # seconds after which a file that a lost process was fetching is removed
 
 

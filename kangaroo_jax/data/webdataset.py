@@ -19,6 +19,7 @@ from kangaroo_jax.data.conversation import TAG
 from kangaroo_jax.data.format_media import Parsed
 from kangaroo_jax.data.formats import Columns, caption_record, is_record, parse_record
 from kangaroo_jax.data.image import IMAGE_SUFFIXES
+from kangaroo_jax.data.kinds import HEAD, kind_of
 from kangaroo_jax.data.storage import MEMBER, absolute, short
 from kangaroo_jax.json_text import parse_json
 
@@ -32,7 +33,7 @@ Span = tuple[int, int]  # first byte, size; a size below 0: a link to what is no
 
 
 class Unfinished(UserError):
-    """A sample without caption, record or medium, as failed downloads leave: no mistake of the file's."""
+    """A sample without a caption that can be read, record or medium, as downloads leave: no mistake of the file's."""
 
 
 class WebDataset:
@@ -115,7 +116,10 @@ class WebDataset:
     ) -> Parsed:
         caption = item.get("caption") or item.get("text")
         if not isinstance(caption, str) and (span := self._member(members, "txt")):
-            caption = self._read(shard, span).decode("utf-8-sig", errors="replace")
+            try:
+                caption = self._read(shard, span).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise Unfinished(f"{where}: its caption is not UTF-8 text (byte {error.start})") from None
         if not isinstance(caption, str) or not caption.strip() or len(media) != 1:
             raise Unfinished(
                 f"{where}: needs a .json with a conversation, or a caption (.txt) and one medium; "
@@ -130,7 +134,10 @@ class WebDataset:
         suffix = f".{ending}".lower()
         if not suffix.endswith(_EITHER):
             return not suffix.endswith(_STILL)
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(self._read(shard, members[ending]))) as image:
+        data = self._read(shard, members[ending])
+        if kind_of(data[:HEAD]) == "video":
+            return True
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
             return bool(getattr(image, "is_animated", False))
         return False
 

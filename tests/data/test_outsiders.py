@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from kangaroo_jax.data.mixture import Mixture, open_sources
 from kangaroo_jax.data.sources import AnnotationFile
 from kangaroo_jax.data.storage import member_of
 from kangaroo_jax.data.tokenizer import Tokenizer
-from tests.data.media import numbered_frame, read_number
+from tests.data.media import numbered_frame, read_number, write_video
 
 RECORD = {"conversations": [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}]}
 GOOD = RECORD | {"id": "g", "video": "v.mp4"}
@@ -102,9 +103,25 @@ def test_members_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
         ("2.txt", b"moves"), ("2.gif", moving),
         ("3.txt", b"stands"), ("3.png", still),
         ("4.txt", b"both"), ("4.gif", picture(5, "GIF")),
+        ("5.txt", b"a film"), ("5.gif", write_video(tmp_path / "a.mp4", 8, 8).read_bytes()),
     )  # fmt: skip
     file = AnnotationFile(path)
-    assert [file[i].media[0].kind for i in range(5)] == ["video", "video", "video", "image", "image"]
+    assert [file[i].media[0].kind for i in range(6)] == ["video", "video", "video", "image", "image", "video"]
+
+
+@pytest.mark.parametrize("caption", ["你好".encode("gbk"), "hello".encode("utf-16")], ids=["GBK", "UTF-16"])
+def test_a_caption_in_another_encoding_is_not_learnt(tmp_path: Path, caption: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", ("0.txt", caption), ("0.png", picture(1)), ("1.txt", b"x"), ("1.png", b"x"))
+    file = AnnotationFile(path)
+    assert file[1].turns[-1].text == "x"
+    with pytest.raises(UserError, match="sample 0: its caption is not UTF-8 text"):
+        file[0]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\U0001f600 '\"", "x" * 150])
+def test_members_of_odd_names(tmp_path: Path, name: str) -> None:
+    (sample,) = [AnnotationFile(write_tar(tmp_path / "a.tar", (f"{name}.txt", b"x"), (f"{name}.png", picture(5))))[0]]
+    assert read_number(load_image(sample.media[0].path, 48)) == 5
 
 
 def test_links_in_a_tar(tmp_path: Path) -> None:
@@ -265,6 +282,21 @@ def test_bytes_without_a_struct_and_lists_of_media(tmp_path: Path) -> None:
     images = [{"bytes": picture(5), "path": None}, {"bytes": picture(6), "path": None}]
     file = table(tmp_path / "b.parquet", [{"image": images, "conversations": both}] * 2)
     assert [read_number(load_image(medium.path, 48)) for medium in file[1].media] == [5, 6]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "fixed", "large", "view"])
+def test_bytes_of_every_type_of_column(tmp_path: Path, kind: str) -> None:
+    media = pa.array([picture(5)] * 3)
+    types = {"fixed": pa.binary(len(picture(5))), "large": pa.large_binary(), "view": pa.binary_view()}
+    media = media.dictionary_encode() if kind == "dictionary" else media.cast(types[kind])
+    pq.write_table(pa.table({"image": media, "caption": ["x"] * 3}), tmp_path / "a.parquet")
+    file = AnnotationFile(tmp_path / "a.parquet")
+    assert [read_number(load_image(file[i].media[0].path, 48)) for i in (2, 0)] == [5, 5]
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    row = {"video": "a.mp4", "caption": "x", "start": Decimal("1.5"), "end": Decimal("2.5")}
+    assert table(tmp_path / "a.parquet", [row])[0].media[0].start == 1.5
 
 
 def test_tables_with_dictionaries_and_other_columns(tmp_path: Path) -> None:
