@@ -88,9 +88,7 @@ def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # beside it lies what PyAV has no name for, as EXIF
-        return {0: None, 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[
-            round(frame.rotation / 90) % 4 * 90
-        ]
+        return (None, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
     if data is None:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])

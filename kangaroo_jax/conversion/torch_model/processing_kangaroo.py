@@ -320,12 +320,29 @@ def open_image(source: Any) -> Image.Image:
         Image.init()
         image = Image.open(image, formats=tuple(name for name in FORMATS if name in Image.OPEN))
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _deep_grey(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        image = _on_white(image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """A grey of more than 8 bits: of 16 bits by its mode, else by its brightest pixel."""
+    grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=np.inf, neginf=0.0)
+    top = float(np.max(grey, where=np.isfinite(grey), initial=0.0))
+    divisor, factor = 1.0, 1.0
+    if image.mode.startswith("I;16") or 255 < top <= 65_535:
+        divisor = 257.0
+    elif image.mode == "F" and top <= 1.0:
+        factor = 255.0
+    elif top > 65_535:
+        divisor, factor = top, 255.0
+    return Image.fromarray((grey / divisor * factor).round().clip(0, 255).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
 
 
 def _check_file(path: str | os.PathLike) -> None:
@@ -436,15 +453,17 @@ def _duration(path: str | os.PathLike, container: Any, stream: Any) -> float:
 
 def _pixels(frame: Any, scaler: Any, converter: Any, ratio: float, side: int) -> np.ndarray:
     aspect = frame.width * ratio / frame.height
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    a, b, _, c, d = struct.unpack("=9i", bytes(matrix)[:36])[:5] if matrix else (1, 0, 0, 0, 1)
+    a, b, c, d = _display_matrix(frame)
     turned = abs(b) > abs(a)
     if turned:
         height, width = fitted(1 / aspect, side)
     else:
         width, height = fitted(aspect, side)
     form, shrink = frame.format, max(frame.width / width, frame.height / height)
-    if form.is_rgb or len(form.components) != 3 or min(width, height) < 16 or shrink > 32:
+    if any(component.is_alpha for component in form.components):
+        rgba = Image.fromarray(converter.reformat(frame, format="rgba", threads=1).to_ndarray())
+        rgb = np.asarray(_on_white(rgba).resize((width, height), Image.Resampling.BICUBIC))
+    elif form.is_rgb or len(form.components) != 3 or min(width, height) < 16 or shrink > 32:
         rgb = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         rgb = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
     else:
@@ -454,3 +473,15 @@ def _pixels(frame: Any, scaler: Any, converter: Any, ratio: float, side: int) ->
     right, down = (c, b) if turned else (a, d)  # where the picture's columns and rows go on display
     rgb = rgb.swapaxes(0, 1) if turned else rgb
     return on_black(rgb[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], side)
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """Where a frame's x axis and y axis point on display, (x, y) each."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside it lies what PyAV has no name for, as EXIF
+        return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
+    if not matrix:
+        return 1, 0, 0, 1
+    a, b, _, c, d = struct.unpack("=9i", bytes(matrix)[:36])[:5]
+    return a, b, c, d
