@@ -11,6 +11,7 @@ from typing import Any
 
 from kangaroo_jax.curation import select, shards
 from kangaroo_jax.curation.stages.base import Row
+from kangaroo_jax.data.storage import absolute
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
 from kangaroo_jax.terminal import printable
@@ -107,11 +108,19 @@ def _language() -> str:
 def explain(root: Path, name: str, settings: dict[str, Any], tell: Callable[[str], None] = print) -> None:
     """Print all scores of the clips that `name` names (an id, its beginning, or a path) and the verdict of each.
 
+    What is whole goes before a part: `bikes.mp4` is not the ending of `four bikes.mp4` where there is a `bikes.mp4`.
+
     Raises UserError: there is none, or there are many.
     """
     rows = list(shards.all_scores(root))
-    found = [row for row in rows if row["id"] == name] or [row for row in rows if row["item"] == name]
-    found = found or [row for row in rows if row["path"].endswith(name) or row["id"].startswith(name)]
+    ways: tuple[Callable[[dict[str, Any]], bool], ...] = (
+        lambda row: row["id"] == name,
+        lambda row: row["item"] == name,
+        lambda row: row["path"] == absolute(name),
+        lambda row: row["path"].endswith(f"/{name}"),
+        lambda row: row["path"].endswith(name) or row["id"].startswith(name),
+    )
+    found = next(filter(None, ([row for row in rows if way(row)] for way in ways)), [])
     if not found:
         raise UserError(f"curate explain: no clip {name!r} in {root}; ids are in its selected.jsonl and dropped.jsonl")
     if len({row["item"] for row in found}) > 1:

@@ -33,7 +33,7 @@ from kangaroo_jax.data.dataset import Plan, write_dataset
 from kangaroo_jax.data.formats import caption_record
 from kangaroo_jax.data.picker import open_video, start_seconds
 from kangaroo_jax.data.sources import AnnotationFile
-from kangaroo_jax.data.storage import join, local, member_of
+from kangaroo_jax.data.storage import absolute, join, local, member_of
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.json_text import utf8
 
@@ -151,7 +151,7 @@ def _place(medium: Media) -> _Place:
     """What a medium is told by: its file and its seconds, to a hundredth."""
     ends = (None if value is None else round(value, 2) for value in (medium.start, medium.end))
     start, end = ends
-    return os.path.abspath(medium.path) if os.path.exists(medium.path) else medium.path, start, end
+    return absolute(medium.path) if os.path.exists(medium.path) else medium.path, start, end
 
 
 def _places(root: Path, entries: Sequence[Row], rows: Mapping[str, Row]) -> dict[_Place, tuple[Row, Row]]:

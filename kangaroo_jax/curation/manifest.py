@@ -22,7 +22,7 @@ from typing import Any
 
 from kangaroo_jax.data.addresses import WEB, check_scheme, is_remote, scheme_of, short
 from kangaroo_jax.data.image import IMAGE_SUFFIXES
-from kangaroo_jax.data.storage import join, member_suffix
+from kangaroo_jax.data.storage import absolute, join, member_suffix
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.installing import install_line
 from kangaroo_jax.json_text import parse_json, utf8
@@ -135,7 +135,7 @@ def _items_of(path: str, source: str, root: str, fetch: bool, output: Path | Non
     elif path.endswith(_MANIFESTS):
         yield from _manifest(path, source, root or os.path.dirname(path) or ".", fetch)
     elif path.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
-        yield _named({"path": os.path.abspath(path), "source": source}, os.path.basename(path))
+        yield _named({"path": absolute(path), "source": source}, os.path.basename(path))
     else:
         raise UserError(f"{path}: neither a folder, a manifest ({', '.join(_MANIFESTS)}), a video nor an image")
 
@@ -150,7 +150,7 @@ def _folder(path: str, source: str, output: Path | None) -> Iterator[Item]:
             if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("._"):  # of macOS
                 full = os.path.join(folder, file)
                 category = "" if folder == path else os.fsencode(os.path.basename(folder)).decode("utf-8", "replace")
-                item = {"path": os.path.abspath(full), "source": source, "category": category}
+                item = {"path": absolute(full), "source": source, "category": category}
                 yield _named(item, os.path.relpath(full, path))
 
 
@@ -238,7 +238,7 @@ def _item(row: dict[str, Any], source: str, root: str, fetch: bool) -> Item:
     if not here or is_remote(here):
         here = next((place for place in (here, address) if _may_be_read(place, fetch)), "")
     item: Item = {key: meant[key] for key in ("caption", "category", "language", "licence", "source_id", "kind")}
-    item |= {"path": here if is_remote(here) or not here else os.path.abspath(here)}
+    item |= {"path": here if is_remote(here) or not here else absolute(here)}
     item["source"] = meant["source"] or source
     start, end = item["start"], item["end"] = _seconds(meant["start"]), _seconds(meant["end"])
     if end is not None and end <= (start or 0.0):

@@ -6,6 +6,7 @@ into it: all of them, or of a large file CHECKED, evenly chosen. A mistake in on
 """
 
 import collections
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,7 +144,9 @@ def _open(path: str, file: str, root: str, columns: Columns | None) -> _Reader:
             os.path.join(file, "features.json")
         ):
             return _Built(file, root)
-        raise UserError(f"{path}: a folder is read only if kangaroo data build wrote it")
+        versions = sorted(glob.glob(os.path.join(glob.escape(file), "*", "dataset_info.json")))
+        hint = f"; {os.path.join(path, os.path.basename(os.path.dirname(versions[-1])))} is one" if versions else ""
+        raise UserError(f"{path}: a folder is read only if kangaroo data build or curate export wrote it{hint}")
     name = file.lower()
     if name.endswith(".parquet"):
         return ParquetRecords(file, root, columns)

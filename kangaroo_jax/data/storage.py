@@ -44,9 +44,18 @@ def join(root: str, path: str) -> str:
     return normal(os.path.join(root, path))
 
 
-def absolute(path: str | Path) -> str:
-    """A local path from the root of the file system."""
-    return normal(os.path.join(os.getcwd(), path))
+def absolute(path: str | Path, root: str | Path = "") -> str:
+    """A local path, seen from `root` (the working folder), from the root of the file system, without `..`.
+
+    What stands before a `..` is followed where it is a link, as the system does; other links keep their names.
+    """
+    place = ""
+    for part in normal(os.path.join(os.getcwd(), root, path)).split("/")[1:]:
+        if part == "..":
+            place = os.path.dirname(os.path.realpath(place) if os.path.islink(place) else place).rstrip("/")
+        else:
+            place += f"/{part}"
+    return place or "/"
 
 
 def normal(path: str) -> str:

@@ -362,3 +362,7 @@ def test_a_built_dataset_has_its_own_name_and_answers_to_the_old_one(tmp_path: P
     saved = {"1.0": mixture.identity()["set"], "other": mixture.identity()["other"]}
     mixture.keep_names(saved)
     assert mixture.identity() == saved
+    (tmp_path / "clips/1.0.0").mkdir(parents=True)
+    (tmp_path / "clips/1.0.0/dataset_info.json").touch()
+    with pytest.raises(UserError, match="clips: a folder is read only if .* wrote it; .*/clips/1.0.0 is one"):
+        open_sources([str(tmp_path / "clips")], "")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.data import storage
 from kangaroo_jax.data.addresses import is_remote, short
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.json_text import json_line, parse_json
@@ -106,7 +107,7 @@ def read_clips(path: Path) -> list[Clip]:
 
 def absolute(path: str, folder: Path) -> str:
     """A path from where its file stands; addresses stay."""
-    return path if is_remote(path) else os.path.normpath(os.path.join(folder.resolve(), path))
+    return path if is_remote(path) else storage.absolute(path, folder.resolve())
 
 
 def relative(path: str, folder: Path) -> str:

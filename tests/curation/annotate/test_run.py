@@ -108,6 +108,18 @@ def test_a_clip_whose_frames_cannot_be_read_is_an_error_and_costs_only_itself(
     assert {row["clip"] for row in rows_of(tmp_path / "out/refined.jsonl")} <= {"clip0000", "clip0002"}
 
 
+def test_a_medium_behind_a_link_and_dots_is_found(tmp_path, make_clips):
+    """Captions name the file that `link/../x` is to the system, from wherever they lie."""
+    source = make_clips(tmp_path, 1)
+    (row,) = rows_of(source)
+    (tmp_path / "far/inner").mkdir(parents=True)
+    (tmp_path / "far/a.jpg").touch()
+    (source.parent / "link").symlink_to(tmp_path / "far/inner")
+    source.write_text(json.dumps(row | {"keyframes": [{"path": "link/../a.jpg", "time": 0}]}))
+    (clip,) = read_clips(source)
+    assert clip.keyframes[0].path == str(tmp_path / "far/a.jpg")
+
+
 @pytest.mark.slow
 def test_five_thousand_requests():
     found = bench_annotate(5000, 64, 0.1)

@@ -94,6 +94,27 @@ def test_explain_judges_by_what_the_last_select_used(project, capsys):
     assert run(project, "select") == 0 and ": kept" in explained()
 
 
+def test_explain_takes_a_whole_name_before_an_ending(tmp_path, capsys, monkeypatch):
+    for name in ("bikes.mp4", "four bikes.mp4", "x/four bikes.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path) == 2  # all are empty, which is all that there is to explain
+    said = {}
+    for name in ("bikes.mp4", "x/four bikes.mp4", "./four bikes.mp4", "bikes.mp", "ikes.mp4"):
+        capsys.readouterr()
+        said[name] = run(tmp_path, "explain", name), capsys.readouterr().out
+    paths = {name: out.partition("path ")[2].split("\n")[0].strip() for name, (_, out) in said.items()}
+    assert paths == {
+        "bikes.mp4": str(tmp_path / "bikes.mp4"),
+        "x/four bikes.mp4": str(tmp_path / "x/four bikes.mp4"),
+        "./four bikes.mp4": str(tmp_path / "four bikes.mp4"),
+        "bikes.mp": "",
+        "ikes.mp4": "",
+    }
+    assert [code for code, _ in said.values()] == [0, 0, 0, 2, 2]
+
+
 @pytest.mark.parametrize("job", [["select"], ["explain", "a"], ["report"], ["export"]])
 def test_no_job_makes_a_folder_of_nothing(job, tmp_path):
     assert cli.main(["curate", *job, f"--output={tmp_path / 'nowhere'}"]) == 2
