@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import glob
-import io
 import json
 import os
 import posixpath
@@ -12,13 +11,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import TAG
 from kangaroo_jax.data.format_media import Parsed
 from kangaroo_jax.data.formats import Columns, caption_record, is_record, parse_record
-from kangaroo_jax.data.image import IMAGE_SUFFIXES
+from kangaroo_jax.data.image import IMAGE_SUFFIXES, opened_image
 from kangaroo_jax.data.kinds import HEAD, kind_of
 from kangaroo_jax.data.storage import MEMBER, absolute, short
 from kangaroo_jax.json_text import parse_json
@@ -29,6 +26,7 @@ _MOVING = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".flv", ".wmv", ".ts
 _EITHER = (".gif", ".webp", ".png", ".avif")  # a picture or an animation
 _MEDIA_KEYS = {"image", "images", "video", "videos"}
 _TEXT_KEYS = ("id", "language", "text", "value", "type", "role", "from", "caption", "question", "answer")
+_LONGEST_TEXT = 256 << 20  # bytes of a record or caption
 Span = tuple[int, int]  # first byte, size; a size below 0: a link to what is not in the archive
 
 
@@ -92,6 +90,9 @@ class WebDataset:
         return parse_record(item, where, self._root, self._columns)
 
     def _read(self, shard: int, span: Span) -> bytes:
+        """The bytes of a text. Raises UserError for one of a size that none has."""
+        if span[1] > _LONGEST_TEXT:
+            raise UserError(f"{self.files[shard]}: a text of {span[1]:,} bytes in it is no record and no caption")
         return os.pread(self._handles[shard].fileno(), span[1], span[0])
 
     def _member(self, members: dict[str, Span], ending: str) -> Span | None:
@@ -126,18 +127,18 @@ class WebDataset:
                 f"it has {', '.join(sorted(members))}"
             )
         ending, path = next(iter(media.items()))
-        kind = "video" if self._moves(shard, ending, members) else "image"
+        kind = "video" if self._moves(shard, ending, members[ending], path) else "image"
         return caption_record(caption, kind, path, str(item.get("id", key)))
 
-    def _moves(self, shard: int, ending: str, members: dict[str, Span]) -> bool:
+    def _moves(self, shard: int, ending: str, span: Span, place: str) -> bool:
         """Whether a member is a video or an animation, which some endings do not say."""
         suffix = f".{ending}".lower()
         if not suffix.endswith(_EITHER):
             return not suffix.endswith(_STILL)
-        data = self._read(shard, members[ending])
-        if kind_of(data[:HEAD]) == "video":
+        offset, size = span
+        if kind_of(self._read(shard, (offset, min(size, HEAD)))) == "video":
             return True
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        with contextlib.suppress(Exception), opened_image(place) as image:
             return bool(getattr(image, "is_animated", False))
         return False
 
@@ -153,7 +154,7 @@ class WebDataset:
             for ending, path in media.items():
                 either = f".{ending}".lower().endswith(_EITHER)
                 only = tags[0] if len(set(tags)) == 1 and either else ""
-                moves = only == "video" if only else self._moves(shard, ending, members)
+                moves = only == "video" if only else self._moves(shard, ending, members[ending], path)
                 of_kind["videos" if moves else "images"].append(path)
             item |= {kind: paths for kind, paths in of_kind.items() if paths}
         names = {name: path for ending, path in media.items() for name in (ending, f"{key}.{ending}")}
@@ -210,8 +211,8 @@ def tar_members(path: str | Path) -> dict[str, Span]:
                     )
                 elif member.islnk():
                     links[member.name] = member.linkname
-    except (OSError, tarfile.TarError, ValueError, RecursionError, OverflowError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or "a header claims more than the memory holds"
         raise UserError(f"{path}: not a readable tar archive, without compression ({reason})") from None
     return members | {name: members.get(target, (0, -1)) for name, target in links.items()}
 

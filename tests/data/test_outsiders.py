@@ -139,6 +139,17 @@ def test_a_member_larger_than_its_archive_and_packed_archives(tmp_path: Path) ->
     os.truncate(path, 3000)
     with pytest.raises(UserError, match="cut short"):
         AnnotationFile(path)
+    header = tarfile.TarInfo("long name")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 60
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="a.tar: not a readable tar archive.*more than the memory holds"):
+        AnnotationFile(path)
+    header = tarfile.TarInfo("0.json")
+    header.size = 1 << 41
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(path, 1 << 42)  # a file with a hole
+    with pytest.raises(UserError, match="a text of 2,199,023,255,552 bytes in it is no record and no caption"):
+        AnnotationFile(path)
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(UserError, match="a.tar.gz: unpack it first"):
         AnnotationFile(tmp_path / "a.tar.gz")
