@@ -38,7 +38,17 @@ POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that 
 # What transformers' Trainer leaves beside the weights.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
 # What torch raises for files that are damaged.
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, OverflowError)
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    AssertionError,
+)
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")  # keys under which checkpoints hold their weights
 # Along which axis Meta cuts a tensor for several files ("model parallel"); norms are in every file.
 META_AXES = {r"tok_embeddings|output|.*\.(wq|wk|wv|w1|w3)": 0, r".*\.(wo|w2)": 1}

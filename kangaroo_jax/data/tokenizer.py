@@ -77,6 +77,8 @@ KNOWN_PARTS = (
 )
 KNOWN_MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 KNOWN_PATTERNS = (LLAMA3_PATTERN,)
+MOST_PARTS = 32  # of a normalizer, pre-tokenizer or decoder
+LARGEST_GROWTH = 64  # of a text, by all that is put in place of something else in turn
 LARGEST_JSON = 128 << 20  # bytes of a tokenizer.json; Llama 3's is 9 MB
 # tiktoken recurses on long runs: text is cut where this many characters of one sort (blank or not) follow.
 _LONGEST_TEXT = 400_000
@@ -189,16 +191,29 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
         kind="llama3_json",
         vocab_size=max(ordinary, *(token + 1 for token in added)),
         **ids,
-        _encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
-        _decode=lambda tokens: reader.decode(tokens, skip_special_tokens=False),
+        _encode=lambda text: _read_by(path, reader.encode, text, add_special_tokens=False).ids,
+        _decode=lambda tokens: _read_by(path, reader.decode, tokens, skip_special_tokens=False),
         _special=special,
     )
+
+
+def _read_by(path: Path, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What the package makes of a text or of ids. Raises UserError where the file lacks what it needs for them."""
+    try:
+        return call(*arguments, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # see `_from_json`
+        raise UserError(f"{path}: cannot be used for this text ({_one_line(error)})") from None
 
 
 def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
     """Raise UserError where a tokenizer.json asks for what may take for ever, or make a text any longer than it is."""
     for kind in ("normalizer", "pre_tokenizer", "decoder"):
-        for part in _parts(spec.get(kind)):
+        growth, parts = 1.0, list(_parts(spec.get(kind)))
+        if len(parts) > MOST_PARTS:
+            raise UserError(f"{path}: a {kind} of {len(parts)} parts; more than {MOST_PARTS} are not read")
+        for part in parts:
             name = part.get("type")
             if name not in KNOWN_PARTS:
                 raise UserError(f"{path}: {kind} {name!r} is not read; known are {', '.join(KNOWN_PARTS)}")
@@ -208,6 +223,10 @@ def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
             longest = max((len(str(part.get(key) or "")) for key in ("content", "prepend", "replacement")), default=0)
             if longest > 8 or pattern.get("String") == "":
                 raise UserError(f"{path}: the {kind} {name!r} puts {longest} characters in place of a few; not read")
+            if name == "Replace":
+                growth *= max(1.0, longest / len(pattern.get("String") or "x"))
+        if growth > LARGEST_GROWTH:
+            raise UserError(f"{path}: the {kind} may make a text {growth:,.0f} times as long; not read")
     model = spec["model"]
     if model.get("type", "BPE") not in KNOWN_MODELS or model.get("dropout"):
         raise UserError(f"{path}: its model is none that is read ({', '.join(KNOWN_MODELS)}, without dropout)")

@@ -195,10 +195,17 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:
-    """The config that a checkpoint was trained with."""
+    """The config that a checkpoint was trained with. Raises UserError."""
     folder = find(path) / "config"
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        plain = reader.restore(folder)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            plain = reader.restore(folder)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder}: damaged, no config of a checkpoint ({' '.join(str(error).split())[:160]})"
+        ) from None
+    if not isinstance(plain, dict) or not all(isinstance(plain.get(key), dict) for key in ("model", "data")):
+        raise UserError(f"{folder}: damaged, no config of a checkpoint (it has no model and data)")
     return ml_collections.ConfigDict(_tuples(plain)).lock()
 
 

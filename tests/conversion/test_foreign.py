@@ -227,6 +227,16 @@ def test_torch_files_that_lie(tmp_path):
         open_tensors(tmp_path / "narrow.bin")
 
 
+def test_damaged_keys_of_a_torch_file_of_before_1_6(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.bin").read_bytes()
+    begin = data.rindex(b"]q\x00X") + 8  # the list of the storages' keys, a text each
+    (tmp_path / "old.bin").write_bytes(data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :])
+    with pytest.raises(UserError, match="old.bin: damaged or no torch file"):
+        open_tensors(tmp_path / "old.bin")
+
+
 def test_a_checkpoint_that_claims_far_more_than_it_holds(checkpoint, tmp_path):
     ours = convert([checkpoint], tmp_path / "ours", format="orbax", tell=lambda line: None)
     zarray = ours / "params" / "llm" / "norm" / "scale" / ".zarray"
@@ -234,6 +244,10 @@ def test_a_checkpoint_that_claims_far_more_than_it_holds(checkpoint, tmp_path):
     zarray.write_text(json.dumps({**raw, "shape": [1 << 34], "chunks": [1 << 34]}))
     with pytest.raises(UserError, match="claim far more than its files hold"):
         Stored(ours / "params")
+    for text in (b'{"model": {', b"\xff\xfe", b"[]", b'{"model": 3, "data": {}}', b"[" * 100_000):
+        (ours / "config" / "metadata").write_bytes(text)
+        with pytest.raises(UserError, match="config: damaged, no config of a checkpoint"):
+            open_source(ours, "tiny")
 
 
 def test_sizes_that_make_no_model_are_one_line(folder):
@@ -251,6 +265,13 @@ def _spec(tokenizer_file: Path, **changes) -> dict:
 
 ENDLESS = {
     "long": {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100_000}},
+    "in turn": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}] * 9,
+        }
+    },
+    "many": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 20_000}},
     "inside": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 1000}]}},
     "regex": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}},
     "kind": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
@@ -265,6 +286,13 @@ def test_tokenizers_that_may_take_for_ever_are_refused(name, tokenizer_file, tmp
     with pytest.raises(UserError, match="not read|is not read"):
         load_tokenizer(tmp_path / "tokenizer.json")
     assert time.perf_counter() - begin < 5
+
+
+def test_a_text_that_a_tokenizer_has_no_tokens_for(tokenizer_file, tmp_path):
+    words = {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(_spec(tokenizer_file, model=words)))
+    with pytest.raises(UserError, match="tokenizer.json: cannot be used for this text"):
+        load_tokenizer(tmp_path / "tokenizer.json").encode("a")
 
 
 @pytest.mark.parametrize("text", [DEEP, b'{"added_tokens": 3}', b'{"added_tokens": [], "model": {"type": "BPE"}}'])
