@@ -20,9 +20,10 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.data import animation
+from kangaroo_jax.data.kinds import read_head
 from kangaroo_jax.data.picker import SKIPPABLE, open_video, start_seconds
-from kangaroo_jax.data.storage import member_suffix, short
+from kangaroo_jax.data.storage import short
+from kangaroo_jax.data.video import is_pictures
 from kangaroo_jax.errors import UserError
 
 _TICKS = 1000.0  # a second, of the detector's clock
@@ -44,7 +45,7 @@ def cuts(row: Row, settings: Settings, root: Path) -> Outcome:
     begin, end = row["start"] or 0.0, min(row["end"] if row["end"] is not None else math.inf, length)
     if begin >= end:
         raise UserError(f"no video between {begin:g} and {end:g} s; it is {length:g} s long")
-    if member_suffix(row["path"]) in animation.SUFFIXES:
+    if is_pictures(row["path"], read_head(row["path"])):
         found, decodable = list[float](), 1.0
     else:
         found, decodable = _find(row["path"], begin, end, row["probe"], settings)

@@ -17,11 +17,11 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Row
-from kangaroo_jax.data import animation
 from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.kinds import read_head
 from kangaroo_jax.data.picker import FramePicker, open_video
-from kangaroo_jax.data.storage import member_suffix
-from kangaroo_jax.data.video import load_video
+from kangaroo_jax.data.pixels import display_matrix, is_turned, upright
+from kangaroo_jax.data.video import is_pictures, load_video
 from kangaroo_jax.errors import UserError
 
 _AFTER_KEY = 0.15  # seconds: out of reach of a cut at the key frame
@@ -82,12 +82,12 @@ class Picture:
         if self._reformatter is None:
             small = cv2.resize(self._source, (width, height), interpolation=cv2.INTER_AREA)
             return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY) if form == "gray" else small
-        turns = round(self._source.rotation / 90) % 4
-        size = (height, width) if turns % 2 else (width, height)
+        matrix = display_matrix(self._source)
+        size = (height, width) if is_turned(matrix) else (width, height)
         options: dict[str, Any] = {"format": form, "interpolation": interpolation, "threads": 1}
         # Resized as it is converted: a third of the cost of doing one after the other.
         return np.ascontiguousarray(
-            np.rot90(self._reformatter.reformat(self._source, *size, **options).to_ndarray(), turns)
+            upright(self._reformatter.reformat(self._source, *size, **options).to_ndarray(), matrix)
         )
 
 
@@ -103,7 +103,7 @@ def pictures_at(row: Row, times: Sequence[float] | np.ndarray, side: int) -> Gen
     start = row["start"] or 0.0
     if row["kind"] == "image":
         yield _from_array(load_image(row["path"], min(side, max(shape))), shape, 0.0)
-    elif member_suffix(row["path"]) in animation.SUFFIXES:
+    elif is_pictures(row["path"], read_head(row["path"])):
         clip = load_video(row["path"], image_size=min(side, max(shape)), times=times, start=start)
         for pixels, time in zip(clip.pixels, clip.times, strict=True):
             yield _from_array(pixels, shape, float(time))

@@ -15,8 +15,11 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.data import animation
 from kangaroo_jax.data.image import image_size_of, load_image
+from kangaroo_jax.data.kinds import read_head
 from kangaroo_jax.data.picker import open_video, rate_of, start_seconds, stream_seconds
-from kangaroo_jax.data.storage import local, member_of, member_suffix, short
+from kangaroo_jax.data.pixels import display_matrix, is_turned
+from kangaroo_jax.data.storage import local, member_of, short
+from kangaroo_jax.data.video import is_pictures
 from kangaroo_jax.errors import UserError
 
 _MOST_BAD = 1000  # packets, after which a place is given up
@@ -36,7 +39,7 @@ def probe(row: Row, settings: Settings, root: Path) -> Outcome:
         width, height, codec = image_size_of(path)
         load_image(path, 32)  # decodes all of it
         scores |= _shape(width, height, codec, codec, 0.0, 0.0, 1, 1.0)
-    elif member_suffix(path) in animation.SUFFIXES:
+    elif is_pictures(path, read_head(path)):
         ends, width, height, codec = animation.frame_ends(path)
         scores |= _shape(width, height, codec, codec, ends[-1], len(ends) / ends[-1], len(ends), 1.0)
     else:
@@ -112,24 +115,24 @@ def _sample(container: Any, stream: Any, seconds: float, settings: Settings) -> 
         try:
             offset = int((place + start_seconds(stream)) / float(stream.time_base))
             container.seek(offset, stream=stream)
-            good, bad, rotation = _decode_some(container, stream, settings["span_frames"])
+            good, bad, lies = _decode_some(container, stream, settings["span_frames"])
         except av.error.FFmpegError:
-            good, bad, rotation = 0, settings["span_frames"], 0
+            good, bad, lies = 0, settings["span_frames"], False
         whole, tried = whole + good, tried + good + bad
-        turned |= round(rotation / 90) % 2 == 1
+        turned |= lies
     return whole, tried, turned
 
 
-def _decode_some(container: Any, stream: Any, count: int) -> tuple[int, int, float]:
+def _decode_some(container: Any, stream: Any, count: int) -> tuple[int, int, bool]:
     good = bad = 0
-    rotation = 0.0
+    turned = False
     for packet in container.demux(stream):
         try:
             for frame in packet.decode():
                 good, bad = good + (not frame.is_corrupt), bad + frame.is_corrupt
-                rotation = frame.rotation
+                turned = is_turned(display_matrix(frame))
         except av.error.FFmpegError:
             bad += 1
         if good >= count or bad >= min(count * 4, _MOST_BAD):
             break
-    return good, bad, rotation
+    return good, bad, turned

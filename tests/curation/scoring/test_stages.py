@@ -5,6 +5,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from kangaroo_jax.curation.guard import Guard, Lost, Stopped
 from kangaroo_jax.curation.stages import pictures
@@ -16,9 +17,10 @@ from kangaroo_jax.curation.stages.motion import motion, pair_times
 from kangaroo_jax.curation.stages.pictures import greys_at, pictures_at
 from kangaroo_jax.curation.stages.probe import probe
 from kangaroo_jax.curation.stages.text import coverage, static_share
+from kangaroo_jax.data.video import load_video
 from kangaroo_jax.errors import UserError
 from tests.curation.scoring.clips import breaking_job, moving, scene, write_clip
-from tests.data.media import write_video
+from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
 
 def probed(path, config, kind="video"):
@@ -40,6 +42,28 @@ def test_probe_of_a_whole_video(tmp_path, config):
     assert scores["keys"] == [0.0, 1.0, 2.0]
     turned = write_video(tmp_path / "t.mp4", 16, rotation=90, size=(96, 64))
     assert (probed(turned, config)["probe"]["width"], probed(turned, config)["probe"]["height"]) == (64, 96)
+
+
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, 1, -1, 0)])
+def test_pictures_are_turned_and_mirrored_as_in_training(tmp_path, config, matrix):
+    path = write_video(tmp_path / "a.mp4", 8, size=(96, 64))
+    set_display_matrix(path, *matrix)
+    row = clip_of(path, config)
+    shown = load_video(path, image_size=96, times=[0.5]).pixels[0].astype(int)
+    (picture,) = pictures_at(row, [0.5], 96)
+    colour = picture.colour(96)
+    top, left = ((96 - side) // 2 for side in colour.shape[:2])
+    assert (row["probe"]["width"], row["probe"]["height"]) == colour.shape[1::-1]
+    assert np.abs(shown[top : 96 - top, left : 96 - left] - colour).mean() < 4
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webm"])
+def test_animations_are_told_by_their_bytes(tmp_path, config, name):
+    frames = [Image.fromarray(numbered_frame(i)) for i in range(6)]
+    frames[0].save(tmp_path / name, "WEBP", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    row = clip_of(tmp_path / name, config)
+    assert row["probe"]["seconds"] == pytest.approx(0.6) and row["cuts"]["times"] == []
+    assert [read_number(picture.colour(96)) for picture in pictures_at(row, [0.05, 0.35], 96)] == [0, 3]
 
 
 def test_damage_is_measured(tmp_path, config):
