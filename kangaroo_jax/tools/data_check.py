@@ -201,6 +201,7 @@ def _check_video(path: str, report: Report) -> None:
         stamps, errors, seen = [], 0, set()
         best, guesses = BestEffort(), guesses_times(container, stream)
         packets: Any = container.demux(stream)
+        packet = None
         while True:
             try:
                 packet = next(packets, None)
@@ -214,6 +215,8 @@ def _check_video(path: str, report: Report) -> None:
                     report.frames += 1
                     seen |= set(_kinds_of_picture(frame))
             except av.error.FFmpegError:
+                if packet is not None and packet.has_sidedata("encryption_info"):
+                    raise UserError(f"{short(path)}: the video is encrypted") from None
                 errors += 1
                 if errors > 10_000:
                     break

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -11,7 +12,9 @@ import pytest
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data import picker, pixels
+from kangaroo_jax.data.picker import BestEffort
 from kangaroo_jax.data.video import FramePolicy, load_video, probe
+from kangaroo_jax.tools import data_check
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
 POLICY = FramePolicy(min_frames=16, max_frames=16)
@@ -20,6 +23,18 @@ needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg
 
 def numbers(clip) -> list[int]:  # noqa: ANN001
     return [read_number(frame) for frame in clip.pixels]
+
+
+def at_rate(path: Path, codec: str, count: int, rate: int, options: dict[str, str] | None = None) -> Path:
+    """A numbered video whose codec's clock ticks once a frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.width = stream.height = 96
+        stream.pix_fmt = "yuv420p"
+        for i in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
 
 
 def thumbnail_first(path: Path) -> Path:
@@ -203,14 +218,57 @@ def test_a_clock_that_starts_late_is_no_part_of_the_length(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("rate", [10, 30])
 def test_a_raw_stream_runs_at_the_rate_that_it_states(tmp_path: Path, rate: int) -> None:
-    path = tmp_path / "a.h264"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width = stream.height = 96
-        stream.pix_fmt = "yuv420p"
-        for i in range(60):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24")))
-        container.mux(stream.encode(None))
+    path = at_rate(tmp_path / "a.h264", "libx264", 60, rate)
     assert probe(path).seconds == pytest.approx(60 / rate) and probe(path).fps == rate
     clip = load_video(path, image_size=48, policy=POLICY)
     assert clip.times == pytest.approx(np.array(numbers(clip)) / rate)
+
+
+# --------------------------------------------------------------------------- what `data check` says
+
+KEYS = {
+    "encryption_scheme": "cenc-aes-ctr",
+    "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
+    "encryption_kid": "00" * 16,
+}
+
+
+def test_an_encrypted_video_is_called_so(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 16, 8, options=KEYS)
+    with pytest.raises(UserError, match="a.mp4: the video is encrypted"):
+        load_video(path, image_size=48, policy=POLICY)
+    assert ["the video is encrypted" in problem for problem in data_check.check_one(str(path), "video").problems] == [
+        True
+    ]
+
+
+def test_a_note_says_that_a_video_is_interlaced(tmp_path: Path) -> None:
+    path = at_rate(tmp_path / "a.ts", "libx264", 16, 25, {"x264-params": "tff=1"})
+    report = data_check.check_one(str(path), "video")
+    assert not report.problems and any(note.startswith("interlaced") for note in report.notes)
+    plain = data_check.check_one(str(write_video(tmp_path / "b.mp4", 8, 8)), "video")
+    assert not plain.problems and not plain.notes
+
+
+@pytest.mark.parametrize(
+    "glitches, back, said",
+    [((), 0, "fine"), ((60,), 0.08, "note"), (range(20, 40, 2), 0.08, "bad"), ((60,), 0.8, "bad")],
+)
+def test_a_glitch_of_the_times_is_a_note(
+    tmp_path: Path, glitches: Sequence[int], back: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Glitches(BestEffort):  # as FFmpeg's reader of program streams makes them, once in a thousand frames
+        count = 0
+
+        def of(self, pts: int | None, dts: int | None) -> int | None:
+            self.count += 1
+            stamp = super().of(pts, dts)
+            return stamp - round(back * 90_000) if stamp is not None and self.count in glitches else stamp
+
+    monkeypatch.setattr(data_check, "BestEffort", Glitches)
+    report = data_check.check_one(str(at_rate(tmp_path / "a.mpg", "mpeg2video", 150, 25)), "video")
+    steps = [
+        [text for text in found if text.startswith("times step back")] for found in (report.problems, report.notes)
+    ]
+    assert list(map(len, steps)) == [said == "bad", said == "note"] and report.monotonic == (said == "fine")
+    assert bool(report.problems) == (said == "bad")
