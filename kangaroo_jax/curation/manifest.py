@@ -24,7 +24,6 @@ from kangaroo_jax.data.addresses import WEB, check_scheme, is_remote, scheme_of,
 from kangaroo_jax.data.image import IMAGE_SUFFIXES
 from kangaroo_jax.data.storage import absolute, join, member_suffix
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.installing import install_line
 from kangaroo_jax.json_text import parse_json, utf8
 
 Item = dict[str, Any]
@@ -208,19 +207,11 @@ def _csv_rows(path: str) -> Iterator[dict[str, Any] | UserError]:
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"{path}: a Parquet file needs the package pyarrow: {install_line('curation')}") from None
-    try:
-        with pq.ParquetFile(path) as table:
-            known = {name for names in _COLUMNS.values() for name in names} | {"page_dir", "videoid"}
-            columns = [name for name in table.schema_arrow.names if name in known]
-            for batch in table.iter_batches(columns=columns):
-                yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+    from kangaroo_jax.data.parquet import ParquetTable
+
+    table = ParquetTable(path)
+    known = {name for names in _COLUMNS.values() for name in names} | {"page_dir", "videoid"}
+    yield from table.rows([name for name in table.schema.names if name in known])
 
 
 def _item(row: dict[str, Any], source: str, root: str, fetch: bool) -> Item:

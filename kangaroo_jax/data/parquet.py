@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from kangaroo_jax.json_text import parse_json
 
 _STRETCH = 32  # rows decoded at a time
 _GROWTH, _FREE = 100, 64 << 20  # records may take so many times the file's size, and so many bytes besides
-_MEDIA = 8 << 30  # bytes of media in a row group
+_MEDIA = 8 << 30  # bytes of media in a row group; and no more than records may grow to, as media do not shrink
+_FEW_ROWS = 100_000  # besides which a row takes a byte of the file or more
 _ENDING = re.compile(r"\.\w{1,8}$")
 
 
@@ -50,13 +52,17 @@ class ParquetTable:
             raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
+        size = os.path.getsize(path)
+        if len(self) > _FEW_ROWS + size:
+            raise UserError(f"{path}: {len(self):,} rows in {size:,} bytes; a table that grows so much is refused")
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._place_of: tuple[int, str] | None = None  # where media were read last
         self._place: tuple[int, Any, Any] = (-1, None, None)
         self._spool: Any = None
         self._kept: dict[tuple[int, tuple[str, ...]], tuple[list[tuple[int, int]], Any] | UserError] = {}
         self._flags: dict[tuple[int, str], list[Any]] = {}
-        self._room = _FREE + _GROWTH * os.path.getsize(path)
+        self._room = _FREE + _GROWTH * size
+        self._media = min(_MEDIA, self._room)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -111,6 +117,20 @@ class ParquetTable:
             raise self._unreadable(group, error) from None
         return stretches, schema
 
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """All rows of some columns, one after another, as plain values. Raises UserError."""
+        room = self._room
+        for group in range(self._file.num_row_groups):
+            try:
+                for batch in self._batches(self._file, group, columns, _STRETCH):
+                    batch = self._without_dictionaries(batch)
+                    room -= batch.nbytes
+                    if room < 0:
+                        raise self._too_large()
+                    yield from batch.to_pylist()
+            except self._errors as error:
+                raise self._unreadable(group, error) from None
+
     def _too_large(self) -> UserError:
         return UserError(
             f"{self._path}: its records take more than {_GROWTH} times the file's size, and {_FREE >> 20} MiB; "
@@ -139,10 +159,10 @@ class ParquetTable:
         return kind
 
     def _check_size(self, group: int) -> None:
-        if self._file.metadata.row_group(group).total_byte_size > _MEDIA:
+        if self._file.metadata.row_group(group).total_byte_size > self._media:
             raise UserError(
-                f"{self._path}: row group {group} holds more than {_MEDIA >> 30} GiB of media; "
-                "write the table with fewer rows a group"
+                f"{self._path}: row group {group} holds more than {self._media / (1 << 30):.3g} GiB of media "
+                f"(at most {_MEDIA >> 30} GiB, and {_GROWTH} times the file); write the table with fewer rows a group"
             )
 
     def _unreadable(self, group: int, error: Exception) -> UserError:

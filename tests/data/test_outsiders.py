@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.curation.manifest import read_inputs
 from kangaroo_jax.data import feed, sources
 from kangaroo_jax.data.conversation import Conversation
 from kangaroo_jax.data.image import load_image
@@ -341,6 +342,29 @@ def test_a_table_that_grows_without_end_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "a.parquet").stat().st_size < 5000
     with pytest.raises(UserError, match="take more than 100 times the file's size"):
         AnnotationFile(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="take more than 100 times the file's size"):
+        read_inputs([str(rename(tmp_path / "a.parquet", id="path"))])
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [(pa.nulls(200_000, pa.binary()), "200,000 rows in"), ([b"x" * (66 << 20)], "more than 0.0628 GiB of media")],
+    ids=["rows", "media"],
+)
+def test_a_table_of_media_that_grows_without_end_is_refused(tmp_path: Path, images: Any, words: str) -> None:
+    """Rows that cost nothing were looked at one by one, for hours; a medium came out of next to nothing."""
+    table = pa.table({"image": images, "caption": pa.array(["A"] * len(images)).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", row_group_size=len(images))
+    with pytest.raises(UserError, match=words):
+        source = AnnotationFile(tmp_path / "a.parquet")
+        member_of(source[0].media[0].path)
+
+
+def rename(path: Path, **names: str) -> Path:
+    """A table with other names of columns."""
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns([names.get(n, n) for n in table.column_names]), path, compression="zstd")
+    return path
 
 
 # ---------------------------------------------------------------------------------- names of sources
