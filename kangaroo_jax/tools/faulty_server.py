@@ -51,6 +51,7 @@ HOSTILE: dict[str, tuple[int, tuple[str, ...], bytes]] = {
     "body deep": (200, (), _DEEP),
     "body long": (200, (), _LONG),
     "body packed": (200, ("content-encoding: gzip",), gzip.compress(_LONG, 1)),
+    "body packed twice": (200, ("content-encoding: gzip, gzip",), gzip.compress(gzip.compress(_LONG))),
     "body not packed": (200, ("content-encoding: gzip",), b"{}"),
     "answer deep": (200, (), _said(_DEEP.decode())),
     "answer number": (200, (), _said("9" * 5000)),

@@ -72,6 +72,7 @@ class Endpoint:
         import openai
 
         options: dict[str, Any] = {"base_url": self._url, "api_key": self._key, "max_retries": 0}
+        options["default_headers"] = {"Accept-Encoding": "gzip, deflate"}
         context = ssl.create_default_context()  # the system's certificates, and those of the package that clients use
         with contextlib.suppress(ImportError):
             import certifi
@@ -176,11 +177,18 @@ class Endpoint:
 
 
 class _TooLong(Exception):
-    """A response goes on for longer than any answer."""
+    """A response goes on for longer than any answer, or may."""
 
 
 async def _read_body(response: Any) -> None:
-    """Read a response as httpx itself would next, but only so far. Raises _TooLong."""
+    """Read a response as httpx itself would next, but only so far. Raises _TooLong.
+
+    A packed part is unpacked whole, to a thousand times its size at most where it is packed once, by what was offered.
+    """
+    packed = response.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("", "identity", "gzip", "deflate"):
+        await response.aclose()
+        raise _TooLong(f"a body that is packed in a way that was not offered ({packed[:40]})")
     parts, size = [], 0
     async for part in response.aiter_bytes(1 << 16):
         size += len(part)

@@ -47,6 +47,7 @@ def test_no_answer_is_an_error_of_its_request(name, replies):
     assert reply.outcome == "error" and reply.reason and reply.spent_prompt_tokens < 1e6
     assert KEY not in str(reply) and str(reply).encode()  # it can be written
     said = {"redirect": "not followed", "echo of the key": "Bearer ***", "drip": "timeout", "body long": "8 MiB"}
+    said["body packed twice"] = "a way that was not offered (gzip, gzip)"
     assert said.get(name, "") in reply.reason
 
 
