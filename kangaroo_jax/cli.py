@@ -1,8 +1,10 @@
 """`kangaroo JOB ...`: runs one of the table of jobs.
 
-Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+Bad input, a full disk and a place that may not be written are one line on stderr and exit code 2; Ctrl-C is exit
+code 130.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -24,6 +26,8 @@ Kangaroo, a video-language model for long videos, in JAX.
 
 jobs:
 """
+# Faults of the place and not of the program, wherever they are met.
+_OF_THE_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
 
 
 def start() -> int:
@@ -81,6 +85,9 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], object]
         except Exception as error:
             from kangaroo_jax.errors import UserError
 
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                told = [str(part) for part in (error.filename, error.strerror) if part]
+                error = UserError(": ".join(told) + "; nothing finished is lost: mend that, and run the same again")
             if not isinstance(error, UserError):
                 raise
             print(f"kangaroo: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The command line: what it lists, what it passes on, and that bad input is one line and exit code 2."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -192,6 +193,7 @@ BAD = {
     ): "no preset 'tin' (did you mean 'tiny'?)",
     ("curriculum", "--workdir=W", "--data=D", "--tokenizer=T"): "stage1.jsonl: no such file",
     ("quickstart", "--scale=0"): "--scale=0",
+    ("bench", "convert", "--folder=F"): "F: cannot be made a working folder",
     ("quickstart", "--fast"): "no flag --fast",
     ("chat",): "--checkpoint is missing",
     ("chat", "--checkpoint=X"): "kangaroo convert --from=",
@@ -249,6 +251,31 @@ def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeyp
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(ZeroDivisionError):
         run(capsys, *TRAIN, f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize("flags", [["train", "--steps=0"], ["packing", "--samples=x"]])
+def test_what_a_bench_counts_is_at_least_one(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *flags])
+    assert "is no number of 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; nothing finished is lost"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system; nothing finished is lost"),
+        (PermissionError(errno.EACCES, "Permission denied", b"a\xe9"), "Permission denied; nothing finished is lost"),
+    ],
+    ids=["full", "read-only", "denied"],
+)
+def test_a_disk_that_cannot_be_written_is_one_line(error, line, capsys, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(loop, "train", fail)
+    code, _, said = run(capsys, *TRAIN, f"--workdir={tmp_path}")
+    assert code == 2 and line in said and said.count("\n") == 1
 
 
 INTERRUPTED = """

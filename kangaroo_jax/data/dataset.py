@@ -8,6 +8,7 @@ any order, by any number of runs: what is there is not written again, and the by
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -168,20 +169,24 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_records(path: Path, records: Iterator[bytes]) -> None:
-    """An ArrayRecord file, whole or not at all."""
+    """An ArrayRecord file, whole or not at all. Raises OSError where the disk is full."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = path.with_name(f".{path.name}.tmp")
     writer = ArrayRecordWriter(str(temporary), _GROUP)
     try:
-        for record in records:
-            writer.write(record)
-    except BaseException:
-        writer.close()
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+        os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        full = os.strerror(errno.ENOSPC)
+        if isinstance(error, RuntimeError) and full in str(error):  # the writer has no exception of its own for it
+            raise OSError(errno.ENOSPC, full, str(path)) from error
         raise
-    writer.close()
-    os.replace(temporary, path)
 
 
 def _claim(plan: Plan, fingerprint: str, samples: int) -> None:

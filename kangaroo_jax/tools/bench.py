@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from kangaroo_jax.arguments import positive
 from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import load_config
@@ -243,15 +244,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("what", choices=(*HERE, *ELSEWHERE), metavar="BENCHMARK", help="a name of the list above")
     parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
     parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
-    parser.add_argument("--frames", type=int, default=64, help="vision: frames a call")
+    parser.add_argument("--frames", type=positive, default=64, help="vision: frames a call")
     parser.add_argument("--moment_dtype", default="", help="train: of Adam's moments, instead of the config's")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured (of each, in each round)")
-    parser.add_argument("--rounds", type=int, default=3, help="train-vs-torch: how often the two take turns")
-    parser.add_argument("--segments", type=int, default=1, help="train-vs-torch: samples packed into a row")
+    parser.add_argument("--steps", type=positive, default=10, help="steps that are measured (of each, in each round)")
+    parser.add_argument("--rounds", type=positive, default=3, help="train-vs-torch: how often the two take turns")
+    parser.add_argument("--segments", type=positive, default=1, help="train-vs-torch: samples packed into a row")
     parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
     parser.add_argument(
         "--layers",
-        type=int,
+        type=positive,
         default=32,
         help="convert: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free",
     )

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.arguments import positive
 from kangaroo_jax.curation.annotate.cache import Cache
 from kangaroo_jax.curation.annotate.client import Client, Limits
 from kangaroo_jax.curation.annotate.endpoint import Endpoint
@@ -107,8 +108,8 @@ def _first_pass(client: Client, replies: Sequence[Reply], seconds: float, cpu: f
 def main(argv: Sequence[str]) -> None:
     """`kangaroo bench annotate`: prints what `bench_annotate` returns."""
     parser = argparse.ArgumentParser(prog="kangaroo bench annotate", description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=5000, help="different requests, each asked twice")
-    parser.add_argument("--in_flight", type=int, default=64, help="requests at a time")
+    parser.add_argument("--requests", type=positive, default=5000, help="different requests, each asked twice")
+    parser.add_argument("--in_flight", type=positive, default=64, help="requests at a time")
     parser.add_argument("--faults", type=float, default=0.1, help="share of the calls that fail")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds after which a call is given up")
     parser.add_argument("--json", action="store_true", help="print JSON")

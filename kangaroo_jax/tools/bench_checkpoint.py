@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kangaroo_jax.arguments import positive
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.host import peak_mib
 from kangaroo_jax.training.checkpoint import Checkpoints
@@ -69,9 +70,9 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="kangaroo bench checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", default=".", help="a folder on the disk to measure; what is written is removed")
     parser.add_argument("--gib", type=float, default=1.0, help="of the state")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args(argv)
-    if not Path(arguments.folder).is_dir() or arguments.gib <= 0 or arguments.rounds < 1:
-        raise UserError("bench checkpoint: --folder must be there, --gib above 0 and --rounds at least 1")
+    if not Path(arguments.folder).is_dir() or arguments.gib <= 0:
+        raise UserError("bench checkpoint: --folder must be there and --gib above 0")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         print(json.dumps(bench_checkpoint(Path(name), arguments.gib, arguments.rounds)))

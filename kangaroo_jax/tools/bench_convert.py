@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.arguments import make_folder
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats
@@ -84,8 +85,7 @@ def bench_convert(folder: Path, config: ConfigDict, tell: Tell = print) -> dict[
     back as they were. Where other work shares the machine, the CPU's seconds say more than the MB/s.
     Everything that is written is removed. Raises UserError where the disk has no room.
     """
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder.absolute())
     names = {name: folder / name for name in ("source", "orbax", "back", "copy")}
     there = [name for name, path in names.items() if path.exists()]
     if there:

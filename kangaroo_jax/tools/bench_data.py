@@ -19,6 +19,7 @@ from typing import Any
 import av
 import numpy as np
 
+from kangaroo_jax.arguments import make_folder, positive
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.decode import ProcessDecoder
 from kangaroo_jax.data.image import centre, fitted
@@ -245,7 +246,7 @@ def compare(
     """
     peers = [name for name in READERS if _installed(name)]
     decoder, rows = ProcessDecoder(workers, 600.0), []
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for length in lengths:
         paths = [folder / f"{length}-{i}.mp4" for i in range(workers)]
         for i, path in enumerate(paths):
@@ -335,7 +336,7 @@ def _installed(name: str) -> bool:
 
 def costs(folder: Path) -> dict[str, float]:
     """Microseconds of a seek and nanoseconds a pixel of decoding on, from which `picker` has its constants."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "10s-0.mp4"
     if not path.exists():
         make_video(path, 10, 0)
@@ -359,8 +360,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", default="bench_videos", help="where the videos are made, once")
     parser.add_argument("--lengths", default="10s,3min,20min")
     parser.add_argument("--frames", default="8,64,160")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--workers", type=positive, default=2)
     parser.add_argument("--own-resize", action="store_true", help="the others resize in their own quickest way")
     parser.add_argument("--costs", action="store_true", help="measure a seek and a frame instead")
     parser.add_argument("--out", default="", help="JSON file for the rows")
@@ -371,7 +372,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.costs:
         print(json.dumps(costs(Path(arguments.folder))))
         return
-    counts = [int(n) for n in arguments.frames.split(",")]
+    counts = [int(n) for n in arguments.frames.split(",") if n.isascii() and n.isdigit() and int(n)]
+    if len(counts) != arguments.frames.count(",") + 1:
+        raise UserError(f"bench data: --frames={arguments.frames} must be numbers of frames, such as 8,64,160")
     rows = compare(Path(arguments.folder), lengths, counts, arguments.rounds, arguments.workers, arguments.own_resize)
     worst = min(row["ours_frames_per_second"] for row in rows) / arguments.workers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

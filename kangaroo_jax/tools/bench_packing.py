@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.arguments import positive
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="kangaroo bench packing", description=__doc__.split("\n")[0])
     parser.add_argument("--config", nargs="+", help="STAGE:PRESET, by default stages 3 to 5")
     parser.add_argument("--row", default="", help="TOKENSxFRAMES, such as 20480x144, in place of the config's")
-    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--samples", type=positive, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kangaroo_jax.arguments import positive
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation
@@ -54,7 +55,7 @@ def _check_arguments(job: argparse.ArgumentParser) -> None:
 
 def _stats_arguments(job: argparse.ArgumentParser) -> None:
     _config_arguments(job)
-    job.add_argument("--limit", type=int, default=20_000, help="samples looked at, evenly chosen")
+    job.add_argument("--limit", type=positive, default=20_000, help="samples looked at, evenly chosen")
     job.add_argument("--out", default="data_stats", help="folder for stats.json and stats.png")
 
 

@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -124,7 +126,15 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
     write_quickstart_report(workdir, corpus, results, chats, environment() | alike, sections)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")
+    tell(f"talk to it: {chat_command(workdir)}")
     return results
+
+
+def chat_command(workdir: Path) -> str:
+    """The command to talk to the model, that works in a shell whose PATH lacks the `.venv` that a script made."""
+    script = Path(sys.prefix, "bin/kangaroo")
+    command = str(script) if script.exists() else "kangaroo"
+    return shlex.join([command, "chat", f"--checkpoint={workdir}", "--video=FILE"])
 
 
 def claim(workdir: Path, settings: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from kangaroo_jax.data.video import load_video, probe
 from tests.data.media import read_number
 
 pytest.importorskip("tensorflow_datasets")
+array_record_module = pytest.importorskip("array_record.python.array_record_module")
 
 
 @pytest.fixture
@@ -92,3 +93,18 @@ assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 def test_tfds_finds_it_by_name_without_tensorflow(tmp_path: Path, conversations: list[Conversation]) -> None:
     write_dataset(Plan("set", tmp_path, False, 4), conversations, "x", tell=lambda _: None)
     subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, timeout=120)
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(array_record_module.ArrayRecordWriter):
+        def close(self) -> None:
+            super().close()
+            raise RuntimeError("write() failed: No space left on device; writing x; at byte 1044480")
+
+    with pytest.raises(ZeroDivisionError):
+        dataset.write_records(tmp_path / "set", (bytes(1 // k) for k in (1, 0)))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="No space left on device.*set"):
+        dataset.write_records(tmp_path / "set", iter([b"record"]))
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.data.decode import ProcessDecoder
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.tools import bench_data
 
 pytestmark = pytest.mark.alone
@@ -27,3 +28,13 @@ def test_every_reader_gives_the_same_frames(tmp_path, own):
             assert theirs.shape == ours.shape and np.abs(theirs - ours).mean() < min(5.0 if own else 3.0, apart / 4), (
                 name
             )
+
+
+def test_bad_arguments_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be made a working folder"):
+        bench_data.main([f"--folder={tmp_path / 'file'}"])
+    with pytest.raises(UserError, match="--frames=8,x must be numbers of frames"):
+        bench_data.main(["--frames=8,x", f"--folder={tmp_path}"])
+    with pytest.raises(SystemExit, match="2"):
+        bench_data.main(["--workers=-1"])

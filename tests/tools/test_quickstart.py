@@ -20,7 +20,7 @@ def quickstart(workdir: Path) -> str:
 @pytest.mark.slow
 def test_quickstart_from_nothing_and_again(tmp_path):
     output = quickstart(tmp_path)
-    assert "report:" in output
+    assert "report:" in output and "chat --checkpoint=" in output.splitlines()[-1]
     results = json.loads((tmp_path / "results.json").read_text())
     assert [stage["name"][:6] for stage in results["stages"]] == ["stage1", "stage2", "stage3", "stage4", "stage5"]
     for stage in results["stages"]:
