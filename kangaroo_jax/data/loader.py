@@ -10,10 +10,11 @@ that the old one would have given, whatever the number of threads, processes or 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,34 @@ def make_loader(
         "order": mixture.order(),
         "row": [*dataclasses.astuple(shape), config.packing_bins, config.packs_per_batch],
     }
-    return Loader(batches, identity, mixture)
+    content = {source.file.path: digest for source in sources if (digest := sampled_digest(Path(source.file.path)))}
+    return Loader(batches, identity, mixture, content)
+
+
+# The keys behind the numbers of a saved "row", in order.
+_ROW_KEYS = (
+    "data.tokens_per_pack",
+    "data.frames_per_pack",
+    "data.image_size",
+    "model.patchify (frames that are joined)",
+    "model.patchify (tokens of joined frames)",
+    "data.packing_bins",
+    "data.packs_per_batch",
+)
+_DIGEST_PIECES, _DIGEST_BYTES = 64, 1 << 16
+
+
+def sampled_digest(path: Path) -> str:
+    """A digest of a file's size and of 64 pieces of 64 KiB of it, spread evenly; "" where it is no file."""
+    if not path.is_file():
+        return ""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_DIGEST_PIECES):
+            file.seek(max(i * _DIGEST_BYTES, i * (size - _DIGEST_BYTES) // (_DIGEST_PIECES - 1)))
+            digest.update(file.read(_DIGEST_BYTES))
+    return digest.hexdigest()
 
 
 def _media_cache(config: ConfigDict) -> MediaCache:
@@ -117,9 +145,12 @@ def _check(config: ConfigDict, frames_per_group: int) -> None:
 class Loader:
     """Endless batches with a state that can be saved and restored exactly. Use from one thread."""
 
-    def __init__(self, batches: "PackedBatches", identity: dict[str, Any], mixture: Mixture) -> None:
-        """`identity`: what must be the same where a state is restored."""
+    def __init__(
+        self, batches: "PackedBatches", identity: dict[str, Any], mixture: Mixture, content: Mapping[str, str]
+    ) -> None:
+        """`identity`: what must be the same where a state is restored; `content`: what may differ, but is said."""
         self._identity, self._mixture = identity, mixture
+        self._content, self._changed = dict(content), list[str]()
         prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES)
         self._open = [iter(prefetched)]
         weakref.finalize(self, _close_all, self._open)  # at exit too, while grain's modules still stand
@@ -148,7 +179,17 @@ class Loader:
 
         Of a run on several hosts it has this host's rows; `merge_states` puts those of all together.
         """
-        return json.dumps({**self._identity, **self._open[0].get_state()["snapshot"].to_json()}).encode()
+        position = self._open[0].get_state()["snapshot"].to_json()
+        return json.dumps({**self._identity, "content": self._contents(), **position}).encode()
+
+    def _contents(self) -> dict[str, str]:
+        """The digest of each source by its name."""
+        sources = self._mixture.sources
+        return {source.name: self._content[source.file.path] for source in sources if source.file.path in self._content}
+
+    def changed(self) -> list[str]:
+        """A line for each source that `set_state` found edited since the state was saved."""
+        return self._changed
 
     def set_state(self, state: bytes) -> None:
         """Go on after the batch at which `get_state` gave `state`; weights and the number of hosts may have changed.
@@ -168,14 +209,35 @@ class Loader:
                 mine = {name: value for name, value in mine.items() if name in saved}
             if saved != mine:
                 raise UserError(
-                    f"saved data position: {key} was {saved} and is now {mine}; "
+                    f"saved data position: {_difference(key, saved, mine)}; "
                     "go on with the same data, or start in another workdir"
                 )
+        before, now = values.pop("content", {}), self._contents()
+        self._changed = [
+            f"{source.file.path} was edited since the last checkpoint, but is as long: its new samples are taken"
+            for source in self._mixture.sources
+            if before.get(source.name) and source.name in now and before[source.name] != now[source.name]
+        ]
         self._open[0].set_state({"snapshot": values})
 
     def close(self) -> None:
         """Stop threads and processes; the loader ends here."""
         _close_all(self._open)
+
+
+def _difference(key: str, saved: Any, mine: Any) -> str:
+    """What of a part of the identity differs, by the names of the keys behind it."""
+    if key == "row" and isinstance(saved, list) and len(saved) == len(_ROW_KEYS):
+        pairs = zip(_ROW_KEYS, saved, mine, strict=True)
+        return ", ".join(f"config.{name} was {a} and is now {b}" for name, a, b in pairs if a != b)
+    if key == "order" and isinstance(saved, dict) and saved.keys() == mine.keys() == {"seed"}:
+        return f"config.seed was {saved['seed']} and is now {mine['seed']}"
+    if key == "sources" and isinstance(saved, dict):
+        lost = [f"{name} is missing" for name in saved if name not in mine]
+        texts = "config.data.train: {} had {} samples in {} bytes and now has {} in {}"
+        other = [texts.format(n, *saved[n], *mine[n]) for n in saved if n in mine and saved[n] != mine[n]]
+        return ", ".join(lost + other)
+    return f"{key} was {saved} and is now {mine}"
 
 
 def merge_states(states: Sequence[bytes]) -> bytes:
