@@ -88,6 +88,7 @@ def stage_config(preset: str) -> ConfigDict:
     c.model = model_config(preset)
     c.init_from = ""  # checkpoint folder whose weights the stage starts from; "" is a fresh start
     c.init_other_rope = False  # True: the stage may change the rope settings of init_from, as for longer contexts
+    c.allow_changes = ()  # keys ("model.llm.rope_theta", "data.tokenizer") that may differ from the checkpoint's
     c.seed = 0
 
     d = c.data = ConfigDict()
@@ -133,7 +134,7 @@ def stage_config(preset: str) -> ConfigDict:
     o.b2 = 0.95
     o.eps = 1e-8
     o.weight_decay = 0.1  # none on biases, norms and embeddings of position
-    o.clip_norm = 1.0
+    o.clip_norm = 1.0  # of the gradient; 0 does not clip
     o.frozen_dtype = "bfloat16"
     if preset == "tiny":
         o.kind = "muon"  # learns from scratch what the other presets have from pretraining
@@ -142,7 +143,11 @@ def stage_config(preset: str) -> ConfigDict:
     t.steps = 1000
     t.log_every = 10
     t.checkpoint_every = 500  # steps; the last step is always saved
-    t.keep_checkpoints = 2
+    t.checkpoint_minutes = 20.0  # and whenever the last save is so long ago; 0: by steps alone
+    t.keep_checkpoints = 2  # the last ones; 0 keeps all
+    t.keep_period = 0  # steps; a checkpoint of a multiple of it is saved and never deleted; 0: none
+    t.on_nonfinite = "stop"  # a loss or gradient that is not finite: stop, or skip what the step would change
+    t.nonfinite_in_a_row = 10  # so many skipped steps one after another stop the stage, too
     t.tensorboard = False
     t.profile = ()  # (first, last) step to profile into workdir/profile
     t.compile_cache = ""  # folder that keeps compiled programs between runs; "" is JAX's own default

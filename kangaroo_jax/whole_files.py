@@ -8,18 +8,22 @@ from pathlib import Path
 from kangaroo_jax.json_text import utf8
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write UTF-8 text under a temporary name of its own beside `path`, then rename it. Returns the path.
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write under a temporary name of its own beside `path`, then rename it. Returns the path.
 
-    Half a surrogate pair is written as its escape. Processes (of several hosts, too) may write the same file at the
-    same time: the last one's stays.
+    Processes (of several hosts, too) may write the same file at the same time: the last one's stays.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(utf8(text))
+        temporary.write_bytes(data)
         return temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """The same for UTF-8 text; half a surrogate pair is written as its escape."""
+    return write_bytes(path, utf8(text))
 
 
 def write_json(path: Path, value: object) -> Path:

@@ -46,7 +46,7 @@ class LoaderStats:
             "useful_tokens": round(self.tokens / max(self.token_places, 1), 4),
             "useful_frames": round(self.frames / max(self.frame_places, 1), 4),
             "sources": dict(self.by_both),
-            "samples": list(self.sample_ids),
+            "samples": self.samples,
         }
 
 

@@ -129,7 +129,7 @@ def packing_rows(workdir: Path, data: Path, tokenizer: Path, tell: Tell) -> list
         train(config, folder, tell=tell)
         lines = read_metrics(folder / "metrics.jsonl")[5:]  # after the compilation
         minutes = sum(line["seconds"] for line in lines) / 60
-        samples = sum(len(line["samples"]) for line in lines)
+        samples = sum(line["samples"] for line in lines)
         places = config.data.packs_per_batch * config.data.tokens_per_pack
         rows.append(
             {

@@ -1,14 +1,16 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved together or not at all.
 
-    STAGE/checkpoints/STEP/{params,optimizer,data,config}      STAGE/tokenizer.*
+    STAGE/checkpoints/STEP/{params,optimizer,data,config,digests}      STAGE/tokenizer.*
 
 `params` is a flat dictionary of every weight (trained in float32, frozen as stored), so that the next
-stage, chat and conversion read it alone.
+stage, chat and conversion read it alone. `digests` are sums over the bits of all arrays, compared when they are read;
+checkpoints of older versions have none.
 """
 
 import base64
-import shutil
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,37 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from kangaroo_jax.config import PRESETS, stage_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.sharding import sharding
+from kangaroo_jax.training.digests import changed, digests
+from kangaroo_jax.training.distributed import EndsTogether
 from kangaroo_jax.training.parameters import Binding, Params
 from kangaroo_jax.training.step import TrainState
+from kangaroo_jax.whole_files import write_bytes
 
 WRITING_SHARE = 0.1  # of an item of a checkpoint; what is being written is in memory twice
+ITEMS = ("params", "optimizer", "data", "config")
+
+
+class NotFinite(EndsTogether, UserError):
+    """A loss, a gradient or a state is not finite; of several processes every one finds it at the same step."""
 
 
 class Checkpoints:
     """The checkpoints of one stage."""
 
-    def __init__(self, stage_dir: Path, state: TrainState, *, keep: int = 2) -> None:
-        """Opens (and makes) `stage_dir/checkpoints`; keeps the last `keep`.
+    def __init__(self, stage_dir: Path, state: TrainState, *, keep: int = 2, period: int = 0) -> None:
+        """Opens (and makes) `stage_dir/checkpoints`; keeps the last `keep` (0: all) and multiples of `period`.
 
-        The size of `state` says how much of a checkpoint is on its way to the disk at a time.
+        The size of `state`, which may be abstract, says how much of a checkpoint is on its way to the disk at a time.
         """
         self.folder = Path(stage_dir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.begun: int | None = None  # the step of the last save of this process
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None, keep_period=period or None, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
@@ -46,36 +60,73 @@ class Checkpoints:
                 "optimizer": _array_handler(state.opt_state),
                 "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
+                "digests": ocp.JsonCheckpointHandler(),
             },
         )
 
     def latest(self) -> int | None:
-        """The last whole checkpoint's step, None where there is none."""
+        """The last checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
+    def latest_folder(self) -> Path | None:
+        """The last checkpoint's folder, None where there is none. Raises UserError where a part of it is missing."""
+        step = self.latest()
+        if step is None:
+            return None
+        folder = self.folder / str(step)
+        missing = [item for item in ITEMS if not (folder / item).is_dir()]
+        if missing:
+            raise _damaged(folder, f"{', '.join(missing)} missing")
+        return folder
+
     def save(self, state: TrainState, data_state: bytes, config: Mapping[str, Any]) -> None:
-        """Start saving; returns once the arrays are copied off the device."""
+        """Start saving; returns once the arrays are copied off the device.
+
+        Raises NotFinite, and saves nothing, where the state is not finite.
+        """
+        params = {**state.params, **state.frozen}
+        optimizer = {"opt_state": state.opt_state, "step": state.step}
+        sums, not_finite = {}, []
+        for item, tree in (("params", params), ("optimizer", optimizer)):
+            sums[item], wrong = digests(tree)
+            not_finite += wrong
+        if not_finite:
+            raise NotFinite(
+                f"step {int(state.step)}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays; the "
+                f"state is not saved, and the checkpoints in {self.folder} stay as they are"
+            )
+        self.begun = int(state.step)
         self._manager.save(
-            int(state.step),
+            self.begun,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave({**state.params, **state.frozen}),
-                optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(optimizer),
                 data=ocp.args.JsonSave({"iterator": base64.b64encode(data_state).decode()}),
                 config=ocp.args.JsonSave(dict(config)),
+                digests=ocp.args.JsonSave(sums),
             ),
         )
 
     def restore(self, state: TrainState) -> tuple[TrainState, bytes]:
-        """The last checkpoint in the shapes and shardings of `state`, and the data iterator's state."""
+        """The last checkpoint in the shapes and shardings of `state`, which may be abstract; the data iterator's state.
+
+        Raises UserError where it cannot be read as it was written, naming the one before it.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        restored = self._manager.restore(
-            self.latest(),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore({**abstract.params, **abstract.frozen}),
-                optimizer=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "step": abstract.step}),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        folder = self.latest_folder()
+        if folder is None:
+            raise UserError(f"{self.folder}: holds no checkpoint")
+        with named_if_damaged(folder):
+            restored = self._manager.restore(
+                self.latest(),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore({**abstract.params, **abstract.frozen}),
+                    optimizer=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "step": abstract.step}),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+            iterator = base64.b64decode(restored["data"]["iterator"])
+        check_digests(folder, {"params": restored["params"], "optimizer": restored["optimizer"]})
         params = restored["params"]
         new = TrainState(
             step=restored["optimizer"]["step"],
@@ -83,7 +134,7 @@ class Checkpoints:
             frozen={k: params[k] for k in state.frozen},
             opt_state=restored["optimizer"]["opt_state"],
         )
-        return new, base64.b64decode(restored["data"]["iterator"])
+        return new, iterator
 
     def wait(self) -> None:
         """Wait until what was started is on disk."""
@@ -101,9 +152,60 @@ def _array_handler(arrays: Any) -> ocp.StandardCheckpointHandler:
     Without a limit Orbax has all of it in memory twice. It refuses a shard that is not smaller than the limit,
     so that this is never below three of the largest.
     """
-    shards = [s.data.nbytes for x in jax.tree.leaves(arrays) for s in x.addressable_shards if s.replica_id == 0]
+    shards = [nbytes for x in jax.tree.leaves(arrays) for nbytes in _piece_sizes(x)]
     limit = max([2**20, 3 * max(shards, default=0), round(WRITING_SHARE * sum(shards))])
     return ocp.StandardCheckpointHandler(save_concurrent_gb=limit / 10**9)
+
+
+def _piece_sizes(x: Any) -> list[int]:
+    """The bytes of each different piece of an array, or of an abstract one, on this process's devices."""
+    pieces = {str(index) for index in x.sharding.addressable_devices_indices_map(x.shape).values()}
+    return [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize] * len(pieces)
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    """The error of a checkpoint that cannot be read as it was written; says which one can be taken in its place."""
+    number = int(folder.name) if folder.name.isdigit() else 0
+    older = [
+        p
+        for p in folder.parent.iterdir()
+        if p.name.isdigit() and int(p.name) < number and all((p / item).is_dir() for item in ITEMS)
+    ]
+    if older:
+        before = max(older, key=lambda p: int(p.name))
+        advice = f"move {folder} away to go on from the one before it, {before}"
+    elif number:
+        advice = f"there is none before it: move {folder} away to begin anew"
+    else:
+        advice = "write it again"
+    return UserError(f"{folder}: this checkpoint is damaged ({reason}); {advice}")
+
+
+@contextlib.contextmanager
+def named_if_damaged(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong inside comes of a checkpoint that is damaged: one line says so. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax, tensorstore and JSON have no common class for what cannot be read
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise _damaged(folder, f"{type(error).__name__}: {first[:160]}") from error
+
+
+def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
+    """Raise UserError where arrays read from `folder` are not those that were saved, or are not finite."""
+    with named_if_damaged(folder):
+        saved = _read_json(folder / "digests") if (folder / "digests").is_dir() else {}
+        for item, tree in items.items():
+            wrong, not_finite = changed(tree, saved.get(item, {}))
+            if wrong:
+                raise _damaged(folder, f"{item}: {len(wrong)} arrays are not as they were saved, first {wrong[0]}")
+            if not_finite:
+                raise NotFinite(
+                    f"{folder}: {item}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays: it "
+                    "can be neither trained nor used; take an earlier checkpoint"
+                )
 
 
 def find(path: str | Path) -> Path:
@@ -179,9 +281,11 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
 
     Raises UserError for a missing folder or a checkpoint of another model, naming the first wrong tensor.
     """
-    folder = find(path) / "params"
-    found = ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns that one item is no whole step
-    check_shapes(found, binding.shapes, folder.parent)
+    checkpoint = find(path)
+    folder = checkpoint / "params"
+    with named_if_damaged(checkpoint):
+        found = ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns: one item is no whole step
+    check_shapes(found, binding.shapes, checkpoint)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(
@@ -191,22 +295,54 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
         )
         for name in binding.shapes
     }
-    return ocp.StandardCheckpointer().restore(folder, target)
+    with named_if_damaged(checkpoint):
+        params = ocp.StandardCheckpointer().restore(folder, target)
+    check_digests(checkpoint, {"params": params})
+    return params
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:
-    """The config that a checkpoint was trained with. Raises UserError."""
-    folder = find(path) / "config"
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            plain = reader.restore(folder)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder}: damaged, no config of a checkpoint ({' '.join(str(error).split())[:160]})"
-        ) from None
+    """The config that a checkpoint was trained with; what it lacks is as its preset has it.
+
+    Raises UserError where it is damaged, or its model has a setting that this version does not know.
+    """
+    folder = find(path)
+    with named_if_damaged(folder):
+        plain = _tuples(_read_json(folder / "config"))
     if not isinstance(plain, dict) or not all(isinstance(plain.get(key), dict) for key in ("model", "data")):
-        raise UserError(f"{folder}: damaged, no config of a checkpoint (it has no model and data)")
-    return ml_collections.ConfigDict(_tuples(plain)).lock()
+        raise _damaged(folder, "config: it has no model and data")
+    preset = plain["model"].get("preset")
+    known = stage_config(preset if preset in PRESETS else PRESETS[0]).to_dict()
+    for name in unknown_keys(plain["model"], known["model"]):
+        raise UserError(
+            f"{folder}: config.model.{name} of the checkpoint is a setting that this version does not know; use the "
+            "version that wrote it, or a later one"
+        )
+    return ml_collections.ConfigDict(_filled(plain, known)).lock()
+
+
+def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of `found` that `known` has not, with dots between their levels."""
+    for key, value in found.items():
+        if key not in known:
+            yield key
+        elif isinstance(value, Mapping) and isinstance(known[key], Mapping):
+            yield from (f"{key}.{inner}" for inner in unknown_keys(value, known[key]))
+
+
+def _filled(found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with the keys of `known` that it lacks."""
+    both = {key: _filled(value, known[key]) for key, value in found.items() if _is_section(value, known.get(key))}
+    return {**known, **found, **both}
+
+
+def _is_section(value: Any, known: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(known, Mapping)
+
+
+def _read_json(folder: Path) -> Any:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder)
 
 
 def _tuples(value: Any) -> Any:
@@ -242,13 +378,21 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def keep_tokenizer(source: str | Path, stage_dir: Path) -> None:
-    """Copy the tokenizer's file beside the checkpoints (once)."""
-    source = Path(source)
-    target = stage_dir / f"tokenizer{source.suffix}"
-    if not target.exists():
-        temporary = target.with_suffix(".tmp")
-        shutil.copyfile(source, temporary)
-        temporary.rename(target)
+    """Copy the tokenizer's file beside the checkpoints, in place of another that is there."""
+    source = tokenizer_file(source)
+    target, data = stage_dir / f"tokenizer{source.suffix}", source.read_bytes()
+    if not target.exists() or target.read_bytes() != data:
+        write_bytes(target, data)
+    for other in stage_dir.glob("tokenizer.*"):
+        if other != target:
+            other.unlink()
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that `load_tokenizer` reads: `path`, or the one in that folder."""
+    path = Path(path)
+    names = ("tokenizer.json", "tokenizer.model")
+    return next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
 
 
 def zeros_like(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

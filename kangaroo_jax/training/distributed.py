@@ -8,6 +8,7 @@ and the restart loop of the launch scripts brings all back.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from kangaroo_jax.whole_files import write_json
 
 LOST = 75  # exit code (EX_TEMPFAIL of sysexits.h): try again
 BEAT_SECONDS = 2.0
+WAITING_SECONDS = 10.0  # before a process says that it waits for others
 ADDRESS, COUNT, INDEX = "KANGAROO_COORDINATOR", "KANGAROO_PROCESSES", "KANGAROO_PROCESS_ID"
 AUTO = "auto"  # of COUNT: whatever JAX detects (TPU pods and GKE, which the launch scripts start so)
 
@@ -39,36 +41,114 @@ def initialize(timeout: float = 300.0) -> int:
     of TPU pods and GKE: KANGAROO_PROCESSES=auto. Under Slurm with several tasks nothing need be set. Call it
     before anything touches a device. `timeout` in seconds is how long to wait for the others.
 
-    Raises UserError where the addresses are incomplete or the others do not come.
+    Raises UserError where the addresses are incomplete or mean nothing. Where trying again may help (the others do not
+    come, the coordinator's port is in use) the process ends with one line and code LOST.
     """
     if jax.distributed.is_initialized():
         return jax.process_count()
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
     options: dict[str, Any] = {}
-    if given.get(COUNT) == AUTO or (not given and int(os.environ.get("SLURM_NTASKS") or 1) > 1):
+    where = "the launcher's coordinator"
+    if given.get(COUNT) == AUTO:
         pass
     elif given:
-        missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
-        if missing:
-            raise UserError(f"{', '.join(given)} without {', '.join(missing)}: set all three, or none")
-        try:
-            number, index = int(given[COUNT]), int(given[INDEX])
-        except ValueError:
-            raise UserError(f"{COUNT}={given[COUNT]} {INDEX}={given[INDEX]}: must be whole numbers") from None
-        options = dict(coordinator_address=given[ADDRESS], num_processes=number, process_id=index)
-    else:
+        options = _addresses(given)
+        where = given[ADDRESS]
+    elif not _slurm_tasks():
         return 1
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        # JAX's own detection of a lost process ends the process without a word: ours comes first.
-        jax.distributed.initialize(initialization_timeout=int(timeout), heartbeat_timeout_seconds=600, **options)
+        with _named_if_alone(where, options, timeout):
+            # JAX's own detection of a lost process ends the process without a word: ours comes first. So does our
+            # wait for the others: JAX aborts the process after its own.
+            jax.distributed.initialize(
+                initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=600, **options
+            )
     except (RuntimeError, ValueError) as error:
-        where = given.get(ADDRESS, "the launcher's coordinator")
-        raise UserError(f"the processes did not come together at {where}: {' '.join(str(error).split())}") from None
+        text = " ".join(str(error).split())
+        if any(sign in text for sign in ("Failed to start RPC server", "ddress already in use", "DEADLINE_EXCEEDED")):
+            _try_again(f"the processes did not come together at {where}: {text[:300]}")
+        raise UserError(f"the processes did not come together at {where}: {text}") from None
     if not is_main():
         _name_a_lost_coordinator()
     return jax.process_count()
+
+
+def _addresses(given: dict[str, str]) -> dict[str, Any]:
+    """What `jax.distributed.initialize` takes. Raises UserError; stops the process where the port is taken."""
+    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
+    if missing:
+        raise UserError(f"{', '.join(given)} without {', '.join(missing)}: set all three, or none")
+    try:
+        number, index = int(given[COUNT]), int(given[INDEX])
+    except ValueError:
+        raise UserError(f"{COUNT}={given[COUNT]} {INDEX}={given[INDEX]}: must be whole numbers") from None
+    if not 0 <= index < number:
+        raise UserError(f"{INDEX}={index}: must be from 0 to {number - 1}, since {COUNT}={number}")
+    host, colon, port = given[ADDRESS].rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{ADDRESS}={given[ADDRESS]}: must be host:port, such as 10.0.0.2:8476")
+    if index == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    _try_again(
+                        f"port {port} of {given[ADDRESS]}, the coordinator, is in use here, perhaps by a run that is "
+                        "still ending"
+                    )
+    return {"coordinator_address": given[ADDRESS], "num_processes": number, "process_id": index}
+
+
+def _slurm_tasks() -> bool:
+    """Whether this is one of several tasks that srun started. Raises UserError where it looks so but is not."""
+    value = os.environ.get("SLURM_NTASKS") or "1"
+    if not value.isdigit():
+        raise UserError(f"SLURM_NTASKS={value}: must be a whole number; unset it to train in this process alone")
+    if int(value) < 2:
+        return False
+    step = os.environ.get("SLURM_STEP_NUM_TASKS", value)
+    lacking = [name for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST") if not os.environ.get(name)]
+    if lacking or step != value:
+        why = f"{', '.join(lacking)} not set" if lacking else f"SLURM_STEP_NUM_TASKS={step}"
+        raise UserError(
+            f"SLURM_NTASKS={value}, but srun did not start this process as one of them ({why}): start it with srun, or "
+            "unset SLURM_NTASKS to train in this process alone"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _named_if_alone(where: str, options: dict[str, Any], timeout: float) -> Iterator[None]:
+    """Inside, say for whom this process waits, and stop it, with code LOST, where they have not come in `timeout` s."""
+    come, began = threading.Event(), time.monotonic()
+    index, number = options.get("process_id"), options.get("num_processes")
+    me = f"process {index}" if index is not None else "this process"
+    others = f"the other {number - 1} of {number} processes" if number else "the other processes"
+
+    def watch() -> None:
+        if come.wait(min(WAITING_SECONDS, timeout)):
+            return
+        print(f"kangaroo: {me} waits at {where} for {others}, at most {timeout:.0f} s", file=sys.stderr, flush=True)
+        if come.wait(max(0.0, timeout - (time.monotonic() - began))):
+            return
+        silent = index not in (None, 0) and not _answers(where)
+        why = f"nothing answers at {where}, process 0" if silent else f"{others} did not all come to {where}"
+        _try_again(
+            f"{me} stops: {why} within {timeout:.0f} s: see that each was started, with its own {INDEX}, and reaches it"
+        )
+
+    thread = threading.Thread(target=watch, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        come.set()
+        thread.join()
 
 
 def _joined() -> Any:
@@ -79,7 +159,12 @@ def _joined() -> Any:
 
 
 def _coordinator_answers() -> bool:
-    host, port = str(_joined().coordinator_address).rsplit(":", 1)
+    return _answers(str(_joined().coordinator_address))
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens at host:port."""
+    host, port = address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
@@ -135,42 +220,25 @@ def barrier(name: str, timeout: float = 1800.0) -> None:
             ) from None
 
 
-# -------------------------------------------------------------------------------- preemption
+def key_value_set(key: str, value: str) -> None:
+    """Let every process see `value` under `key`, in the store of the coordinator."""
+    _joined().client.key_value_set(f"kangaroo/{key}", value, allow_overwrite=True)
 
 
-class Preemption:
-    """Whether somebody wants this run to end: SIGTERM, which clouds and Slurm send before they take a machine."""
-
-    def __init__(self) -> None:
-        """Listens from now on. Of several processes JAX listens, and lets all stop after the same step."""
-        self._asked = False
-        self._many = jax.process_count() > 1
-        self._before: Any = None
-        if not self._many and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self._asked = True
-
-    def reached(self, step: int) -> bool:
-        """Whether to save after `step` and stop. To be asked by every process after every step."""
-        if not self._many:
-            return self._asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def close(self) -> None:
-        """Listen no more."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+def key_value_keys(folder: str) -> set[str]:
+    """The keys that were set under `folder`, which ends in a slash, without it."""
+    return {key.rsplit("/", 1)[-1] for key, _ in _joined().client.key_value_dir_get(f"kangaroo/{folder}")}
 
 
-class Preempted(SystemExit):
-    """The run was asked to stop, has saved, and ends with code 0."""
+class EndsTogether:
+    """Of an exception that every process raises after the same step: none of them is lost."""
 
-    def __init__(self) -> None:
-        super().__init__(0)
+
+class Preempted(EndsTogether, SystemExit):
+    """The run was asked to stop, has saved, and ends with code 0, or 130 where it was Ctrl-C."""
+
+    def __init__(self, code: int = 0) -> None:
+        super().__init__(code)
 
 
 # ---------------------------------------------------------------------------------- watchdog
@@ -211,7 +279,7 @@ class Watchdog:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """The run is over, for this process: its silence means nothing from now on, or the others must stop too."""
         if self._thread is not None:
-            failed = error is not None and not isinstance(error, Preempted)
+            failed = error is not None and not isinstance(error, EndsTogether)
             self._finished.set()
             with contextlib.suppress(Exception):
                 self._write(f"failed: {' '.join(str(error).split())[:300]}" if failed else "finished")
@@ -276,7 +344,12 @@ class Watchdog:
 
 def stop_process(message: str) -> None:
     """End this process at once, whatever its threads wait for, with code LOST."""
-    print(f"kangaroo: host {jax.process_index()} stops: {message}; start again to go on", file=sys.stderr, flush=True)
+    _try_again(f"host {jax.process_index()} stops: {message}")
+
+
+def _try_again(line: str) -> None:
+    """End this process at once with this line and code LOST."""
+    print(f"kangaroo: {line}; start again to go on", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(LOST)
 

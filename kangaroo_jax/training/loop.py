@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from ml_collections import ConfigDict
 from kangaroo_jax.chips import Chip, find_chip
 from kangaroo_jax.config import PRESETS, model_config, to_plain
 from kangaroo_jax.conventions import PackedBatch, UserError
-from kangaroo_jax.data.batches import LoaderStats
 from kangaroo_jax.data.ledger import Ledger
 from kangaroo_jax.data.loader import Loader, make_loader
 from kangaroo_jax.data.preview import batch_tree, save_picture
@@ -24,15 +24,19 @@ from kangaroo_jax.host import keep_freed_memory
 from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training import checkpoint
-from kangaroo_jax.training.distributed import Preempted, Preemption, Watchdog, barrier, explained, is_main
+from kangaroo_jax.training.check import check_config, check_trainable
+from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.host_rows import HostRows, whole_data_state
-from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, read_metrics
+from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
 from kangaroo_jax.training.parameters import Binding
 from kangaroo_jax.training.placement import resolve
-from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
+from kangaroo_jax.training.reporting import Pending, Reporter, of_host
+from kangaroo_jax.training.resume import check_resume, check_tokenizer
+from kangaroo_jax.training.state import abstract_state, make_state, shardings_of, state_shardings
 from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
+from kangaroo_jax.training.stopping import Preemption, SaveClock, explained_disk, locked, unbroken
 from kangaroo_jax.whole_files import write_json
 
 Tell = Callable[[str], None]
@@ -64,7 +68,9 @@ class Stage:
     state: TrainState
     checkpoints: checkpoint.Checkpoints
     log: MetricLog
+    samples: SampleLog
     first: int
+    before: dict[str, float]  # of the steps until `first`: skipped_steps, and the times of `observe.Observer`
 
 
 def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Result:
@@ -72,21 +78,26 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
     Args:
         config: a stage's config (`config.stage_config`).
-        workdir: gets checkpoints, metrics.jsonl, ledger.jsonl, config.json, first_batch.{txt,png}.
+        workdir: gets checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, first_batch.{txt,png}.
         tell: prints a progress line.
 
     Raises:
-        UserError: for missing files, a tokenizer or checkpoint that does not fit the model.
-        Preempted: SIGTERM came; the state is saved, and the process may end with code 0.
+        UserError: for missing files, values that cannot be meant, a tokenizer or checkpoint that does not fit, another
+            run in `workdir`, a full disk, or (`checkpoint.NotFinite`) a loss that is not finite.
+        Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process may end with the code it has.
     """
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    if not is_main():
-        tell = lambda line: None  # noqa: E731
-    stage = prepare(config, workdir, tell)
-    config = stage.config
-    run_steps(stage, workdir, tell)
+    check_config(config)
+    workdir, start = Path(workdir), time.perf_counter()
+    tell = unbroken(tell) if is_main() else lambda line: None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explained_disk(workdir))
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(workdir, tell))
+        preemption = Preemption(tell)
+        stack.callback(preemption.close)
+        stage = prepare(config, workdir, tell)
+        config = stage.config
+        run_steps(stage, workdir, tell, preemption, start)
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
     used = sum(line["tokens"] for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
@@ -106,55 +117,131 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     mesh = make_mesh(config.train.mesh, devices)
     if devices[0].platform == "cpu":
         keep_freed_memory()
-    # ------------------------------------------------------------------------------ data
+    # ----------------------------------------------------------------- model and tokenizer
+    binding = checkpoint.abstract_model(config.model)
+    check_trainable(config, binding.shapes)
+    state: TrainState = abstract_state(config, binding, mesh)
+    barrier(f"{config.stage} opens")
+    checkpoints = checkpoint.Checkpoints(
+        workdir, state, keep=config.train.keep_checkpoints, period=config.train.keep_period
+    )
+    saved = checkpoints.latest_folder()
     tokenizer = open_tokenizer(config)
-    if is_main():
-        checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
-        write_json(workdir / "config.json", plain)
+    for line in changes(config, plain, saved, binding, tokenizer):
+        tell(f"{config.stage}: {line}")
+    # ------------------------------------------------------------------------------ data
     ledger = Ledger(of_host(workdir / "ledger.jsonl"))
     rows = HostRows(mesh, config.data.packs_per_batch)
     loader = open_loader(config, tokenizer, ledger, rows.numbers)
     for line in loader.describe():
         tell(f"{config.stage}: {line}")
-    # ----------------------------------------------------------------- model and optimiser
-    binding = checkpoint.abstract_model(config.model)
-    state = initial_state(config, binding, mesh)
+    # ------------------------------------------------------------------------------ state
+    barrier(f"{config.stage} begins")
+    if saved is not None:
+        state, data_state = checkpoints.restore(state)
+        loader.set_state(data_state)
+        for line in loader.changed():
+            tell(f"{config.stage}: {line}")
+        tell(f"{config.stage}: goes on after step {int(state.step)}")
+    else:
+        state = initial_state(config, binding, mesh)
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
-    step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
+    skip = config.train.on_nonfinite == "skip"
+    step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state), skip)
     trained, frozen = count(state.params), count(state.frozen)
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
-    # ------------------------------------------------------------------------- checkpoint
-    barrier(f"{config.stage} begins")
-    checkpoints = checkpoint.Checkpoints(workdir, state, keep=config.train.keep_checkpoints)
+    # ------------------------------------------------------------------------------ records
+    if is_main():
+        checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
+        write_json(workdir / "config.json", plain)
     log = MetricLog(
         workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
     )
-    if checkpoints.latest() is not None:
-        state, data_state = checkpoints.restore(state)
-        loader.set_state(data_state)
-        tell(f"{config.stage}: goes on after step {int(state.step)}")
+    samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)
     first = int(state.step)
-    rewind(workdir, log, first)
-    return Stage(config, plain, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, log, first)
+    before = rewind(workdir, log, samples, first)
+    return Stage(
+        config,
+        plain,
+        chip,
+        mesh,
+        tokenizer,
+        ledger,
+        rows,
+        loader,
+        step_fn,
+        state,
+        checkpoints,
+        log,
+        samples,
+        first,
+        before,
+    )
 
 
-def run_steps(stage: Stage, workdir: Path, tell: Tell) -> None:
+def changes(
+    config: ConfigDict, plain: dict, saved: Path | None, binding: Binding, tokenizer: Tokenizer
+) -> Iterator[str]:
+    """Lines that say what is no longer as in the checkpoint that the stage goes on or starts from. Raises UserError."""
+    if saved is not None:
+        yield from check_resume(saved, ConfigDict(plain), binding.shapes)
+    elif config.init_from:
+        saved = checkpoint.find(config.init_from)
+    if saved is not None and (line := check_tokenizer(saved, config, tokenizer)):
+        yield line
+
+
+def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, begin: float) -> None:
     """From the stage's state to its last step, saved on the way; closes what the stage has open. Raises Preempted."""
-    config, state, loader, checkpoints, log = stage.config, stage.state, stage.loader, stage.checkpoints, stage.log
+    config, state, loader, checkpoints = stage.config, stage.state, stage.loader, stage.checkpoints
+    stage.state = None  # type: ignore[assignment]  # the first step takes its memory
     progress = Progress(config.stage, config.train.steps, tell, chips=stage.mesh.size // jax.process_count())
-    observer = Observer(config, stage.chip, workdir=workdir, tell=tell)
+    observer = Observer(config, stage.chip, workdir=workdir, tell=tell, begin=begin, before=stage.before)
+    reporter = Reporter(
+        config,
+        log=stage.log,
+        samples=stage.samples,
+        progress=progress,
+        observer=observer,
+        tell=tell,
+        skipped_steps=int(stage.before.get("skipped_steps", 0)),
+    )
     watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
-    preemption = Preemption()
-    pending: tuple[int, dict[str, jax.Array], LoaderStats] | None = None
+    clock = SaveClock(config.train.checkpoint_minutes)
+    pending: Pending | None = None
+    aside = 0.0  # seconds since the step before was begun that went into saving
+
+    def finish() -> None:
+        """Report the step that the device is at, when it is done."""
+        nonlocal pending
+        if pending is not None:
+            reporter.report(pending)
+            watchdog.step(pending.step)
+            preemption.done()
+            pending = None
+
+    def save() -> None:
+        finish()
+        checkpoints.save(state, whole_data_state(loader), stage.plain)
+        clock.saved()
+
     with contextlib.ExitStack() as stack:
-        stack.callback(preemption.close)
         stack.enter_context(watchdog)
-        for resource in (checkpoints, observer, log, loader):
+        for resource in (checkpoints, observer, stage.log, stage.samples, loader):
             stack.callback(resource.close)
         stack.enter_context(explained(watchdog))
         stack.enter_context(mesh_scope(stage.mesh))
+        preemption.stepping()
         for step in range(stage.first + 1, config.train.steps + 1):
+            if preemption.reached(step):
+                finish()
+                if step - 1 > stage.first and checkpoints.begun != step - 1:
+                    save()
+                checkpoints.wait()
+                which = f"saved after step {step - 1}" if step > 1 else "no step was done"
+                tell(f"{config.stage}: asked to stop; {which}")
+                raise preemption.saved()
             waiting = time.perf_counter()
             host_batch, stats = next(loader)
             waiting = time.perf_counter() - waiting
@@ -163,48 +250,43 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell) -> None:
             with jax.transfer_guard("disallow"):
                 state, metrics = stage.step_fn(state, stage.rows.put(host_batch))
 
-            observer.step(step, stage.step_fn)
-            progress.add(
-                tokens=stats.tokens,
-                frames=stats.frames,
-                places=stats.token_places,
-                wait=waiting,
-                frame_places=stats.frame_places,
-                counts=stats.by_both,
-            )
-            if pending is not None:  # the step before: the device never waits for the host
-                report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
-                watchdog.step(pending[0])
-            pending = (step, metrics, stats)
-            stopping = preemption.reached(step)
-            if stopping or step % config.train.checkpoint_every == 0 or step == config.train.steps:
-                report(*pending, log=log, progress=progress, observer=observer, every=config.train.log_every)
-                pending = None
-                log.flush()
-                checkpoints.save(state, whole_data_state(loader), stage.plain)
-            if stopping and step < config.train.steps:
-                checkpoints.wait()
-                tell(f"{config.stage}: asked to stop; saved after step {step}")
-                raise Preempted
+            observer.step(step, stage.step_fn, waiting + aside)
+            aside = 0.0
+            finish()  # the step before: the device never waits for the host
+            pending = Pending(step, metrics, stats, waiting)
+            if clock.due(step) or saved_by_number(step, config):
+                finish()
+                saving = time.perf_counter()
+                save()
+                aside = time.perf_counter() - saving
+
+
+def saved_by_number(step: int, config: ConfigDict) -> bool:
+    """Whether a checkpoint follows `step`, whatever the time."""
+    every = [number for number in (config.train.checkpoint_every, config.train.keep_period) if number]
+    return step == config.train.steps or any(step % number == 0 for number in every)
 
 
 def mesh_devices() -> list[jax.Device]:
-    """The devices that a stage runs on: all there are, on all hosts."""
-    return jax.devices()
+    """The devices that a stage runs on: all there are, on all hosts. Raises UserError where JAX finds none."""
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        wish = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        raise UserError(f"{wish}no devices to train on ({' '.join(str(error).split())[:300]})") from None
 
 
-def of_host(path: Path) -> Path:
-    """`path` for the main process, `name.N.jsonl` for process N."""
-    return path if is_main() else path.with_name(f"{path.stem}.{jax.process_index()}{path.suffix}")
-
-
-def rewind(workdir: Path, log: MetricLog, step: int) -> None:
-    """Drop what was logged after `step`, also by hosts that there were and are no more."""
-    log.rewind(step)
+def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict[str, float]:
+    """Drop what was logged after `step`, also by hosts that there were and are no more; see `Stage.before`."""
+    kept, last = log.rewind(step)
+    samples.rewind(step)
     if is_main():
-        for path in workdir.glob("metrics.*.jsonl"):
+        for path in [*workdir.glob("metrics.*.jsonl"), *workdir.glob("samples.*.jsonl")]:
             if int(path.name.split(".")[1]) >= jax.process_count():
                 drop_after(path, step)
+    numbers = {key: kept.get(key, 0) for key in ("skipped_steps", "stepping")}
+    return {**numbers, "elapsed": last.get("elapsed", 0.0)}
 
 
 def open_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -291,28 +373,6 @@ def mesh_text(mesh: Mesh) -> str:
     if mesh.size == 1:
         return f"1 {kind} device"
     return f"{mesh.size} {kind} devices, " + ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-
-
-def report(
-    step: int,
-    metrics: dict[str, jax.Array],
-    stats: LoaderStats,
-    *,
-    log: MetricLog,
-    progress: Progress,
-    observer: Observer,
-    every: int,
-) -> None:
-    """Write a finished step's metrics; print every `every` steps."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    counts = stats.to_json()
-    if step % every:
-        log.write(step, {**values, **counts})
-        return
-    steps, seconds = progress.window()
-    use = {**progress.rates(), **observer.values(steps, seconds)} if steps else {}
-    log.write(step, {**values, **counts, **use})
-    progress.line(step, values, stats.skipped, use)
 
 
 def show_first_batch(batch: PackedBatch, tokenizer: Tokenizer, workdir: Path, tell: Tell) -> None:

@@ -3,9 +3,9 @@
 import collections
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kangaroo_jax.terminal import printable
 from kangaroo_jax.whole_files import write_text
@@ -17,7 +17,7 @@ class MetricLog:
     def __init__(self, stage_dir: Path, *, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
         """Appends to `stage_dir/name`; `tensorboard` also writes event files (package tensorboard)."""
         self.path = Path(stage_dir) / name
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = _appended(self.path)
         self._clock = time.perf_counter()
         self._events = None
         if tensorboard:
@@ -26,11 +26,15 @@ class MetricLog:
 
             self._events, self._protos = EventFileWriter(str(stage_dir)), (event_pb2, summary_pb2)
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after `step`: a run restored at `step` writes them again."""
+    def rewind(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Drop the lines after `step`: a run restored at `step` writes them again.
+
+        Returns the last line that is kept and the last of all, dropped ones included; {} where there is none.
+        """
         self._file.close()
-        drop_after(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        kept, last = drop_after(self.path, step)
+        self._file = _appended(self.path)
+        return kept, last
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step's values, and the `seconds` since the step before."""
@@ -44,31 +48,79 @@ class MetricLog:
             summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in scalars])
             self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
-    def flush(self) -> None:
-        """Hand what was written to the operating system (before a checkpoint counts as done)."""
-        self._file.flush()
-
     def close(self) -> None:
-        """Flush and close."""
+        """Close; every line was handed to the operating system when it was written."""
         self._file.close()
         if self._events is not None:
             self._events.close()
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Rewrite a metrics file without the lines after `step`."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+class SampleLog:
+    """`samples.jsonl` of a stage: the ids of the samples of each step, at most the last twice `limit` bytes of them.
+
+    What is older than `samples.jsonl` stands in `samples.jsonl.1`; what is older than that is gone.
+    """
+
+    def __init__(self, stage_dir: Path, *, name: str = "samples.jsonl", limit: int = 1 << 26) -> None:
+        """Appends to `stage_dir/name`."""
+        self.path, self._limit = Path(stage_dir) / name, limit
+        self._file = _appended(self.path)
+
+    def write(self, step: int, ids: Sequence[str]) -> None:
+        """Append the samples of a step."""
+        self._file.write(json.dumps({"step": step, "samples": list(ids)}) + "\n")
+        if self._file.tell() > self._limit:
+            self._file.close()
+            self.path.replace(_older(self.path))
+            self._file = _appended(self.path)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`."""
+        self._file.close()
+        if _older(self.path).exists():
+            drop_after(_older(self.path), step)
+        drop_after(self.path, step)
+        self._file = _appended(self.path)
+
+    def close(self) -> None:
+        """Close."""
+        self._file.close()
+
+
+def _appended(path: Path) -> TextIO:
+    """Open to append; every line is handed to the operating system at once."""
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(f"{path.name}.1")
+
+
+def read_samples(path: str | Path) -> dict[int, list[str]]:
+    """The ids of each step's samples, of a `samples.jsonl` and what was there before it."""
+    path = Path(path)
+    files = [file for file in (_older(path), path) if file.exists()]
+    return {line["step"]: line["samples"] for file in files for line in read_metrics(file)}
+
+
+def drop_after(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rewrite a file of steps without the lines after `step`; returns the last line kept, and the last of all."""
+    lines = read_metrics(path)
+    kept = [line for line in lines if line["step"] <= step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept[-1] if kept else {}, lines[-1] if lines else {}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
+    """The whole lines of a file of steps; what a kill or a full disk left of others is passed over."""
     lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            value = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
     return lines
 
 

@@ -1,7 +1,7 @@
 """How well the machine is used: MFU in both conventions, rates a chip, goodput, memory, recompilations, profiles."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,41 @@ Tell = Callable[[str], None]
 class Observer:
     """Follows the steps of a stage."""
 
-    def __init__(self, config: ConfigDict, chip: Chip | None, *, workdir: Path, tell: Tell) -> None:
-        """`chip`: what it runs on; None (a CPU, or an unknown accelerator) has no MFU."""
+    def __init__(
+        self,
+        config: ConfigDict,
+        chip: Chip | None,
+        *,
+        workdir: Path,
+        tell: Tell,
+        begin: float | None = None,
+        before: Mapping[str, float] | None = None,
+    ) -> None:
+        """`chip`: what it runs on; None (a CPU, or an unknown accelerator) has no MFU.
+
+        `begin`: when this process began, by `time.perf_counter`. `before`: `times` of the stage's earlier processes.
+        """
         flops, self._devices = step_flops(config), jax.device_count()
         peak = chip.tflops * 1e12 * self._devices if chip else 0.0
         self._perfect = {  # seconds of a step that would use the peak in full
             name: value / peak for name, value in (("mfu_causal", flops.causal), ("mfu_full", flops.full)) if peak
         }
         self._profile, self._workdir, self._tell = tuple(config.train.profile), workdir, tell
-        self._begin = self._clock = time.perf_counter()
-        self._stepping = 0.0  # seconds of steps, without the first, which compiles
+        self._clock, before = time.perf_counter(), before or {}
+        self._begin = (self._clock if begin is None else begin) - before.get("elapsed", 0.0)
+        self._stepping = before.get("stepping", 0.0)  # seconds of steps, without the first, which compiles
         self._compiled = 0
         self._profiling = False
 
-    def step(self, step: int, step_fn: Any) -> float:
-        """A step has been started; returns the seconds since the one before."""
+    def step(self, step: int, step_fn: Any, aside: float = 0.0) -> float:
+        """A step has been started; returns the seconds since the one before, `aside` of them spent otherwise."""
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         size = step_fn._cache_size() if hasattr(step_fn, "_cache_size") else 0
         if size > self._compiled and self._compiled:
             self._tell(f"warning: step {step} was compiled again; a batch or the state has another shape or type")
         elif self._compiled:
-            self._stepping += seconds
+            self._stepping += max(0.0, seconds - aside)
         self._compiled = max(self._compiled, size)
         if self._profile:
             self._trace(step)
@@ -47,15 +60,21 @@ class Observer:
     def values(self, steps: int, seconds: float) -> dict[str, float]:
         """What to log of the last `steps`, which took `seconds`.
 
-        mfu_causal and mfu_full (where the chip's peak is known), goodput (the share of the time since the start
-        that went into steps, not into starting, compiling or saving) and hbm_gib (the most used so far).
+        mfu_causal and mfu_full (where the chip's peak is known), goodput (the share of the time of all the stage's
+        processes that went into steps that count, not into starting, compiling, waiting for data, saving or steps
+        done again) and hbm_gib (the most used so far).
         """
         known = {name: round(perfect * steps / seconds, 4) for name, perfect in self._perfect.items()}
-        known["goodput"] = round(self._stepping / max(time.perf_counter() - self._begin, 1e-9), 4)
+        times = self.times()
+        known["goodput"] = round(times["stepping"] / max(times["elapsed"], 1e-9), 4)
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             known["hbm_gib"] = round(memory["peak_bytes_in_use"] / (1 << 30), 2)
         return known
+
+    def times(self) -> dict[str, float]:
+        """Seconds: `elapsed` of all the stage's processes until now, `stepping` of the steps that count."""
+        return {"elapsed": round(time.perf_counter() - self._begin, 2), "stepping": round(self._stepping, 2)}
 
     def _trace(self, step: int) -> None:
         first, last = self._profile

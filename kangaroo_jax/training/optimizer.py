@@ -13,6 +13,7 @@ from optax import contrib
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training.parameters import Params, multiplier
 
+KINDS = ("adamw", "adafactor", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
 MUON_RMS = 0.2  # of an update, as large as AdamW's usually is (Liu et al. 2025, section 2.2)
 # Biases, norms and embeddings of position are not decayed (the usual rule; inferred for Kangaroo).
@@ -55,7 +56,7 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
         return {path: update * rates[path] for path, update in updates.items()}, state
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.clip_norm or math.inf),
         scale_by_moments(config, params),
         optax.add_decayed_weights(config.weight_decay, mask=decayed(params)),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_each),
@@ -68,18 +69,22 @@ def scale_by_moments(config: ConfigDict, params: Params) -> optax.GradientTransf
 
     adamw; adafactor (Shazeer and Stern 2018); muon (Jordan et al. 2024), for the matrices inside the layers of
     `params` and in the projector, scaled so that the rates of adamw fit (Liu et al. 2025), with Adam for the rest.
-
-    Adam's moments are stored in `config.moment_dtype` and computed in float32.
     """
     if config.moment_dtype not in MOMENT_DTYPES:
         raise UserError(f"optimizer.moment_dtype {config.moment_dtype!r}: one of {', '.join(MOMENT_DTYPES)}")
     if config.kind == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    if config.kind not in ("adamw", "muon"):
-        raise UserError(f"optimizer.kind {config.kind!r}: one of adamw, adafactor, muon")
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.kind not in KINDS:
+        raise UserError(f"optimizer.kind {config.kind!r}: one of {', '.join(KINDS)}")
+    adam = scale_by_adam(config)
     if config.kind == "muon":
         return scale_by_muon({path: axes for path, x in params.items() if (axes := matrix_axes(path, x.ndim))}, adam)
+    return adam
+
+
+def scale_by_adam(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam whose moments are stored in `config.moment_dtype` and computed in float32."""
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.moment_dtype == "float32":
         return adam
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kangaroo_jax.conventions import UserError
+
 Params = dict[str, jax.Array]  # "llm/layers/attention/q/kernel" -> array
 
 
@@ -45,12 +47,14 @@ class Binding:
 def multiplier(path: str, rules: Sequence[tuple[str, float | None]]) -> float | None:
     """The learning-rate multiplier that the first matching rule gives to `path`; None is frozen.
 
-    Raises ValueError where no rule matches: a forgotten parameter is never frozen in silence.
+    Raises UserError where no rule matches: a forgotten parameter is never frozen in silence.
     """
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
             return value
-    raise ValueError(f"no rule of optimizer.trainable matches the parameter {path}: end the list with ('.*', None)")
+    raise UserError(
+        f"no rule of config.optimizer.trainable matches the parameter {path}: end the list with ('.*', None)"
+    )
 
 
 def split_trainable(

@@ -76,23 +76,35 @@ def make_train_step(
     schedule: optax.Schedule,
     accumulate: int = 1,
     places: Any = None,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight.
 
     `accumulate`: parts of the batch that are computed one after another. `places`: the shardings of the state;
-    it leaves the step as it came, so that the second step is not compiled anew.
+    it leaves the step as it came, so that the second step is not compiled anew. `skip_nonfinite`: a step whose loss or
+    gradient norm is not finite counts, but leaves weights and optimiser as they were.
     """
 
     def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
         (loss, weight), grads = gradient(binding, state.params, state.frozen, batch, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        norm = optax.global_norm(grads)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": norm,
             "learning_rate": schedule(state.step),
             "target_weight": weight,
         }
-        params = optax.apply_updates(state.params, updates)
+
+        def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        before = (state.params, state.opt_state)
+        if skip_nonfinite:  # a branch: a choice between two results would hold both, and round them otherwise
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            params, opt_state = jax.lax.cond(finite, update, lambda *kept: kept, *before)
+        else:
+            params, opt_state = update(*before)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))

@@ -246,7 +246,7 @@ def test_a_checkpoint_that_claims_far_more_than_it_holds(checkpoint, tmp_path):
         Stored(ours / "params")
     for text in (b'{"model": {', b"\xff\xfe", b"[]", b'{"model": 3, "data": {}}', b"[" * 100_000):
         (ours / "config" / "metadata").write_bytes(text)
-        with pytest.raises(UserError, match="config: damaged, no config of a checkpoint"):
+        with pytest.raises(UserError, match="this checkpoint is damaged \\("):
             open_source(ours, "tiny")
 
 

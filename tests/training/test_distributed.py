@@ -16,7 +16,7 @@ import pytest
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training import checkpoint, distributed
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
-from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.training.metrics import read_metrics, read_samples
 
 pytestmark = pytest.mark.alone
 
@@ -80,10 +80,12 @@ def history(workdir: Path) -> tuple[dict[int, float], dict[int, collections.Coun
     losses, samples = {}, collections.defaultdict(collections.Counter)
     for path in sorted(workdir.glob("metrics*.jsonl")):
         for line in read_metrics(path):
-            samples[line["step"]].update(line["samples"])
             if path.name == "metrics.jsonl":
                 assert line["step"] not in losses, "a step stands twice in the log"
                 losses[line["step"]] = line["loss"]
+    for path in sorted(workdir.glob("samples*.jsonl")):
+        for step, ids in read_samples(path).items():
+            samples[step].update(ids)
     return losses, samples
 
 

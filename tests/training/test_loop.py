@@ -19,7 +19,7 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training import checkpoint, curriculum
 from kangaroo_jax.training.loop import initial_state, train
-from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.training.metrics import read_metrics, read_samples
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.step import make_train_step
 
@@ -198,6 +198,7 @@ def test_kill_9_after_a_checkpoint_changes_no_loss_no_gradient_and_no_sample(cor
         for a, b in zip(want, have, strict=True):
             for key in ("loss", "grad_norm", "learning_rate", "samples", "tokens", "frames"):
                 assert a[key] == b[key], (stage, a["step"], key)
+        assert read_samples(straight / stage / "samples.jsonl") == read_samples(workdir / stage / "samples.jsonl")
 
 
 def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus, tmp_path):

@@ -24,7 +24,6 @@ def test_every_step_is_a_line_with_the_seconds_since_the_one_before(tmp_path, cl
     for step, seconds in ((1, 2.5), (2, 0.25)):
         clock.now += seconds
         log.write(step, {"loss": 1.0 / step})
-    log.flush()
     expected = [{"step": 1, "loss": 1.0, "seconds": 2.5}, {"step": 2, "loss": 0.5, "seconds": 0.25}]
     assert read_metrics(tmp_path / "metrics.3.jsonl") == expected
     log.rewind(1)

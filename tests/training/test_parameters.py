@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.config import model_config
+from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.sharding import RULES
 from kangaroo_jax.training.checkpoint import abstract_model
@@ -44,7 +45,7 @@ def test_first_matching_rule_wins_and_no_rule_is_an_error():
     rules = (("vision/.*", 0.1), ("vision/norm", 1.0), ("llm/.*", None))
     assert multiplier("vision/norm", rules) == 0.1
     assert multiplier("llm/head", rules) is None
-    with pytest.raises(ValueError, match="projector/kernel"):
+    with pytest.raises(UserError, match="projector/kernel"):
         multiplier("projector/kernel", rules)
 
 

@@ -18,13 +18,13 @@ from kangaroo_jax.training.distributed import (
     INDEX,
     LOST,
     Preempted,
-    Preemption,
     Watchdog,
     barrier,
     explained,
     initialize,
     is_main,
 )
+from kangaroo_jax.training.stopping import Preemption
 
 
 class Store:
@@ -166,6 +166,7 @@ def test_a_signal_is_noticed_and_the_handler_before_it_comes_back():
     before = signal.signal(signal.SIGTERM, handler)
     try:
         preemption = Preemption()
+        preemption.stepping()
         assert not preemption.reached(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.reached(2) and not seen
@@ -198,7 +199,10 @@ def joining(monkeypatch) -> list[dict]:
     return asked
 
 
-BEATS = {"initialization_timeout": 20, "heartbeat_timeout_seconds": 600}
+BEATS = {
+    "initialization_timeout": 20 + 60,  # ours ends the wait first
+    "heartbeat_timeout_seconds": 600,
+}
 
 
 def test_given_addresses_are_those_that_are_joined(joining, monkeypatch):
@@ -219,6 +223,9 @@ def test_given_addresses_are_those_that_are_joined(joining, monkeypatch):
 )
 def test_jax_looks_itself_where_it_is_told_to_or_slurm_has_several_tasks(joining, monkeypatch, name, value, asks):
     monkeypatch.setenv(name, value)
+    for of_srun in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"):
+        monkeypatch.setenv(of_srun, "1")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     assert initialize(timeout=20) == 1
     assert joining == ([BEATS] if asks else [])
 

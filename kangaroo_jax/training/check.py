@@ -1,0 +1,126 @@
+"""One check of a stage's config before anything runs: values that would ruin a run, or end it hours later."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config_files import config_keys, nearest
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.stack import REMAT_POLICIES
+from kangaroo_jax.training.optimizer import KINDS, MOMENT_DTYPES
+from kangaroo_jax.training.parameters import multiplier
+
+ON_NONFINITE = ("stop", "skip")
+DTYPES = ("float32", "bfloat16", "float16")
+_REMAT = ("auto", *REMAT_POLICIES)
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "model.dtype": DTYPES,
+    "model.vision.remat": _REMAT,
+    "model.llm.remat": _REMAT,
+    "optimizer.kind": KINDS,
+    "optimizer.moment_dtype": MOMENT_DTYPES,
+    "optimizer.frozen_dtype": DTYPES,
+    "train.on_nonfinite": ON_NONFINITE,
+}
+_AT_LEAST: Mapping[str, float] = {
+    **dict.fromkeys(("train.steps", "train.log_every", "train.checkpoint_every", "train.nonfinite_in_a_row"), 1),
+    **dict.fromkeys(("train.keep_checkpoints", "train.keep_period", "train.accumulate"), 0),
+    "train.checkpoint_minutes": 0.0,
+    **dict.fromkeys(("data.tokens_per_pack", "data.packs_per_batch", "data.image_size"), 1),
+    **dict.fromkeys(("data.min_frames", "data.max_frames", "data.long_min_frames", "data.long_max_frames"), 0),
+    "data.frames_per_pack": 0,
+    **dict.fromkeys(("data.packing_bins", "data.num_workers", "data.cache_mib", "data.media_cache_gib"), 0),
+    **dict.fromkeys(("data.long_seconds", "data.decode_seconds"), 0.0),
+    "data.max_sample_tokens": 1,
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"), 0.0),
+    **dict.fromkeys((f"model.{part}.{key}" for part in ("vision", "llm") for key in ("width", "depth", "heads")), 1),
+    **dict.fromkeys(("model.llm.kv_heads", "model.llm.head_dim", "model.llm.vocab_size", "model.llm.loss_chunk"), 1),
+}
+_ABOVE_ZERO = ("data.fps", "train.lost_seconds", "optimizer.eps", "optimizer.learning_rate", "model.llm.rope_theta")
+_SHARES = ("optimizer.warmup_fraction", "optimizer.final_fraction")  # 0 to 1, both included
+_DECAYS = ("optimizer.b1", "optimizer.b2")  # 0 to 1, 1 not included
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise UserError that names the first key whose value cannot be meant, and what it may be."""
+    for key in config_keys(config):
+        value = _value(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _bad(key, value, "must be a finite number")
+    for key, choices in _CHOICES.items():
+        value = _value(config, key)
+        if value not in choices:
+            raise _bad(key, value, f"one of {', '.join(choices)}{nearest(str(value), choices)}")
+    for key, least in _AT_LEAST.items():
+        if _value(config, key) < least:
+            raise _bad(key, _value(config, key), f"must be at least {least:g}")
+    for key in _ABOVE_ZERO:
+        if _value(config, key) <= 0:
+            raise _bad(key, _value(config, key), "must be above 0")
+    for key in _SHARES:
+        if not 0 <= _value(config, key) <= 1:
+            raise _bad(key, _value(config, key), "is a share, from 0 to 1")
+    for key in _DECAYS:
+        if not 0 <= _value(config, key) < 1:
+            raise _bad(key, _value(config, key), "must be from 0 to below 1")
+    _check_heads(config)
+    _check_rules(config.optimizer.trainable)
+    _check_profile(config.train.profile)
+    keys = list(config_keys(config))
+    for key in config.allow_changes:
+        if key not in keys:
+            raise UserError(f"config.allow_changes names {key!r}, which is no key{nearest(str(key), keys)}")
+
+
+def check_trainable(config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raise UserError where no rule of `optimizer.trainable` matches one of the parameters, or none of them trains."""
+    if all(not multiplier(path, config.optimizer.trainable) for path in shapes):
+        raise UserError(
+            "config.optimizer.trainable leaves nothing to train: every parameter is frozen, or has the rate 0; "
+            'give at least one rule a multiplier, such as ("projector/.*", 1.0)'
+        )
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _bad(key: str, value: Any, wanted: str) -> UserError:
+    return UserError(f"config.{key} is {value!r}: {wanted}")
+
+
+def _check_heads(config: ConfigDict) -> None:
+    vision, llm = config.model.vision, config.model.llm
+    if vision.width % vision.heads:
+        raise UserError(f"config.model.vision.width {vision.width} must be a multiple of its heads, {vision.heads}")
+    if llm.heads % llm.kv_heads:
+        raise UserError(f"config.model.llm.heads {llm.heads} must be a multiple of kv_heads, {llm.kv_heads}")
+    if llm.head_dim % 2:
+        raise UserError(f"config.model.llm.head_dim {llm.head_dim} must be even: rotary positions turn pairs")
+
+
+def _check_rules(rules: Any) -> None:
+    """Rules are pairs of a regular expression and a rate at least 0, or None."""
+    for rule in rules:
+        if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise _bad("optimizer.trainable", rule, 'every rule is a pair, such as ("vision/.*", 0.1)')
+        pattern, rate = rule
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise _bad("optimizer.trainable", pattern, f"no regular expression ({error})") from None
+        if rate is not None and not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
+            raise _bad("optimizer.trainable", rate, f"the rate of {pattern!r} must be a number at least 0, or None")
+
+
+def _check_profile(profile: Any) -> None:
+    steps = tuple(profile)
+    if steps and not (len(steps) == 2 and all(isinstance(x, int) for x in steps) and 1 <= steps[0] <= steps[1]):
+        raise _bad("train.profile", steps, "the first and the last step, such as (100, 105), or ()")

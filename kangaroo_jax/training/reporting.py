@@ -1,0 +1,98 @@
+"""What becomes of a finished step: its line in the logs and on the screen, and what is done where it is not finite."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from kangaroo_jax.data.batches import LoaderStats
+from kangaroo_jax.training.checkpoint import NotFinite
+from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog
+from kangaroo_jax.training.observe import Observer
+
+_NAMED = 8  # samples of a step that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step that has been started: the device may still be at it."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    stats: LoaderStats
+    wait: float  # seconds for its batch
+
+
+class Reporter:
+    """Reports the steps of a stage, in order."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        log: MetricLog,
+        samples: SampleLog,
+        progress: Progress,
+        observer: Observer,
+        tell: Callable[[str], None],
+        skipped_steps: int = 0,
+    ) -> None:
+        """`skipped_steps`: of the stage so far."""
+        self._config, self._every = config, config.train.log_every
+        self._log, self._samples, self._progress, self._observer = log, samples, progress, observer
+        self._tell, self._skipped, self._in_a_row = tell, skipped_steps, 0
+
+    def report(self, pending: Pending) -> None:
+        """Wait for a step, write its metrics and samples; print every `log_every` steps.
+
+        Raises NotFinite where its loss or gradient is not finite and `train.on_nonfinite` is "stop", or too many steps
+        in a row were skipped.
+        """
+        step, stats = pending.step, pending.stats
+        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        self._skipped, self._in_a_row = (self._skipped, 0) if finite else (self._skipped + 1, self._in_a_row + 1)
+        self._progress.add(
+            tokens=stats.tokens,
+            frames=stats.frames,
+            places=stats.token_places,
+            wait=pending.wait,
+            frame_places=stats.frame_places,
+            counts=stats.by_both,
+        )
+        use = {}
+        if step % self._every == 0:
+            steps, seconds = self._progress.window()
+            use = {**self._progress.rates(), **self._observer.values(steps, seconds)}
+        counts = {**stats.to_json(), "skipped_steps": self._skipped, **self._observer.times()}
+        self._samples.write(step, stats.sample_ids)
+        self._log.write(step, {**values, **counts, **use})
+        if use:
+            self._progress.line(step, values, stats.skipped, use)
+        if not finite:
+            self._not_finite(step, values, stats)
+
+    def _not_finite(self, step: int, values: dict[str, float], stats: LoaderStats) -> None:
+        more = f" and {stats.samples - _NAMED} more in {self._samples.path.name}" if stats.samples > _NAMED else ""
+        what = f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
+        which = f"samples {', '.join(map(repr, stats.sample_ids[:_NAMED]))}{more}"
+        stage, train = self._config.stage, self._config.train
+        if train.on_nonfinite == "stop":
+            raise NotFinite(
+                f"{stage}: {what}; {which}; stopped, and what was saved before stays: run again to go on from there, "
+                "with --config.train.on_nonfinite=skip to pass over such steps"
+            )
+        if self._in_a_row >= train.nonfinite_in_a_row:
+            raise NotFinite(
+                f"{stage}: {what}, {self._in_a_row} such steps in a row; {which}; stopped: go on from an "
+                "earlier checkpoint with a lower learning rate, or look at the data"
+            )
+        self._tell(f"{stage}: {what}: skipped, weights and optimiser stay as they were; {which}")
+
+
+def of_host(path: Path) -> Path:
+    """`path` for the main process, `name.N.jsonl` for process N."""
+    return path if jax.process_index() == 0 else path.with_name(f"{path.stem}.{jax.process_index()}{path.suffix}")

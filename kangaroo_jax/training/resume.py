@@ -1,0 +1,97 @@
+"""What a run that goes on may change: the config and tokenizer of its checkpoint beside those that are given now."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kangaroo_jax.training.checkpoint import abstract_model, find_tokenizer, load_config, tokenizer_file
+from kangaroo_jax.training.parameters import multiplier
+
+# How the same model is computed: results differ by rounding at most. Any other setting of it makes another model.
+_COMPUTATION = ("preset", "dtype", "scan", "attention", "vision.remat", "llm.remat", "llm.loss_chunk")
+_UNSAID = ("allow_changes",)
+
+
+def check_resume(folder: Path, config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+    """Lines that say what is no longer as in the checkpoint `folder`; `shapes` are those of the model of `config`.
+
+    Raises UserError that names the first key that cannot change within a stage, or that makes another model and is
+    not among `config.allow_changes`.
+    """
+    saved = load_config(folder)
+    before, now = dict(flat(saved.to_dict())), dict(flat(config.to_dict()))
+    differ = {key: (before.get(key), now.get(key)) for key in now if _plain(before.get(key)) != _plain(now.get(key))}
+    scaling = "model.llm.rope_scaling."
+    if before[f"{scaling}factor"] == now[f"{scaling}factor"] == 1.0:
+        differ = {key: values for key, values in differ.items() if not key.startswith(scaling)}  # is none
+    for key, values in differ.items():
+        if key.startswith("model.") and key.removeprefix("model.") not in _COMPUTATION:
+            if dict(abstract_model(saved.model).shapes) != dict(shapes):
+                raise _cannot(folder, key, *values)
+            if key not in config.allow_changes:
+                raise _not_asked(f"{folder}: config.{key} was {values[0]!r} and is now {values[1]!r}", key)
+    for key in ("optimizer.kind", "optimizer.trainable"):
+        if key in differ and (key == "optimizer.kind" or _trained(saved, shapes) != _trained(config, shapes)):
+            raise _cannot(folder, key, *differ[key])
+    return [f"config.{key} was {a!r}, is now {b!r}" for key, (a, b) in differ.items() if key not in _UNSAID]
+
+
+def _trained(config: ConfigDict, shapes: Iterable[str]) -> set[str]:
+    return {path for path in shapes if multiplier(path, config.optimizer.trainable) is not None}
+
+
+def check_tokenizer(folder: Path, config: ConfigDict, tokenizer: Tokenizer) -> str:
+    """A line where the tokenizer beside the checkpoint `folder` makes other tokens than `tokenizer`, else "".
+
+    Nothing can be said where none is kept there. Raises UserError where "data.tokenizer" is not among
+    `config.allow_changes`.
+    """
+    try:
+        kept = find_tokenizer(folder)
+    except UserError:
+        return ""
+    given = tokenizer_file(config.data.tokenizer)
+    if kept.read_bytes() == given.read_bytes() or same_tokens(load_tokenizer(kept), tokenizer):
+        return ""
+    line = f"{given}: is another tokenizer than {kept}, with which the weights of {folder} were trained"
+    if "data.tokenizer" not in config.allow_changes:
+        raise _not_asked(line, "data.tokenizer")
+    return line
+
+
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether the two, perhaps files of different kinds, have the same ids for the same pieces of text."""
+    return (
+        a.vocab_size == b.vocab_size
+        and a.stop_ids == b.stop_ids
+        and all(a.name(i) == b.name(i) and a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
+    )
+
+
+def flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key with dots between its levels, value) of everything that is no section."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", x) for inner, x in flat(value))
+        else:
+            yield key, value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _cannot(folder: Path, key: str, before: Any, now: Any) -> UserError:
+    return UserError(
+        f"{folder}: config.{key} was {before!r} and is now {now!r}: it cannot change within a stage; set it back, or "
+        "begin in another workdir"
+    )
+
+
+def _not_asked(line: str, key: str) -> UserError:
+    return UserError(f"{line}; set it back, or let it change on purpose with --config.allow_changes='(\"{key}\",)'")

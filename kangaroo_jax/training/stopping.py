@@ -1,0 +1,244 @@
+"""How a run ends and is kept whole: signals, saves by the clock, the lock of its folder, a lost reader, a full disk."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.training.distributed import Preempted, is_main, key_value_keys, key_value_set
+
+INTERRUPTED = 130  # exit code of Ctrl-C: no launch script starts such a run again
+
+Tell = Callable[[str], None]
+
+
+class Preemption:
+    """Whether somebody wants this run to end.
+
+    SIGTERM (clouds and Slurm send it before they take a machine), SIGHUP (a terminal that is gone) and Ctrl-C let the
+    run save and end. Ctrl-C ends it at once where it comes a second time, or where no step has been done since the
+    start: there is nothing to save then, and while JAX compiles nothing but a thread could act on it. Until the first
+    step begins the others end it at once, too. A signal that this process was started to ignore (nohup) is ignored.
+    """
+
+    def __init__(self, tell: Tell = print) -> None:
+        """Listens from now on, in the main thread. Of several processes JAX agrees on the step after which all stop."""
+        self._asked, self._told, self._interrupts = "", False, 0
+        self._stepping = self._done = False
+        self._many = jax.process_count() > 1
+        self._tell = tell
+        self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup = -1
+        if threading.current_thread() is not threading.main_thread():
+            return
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._pipe = (read, write)
+        # Python runs handlers between two lines of the main thread, which may compile for minutes; it writes the
+        # signal's number here at once.
+        self._wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
+        self._listener.start()
+        # JAX itself listens to SIGTERM where there are several processes, and lets all stop after the same step.
+        for number in (signal.SIGINT, signal.SIGHUP, *(() if self._many else (signal.SIGTERM,))):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._ask)
+
+    def _listen(self, pipe: int) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                for number in os.read(pipe, 64):
+                    if number == 0:  # of `close`
+                        os.close(pipe)
+                        return
+                    if number in self._before:
+                        self._note(signal.Signals(number))
+
+    def _ask(self, number: int, *_: Any) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self._asked = self._asked or name
+
+    def _note(self, number: signal.Signals) -> None:
+        interrupt = number == signal.SIGINT
+        self._interrupts += interrupt
+        if (self._interrupts > 1 or not self._done) if interrupt else not self._stepping:
+            with contextlib.suppress(OSError):
+                by = "" if interrupt else f" by {number.name}"
+                print(f"kangaroo: interrupted{by}", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        self._ask(number)
+        if not self._told:
+            self._told = True
+            again = "; Ctrl-C again ends at once, without saving" if interrupt else ""
+            self._tell(f"{self._asked}: saving after the steps that are under way{again}")
+            if self._many:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def stepping(self) -> None:
+        """The first step begins: it is waited for, so that what has been prepared is not lost."""
+        self._stepping = True
+
+    def done(self) -> None:
+        """A step has been done: from now on there is something to save."""
+        self._done = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop before `step` begins. To be asked by every process before every step."""
+        if not self._many:
+            return bool(self._asked)
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def saved(self) -> Preempted:
+        """What to raise once the state is saved."""
+        return Preempted(INTERRUPTED if self._asked == "Ctrl-C" else 0)
+
+    def close(self) -> None:
+        """Listen no more; what has come until now is said."""
+        if self._pipe is None:
+            return
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        os.write(self._pipe[1], b"\0")
+        self._listener.join()
+        os.close(self._pipe[1])
+        self._pipe = None
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+
+
+class SaveClock:
+    """Says after which step a checkpoint is due because the last one is `minutes` old; the same to every process.
+
+    The main process decides, two steps ahead: another one has seen the end of the step before only after the main
+    process has begun it, and so finds the decision where it looks for it.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, minutes: float) -> None:
+        """`minutes` 0: never."""
+        self._seconds, self._last = 60 * minutes, time.monotonic()
+        self._many = jax.process_count() > 1
+        self._decided = 0
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step`. To be asked by every process once the step before is known to be done."""
+        if not self._seconds:
+            return False
+        late = time.monotonic() - self._last >= self._seconds
+        if not self._many:
+            return late
+        if is_main() and late and not self._decided:
+            self._decided = step + self.AHEAD
+            key_value_set(f"save/{self._decided}", "")
+        return str(step) in key_value_keys("save/")
+
+    def saved(self) -> None:
+        """A checkpoint has been begun, for whatever reason."""
+        self._last, self._decided = time.monotonic(), 0
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, tell: Tell) -> Iterator[None]:
+    """Let no other run use `workdir` meanwhile; the main process holds the lock, which its end, however it ends, frees.
+
+    Raises UserError where another run is in the folder.
+    """
+    if not is_main():
+        yield
+        return
+    path = workdir / "lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                tell(
+                    f"{path}: this file system knows no locks ({error.strerror}): see that no other run uses the folder"
+                )
+            else:
+                file.seek(0)
+                who = file.read().strip()
+                raise UserError(
+                    f"{workdir}: another run is in this folder{f' ({who})' if who else ''}; wait for it or stop it, or "
+                    "give another --workdir"
+                ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+        file.flush()
+        yield
+
+
+def unbroken(tell: Tell) -> Tell:
+    """`tell` that becomes silent where nobody can read it any more (a closed pipe or terminal): the run goes on."""
+    heard = True
+
+    def told(line: str) -> None:
+        nonlocal heard
+        if heard:
+            try:
+                tell(line)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):
+                    raise
+                heard = False
+                with contextlib.suppress(OSError, ValueError):  # what is still in the buffer must not fail at the end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return told
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def explained_disk(workdir: Path) -> Iterator[None]:
+    """What fails inside because the disk is full or cannot be written ends in one line. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = _disk_errno(error, workdir)
+        if number in _FULL:
+            line = f"{workdir}: the disk is full ({os.strerror(number)}); make room"
+        elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            line = f"{workdir}: cannot be written ({os.strerror(number)}); mend that, or give another --workdir"
+        else:
+            raise
+        steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+        whole = f"the last whole checkpoint is that of step {max(steps)}" if steps else "no step was saved yet"
+        raise UserError(f"{line}, and run again to go on: {whole}") from None
+
+
+def _disk_errno(error: BaseException | None, workdir: Path) -> int:
+    """The number of the system's error behind `error`, which libraries wrap in texts of their own; 0 where none is.
+
+    An error that names a file elsewhere than in `workdir` is none.
+    """
+    seen = 0
+    while error is not None and seen < 20:
+        if isinstance(error, OSError) and error.errno:
+            inside = error.filename is None or str(workdir) in str(error.filename)
+            return error.errno if inside else 0
+        for number in (*_FULL, errno.EROFS, errno.EACCES):
+            if os.strerror(number) in str(error):
+                return number
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return 0
