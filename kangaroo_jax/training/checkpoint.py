@@ -186,9 +186,11 @@ def named_if_damaged(folder: Path) -> Iterator[None]:
     """Whatever goes wrong inside comes of a checkpoint that is damaged: one line says so. Raises UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # Orbax, tensorstore and JSON have no common class for what cannot be read
+        if "RESOURCE_EXHAUSTED" in str(error):  # a device's memory is too small: no fault of the files
+            raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise _damaged(folder, f"{type(error).__name__}: {first[:160]}") from error
 
