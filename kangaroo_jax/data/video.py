@@ -117,7 +117,7 @@ def clip_range(path: str | Path, duration_s: float, start: float | None, end: fl
     """
     begin = start or 0.0
     finish = duration_s if end is None else min(end, duration_s)
-    if begin < 0 or begin >= finish:
+    if not 0 <= begin < finish:  # nor where one of them is no number
         raise UserError(
             f"{short(path)}: no video between start {begin:g} s and end {duration_s if end is None else end:g} s; "
             f"it is {duration_s:.2f} s long"

@@ -23,6 +23,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags
 from kangaroo_jax.data.decode import ThreadDecoder
 from kangaroo_jax.data.image import opened_image
+from kangaroo_jax.data.kinds import kind_of, read_head
 from kangaroo_jax.data.sample import MediaRef, Recipe, probe_cached, render_prompt
 from kangaroo_jax.data.storage import MEMBER, current_cache, join, short, use_cache
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -291,7 +292,7 @@ def _opened(path: AnyPath, kind: str) -> str:
     try:
         info = probe_cached(text, kind)
     except UserError:
-        if kind == "image" and _opens(text, "video"):
+        if kind == "image" and _is_video(text):
             raise UserError(f"{short(text)}: this is a video; give it as video") from None
         raise
     if kind == "video" and info.seconds <= 1.0 and _is_still(text):
@@ -299,9 +300,10 @@ def _opened(path: AnyPath, kind: str) -> str:
     return text
 
 
-def _opens(path: str, kind: str) -> bool:
+def _is_video(path: str) -> bool:
+    """Whether it is a video, and no picture that FFmpeg alone can read."""
     with contextlib.suppress(UserError):
-        return probe_cached(path, kind).seconds > 0
+        return kind_of(read_head(path)) == "video" or probe_cached(path, "video").seconds > 1.0
     return False
 
 

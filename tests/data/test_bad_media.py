@@ -1,5 +1,6 @@
 """Every bad file is a UserError of one line that names the file."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_a_damaged_beginning_is_named_by_where_it_ends(tmp_path: Path) -> None:
         load_video(path, image_size=32, times=[0.5, 1.0, 1.5, 18.0])
 
 
-@pytest.mark.parametrize("start, end", [(2.5, None), (1.0, 1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("start, end", [(2.5, None), (1.0, 1.0), (-1.0, 1.0), (math.nan, None), (0.0, math.nan)])
 def test_clip_outside_the_file(tmp_path: Path, start: float, end: float | None) -> None:
     path = write_video(tmp_path / "a.mp4", 16, 8)
     with pytest.raises(UserError) as error:

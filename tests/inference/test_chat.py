@@ -103,8 +103,8 @@ def shown(tmp_path_factory, media) -> dict[str, str]:
     (folder / "frames").mkdir()
     for number, frame in enumerate(frames):
         frame.save(folder / "frames" / f"{number}.bmp")
-    for name in ("s.jfif", "s.jp2", "s.ppm", "still"):
-        frames[0].save(folder / name, format={"s.jp2": "JPEG2000", "s.ppm": "PPM"}.get(name, "JPEG"))
+    for name in ("s.jfif", "s.jp2", "s.ppm", "s.pcx", "still"):
+        frames[0].save(folder / name, format={"s.jp2": "JPEG2000", "s.ppm": "PPM", "s.pcx": "PCX"}.get(name, "JPEG"))
     video = (media / "a.mp4").read_bytes()
     (folder / "no ending").write_bytes(video)
     with tarfile.open(folder / "shard.tar", "w") as archive:
@@ -151,6 +151,7 @@ def test_a_list_of_images_is_a_video(kangaroo, shown, encodings):
         ("this is a still image; give it as image", {"video": "still"}),
         ("this is a still image; give it as image", {"video": "s.ppm"}),
         ("this is a video; give it as video", {"image": "no ending"}),
+        ("not an image that can be read; give a JPEG, PNG or WebP", {"image": "s.pcx"}),
         ("no video between start 90 s", {"video": "data", "start": 90.0}),
         ("no video between start 90 s", {"video": "frames", "start": 90.0}),
     ],
