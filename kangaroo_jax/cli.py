@@ -85,8 +85,11 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], object]
         except Exception as error:
             from kangaroo_jax.errors import UserError
 
+            full = os.strerror(errno.ENOSPC)
+            told = [full] if full in str(error) and not isinstance(error, UserError) else []  # Orbax: ValueError
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
                 told = [str(part) for part in (error.filename, error.strerror) if part]
+            if told:
                 error = UserError(": ".join(told) + "; nothing finished is lost: mend that, and run the same again")
             if not isinstance(error, UserError):
                 raise
