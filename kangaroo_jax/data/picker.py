@@ -109,8 +109,9 @@ def _best(name: str, container: Any) -> Any:
 
 def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
     """Length of the video stream in seconds: the header's, or counted where it says nothing. Raises UserError."""
-    whole = container.duration / av.time_base if container.duration else 0.0
-    stated = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    raw = container.format.flags & _NO_TIMESTAMPS  # whose length FFmpeg guesses by a rate of bits
+    whole = container.duration / av.time_base if container.duration and not raw else 0.0
+    stated = float(stream.duration * stream.time_base) if stream.duration and not raw else 0.0
     seconds = stated if container.format.name not in _ONE_LENGTH else 0.0
     seconds = seconds or _tagged_seconds(stream, whole)
     if not seconds:
@@ -241,6 +242,7 @@ class FramePicker:
         self._skipping = False
         self._errors = 0
         self._indexed = 0  # entries of the file's index that `_keys` are from
+        self._before = -self._interval  # when, by the file's own clock, the frame before the next one came
         self._frames = self._decode()
         self.missed = 0
 
@@ -318,7 +320,7 @@ class FramePicker:
 
     def _decode(self) -> Iterator[tuple[Any, float]]:
         """Frames with their seconds from the first one, in display order, from the present position."""
-        last = -self._interval
+        last = self._before
         self._stamps.flush()
         for frame, stamp in self._whole_frames():
             absolute = last + self._interval if stamp is None else stamp * float(frame.time_base or self._tick)
@@ -387,9 +389,12 @@ class FramePicker:
     # ----------------------------------------------------------------------------- seeks
 
     def _on_display_until(self, frame: Any, begin: float) -> float:
-        """When the last frame leaves the display; two mean intervals where the file says nothing better."""
+        """When the last frame leaves the display; two mean intervals where the file says nothing better.
+
+        Two more in AVI with B-frames, whose length counts the frames that the decoder holds back at the beginning.
+        """
         stated = (frame.duration or 0) * float(frame.time_base or self._tick)
-        return begin + max(stated, 2 * self._interval)
+        return begin + max(stated, (4 if self._guessed else 2) * self._interval)
 
     def _should_seek(self, time: float, position: float) -> bool:
         """Whether a key frame worth jumping to lies between the decoder's position and `time`."""
@@ -410,6 +415,7 @@ class FramePicker:
             self._container.seek(math.floor(target / self._tick), stream=self._stream)
             if len(self._stream.index_entries) != self._indexed:  # read at the first seek, or as far as packets were
                 self.__dict__.pop("_keys", None)
+            self._before = math.inf if back < time else -self._interval  # one without a time is none that helps
             self._frames = self._decode()
             shown, shown_at = next(self._frames, (None, math.inf))
             if shown_at <= time + slack or back >= time:

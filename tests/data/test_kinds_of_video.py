@@ -30,7 +30,7 @@ def at_rate(path: Path, codec: str, count: int, rate: int, options: dict[str, st
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width = stream.height = 96
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for i in range(count):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(i), format="rgb24")))
         container.mux(stream.encode(None))
@@ -133,6 +133,18 @@ def test_times_of_avi_with_b_frames_are_ffmpegs(
         assert clip.zero + time == pytest.approx(truth[number], abs=1e-6)
 
 
+@needs_ffmpeg
+@pytest.mark.parametrize("start", [5.0, 6.0, 6.45, 6.8])
+def test_the_end_of_avi_with_b_frames(tmp_path: Path, start: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picker, "_SEEK_SECONDS", 0.0)
+    monkeypatch.setattr(picker, "_SEEK_FRAMES", 0)
+    whole, path = write_video(tmp_path / "a.mkv", 50, 7), tmp_path / "a.avi"
+    how = ["-c:v", "libx264", "-crf", "12", "-bf", "3", "-g", "20", "-x264-params", "b-pyramid=normal:b-adapt=0"]
+    subprocess.run(["ffmpeg", "-v", "error", "-i", whole, *how, path], check=True)
+    clip = load_video(path, image_size=48, policy=POLICY, start=start)
+    assert clip.times + start == pytest.approx(np.maximum(np.array(numbers(clip)) / 7, start), abs=1e-3)
+
+
 def test_raw_streams_are_decoded_on_where_others_seek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picker, "_BLIND_GAIN", 4)
     path = write_video(tmp_path / "a.h264", 200, 25)
@@ -214,6 +226,14 @@ def test_a_tag_of_a_length_that_the_file_has_not(tmp_path: Path, tag: bytes) -> 
 def test_a_clock_that_starts_late_is_no_part_of_the_length(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.nut", 16, 8, start=500.0)
     assert probe(path).seconds == pytest.approx(2.0, abs=0.13)
+
+
+@pytest.mark.parametrize("name, codec", [("a.m1v", "mpeg1video"), ("a.m2v", "mpeg2video"), ("a.mjpeg", "mjpeg")])
+def test_the_length_of_a_raw_stream_is_counted(tmp_path: Path, name: str, codec: str) -> None:
+    path = at_rate(tmp_path / name, codec, 160, 25)
+    assert probe(path, "video").seconds == pytest.approx(6.4, abs=0.05)
+    found = np.array(numbers(load_video(path, image_size=48, policy=POLICY)))
+    assert np.abs(found - (10 * np.arange(16) + 5)).max() <= 1
 
 
 @pytest.mark.parametrize("rate", [10, 30])
