@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.conventions import UserError
+from kangaroo_jax.curation.stages.probe import probe as score
 from kangaroo_jax.data.image import load_image
 from kangaroo_jax.data.video import load_video, probe
 
@@ -64,6 +65,8 @@ def test_a_pipe_holds_nobody_up(name: str, tmp_path: Path) -> None:
     path = str(tmp_path / name)
     read = (lambda: load_image(path, image_size=16)) if ".png" in name else (lambda: probe(path))
     assert isinstance(within(10, read), UserError)
+    row = {"path": path, "kind": "image" if ".png" in name else "video"}
+    assert isinstance(within(10, lambda: score(row, {}, tmp_path)), UserError)
 
 
 def slow_animation(path: Path, frames: int, side: int) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.data import animation
-from kangaroo_jax.data.image import image_size_of, load_image
+from kangaroo_jax.data.image import check_file, image_size_of, load_image
 from kangaroo_jax.data.kinds import read_head
 from kangaroo_jax.data.picker import open_video, rate_of, start_seconds, stream_seconds
 from kangaroo_jax.data.pixels import display_matrix, is_turned
@@ -64,10 +64,12 @@ def _shape(
 
 def _file_hash(path: str) -> str:
     member = member_of(path)
+    place = local(path) if member is None else member.file
+    check_file(place, short(path))  # of a pipe or a device no end would come
     if member is not None:
         return hashlib.sha256(member.read()).hexdigest()
     try:
-        with open(local(path), "rb") as file:
+        with open(place, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{short(path)}: {error.strerror or error}") from None
