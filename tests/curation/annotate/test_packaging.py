@@ -68,7 +68,7 @@ BAD = {
     ("annotate",): "--input is missing",
     ("annotate", "--input=none.jsonl"): "none.jsonl: cannot be read",
     ("annotate", "--input=empty.jsonl"): "no clips in it",
-    ("annotate", "--input=broken.jsonl"): "broken.jsonl: line 2: not JSON",
+    ("annotate", "--input=broken.jsonl"): "broken.jsonl, line 2: not JSON",
     ("annotate", "--input=frames.jsonl"): "line 1: 'keyframes' must be a list",
     ("annotate", "--input=twice.jsonl"): "line 2: the id 'a' is taken by line 1",
     ("annotate", "--input=clip.jsonl"): "--config.backends.captioner_a.model=...",
