@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.attention import attention
@@ -29,7 +30,7 @@ ACTIVATION = ("frames", None, "activation")
 class Attention(nnx.Module):
     """Full self-attention over a frame's patches and CLS, with a LayerNorm before the output projection."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, n = config.width, config.heads
         h = d // n
         axes = ("vision_embed", "vision_heads", "head_dim")
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU with a LayerNorm on the hidden activations: down(norm(silu(gate(x)) * up(x)))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, i = config.width, config.mlp_width
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.gate = Linear((d,), (i,), ("vision_embed", "vision_mlp"), bias=True, **options)
@@ -72,7 +73,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm layer of the encoder."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
         self.attention = Attention(config, implementation=implementation, **options)
@@ -96,8 +97,8 @@ class EvaClip(nnx.Module):
         config: Any,
         *,
         rngs: nnx.Rngs,
-        dtype: str | jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         attention: str = "auto",
     ):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kangaroo_jax.conventions import PackedBatch, UserError
 from kangaroo_jax.models.eva_clip import EvaClip
@@ -50,7 +51,7 @@ class Kangaroo(nnx.Module):
     Weights are `param_dtype`; the computation runs in `config.dtype`, to which weights are cast where used.
     """
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         vision, llm = config.vision, config.llm
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         shared: dict[str, Any] = dict(dtype=config.dtype, scan=config.scan, attention=config.attention, **options)

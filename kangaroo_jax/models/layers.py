@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from kangaroo_jax.sharding import (
     divides,
@@ -38,7 +39,7 @@ def constant(value: float) -> jax.nn.initializers.Initializer:
 
 
 def parameter(
-    init: Callable[..., jax.Array], shape: Sequence[int], axes: Axes, *, rngs: nnx.Rngs, dtype: jnp.dtype
+    init: Callable[..., jax.Array], shape: Sequence[int], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> nnx.Param:
     """A weight with a logical name for every dimension; ValueError where their numbers differ."""
     if len(shape) != len(axes):
@@ -62,7 +63,7 @@ class Linear(nnx.Module):
         *,
         bias: bool,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype,
+        param_dtype: DTypeLike,
         scale: float = 1.0,
     ):
         init = truncated_normal(scale / float(np.prod(inputs)) ** 0.5)
@@ -107,7 +108,7 @@ def _product_backward(contracted, residuals, d_y):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def lookup(table: jax.Array, tokens: jax.Array, dtype: str | jnp.dtype) -> jax.Array:
+def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of `table` [V, D] for tokens int32[B, T] -> [B, T, D] in `dtype`.
 
     On a mesh no device gathers the table: each looks up its vocabulary and its part of D for all tokens of
@@ -134,7 +135,7 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: str | jnp.dtype) -> jax.A
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last dimension (Ba et al. 2016), computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.scale = parameter(constant(1.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.bias = parameter(constant(0.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.eps = eps
@@ -151,7 +152,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019), computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.scale = parameter(constant(1.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.eps = eps
 

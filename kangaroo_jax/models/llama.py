@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.layers import (
@@ -58,7 +59,7 @@ class Memory:
 class Attention(nnx.Module):
     """Causal self-attention with grouped key-value heads and rotary positions."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_dim
         options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
         self.query = Linear((d,), (n, h), ("embed", "heads", "head_dim"), **options)
@@ -100,7 +101,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, i = config.width, config.mlp_width
         options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
         self.gate = Linear((d,), (i,), ("embed", "mlp"), **options)
@@ -117,7 +118,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm layer of the decoder."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         norm: dict[str, Any] = dict(eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.attention_norm = RMSNorm(config.width, **norm)
         self.attention = Attention(config, implementation=implementation, rngs=rngs, param_dtype=param_dtype)
@@ -142,8 +143,8 @@ class Llama(nnx.Module):
         config: Any,
         *,
         rngs: nnx.Rngs,
-        dtype: str | jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         attention: str = "auto",
     ):
@@ -204,7 +205,7 @@ class Llama(nnx.Module):
         kernel = self.head.kernel[...].astype(hidden.dtype)
         return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
-    def init_cache(self, batch: int, capacity: int, dtype: str | jnp.dtype | None = None) -> Cache:
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
         """An empty cache of `capacity` slots a row; `dtype` defaults to the computation's."""
         shape = (self.depth, batch, capacity, self.kv_heads, self.head_dim)
         empty = constrain(jnp.zeros(shape, dtype or self.dtype), CACHE)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.models.layers import Linear, constant, parameter
@@ -32,7 +33,7 @@ class Patchify(nnx.Module):
     It starts as average pooling. `config` is the model's `patchify` section.
     """
 
-    def __init__(self, config: Any, width: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: Any, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.kernel_size = tuple(config.kernel)
         mean = 1.0 / float(np.prod(self.kernel_size))
         axes = (None, None, None, "vision_embed")
@@ -65,7 +66,7 @@ class Projector(nnx.Module):
     Raises UserError for another kind.
     """
 
-    def __init__(self, kind: str, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, kind: str, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         if kind not in PROJECTORS:
             raise UserError(f"projector {kind!r} is unknown: set model.projector to one of {', '.join(PROJECTORS)}")
         options: dict[str, Any] = dict(bias=True, rngs=rngs, param_dtype=param_dtype)
