@@ -14,7 +14,7 @@ from typing import Any, TextIO
 _STEERING = (
     r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # and halves of surrogate pairs
 )
-_IN_TEXT = re.compile(f"[{_STEERING}]|\r(?!\n)")
+STEERS = re.compile(f"[{_STEERING}]|\r(?!\n)")  # what is no part of a text of lines
 _IN_A_LINE = re.compile(f"[{_STEERING}\t\n\r\u2028\u2029]")
 _ERASE = "\r\x1b[K"  # to the beginning of the line, and nothing after it
 
@@ -43,7 +43,7 @@ class Output:
 
     def write(self, text: str) -> int:
         """Write `text`; returns its length."""
-        self._pass_on(_IN_TEXT.sub(_escaped, text))
+        self._pass_on(STEERS.sub(_escaped, text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

@@ -3,7 +3,6 @@
 import base64
 import collections
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kangaroo_jax.curation.report_charts import bars, histogram
 from kangaroo_jax.curation.select import RULES
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.json_text import utf8
+from kangaroo_jax.terminal import STEERS
 from kangaroo_jax.tools.report_charts import escape
 from kangaroo_jax.tools.report_style import STYLE
 
@@ -57,13 +57,8 @@ def write_report(root: Path, settings: Mapping[str, Any], annotations: str = "")
         + "\n".join(section for section in sections if section)
         + "\n<footer>Written by kangaroo_jax. This file holds all that it shows.</footer>\n</main>\n</body>\n</html>\n"
     )
-    shards.put(root, root / "report.html", utf8(_HARMFUL.sub("\ufffd", page)))
+    shards.put(root, root / "report.html", utf8(STEERS.sub("\ufffd", page)))
     return root / "report.html"
-
-
-_HARMFUL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)  # names hold anything; a page must not
 
 
 _STYLE = """

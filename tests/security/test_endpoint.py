@@ -29,7 +29,7 @@ def test_no_retry_after_keeps_a_run_waiting_beyond_its_limit(header):
 
 
 def test_the_key_is_not_sent_where_a_server_redirects_to(monkeypatch):
-    """Nor by the client that follows the redirect to another port of the same machine."""
+    """Nor is what was asked: a redirect to another port of the same machine is not followed."""
     monkeypatch.setenv("A_KEY", "sk-SECRET")
     second = Script([said("it")])
 
@@ -49,4 +49,4 @@ def test_the_key_is_not_sent_where_a_server_redirects_to(monkeypatch):
     first = Redirecting([said("it")])
     ask(first, PLAIN, Limits(first_wait=0.01, longest_wait=0.1, retries=1), api_key_env="A_KEY")
     assert any("sk-SECRET" in head for head in first.heads)
-    assert not any("sk-SECRET" in head for head in second.heads)
+    assert not second.heads
