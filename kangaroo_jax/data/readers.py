@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import stat
 import tempfile
 import zlib
 from pathlib import Path
@@ -22,12 +23,20 @@ from kangaroo_jax.json_text import parse_json
 _BLOCK = 1 << 24  # bytes
 _BOM = b"\xef\xbb\xbf"
 _FIELD = 1 << 24  # letters in a field of a table, at most
+_WHOLE = 8 << 30  # bytes of a file that is held in memory, at most
+_HOLES = 100  # times what a file takes on the disk; beyond that it is no text, whatever a file system packs
 
 
 def opened(path: str, file: str) -> BinaryIO:
     """An annotation file; a `.gz` is unpacked into a file without a name. Raises UserError."""
     try:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: cannot read the annotations (a pipe, device or folder)")
         if not file.endswith(".gz"):
+            if status.st_size > max(_WHOLE, _HOLES * 512 * status.st_blocks):
+                size, held = status.st_size / (1 << 30), status.st_blocks / (1 << 21)
+                raise UserError(f"{path}: {size:,.0f} GiB, of which the disk holds {held:.3g}; the file is damaged")
             return open(file, "rb")
         limits = current_cache().limits
         unpacked: Any = tempfile.TemporaryFile()  # noqa: SIM115
@@ -41,6 +50,15 @@ def opened(path: str, file: str) -> BinaryIO:
         return unpacked
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot read the annotations ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _whole(path: str, stream: BinaryIO) -> bytes:
+    """All of a file, which is closed. Raises UserError for one that is too large to be held."""
+    with stream:
+        data = stream.read(_WHOLE + 1)
+    if len(data) > _WHOLE:
+        raise UserError(f"{path}: more than {_WHOLE >> 30} GiB are not held in memory; write JSON lines")
+    return data
 
 
 def text_reader(path: str, file: str, root: str, columns: Columns | None) -> "JsonList | JsonLines | Table":
@@ -110,9 +128,7 @@ class JsonList:
     def __init__(self, path: str, stream: BinaryIO, file: str, root: str, columns: Columns | None) -> None:
         """Raises UserError naming line and column."""
         self.files, self._path, self._root, self._columns = [Path(file)], path, root, columns
-        with stream:
-            data = stream.read()
-        self._items = self._values(data)
+        self._items = self._values(_whole(path, stream))
 
     def _values(self, data: bytes) -> list[Any]:
         try:
@@ -209,10 +225,8 @@ class Table:
     def __init__(self, path: str, file: str, root: str, columns: Columns | None) -> None:
         """Raises UserError naming a line."""
         self.files, self._path, self._root, self._columns = [Path(file)], path, root, columns
-        with opened(path, file) as stream:
-            data = stream.read()
         try:
-            text = data.decode("utf-8-sig")
+            text = _whole(path, opened(path, file)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
         csv.field_size_limit(_FIELD)

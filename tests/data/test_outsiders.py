@@ -219,6 +219,18 @@ def test_hostile_text_is_refused_in_one_line(tmp_path: Path, name: str, data: by
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_a_file_with_a_hole_and_a_pipe_are_no_annotations(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[")
+    os.truncate(tmp_path / name, 1 << 41)
+    with pytest.raises(UserError, match="2,048 GiB, of which the disk holds"):
+        AnnotationFile(tmp_path / name)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="a pipe, device or folder"):
+        AnnotationFile(tmp_path / name)
+
+
 def test_several_wrong_records_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join([LINE, "{}", LINE, "[]", "{"]))
     with pytest.raises(UserError, match=r"line 2: .*; 2 more of 5 records are wrong: kangaroo data check lists them"):
