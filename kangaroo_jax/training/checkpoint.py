@@ -311,8 +311,10 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
     folder = find(path)
     with named_if_damaged(folder):
         plain = _tuples(_read_json(folder / "config"))
-    if not isinstance(plain, dict) or not all(isinstance(plain.get(key), dict) for key in ("model", "data")):
-        raise _damaged(folder, "config: it has no model and data")
+    if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in ("model", "data")):
+        raise _damaged(folder, "config: its model or data is no section")
+    if "model" not in plain:
+        raise _damaged(folder, "config: it has no model")
     preset = plain["model"].get("preset")
     known = stage_config(preset if preset in PRESETS else PRESETS[0]).to_dict()
     for name in unknown_keys(plain["model"], known["model"]):
