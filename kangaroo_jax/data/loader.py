@@ -233,7 +233,7 @@ def _difference(key: str, saved: Any, mine: Any) -> str:
     if key == "order" and isinstance(saved, dict) and saved.keys() == mine.keys() == {"seed"}:
         return f"config.seed was {saved['seed']} and is now {mine['seed']}"
     if key == "sources" and isinstance(saved, dict):
-        lost = [f"{name} is missing" for name in saved if name not in mine]
+        lost = [f"config.data.train: {name} is missing" for name in saved if name not in mine]
         texts = "config.data.train: {} had {} samples in {} bytes and now has {} in {}"
         other = [texts.format(n, *saved[n], *mine[n]) for n in saved if n in mine and saved[n] != mine[n]]
         return ", ".join(lost + other)

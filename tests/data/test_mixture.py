@@ -197,7 +197,7 @@ def test_a_source_may_be_added_but_not_lost(
     more.close()
     data_config.update(train=(files["b"],), weights=(1.0,))
     fewer = loader_of(data_config, tokenizer)
-    with pytest.raises(UserError, match="saved data position: sources"):
+    with pytest.raises(UserError, match="saved data position: config.data.train: a is missing"):
         fewer.set_state(state)
     fewer.close()
 

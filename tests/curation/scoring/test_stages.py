@@ -200,7 +200,7 @@ def test_a_guard_survives_its_process_and_closes_in_the_midst(tmp_path, config):
     row = {"id": "x", "path": str(tmp_path / "segv_1.mp4"), "kind": "video", "start": None, "end": None}
     with pytest.raises(Lost, match="crashed .SIGSEGV."):
         guard.call("cuts", row, {}, str(tmp_path))
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         guard.call("probe", row, {}, str(tmp_path))
     guard.close()
     with pytest.raises(Stopped):
