@@ -137,6 +137,7 @@ def test_a_preempted_run_saves_before_the_next_step_begins(corpus, tmp_path, mon
 LISTENER = """
 import hashlib, os, signal, sys, time
 from kangaroo_jax.training.stopping import Preemption
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 preemption = Preemption(lambda line: print(line, flush=True))
 phase = sys.argv[1]
 if phase != "preparing":
