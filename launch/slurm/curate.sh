@@ -53,7 +53,7 @@ unset RAY_AUTH_TOKEN # which would go before the file
 ${bin}python -c 'import sys; from importlib.metadata import version; v = version(\"ray\")
 sys.exit(tuple(map(int, v.split(\".\")[:2])) < (2, 52) and f\"kangaroo: Ray {v} ignores tokens: install 2.52 or newer\")'
 port=\$((20000 + SLURM_JOB_ID % 10000)) # beside the Ray of another's job on the same node
-head=\$(scontrol show hostnames \"\$SLURM_JOB_NODELIST\" | head -n 1)
+head=\$(scontrol show hostnames \"\$SLURM_JOB_NODELIST\" | sed -n 1p) # sed reads it all; head would end scontrol by SIGPIPE
 srun --overlap --nodes=1 --ntasks=1 -w \"\$head\" \\
   ${bin}ray start --head --port=\"\$port\" --include-dashboard=false --num-cpus=$cpus --block &
 sleep 15

@@ -112,7 +112,7 @@ def run_curation_job(folder: Path, ray_version: str) -> subprocess.CompletedProc
     """The job script as Slurm would run it on two nodes; what would start there says how it was called."""
     command = [str(ROOT / "launch/slurm/curate.sh"), "--nodes=2", "--cpus-per-node=8", "--dry-run", "--", "--input=a b"]
     job = call(command, VIRTUAL_ENV="").stdout
-    stub(folder, "scontrol", "printf 'n1\\nn2\\n'")
+    stub(folder, "scontrol", "seq -f n%.0f 1 30000")  # more than a pipe holds, as a job of many nodes may print
     stub(folder, "sleep", ":")
     stub(
         folder,
