@@ -161,6 +161,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)
     first = int(state.step)
     before = rewind(workdir, log, samples, first)
+    barrier(f"{config.stage} is prepared")  # each host makes its state in its own time
     return Stage(
         config,
         plain,
