@@ -105,5 +105,5 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["kangaroo = kangaroo_jax.cli:start"]},
+    entry_points={"console_scripts": ["kangaroo = kangaroo_jax.cli.main:start"]},
 )

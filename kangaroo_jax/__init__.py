@@ -14,8 +14,8 @@ __all__ = ["Kangaroo", "__version__", "load_video", "sample_frames"]
 
 _PUBLIC = {
     "Kangaroo": ("kangaroo_jax.inference.chat", "Kangaroo"),
-    "load_video": ("kangaroo_jax.data.video", "load_video"),
-    "sample_frames": ("kangaroo_jax.data.video", "sample_times"),
+    "load_video": ("kangaroo_jax.data.media.video", "load_video"),
+    "sample_frames": ("kangaroo_jax.data.media.video", "sample_times"),
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from kangaroo_jax.cli import start
+from kangaroo_jax.cli.main import start
 
 if __name__ == "__main__":
     sys.exit(start())

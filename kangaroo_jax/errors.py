@@ -1,6 +1,6 @@
 """The error of bad input, apart from `conventions` so that what never computes need not import JAX."""
 
-from kangaroo_jax.terminal import printable
+from kangaroo_jax.system.terminal import printable
 
 
 class UserError(Exception):

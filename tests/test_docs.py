@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from kangaroo_jax import arguments as parsing
+from kangaroo_jax.cli import arguments as parsing
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import config_keys, load_config
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.jobs import JOBS
-from kangaroo_jax.tools import bench
+from kangaroo_jax.cli.jobs import JOBS
+from kangaroo_jax.bench import train as bench
 
 ROOT = Path(__file__).parent.parent
 CODE = re.compile(r"```(?:bash|sh)?\n(.*?)```|`([^`]+)`", re.S)

@@ -30,7 +30,7 @@ MODULES = {  # distribution -> module, where the names differ; aiohttp, gcsfs, s
 
 
 def test_public_names():
-    from kangaroo_jax.data.video import load_video
+    from kangaroo_jax.data.media.video import load_video
     from kangaroo_jax.inference.chat import Kangaroo
 
     assert kangaroo_jax.Kangaroo is Kangaroo and kangaroo_jax.load_video is load_video
@@ -41,7 +41,7 @@ def test_public_names():
 
 
 def test_training_and_chat_import_no_other_framework():
-    modules = "kangaroo_jax.training.curriculum, kangaroo_jax.inference.chat, kangaroo_jax.tools.quickstart"
+    modules = "kangaroo_jax.training.curriculum, kangaroo_jax.inference.chat, kangaroo_jax.quickstart.run"
     code = f"import sys, {modules}; sys.exit(bool({{'torch', 'tensorflow', 'transformers'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.terminal import rewrite
+from kangaroo_jax.system.terminal import rewrite
 
 Tell = Callable[[str], None]
 Item = TypeVar("Item")

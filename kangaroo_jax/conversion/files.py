@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.installing import install_line
-from kangaroo_jax.json_text import parse_json
+from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.json_text import parse_json
 
 DTYPES = {
     "F64": np.dtype("float64"),

@@ -21,10 +21,10 @@ from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, read_json, unwrapped
 from kangaroo_jax.conversion.sources import Source, table_for
 from kangaroo_jax.conversion.weights import whole
-from kangaroo_jax.data.video import IMAGE_SUFFIXES, load_media
+from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.inference.chat import Kangaroo, ask
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
-from kangaroo_jax.installing import install_line
+from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.models.kangaroo import Kangaroo as Model
 
 GREEDY = 32  # tokens of the answers that are compared, whatever ends them

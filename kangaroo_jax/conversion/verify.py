@@ -189,7 +189,7 @@ def _compare_encoders(ours: Source, theirs: Source, media: Path, scratch: Path) 
 
 def _frames(media: Path, side: int) -> np.ndarray:
     """uint8[F, side, side, 3] of a video at even distances, or of an image."""
-    from kangaroo_jax.data.video import IMAGE_SUFFIXES, FramePolicy, load_image, load_video
+    from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, FramePolicy, load_image, load_video
 
     if media.suffix.lower() in IMAGE_SUFFIXES:
         return load_image(media, side)[None]

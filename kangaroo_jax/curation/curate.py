@@ -18,10 +18,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.curation import engine, select, shards
-from kangaroo_jax.curation.manifest import read_inputs
-from kangaroo_jax.curation.run_shard import Plan, is_done
-from kangaroo_jax.curation.shards import Shard
+from kangaroo_jax.curation import select
+from kangaroo_jax.curation.engine.run import run as engine
+from kangaroo_jax.curation.engine import shards
+from kangaroo_jax.curation.engine.manifest import read_inputs
+from kangaroo_jax.curation.engine.run_shard import Plan, is_done
+from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages import STAGES, allow_private, enabled, run_stage, run_stage_anywhere
 from kangaroo_jax.errors import UserError
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.curation import duplicates, shards
+from kangaroo_jax.curation import duplicates
+from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.stages.base import Row
-from kangaroo_jax.json_text import parse_json, utf8
+from kangaroo_jax.system.json_text import parse_json, utf8
 
 RULES = ("broken", "seconds", "size", "text", "face", "motion", "language", "duplicate", "category", "source")
 SETTINGS = "select.json"  # what the last choice was made with, beside selected.jsonl

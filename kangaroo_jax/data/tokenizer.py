@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.json_text import parse_json
+from kangaroo_jax.system.json_text import parse_json
 
 SPECIAL_NAMES = {
     "bos": "<|begin_of_text|>",

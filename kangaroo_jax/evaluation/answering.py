@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.data.sources import read_conversations
+from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.evaluation.scoring import is_correct, score
 from kangaroo_jax.inference.chat import Kangaroo
 

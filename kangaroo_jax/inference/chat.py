@@ -20,14 +20,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.conversation import Conversation, Media, Turn, count_tags
-from kangaroo_jax.data.decode import ThreadDecoder
-from kangaroo_jax.data.image import opened_image
-from kangaroo_jax.data.kinds import kind_of, read_head
-from kangaroo_jax.data.sample import MediaRef, Recipe, probe_cached, render_prompt
-from kangaroo_jax.data.storage import MEMBER, current_cache, join, short, use_cache
+from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags
+from kangaroo_jax.data.media.decode import ThreadDecoder
+from kangaroo_jax.data.media.image import opened_image
+from kangaroo_jax.data.media.kinds import kind_of, read_head
+from kangaroo_jax.data.batches.sample import MediaRef, Recipe, probe_cached, render_prompt
+from kangaroo_jax.data.media.storage import MEMBER, current_cache, join, short, use_cache
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from kangaroo_jax.data.video import folder_of_frames
+from kangaroo_jax.data.media.video import folder_of_frames
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.models import kangaroo as models

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from kangaroo_jax.conventions import Array
-from kangaroo_jax.data.sample import Recipe
+from kangaroo_jax.data.batches.sample import Recipe
 from kangaroo_jax.inference.sampling import Sampling, sample
 from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.models.llama import Cache

@@ -27,9 +27,9 @@ from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.training.digests import changed, digests
 from kangaroo_jax.training.distributed import EndsTogether
-from kangaroo_jax.training.parameters import Binding, Params
+from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.training.step import TrainState
-from kangaroo_jax.whole_files import write_bytes
+from kangaroo_jax.system.files import write_bytes
 
 WRITING_SHARE = 0.1  # of an item of a checkpoint; what is being written is in memory twice
 ITEMS = ("params", "optimizer", "data", "config")

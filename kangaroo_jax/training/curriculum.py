@@ -11,7 +11,7 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.training.distributed import barrier, is_main
 from kangaroo_jax.training.loop import Tell, train
-from kangaroo_jax.whole_files import write_json
+from kangaroo_jax.system.files import write_json
 
 STAGES = (
     "stage1_image_pretrain",

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.whole_files import write_json
+from kangaroo_jax.system.files import write_json
 
 LOST = 75  # exit code (EX_TEMPFAIL of sysexits.h): try again
 BEAT_SECONDS = 2.0

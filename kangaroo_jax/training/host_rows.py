@@ -6,7 +6,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kangaroo_jax.conventions import PackedBatch
-from kangaroo_jax.data.loader import Loader, merge_states
+from kangaroo_jax.data.batches.loader import Loader, merge_states
 from kangaroo_jax.sharding import Axes, batch_axes, sharding
 
 

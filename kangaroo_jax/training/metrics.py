@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from kangaroo_jax.terminal import printable
-from kangaroo_jax.whole_files import write_text
+from kangaroo_jax.system.terminal import printable
+from kangaroo_jax.system.files import write_text
 
 
 class MetricLog:

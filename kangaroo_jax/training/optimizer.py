@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.training.parameters import Params, multiplier
+from kangaroo_jax.models.parameters import Params, multiplier
 
 KINDS = ("adamw", "adafactor", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")

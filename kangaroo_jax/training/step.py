@@ -9,7 +9,7 @@ import optax
 
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.sharding import Axes, batch_axes, constrain
-from kangaroo_jax.training.parameters import Binding, Params
+from kangaroo_jax.models.parameters import Binding, Params
 
 
 @jax.tree_util.register_dataclass

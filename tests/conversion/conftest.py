@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion.verify import make_video
 from kangaroo_jax.data.tokenizer import train_sentencepiece
-from kangaroo_jax.training.parameters import Binding, Params
+from kangaroo_jax.models.parameters import Binding, Params
 
 TEXT = [
     "What moves in the video, and which way?",

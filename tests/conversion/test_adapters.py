@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kangaroo_jax import cli
+from kangaroo_jax.cli.main import main as cli
 from kangaroo_jax.config import model_config
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.convert import convert

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kangaroo_jax import cli
+from kangaroo_jax.cli.main import main as cli
 from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors

@@ -88,7 +88,7 @@ def test_chat_like_the_release(theirs, checkpoint, video):
 def test_chat_about_images_and_frames(theirs, checkpoint, tmp_path):
     from PIL import Image
 
-    from kangaroo_jax.data.video import load_video
+    from kangaroo_jax.data.media.video import load_video
 
     model, tokenizer = theirs
     ours = Kangaroo.load(checkpoint)
@@ -185,7 +185,7 @@ def test_answers_are_compared_and_differences_counted(checkpoint, video, tmp_pat
 
 
 def test_the_command_converts_and_verifies(checkpoint, tmp_path, video, capsys):
-    from kangaroo_jax import cli
+    from kangaroo_jax.cli.main import main as cli
 
     arguments = ["convert", f"--from={checkpoint}", f"--to={tmp_path / 'hf'}", "--verify", f"--video={video}"]
     assert cli.main(arguments) == 0

@@ -96,7 +96,7 @@ def test_what_wrappers_put_before_the_names_is_left_out(prefix, kind, folder):
 
 
 def test_a_path_with_a_comma(folder, tmp_path, capsys):
-    from kangaroo_jax import cli
+    from kangaroo_jax.cli.main import main as cli
 
     odd = folder.rename(tmp_path / "a,b")
     assert cli.main(["convert", f"--from={odd}", f"--to={tmp_path / 'out'}", "--format=llama", "--preset=tiny"]) == 0

@@ -11,7 +11,7 @@ from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.sources import shapes_of, special_ids
 from kangaroo_jax.conversion.weights import contiguous
-from kangaroo_jax.training.parameters import Binding
+from kangaroo_jax.models.parameters import Binding
 from tests.models import from_fixtures
 
 # A shape here that each arrangement is for.

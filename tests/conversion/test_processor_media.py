@@ -9,9 +9,9 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from kangaroo_jax.data.image import load_image
-from kangaroo_jax.data.video import FramePolicy
-from kangaroo_jax.data.video import load_video as ours
+from kangaroo_jax.data.media.image import load_image
+from kangaroo_jax.data.media.video import FramePolicy
+from kangaroo_jax.data.media.video import load_video as ours
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
 pytest.importorskip("torch")

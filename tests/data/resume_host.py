@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conventions import FIELDS
-from kangaroo_jax.data.ledger import Ledger
-from kangaroo_jax.data.loader import Loader, make_loader
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.batches.loader import Loader, make_loader
 from kangaroo_jax.data.tokenizer import load_tokenizer
 
 

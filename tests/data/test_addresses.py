@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.data import addresses
-from kangaroo_jax.data.addresses import check_address, is_public, is_remote
-from kangaroo_jax.data.download import Limits
-from kangaroo_jax.data.storage import MediaCache, absolute, join, local
+from kangaroo_jax.data.media import addresses
+from kangaroo_jax.data.media.addresses import check_address, is_public, is_remote
+from kangaroo_jax.data.media.download import Limits
+from kangaroo_jax.data.media.storage import MediaCache, absolute, join, local
 from kangaroo_jax.errors import UserError
 
 pytestmark = pytest.mark.alone

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data import decode
-from kangaroo_jax.data.decode import CachedDecoder, Outcome, ProcessDecoder, ThreadDecoder, make_decoder
-from kangaroo_jax.data.sample import MediaRef
-from kangaroo_jax.data.video import Clip
+from kangaroo_jax.data.media import decode
+from kangaroo_jax.data.media.decode import CachedDecoder, Outcome, ProcessDecoder, ThreadDecoder, make_decoder
+from kangaroo_jax.data.batches.sample import MediaRef
+from kangaroo_jax.data.media.video import Clip
 from tests.data.media import read_number
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.data.image import letterbox, load_image
-from kangaroo_jax.data.video import load_media, probe
+from kangaroo_jax.data.media.image import letterbox, load_image
+from kangaroo_jax.data.media.video import load_media, probe
 from tests.data.media import numbered_frame, read_number
 
 

@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from kangaroo_jax.conventions import FIELDS, UserError
-from kangaroo_jax.data.conversation import Conversation, Media, Turn
-from kangaroo_jax.data.decode import ThreadDecoder
-from kangaroo_jax.data.ledger import Ledger
-from kangaroo_jax.data.loader import decode_recipes
-from kangaroo_jax.data.packing import Shape, assemble
-from kangaroo_jax.data.preview import batch_tree, save_picture
-from kangaroo_jax.data.sample import make_recipe
+from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.media.decode import ThreadDecoder
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.batches.loader import decode_recipes
+from kangaroo_jax.data.batches.packing import Shape, assemble
+from kangaroo_jax.data.batches.preview import batch_tree, save_picture
+from kangaroo_jax.data.batches.sample import make_recipe
 from kangaroo_jax.data.tokenizer import Tokenizer
 
 

@@ -11,10 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import FIELDS, PackedBatch, UserError
-from kangaroo_jax.data.ledger import Ledger
-from kangaroo_jax.data.loader import Loader, LoaderStats, batch_from_recipes, make_loader
-from kangaroo_jax.data.sample import make_recipe
-from kangaroo_jax.data.sources import read_conversations
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.batches.loader import Loader, LoaderStats, batch_from_recipes, make_loader
+from kangaroo_jax.data.batches.sample import make_recipe
+from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.data.tokenizer import Tokenizer
 from tests.data.media import read_number, write_video
 

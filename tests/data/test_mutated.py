@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from kangaroo_jax.conventions import FIELDS
-from kangaroo_jax.data.ledger import Ledger
-from kangaroo_jax.data.loader import make_loader
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.batches.loader import make_loader
 from kangaroo_jax.data.tokenizer import Tokenizer
 from tests.data.media import numbered_frame, write_audio, write_video
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo_jax.conventions import PackedBatch, UserError
-from kangaroo_jax.data.packing import Packer, Placed, Shape, assemble, empty_batch, write_sample
-from kangaroo_jax.data.sample import MediaRef, Recipe
-from kangaroo_jax.data.video import Clip
+from kangaroo_jax.data.batches.packing import Packer, Placed, Shape, assemble, empty_batch, write_sample
+from kangaroo_jax.data.batches.sample import MediaRef, Recipe
+from kangaroo_jax.data.media.video import Clip
 
 T, F, S, V = 40, 12, 2, 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.data.loader import merge_states
+from kangaroo_jax.data.batches.loader import merge_states
 from kangaroo_jax.data.tokenizer import Tokenizer, train_sentencepiece
 from tests.data.media import write_video
 

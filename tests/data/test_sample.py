@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.conversation import Conversation, Media, Turn
-from kangaroo_jax.data.sample import make_recipe, plan_media, render_prompt, video_block_length
+from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.batches.sample import make_recipe, plan_media, render_prompt, video_block_length
 from kangaroo_jax.data.tokenizer import Tokenizer
-from kangaroo_jax.data.video import FramePolicy
+from kangaroo_jax.data.media.video import FramePolicy
 from tests.data.media import write_video
 
 K, V = 2, 3  # frames a group, tokens a group

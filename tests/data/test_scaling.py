@@ -9,7 +9,7 @@ import pytest
 from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
-from kangaroo_jax.data.video import load_video
+from kangaroo_jax.data.media.video import load_video
 
 ROWS, COLUMNS = np.mgrid[0:240, 0:320]
 SMOOTH = np.stack([COLUMNS * 255 / 319, ROWS * 255 / 239, (COLUMNS + ROWS) * 255 / 558], -1).astype(np.uint8)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo_jax.data.shuffle import EndlessShuffle
+from kangaroo_jax.data.batches.shuffle import EndlessShuffle
 
 
 @settings(deadline=None)

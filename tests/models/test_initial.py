@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.training.parameters import Binding
+from kangaroo_jax.models.parameters import Binding
 from tests.models.small import small_config
 
 DEPTH = {"llm": 2, "vision": 3}

@@ -40,7 +40,7 @@ ROOMS: dict[str, dict[str, list[str]]] = {
             "step": "step",
         }.items()
     },
-    "packing": {"kangaroo_jax/data/packing.py": _of("tests/data/", "packing resume")},
-    "mixture": {"kangaroo_jax/data/mixture.py": _of("tests/data/", "mixture shuffle")},
+    "packing": {"kangaroo_jax/data/batches/packing.py": _of("tests/data/", "packing resume")},
+    "mixture": {"kangaroo_jax/data/batches/mixture.py": _of("tests/data/", "mixture shuffle")},
     "names": {"kangaroo_jax/conversion/names.py": _of("tests/conversion/", "names")},
 }

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from kangaroo_jax.curation.annotate.client import Limits
-from tests.curation.annotate.test_client import PLAIN, Script, ask, said
+from kangaroo_jax.llm_client.client import Limits
+from tests.llm_client.test_client import PLAIN, Script, ask, said
 
 pytestmark = pytest.mark.alone
 HEADERS = [

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate import refine
 from kangaroo_jax.curation.annotate.files import Clip, relative
-from kangaroo_jax.curation.annotate.prompts import load_prompt, prompt_folder
-from kangaroo_jax.curation.annotate.requests import Reply, Request
-from kangaroo_jax.curation.annotate.schemas import object_schema, text_schema
-from kangaroo_jax.curation.annotate.team import Team
-from kangaroo_jax.curation.annotate.text import joined, language_share, sentences
+from kangaroo_jax.llm_client.prompts import load_prompt, prompt_folder
+from kangaroo_jax.llm_client.requests import Reply, Request
+from kangaroo_jax.llm_client.schemas import object_schema, text_schema
+from kangaroo_jax.llm_client.team import Team
+from kangaroo_jax.llm_client.text import joined, language_share, sentences
 
 CAPTION_SCHEMA = object_schema(short=text_schema(400), detailed=text_schema())
 

@@ -25,7 +25,7 @@ def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
     c.timeout = 120.0  # endpoint: seconds
     c.checkpoint = ""  # kangaroo: a folder that training wrote
     c.batch_size = 16  # kangaroo: prompts a batch
-    c.corpus = ""  # scenes: a folder that kangaroo_jax.tools.corpus wrote
+    c.corpus = ""  # scenes: a folder that kangaroo_jax.corpus.make wrote
     c.view = "all"  # scenes: all, or thing (tells less)
     c.temperature = 0.0
     c.top_p = 1.0

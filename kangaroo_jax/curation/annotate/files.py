@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.data import storage
-from kangaroo_jax.data.addresses import is_remote, short
+from kangaroo_jax.data.media import storage
+from kangaroo_jax.data.media.addresses import is_remote, short
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.json_text import json_line, parse_json
+from kangaroo_jax.system.json_text import json_line, parse_json
 
 _LONGEST = 1e9  # seconds of a medium, some thirty years
 
@@ -44,7 +44,7 @@ class Clip:
     @property
     def kind(self) -> str:
         """ "image" or "video"."""
-        from kangaroo_jax.data.image import IMAGE_SUFFIXES  # not for a run that has nothing to do
+        from kangaroo_jax.data.media.image import IMAGE_SUFFIXES  # not for a run that has nothing to do
 
         return "image" if self.media.lower().endswith(IMAGE_SUFFIXES) else "video"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.curation.annotate.text import (
+from kangaroo_jax.llm_client.text import (
     content_words,
     iou,
     is_refusal,

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from kangaroo_jax.curation.annotate.text import content_words, iou, is_refusal, language_share, length, words
+from kangaroo_jax.llm_client.text import content_words, iou, is_refusal, language_share, length, words
 
 _CATCH_ALL = re.compile(
     r"\b(all|none|both|neither) of (the )?(above|these|them)\b|以上(都|皆|全)|都(不)?(是|对)$", re.I

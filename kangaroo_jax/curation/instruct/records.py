@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.curation.annotate.files import absolute, relative
-from kangaroo_jax.curation.annotate.schemas import mistake
+from kangaroo_jax.llm_client.schemas import mistake
 from kangaroo_jax.curation.instruct.making import LETTERS, Made, Maker, option_lines
 from kangaroo_jax.curation.instruct.plan import letters
 
@@ -22,7 +22,7 @@ def schema() -> dict[str, Any]:
 
 def is_image(row: Any) -> bool:
     """Whether an object of captions.jsonl is about an image."""
-    from kangaroo_jax.data.image import IMAGE_SUFFIXES  # not for a run that has nothing to do, as below
+    from kangaroo_jax.data.media.image import IMAGE_SUFFIXES  # not for a run that has nothing to do, as below
 
     return row["media"].lower().endswith(IMAGE_SUFFIXES)
 
@@ -104,8 +104,8 @@ def _source(made: Made, generator: str) -> dict[str, Any]:
 
 def _check(record: dict[str, Any]) -> None:
     """Raise RuntimeError for a record that the schema or our own loader does not take."""
-    from kangaroo_jax.data.conversation import count_tags
-    from kangaroo_jax.data.formats import parse_record
+    from kangaroo_jax.data.annotations.conversation import count_tags
+    from kangaroo_jax.data.annotations.formats import parse_record
 
     problem = mistake(record, schema())
     if not problem:

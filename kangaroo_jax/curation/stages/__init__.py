@@ -8,7 +8,7 @@ from typing import Any
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, Stage
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.installing import install_line
+from kangaroo_jax.system.installing import install_line
 
 _TABLE = (
     # name, version of its code, stages that it follows, kinds, packages
@@ -71,8 +71,8 @@ def run_stage_anywhere(name: str, row: Row | list[Row], settings: Settings, root
 
 def allow_private() -> None:
     """Let this process read addresses of this machine and of private networks."""
-    from kangaroo_jax.data.download import Limits
-    from kangaroo_jax.data.storage import default_cache, use_cache
+    from kangaroo_jax.data.media.download import Limits
+    from kangaroo_jax.data.media.storage import default_cache, use_cache
 
     use_cache(dataclasses.replace(default_cache(), limits=Limits(allow_private=True)))
 

@@ -20,10 +20,10 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.data.kinds import read_head
-from kangaroo_jax.data.picker import SKIPPABLE, open_video, start_seconds
-from kangaroo_jax.data.storage import short
-from kangaroo_jax.data.video import is_pictures
+from kangaroo_jax.data.media.kinds import read_head
+from kangaroo_jax.data.media.picker import SKIPPABLE, open_video, start_seconds
+from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.media.video import is_pictures
 from kangaroo_jax.errors import UserError
 
 _TICKS = 1000.0  # a second, of the detector's clock

@@ -15,7 +15,7 @@ import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings
 from kangaroo_jax.curation.stages.pictures import key_frame_paths
-from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.media.image import load_image
 
 
 def embedding(row: Row, settings: Settings, root: Path) -> Outcome:
@@ -94,7 +94,7 @@ def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
 
     from kangaroo_jax.models.eva_clip import EvaClip
     from kangaroo_jax.training.checkpoint import check_shapes, find
-    from kangaroo_jax.training.parameters import Binding
+    from kangaroo_jax.models.parameters import Binding
 
     options = {key: config[key] for key in ("dtype", "scan", "attention")}
     binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))

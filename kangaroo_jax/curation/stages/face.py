@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kangaroo_jax.curation.guard import SetupError
+from kangaroo_jax.system.guard import SetupError
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.curation.stages.pictures import key_frames
 

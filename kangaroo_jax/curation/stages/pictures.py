@@ -17,11 +17,11 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Row
-from kangaroo_jax.data.image import load_image
-from kangaroo_jax.data.kinds import read_head
-from kangaroo_jax.data.picker import FramePicker, open_video
-from kangaroo_jax.data.pixels import display_matrix, is_turned, upright
-from kangaroo_jax.data.video import is_pictures, load_video
+from kangaroo_jax.data.media.image import load_image
+from kangaroo_jax.data.media.kinds import read_head
+from kangaroo_jax.data.media.picker import FramePicker, open_video
+from kangaroo_jax.data.media.pixels import display_matrix, is_turned, upright
+from kangaroo_jax.data.media.video import is_pictures, load_video
 from kangaroo_jax.errors import UserError
 
 _AFTER_KEY = 0.15  # seconds: out of reach of a cut at the key frame

@@ -13,13 +13,13 @@ import av
 import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
-from kangaroo_jax.data import animation
-from kangaroo_jax.data.image import check_file, image_size_of, load_image
-from kangaroo_jax.data.kinds import read_head
-from kangaroo_jax.data.picker import open_video, rate_of, start_seconds, stream_seconds
-from kangaroo_jax.data.pixels import display_matrix, is_turned
-from kangaroo_jax.data.storage import local, member_of, short
-from kangaroo_jax.data.video import is_pictures
+from kangaroo_jax.data.media import animation
+from kangaroo_jax.data.media.image import check_file, image_size_of, load_image
+from kangaroo_jax.data.media.kinds import read_head
+from kangaroo_jax.data.media.picker import open_video, rate_of, start_seconds, stream_seconds
+from kangaroo_jax.data.media.pixels import display_matrix, is_turned
+from kangaroo_jax.data.media.storage import local, member_of, short
+from kangaroo_jax.data.media.video import is_pictures
 from kangaroo_jax.errors import UserError
 
 _MOST_BAD = 1000  # packets, after which a place is given up

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.config import annotation_config
-from kangaroo_jax.tools.bench_annotate import faulty_server
+from kangaroo_jax.bench.annotate import faulty_server
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax import cli
+from kangaroo_jax.cli.main import main as cli
 from kangaroo_jax.conventions import UserError
-from kangaroo_jax.curation.annotate.prompts import load_prompt
+from kangaroo_jax.llm_client.prompts import load_prompt
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = sorted((ROOT / "kangaroo_jax/curation").glob("*/prompts/*.txt"))
@@ -22,7 +22,7 @@ def test_training_and_chat_import_nothing_of_curation():
 
 
 def test_jobs_that_ask_models_begin_without_jax_and_pictures():
-    modules = "kangaroo_jax.cli, kangaroo_jax.curation.annotate.run, kangaroo_jax.curation.instruct.run"
+    modules = "kangaroo_jax.cli.main, kangaroo_jax.curation.annotate.run, kangaroo_jax.curation.instruct.run"
     configs = "from kangaroo_jax.config_files import load_config; load_config('annotation'); load_config('instruct')"
     names = "{'jax', 'grain', 'numpy', 'PIL', 'av', 'openai', 'cv2'}"
     code = f"import sys, {modules}; {configs}; print(sorted({names} & set(sys.modules)))"

@@ -5,7 +5,7 @@ import pytest
 from kangaroo_jax.curation.annotate import refine
 from kangaroo_jax.curation.annotate.choose import choose, level
 from kangaroo_jax.curation.annotate.config import annotation_config
-from kangaroo_jax.curation.annotate.text import is_refusal, language_share, length, repeats, sentences
+from kangaroo_jax.llm_client.text import is_refusal, language_share, length, repeats, sentences
 
 FRAMES = [
     ["A man in a red coat walks his dog.", "A man walks a brown dog in a park."],

@@ -10,7 +10,7 @@ from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.files import read_clips
 from kangaroo_jax.curation.annotate.run import annotate_main, estimate
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.tools.bench_annotate import bench_annotate, statistics_of
+from kangaroo_jax.bench.annotate import bench_annotate, statistics_of
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax import cli
+from kangaroo_jax.cli.main import main as cli
 from kangaroo_jax.curation.curate import Options, curate
-from kangaroo_jax.curation.manifest import read_inputs
+from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.errors import UserError
 
 OFF = [f"--config.{stage}.enabled=False" for stage in ("text", "face", "caption_language")]

@@ -11,13 +11,13 @@ import pytest
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.curation import duplicates
 from kangaroo_jax.curation.curate import Options, curate, plain_config, select_again
-from kangaroo_jax.curation.engine import run_local
-from kangaroo_jax.curation.manifest import read_inputs
-from kangaroo_jax.curation.run_shard import Plan
-from kangaroo_jax.curation.shards import all_scores, make_shards
+from kangaroo_jax.curation.engine.run import run_local
+from kangaroo_jax.curation.engine.manifest import read_inputs
+from kangaroo_jax.curation.engine.run_shard import Plan
+from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME, enabled
 from kangaroo_jax.curation.stages.embedding import packed, unpacked, with_identity
-from kangaroo_jax.data.image import load_image
+from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.checkpoint import Checkpoints, abstract_model
 from kangaroo_jax.training.step import TrainState

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kangaroo_jax.curation.manifest import read_inputs
-from kangaroo_jax.curation.shards import make_shards
+from kangaroo_jax.curation.engine.manifest import read_inputs
+from kangaroo_jax.curation.engine.shards import make_shards
 from kangaroo_jax.errors import UserError
 
 

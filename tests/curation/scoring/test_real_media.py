@@ -11,7 +11,7 @@ import pytest
 
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.curation.curate import Options, curate, select_again
-from kangaroo_jax.curation.shards import all_scores
+from kangaroo_jax.curation.engine.shards import all_scores
 from tests.curation.scoring import public_media
 from tests.curation.scoring.clips import write_clip
 

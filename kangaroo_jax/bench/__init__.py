@@ -1,0 +1,1 @@
+"""`kangaroo bench`: how fast training, data, packing, conversion, curation and annotation are."""

@@ -1,0 +1,78 @@
+"""`kangaroo bench checkpoint`: how long a save holds training up, of the time that it takes, and what memory it needs.
+
+A state of random numbers, so that nothing compresses: weights in float32 and two moments of each, saved by what
+training saves with, again and again. A save that nothing else waited for would hold a step up for all of its time.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.memory import peak_mib
+from kangaroo_jax.training.checkpoint import Checkpoints
+from kangaroo_jax.training.step import TrainState
+
+_ARRAYS = 24  # weights; each has two moments
+
+
+def random_state(gib: float) -> TrainState:
+    """A state of `gib` GiB."""
+    rng, size = np.random.default_rng(0), round(gib * 2**30 / 4 / 3 / _ARRAYS)
+
+    def arrays() -> dict[str, jax.Array]:
+        return {f"weight_{i:02d}": jnp.asarray(rng.standard_normal(size, np.float32)) for i in range(_ARRAYS)}
+
+    return TrainState(jnp.zeros((), jnp.int32), arrays(), {}, {"mu": arrays(), "nu": arrays()})
+
+
+def bench_checkpoint(folder: Path, gib: float, rounds: int) -> dict[str, float]:
+    """Saves `rounds` times after one that is not counted.
+
+    Returns state_gib, held_seconds and save_seconds (medians), held_share (of the save; median) and held_share_worst,
+    memory_over_state (what the peak of resident memory grew by from the first save on, over the state).
+    """
+    state = jax.block_until_ready(random_state(gib))
+    total = sum(x.nbytes for x in jax.tree.leaves(state))
+    checkpoints, before = Checkpoints(folder, state, keep=1), peak_mib()
+    held, whole = [], []
+    for number in range(rounds + 1):
+        state = dataclasses.replace(state, step=jnp.asarray(number, jnp.int32))
+        start = time.perf_counter()
+        checkpoints.save(state, b"", {})
+        held.append(time.perf_counter() - start)
+        checkpoints.wait()
+        whole.append(time.perf_counter() - start)
+    checkpoints.close()
+    shares = [a / b for a, b in zip(held[1:], whole[1:], strict=True)]
+    return {
+        "state_gib": round(total / 2**30, 2),
+        "held_seconds": round(statistics.median(held[1:]), 3),
+        "save_seconds": round(statistics.median(whole[1:]), 2),
+        "held_share": round(statistics.median(shares), 4),
+        "held_share_worst": round(max(shares), 4),
+        "memory_over_state": round((peak_mib() - before) * 2**20 / total, 2),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """`bench checkpoint [--folder] [--gib] [--rounds]`. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="kangaroo bench checkpoint", description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", default=".", help="a folder on the disk to measure; what is written is removed")
+    parser.add_argument("--gib", type=float, default=1.0, help="of the state")
+    parser.add_argument("--rounds", type=positive, default=5)
+    arguments = parser.parse_args(argv)
+    if not Path(arguments.folder).is_dir() or arguments.gib <= 0:
+        raise UserError("bench checkpoint: --folder must be there and --gib above 0")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        print(json.dumps(bench_checkpoint(Path(name), arguments.gib, arguments.rounds)))

@@ -1,0 +1,119 @@
+"""`kangaroo bench packing`: how full rows get on made-up samples with the lengths of the paper's stages.
+
+Beside what the streaming packer reaches stand two figures of the same samples: what first-fit and best-fit decreasing
+reach that see all of them at once, and what no packing can exceed. And what a useful token costs then: longer rows are
+fuller, but attention looks at every token of the row.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.config_files import load_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
+from kangaroo_jax.data.audit.stats import Sizes, fullness
+from kangaroo_jax.training.flops import step_flops
+
+STAGES = ("stage3_refine", "stage4_instruct", "stage5_long_video")
+TEXT = (50, 1500)  # tokens of a caption or conversation
+LONG_SHARE = 0.7  # of the samples, where a stage has a range of its own for long videos
+_COLUMNS = ("useful_tokens", "useful_frames", "offline_tokens", "offline_frames", "tokens_at_most", "frames_at_most")
+
+
+def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[Sizes]:
+    """Samples of a stage: frames uniform in its ranges, text uniform or log-uniform in TEXT.
+
+    Text is cut to what `max_sample_tokens` leaves, as a trainer would.
+    """
+    data, rng = config.data, np.random.default_rng(seed)
+    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
+    two_ranges = (data.long_min_frames, data.long_max_frames) != (data.min_frames, data.max_frames)
+    found = []
+    for i in range(samples):
+        long = two_ranges and rng.random() < LONG_SHARE
+        low, high = (data.long_min_frames, data.long_max_frames) if long else (data.min_frames, data.max_frames)
+        frames = int(rng.integers(low // group, high // group + 1)) * group
+        vision = frames // group * (rows + 1) + 2
+        low, high = TEXT
+        words = rng.integers(low, high + 1) if text == "uniform" else np.exp(rng.uniform(np.log(low), np.log(high)))
+        found.append(Sizes(f"sample {i}", range(min(vision + int(words), data.max_sample_tokens)), frames))
+    return found
+
+
+def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) -> dict[str, Any]:
+    """The shares of `data_stats.fullness` for a stage's rows, and gflops_per_useful_token (of a train step, causal)."""
+    data = config.data
+    found = fullness(
+        made_up(config, samples, text, seed), data.tokens_per_pack, data.frames_per_pack, data.packing_bins, again=1
+    )
+    useful = data.packs_per_batch * data.tokens_per_pack * found["useful_tokens"]
+    return found | {"gflops_per_useful_token": round(step_flops(config).causal / useful / 1e9, 1)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print a Markdown table, or JSON. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="kangaroo bench packing", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", nargs="+", help="STAGE:PRESET, by default stages 3 to 5")
+    parser.add_argument("--row", default="", help="TOKENSxFRAMES, such as 20480x144, in place of the config's")
+    parser.add_argument("--samples", type=positive, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    results = []
+    for spec in arguments.config or [f"{stage}:kangaroo_8b" for stage in STAGES]:
+        config = load_config(spec)
+        if arguments.row:
+            with config.unlocked():
+                config.data.tokens_per_pack, config.data.frames_per_pack = _row(arguments.row)
+            if not arguments.config and not _holds_a_sample(config):
+                if not arguments.json:
+                    print(f"{config.stage}: a sample may have {_most(config)}, which that row does not hold")
+                continue
+        for text in ("log-uniform", "uniform"):
+            found = bench_packing(config, arguments.samples, text, arguments.seed)
+            row = f"{config.data.tokens_per_pack:,} / {config.data.frames_per_pack}"
+            results.append({"stage": config.stage, "row": row, "text": text, **found})
+    print(json.dumps(results) if arguments.json else _table(results))
+
+
+def _most(config: ConfigDict) -> str:
+    data = config.data
+    return f"{data.max_sample_tokens:,} tokens and {max(data.max_frames, data.long_max_frames)} frames"
+
+
+def _holds_a_sample(config: ConfigDict) -> bool:
+    data = config.data
+    frames = max(data.max_frames, data.long_max_frames)
+    return data.max_sample_tokens <= data.tokens_per_pack and frames <= data.frames_per_pack
+
+
+def _row(text: str) -> tuple[int, int]:
+    try:
+        tokens, frames = map(int, text.split("x"))
+    except ValueError:
+        raise UserError(f"bench packing: --row={text} must be TOKENSxFRAMES, such as 20480x144") from None
+    return tokens, frames
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    """Shares in percent, tokens and frames."""
+    head = "stage | row | text | packed | offline | at most | GFLOP a useful token".split(" | ")
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for found in results:
+        shares = [f"{100 * found[name]:.1f}" for name in _COLUMNS]
+        pairs = [f"{tokens} / {frames}" for tokens, frames in zip(shares[::2], shares[1::2], strict=True)]
+        cells = [
+            found["stage"].split("_")[0],
+            found["row"],
+            found["text"],
+            *pairs,
+            f"{found['gflops_per_useful_token']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,274 @@
+"""`kangaroo bench`: how fast the real train step runs on this machine, on full packs of made-up pixels.
+
+`train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
+plainly in PyTorch, in turn; `data` the loader (`bench_data.py`); `packing` how full rows get
+(`bench_packing.py`); `annotate` the client of annotation (`bench_annotate.py`); `curate` the stages of curation
+(`bench_curate.py`); `checkpoint` how long a save holds training up (`bench_checkpoint.py`). Imports nothing of the
+data stack itself, so that it runs where only jax, flax and optax are.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.chips import find_chip
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.config_files import load_config
+from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.system.memory import keep_freed_memory
+from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
+from kangaroo_jax.training.flops import step_flops
+from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+from kangaroo_jax.models.parameters import Binding
+from kangaroo_jax.training.placement import resolve
+from kangaroo_jax.training.state import make_state
+from kangaroo_jax.training.step import make_train_step
+
+HERE = {
+    "train": "a stage's train step: [--config=STAGE:PRESET] [--packs=N] [--steps=N]",
+    "vision": "the ViT alone: [--config=STAGE:PRESET] [--frames=N] [--steps=N]",
+    "train-vs-torch": "a model of 100M parameters against the same in plain PyTorch: [--steps=N] [--rounds=N]",
+    "convert": "converting a checkpoint both ways, beside plain copies: [--folder=DIR] [--layers=N]",
+}
+ELSEWHERE = {  # with a module of their own, which may need more, and flags of their own: kangaroo bench NAME --help
+    "data": "how fast videos become batches, beside torchcodec, decord and OpenCV",
+    "packing": "how full rows get on made-up samples: [--config STAGE:PRESET ...] [--row=TOKENSxFRAMES]",
+    "checkpoint": "how long a save holds training up, and what memory it needs",
+    "annotate": "requests a second of the client of annotation, against a server that fails on purpose",
+    "curate": "CPU seconds of each stage of curation, and two workers against one: --input=...",
+}
+
+
+def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
+    """One video a row that fills the row's frames (as far as its tokens allow), then text to the end.
+
+    The row is cut into `segments` of equal length.
+    """
+    data, rng = config.data, np.random.default_rng(seed)
+    b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
+    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
+    vision = min(f // group * rows, t - 16)
+    index, length = np.arange(t, dtype=np.int32), -(-t // segments)
+    tokens = rng.integers(16, config.model.llm.vocab_size, (b, t), np.int32)
+    vision_index = np.full((b, t), -1, np.int32)
+    vision_index[:, 8 : 8 + vision] = np.arange(vision)
+    weights = np.ones((b, t), np.float32)
+    weights[:, : 8 + vision] = 0
+    return PackedBatch(
+        tokens=tokens,
+        segment_ids=np.tile(index // length + 1, (b, 1)),
+        positions=np.tile(index % length, (b, 1)),
+        targets=np.roll(tokens, -1, axis=1),
+        weights=weights,
+        frames=rng.integers(0, 256, (b, f, s, s, 3), np.uint8),
+        frame_times=np.tile(np.arange(f, dtype=np.float32), (b, 1)),
+        frame_groups=np.tile(np.arange(f, dtype=np.int32) // group + 1, (b, 1)),
+        vision_index=vision_index,
+    )
+
+
+def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
+    """Compile the step of a stage's config and run it `steps` times; the median counts.
+
+    Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, model_tflops, loss and device;
+    on a chip whose peak is known (`kangaroo_jax.chips`) also mfu_causal and mfu_full. Logits count for the
+    targets that have weight.
+    """
+    batch = full_batch(config)
+    flops = step_flops(config, head_tokens=int((batch.weights > 0).sum()))
+    chip = find_chip(jax.devices()[0].device_kind)
+    trainer = JaxTrainer(config, batch)
+    start = time.perf_counter()
+    loss = trainer.step()
+    compile_seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = trainer.step()
+        seconds.append(time.perf_counter() - start)
+    median, data = float(np.median(seconds)), config.data
+    used = {}
+    if chip is not None:
+        peak = chip.tflops * 1e12 * median
+        used = {"mfu_causal": round(flops.causal / peak, 4), "mfu_full": round(flops.full / peak, 4)}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "compile_seconds": round(compile_seconds, 2),
+        "ms_per_step": round(1000 * median, 1),
+        "tokens_per_second": round(data.packs_per_batch * data.tokens_per_pack / median),
+        "frames_per_second": round(data.packs_per_batch * data.frames_per_pack / median),
+        "model_tflops": round(flops.causal / 1e12, 4),
+        **used,
+        "loss": round(loss, 4),
+    }
+
+
+def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float | str]:
+    """The vision encoder and projector alone, forward: the median of `steps` calls on `frames` frames.
+
+    Returns ms_per_call, frames_per_second, device and, where the chip's peak is known, mfu.
+    """
+    graph, weights = nnx.split(Kangaroo(config.model, rngs=nnx.Rngs(config.seed), param_dtype=config.model.dtype))
+    side, random = config.data.image_size, np.random.default_rng(0)
+    pixels = jax.device_put(random.integers(0, 256, (1, frames, side, side, 3), np.uint8))
+    times = jax.device_put(np.arange(frames, dtype=np.float32)[None])
+    encode = jax.jit(lambda weights, pixels, times: nnx.merge(graph, weights).encode(pixels, times))
+    jax.block_until_ready(encode(weights, pixels, times))
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        jax.block_until_ready(encode(weights, pixels, times))
+        seconds.append(time.perf_counter() - start)
+    median, chip = float(np.median(seconds)), find_chip(jax.devices()[0].device_kind)
+    with config.unlocked():
+        config.data.update(packs_per_batch=1, frames_per_pack=frames)
+        config.optimizer.trainable = ((".*", None),)
+    flops = step_flops(config)
+    result: dict[str, float | str] = {
+        "device": jax.devices()[0].device_kind,
+        "ms_per_call": round(1000 * median, 2),
+        "frames_per_second": round(frames / median, 1),
+    }
+    if chip is not None:
+        result["mfu"] = round((flops.vision + flops.projector) / (chip.tflops * 1e12 * median), 4)
+    return result
+
+
+def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: int) -> dict[str, float | str]:
+    """Our step and the same model in plain PyTorch in turn, from the same weights on the same batch.
+
+    Both take real steps of AdamW with clipping, in float32, with all CPU threads; the first step of each turn is not
+    measured, because it gets the memory back that the other's turn had. Returns the fastest
+    ms_per_step of each (the steps that other work on the machine disturbed least), `ratio` (torch's
+    time / ours: above 1 we are faster), that of the medians, and the losses of the first and last step.
+
+    Raises UserError where torch or transformers is not installed, or the losses differ by more than 1e-4.
+    """
+    try:
+        from kangaroo_jax.bench.torch_kangaroo import TorchTrainer
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: {install_line('convert')}") from None
+    batch = full_batch(config, segments=segments)
+    ours = JaxTrainer(config, batch)
+    theirs = TorchTrainer(config, batch, ours.state.params)
+    trainers: dict[str, Any] = {"jax": ours, "torch": theirs}
+    losses = {name: [trainer.step()] for name, trainer in trainers.items()}
+    if abs(losses["jax"][0] - losses["torch"][0]) > 1e-4 * abs(losses["torch"][0]):
+        raise UserError(f"the two models do not agree at step 0: losses {losses}")
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            losses[name].append(trainer.step())
+            for _ in range(steps):
+                start = time.perf_counter()
+                losses[name].append(trainer.step())
+                seconds[name].append(time.perf_counter() - start)
+    best = {name: 1000 * min(values) for name, values in seconds.items()}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "parameters": sum(int(np.prod(x.shape)) for x in ours.state.params.values()),
+        "jax_ms_per_step": round(best["jax"], 1),
+        "torch_ms_per_step": round(best["torch"], 1),
+        "ratio": round(best["torch"] / best["jax"], 3),
+        "ratio_of_medians": round(float(np.median(seconds["torch"]) / np.median(seconds["jax"])), 3),
+        **{
+            f"{name}_loss_{when}": round(losses[name][i], 5)
+            for when, i in (("first", 0), ("last", -1))
+            for name in losses
+        },
+    }
+
+
+class JaxTrainer:
+    """The real train step of a config on one batch, again and again."""
+
+    def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
+        binding = Binding(nnx.eval_shape(lambda: Kangaroo(config.model, rngs=nnx.Rngs(0))))
+        make = lambda: make_state(config, binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
+        self.state = jax.jit(make)()  # in one program: what is frozen never exists in float32
+        optimizer = make_optimizer(config.optimizer, config.train.steps, self.state.params)
+        schedule = make_schedule(config.optimizer, config.train.steps)
+        self._step = make_train_step(binding, optimizer, schedule, max(1, config.train.accumulate))
+        self._batch = jax.device_put(batch)
+
+    def step(self) -> float:
+        """One step; returns its loss, for which it waits."""
+        self.state, metrics = self._step(self.state, self._batch)
+        jax.block_until_ready(self.state)
+        return float(metrics["loss"])
+
+
+def torch_config() -> ConfigDict:
+    """What `train-vs-torch` runs: `base_100m`, float32, all trained; 2 rows of 4 frames at 224 px and 512 tokens."""
+    config = stage_config("base_100m")
+    config.model.update(dtype="float32", scan=False)
+    config.data.update(image_size=224, packs_per_batch=2, tokens_per_pack=512, frames_per_pack=4)
+    config.train.steps = 100
+    return config
+
+
+def bench_config(arguments: argparse.Namespace) -> ConfigDict:
+    """The config that the arguments ask for, placed on one device."""
+    config = load_config(arguments.config)
+    with config.unlocked():
+        config.train.mesh = (1, 1, 1, 1)
+        if arguments.packs:
+            config.data.packs_per_batch = arguments.packs
+        if arguments.moment_dtype:
+            config.optimizer.moment_dtype = arguments.moment_dtype
+    return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the benchmark that the first argument names, of `HERE` or `ELSEWHERE`. Raises UserError."""
+    if argv and argv[0] in ELSEWHERE:
+        return importlib.import_module(f"kangaroo_jax.tools.bench_{argv[0]}").main(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="kangaroo bench",
+        description="Measure parts of the program on this machine.\n\nbenchmarks:\n"
+        + "".join(f"  {name:15} {line}\n" for name, line in (HERE | ELSEWHERE).items()),
+        epilog="Of " + ", ".join(ELSEWHERE) + " the flags are listed by kangaroo bench NAME --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=(*HERE, *ELSEWHERE), metavar="BENCHMARK", help="a name of the list above")
+    parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
+    parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
+    parser.add_argument("--frames", type=positive, default=64, help="vision: frames a call")
+    parser.add_argument("--moment_dtype", default="", help="train: of Adam's moments, instead of the config's")
+    parser.add_argument("--steps", type=positive, default=10, help="steps that are measured (of each, in each round)")
+    parser.add_argument("--rounds", type=positive, default=3, help="train-vs-torch: how often the two take turns")
+    parser.add_argument("--segments", type=positive, default=1, help="train-vs-torch: samples packed into a row")
+    parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
+    parser.add_argument(
+        "--layers",
+        type=positive,
+        default=32,
+        help="convert: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    keep_freed_memory()
+    config = bench_config(arguments)
+    result: dict[str, Any]
+    if arguments.what == "convert":
+        from kangaroo_jax.bench.convert import bench_convert, published_sizes
+
+        result = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
+    elif arguments.what == "train":
+        result = bench_train(config, arguments.steps)
+    elif arguments.what == "vision":
+        result = bench_vision(config, arguments.steps, arguments.frames)
+    else:
+        result = compare_with_torch(torch_config(), arguments.steps, arguments.rounds, arguments.segments)
+    print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))

@@ -1,0 +1,1 @@
+"""The command line: the table of jobs, their flags, and what runs them."""

@@ -1,0 +1,141 @@
+"""`kangaroo JOB ...`: runs one of the table of jobs.
+
+Bad input, a full disk and a place that may not be written are one line on stderr and exit code 2; Ctrl-C is exit
+code 130.
+"""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from kangaroo_jax.cli.arguments import parse
+from kangaroo_jax.cli.jobs import JOBS, Job
+from kangaroo_jax.system.terminal import outputs
+
+if TYPE_CHECKING:
+    from absl import flags
+
+USAGE = """usage: kangaroo JOB [--flag=value ...]
+       kangaroo JOB --help
+
+Kangaroo, a video-language model for long videos, in JAX.
+
+jobs:
+"""
+# Faults of the place and not of the program, wherever they are met.
+_OF_THE_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+
+
+def start() -> int:
+    """`main`, of a process that is a command."""
+    job = JOBS.get(sys.argv[1]) if sys.argv[1:] else None
+    if job is not None and job.huge_pages:
+        from kangaroo_jax.system.memory import ensure_huge_pages
+
+        ensure_huge_pages()
+    _watch_for_a_second_interrupt()
+    return main(interrupted=_end)
+
+
+def _end() -> NoReturn:
+    """End this process as interrupted, now.
+
+    What a compilation of XLA leaves in the frames of the interruption crashes the process where they are freed.
+    """
+    print("kangaroo: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _watch_for_a_second_interrupt() -> None:
+    """Let a second Ctrl-C end the process at once, whatever it is in.
+
+    The first is an exception that Python raises when a library's call returns, which may be minutes later, and that
+    closes what is open. Whoever presses it again does not want to wait for either.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(reader, 1) == bytes([signal.SIGINT])
+        _end()
+
+    threading.Thread(target=watch, name="interrupts", daemon=True).start()
+
+
+def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], object] | None = None) -> int:
+    """Run the job that the arguments (by default those of the process) name; returns the exit code.
+
+    `interrupted` is called when Ctrl-C has been pressed and what was open is closed; by default a line says so.
+    """
+    with outputs():
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            if interrupted is not None:
+                interrupted()
+            print("kangaroo: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            from kangaroo_jax.errors import UserError
+
+            full = os.strerror(errno.ENOSPC)
+            told = [full] if full in str(error) and not isinstance(error, UserError) else []  # Orbax: ValueError
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                told = [str(part) for part in (error.filename, error.strerror) if part]
+            if told:
+                error = UserError(": ".join(told) + "; nothing finished is lost: mend that, and run the same again")
+            if not isinstance(error, UserError):
+                raise
+            print(f"kangaroo: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
+        print(USAGE + "".join(f"  {name:12}{job.summary}\n" for name, job in JOBS.items()), end="")
+    elif arguments[0] == "--version":
+        from kangaroo_jax import __version__
+
+        print(f"kangaroo {__version__}")
+    else:
+        _run_job(arguments[0], arguments[1:])
+
+
+def _run_job(name: str, arguments: list[str]) -> None:
+    from absl import flags
+
+    from kangaroo_jax.config_files import nearest
+    from kangaroo_jax.errors import UserError
+
+    if name not in JOBS:
+        raise UserError(f"no job {name!r}{nearest(name, JOBS)}: kangaroo --help lists them")
+    job = JOBS[name]
+    values = flags.FlagValues()
+    if job.define is None:
+        job.run(values, arguments)
+        return
+    job.define(values)
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        word = next((argument for argument in arguments if argument in job.words), "")
+        print(_help(name, job, values, word), end="")
+        return
+    job.run(values, parse(values, name, arguments))
+
+
+def _help(name: str, job: Job, values: "flags.FlagValues", word: str) -> str:
+    """The help of a job, or of the job within it that `word` names."""
+    usage = f"usage: kangaroo {name} {word + ' ' if word else ''}[--flag=value ...]"
+    more = [*job.more.splitlines(), ""] if job.more and not word else []
+    lines = [usage, "", job.summary, "", *more, "flags:"]
+    for flag in job.words[word] if word else sorted(values):
+        default = "" if values[flag].default in (None, "", False) else f" (default {values[flag].default})"
+        lines.append(f"  --{flag:16} {values[flag].help}{default}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""The small world of the quickstart: scenes, drawings, sentences and damaged clips."""

@@ -1,0 +1,463 @@
+"""The corpus of the quickstart: real JPEG and H.264 files with captions, questions and conversations.
+
+`make_corpus(folder, seed, scale)` writes into `folder`
+
+    media/images, media/short, media/long       training media, and the same three under media/held_out
+    stage0.jsonl                                text only: notes in place of videos (stands in for Llama-3)
+    stage1.jsonl ... stage5.jsonl               LLaVA records of the five stages
+    eval_image.jsonl, eval_short.jsonl, eval_long.jsonl   held-out media, one question a record
+    manifest.json                               settings and counts; it is written last
+
+The text warm-up names every combination of thing and colour, as any pretrained decoder would know them; the
+combinations held out are of pixels. The same seed and scale give the same records and the same pixels.
+"""
+
+import dataclasses
+import functools
+import json
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.corpus.draw import split_scans, write_media
+from kangaroo_jax.corpus.scenes import Scene, SceneMaker, has_held_combination
+from kangaroo_jax.corpus.text import (
+    LANGUAGES,
+    LETTERS,
+    Fact,
+    Question,
+    ask,
+    chinese_words,
+    describe,
+    facts,
+    some_facts,
+)
+from kangaroo_jax.corpus.warmup import lesson, warmup_turns
+
+FORMAT = 5  # of the files; raise it when the same settings begin to give other records
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """How much of what. Counts are for scale 1; shares are from 0 to 1; kinds have relative weights."""
+
+    # Media
+    images: int = 12_000
+    shorts: int = 3000
+    longs: int = 400
+    held_images: int = 60
+    held_shorts: int = 120
+    held_longs: int = 60
+    short_fps: int = 4
+    long_fps: int = 2
+    image_kinds: tuple[tuple[str, float], ...] = (("image", 5), ("image_aside", 2), ("image_count", 3))
+    short_kinds: tuple[tuple[str, float], ...] = (
+        ("still", 1),
+        ("count", 4),
+        ("move", 5),
+        ("order", 7),
+        ("recolour", 1),
+        ("transform", 1),
+        ("appear", 1),
+        ("disappear", 1),
+    )
+    # Conversations
+    rounds: int = 6  # questions about one image or video in one conversation, at most
+    long_rounds: int = 9  # about a long video, whose frames cost much more than its questions
+    multiple_choice: float = 0.4  # share of the questions; the others are open
+    describe_last: float = 0.15  # share of conversations that end with a description
+    stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on every image follow,
+    stage1_more: int = 3000  # and so many captions among them
+    stage2_per_short: int = 4  # conversations of a short clip in stages 2 and 3; languages take turns
+    stage4_per_short: int = 6
+    some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4
+    some_text: int = 700  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
+    stage5_per_long: int = 10
+    stage5_again: int = 5000  # conversations of stage 4 repeated in stage 5
+    # Text warm-up
+    warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
+    # Evaluation: questions in both languages together
+    eval_image: tuple[int, int] = (80, 40)  # multiple choice, open
+    eval_short: tuple[int, int] = (400, 200)
+    eval_long: tuple[int, int] = (160, 80)
+
+    def scaled(self, scale: float) -> "Mixture":
+        """The same mixture with every count multiplied, never below a handful."""
+        media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
+        records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again")
+        counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
+        for name in ("eval_image", "eval_short", "eval_long"):
+            counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
+        return dataclasses.replace(self, warmup=self.warmup * scale, **counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Where the files of a finished corpus are. Records name their media relative to `folder`."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def warmup(self) -> Path:
+        """Text-only conversations of the warm-up: `stage0.jsonl`."""
+        return self.folder / "stage0.jsonl"
+
+    @property
+    def stages(self) -> tuple[Path, ...]:
+        """Records of stages 1 to 5."""
+        return tuple(self.folder / f"stage{i}.jsonl" for i in range(1, 6))
+
+    @property
+    def eval_files(self) -> dict[str, Path]:
+        """Held-out questions on `image`, `short` and `long` media."""
+        return {name: self.folder / f"eval_{name}.jsonl" for name in ("image", "short", "long")}
+
+    def chat_examples(self) -> list[tuple[str, Path, list[str]]]:
+        """(title, held-out video, questions) of a chat about a short and one about a long video.
+
+        The questions begin in English and end in Chinese.
+        """
+        short = ["Describe the video.", "What comes first?", "How many seconds are there?", "最后出现什么？"]
+        long = ["What comes first?", "What comes last?", "How many seconds are there?", "按时间描述视频。"]
+        examples = []
+        for title, name, questions in (("A short video", "short", short), ("A long video", "long", long)):
+            records = read_records(self.eval_files[name])
+            fitting = [r for r in records if r["question_kind"] == "last"] or records
+            examples.append((title, self.folder / fitting[0]["video"], questions))
+        return examples
+
+    def questions(self, name: str) -> list[tuple[Path, str]]:
+        """(held-out medium, question) of an evaluation file; `name` is image, short or long."""
+        return [
+            (
+                self.folder / (record.get("video") or record["image"]),
+                record["conversations"][0]["value"].split("\n", 1)[1],
+            )
+            for record in read_records(self.eval_files[name])
+        ]
+
+    def texts_for_tokenizer(self, limit: int = 6000) -> Iterator[str]:
+        """Text for a SentencePiece model: turns of the first `limit` records of each stage, cut into words.
+
+        Words and numbers stand alone as well as in their sentences, and Chinese only alone, so that no piece spans
+        two words or a word and its full stop.
+        """
+        english, numbers = set[str](), set[str]()
+        for path in (self.warmup, *self.stages):
+            with path.open(encoding="utf-8") as lines:
+                for _, line in zip(range(limit), lines, strict=False):
+                    for turn in json.loads(line)["conversations"]:
+                        text = turn["value"].replace("<video>\n", "").replace("<image>\n", "")
+                        numbers.update(re.findall("[0-9]+", text))
+                        if text.isascii():
+                            english.update(re.findall("[A-Za-z]+", text))
+                            yield re.sub(r"(?<=\w)(?=[^\w\s])", "\n", text)
+        for _ in range(limit // 10):
+            yield from ("user", "assistant", "system", *sorted(english), *sorted(numbers), *chinese_words())
+            yield from (f"{word} B" for word in chinese_words())  # as an answer says it
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSONL file of this corpus."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def scenes_of(folder: Path) -> dict[str, Scene]:
+    """The scene of every medium of a finished corpus, by its path relative to the folder: what is true of it.
+
+    Raises UserError where the corpus was made by another version of this module.
+    """
+    settings = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    if settings["format"] != FORMAT:
+        raise UserError(f"{folder}: a corpus of format {settings['format']}, and this is format {FORMAT}; make it anew")
+    plan = _plan_media(Mixture(**settings["mixture"]), settings["seed"])
+    return {media_name(name, i): scene for name, scenes in plan.items() for i, scene in enumerate(scenes)}
+
+
+def make_corpus(
+    folder: str | Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    *,
+    mixture: Mixture | None = None,
+    processes: int = 2,
+    tell: Callable[[str], None] = print,
+) -> Corpus:
+    """Write the corpus into `folder`, or find the finished one there.
+
+    `scale` multiplies every count. Media are drawn in `processes` processes (1 draws in this one). The files
+    stand in a temporary folder until all are written. Raises UserError where `folder` holds a corpus of other
+    settings, or other files.
+    """
+    plan = (mixture or Mixture()).scaled(scale)
+    settings = dict(format=FORMAT, seed=seed, mixture=json.loads(json.dumps(dataclasses.asdict(plan))))
+    folder = Path(folder)
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        found = json.loads(manifest.read_text())
+        if found["settings"] != settings:
+            raise UserError(
+                f"{folder}: a corpus of other settings (seed or counts); remove it or choose another folder"
+            )
+        return Corpus(folder, found)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds files that are no finished corpus; remove it or choose another folder")
+    start, temporary = time.monotonic(), folder.with_name(folder.name + ".partial")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    media = _plan_media(plan, seed)
+    _draw_all(media, temporary, processes, plan, lambda: _write_records(plan, seed, media, temporary), tell)
+    counts = {p.name: len(read_records(p)) for p in sorted(temporary.glob("*.jsonl"))}
+    counts.update({name: len(scenes) for name, scenes in media.items()})
+    made = dict(settings=settings, counts=counts, seconds=round(time.monotonic() - start, 1))
+    (temporary / "manifest.json").write_text(json.dumps(made, indent=1) + "\n")
+    temporary.replace(folder)
+    tell(f"corpus: {len(media)} folders of media and {sum(counts.values())} files and records in {made['seconds']} s")
+    return Corpus(folder, made)
+
+
+# ---------------------------------------------------------------------------------------------- media
+
+
+def _plan_media(plan: Mixture, seed: int) -> dict[str, list[Scene]]:
+    """Scenes of each folder of media; the number of a scene is the name of its file."""
+    scans = split_scans()
+    folders = {
+        "images": ("train", plan.images, plan.image_kinds),
+        "short": ("train", plan.shorts, plan.short_kinds),
+        "long": ("train", plan.longs, (("long", 1.0),)),
+        "held_out/images": ("eval", plan.held_images, plan.image_kinds),
+        "held_out/short": ("eval", plan.held_shorts, plan.short_kinds),
+        "held_out/long": ("eval", plan.held_longs, (("long", 1.0),)),
+    }
+    media = {}
+    for folder, (split, count, kinds) in folders.items():
+        maker = SceneMaker(split, scans[split], random.Random(f"{seed}/{folder}"))
+        media[folder] = [maker.make(kind) for kind in _spread(kinds, count)]
+    return media
+
+
+def _spread(weights: Sequence[tuple[str, float]], count: int) -> list[str]:
+    """`count` names in the proportions of their weights, evenly interleaved."""
+    total, given = sum(w for _, w in weights), dict.fromkeys((name for name, _ in weights), 0)
+    order = []
+    for i in range(1, count + 1):
+        name = max(weights, key=lambda pair: pair[1] / total * i - given[pair[0]])[0]
+        given[name] += 1
+        order.append(name)
+    return order
+
+
+def media_name(folder: str, number: int) -> str:
+    """Path of a medium relative to the corpus."""
+    return f"media/{folder}/{number:05d}.{'jpg' if folder.endswith('images') else 'mp4'}"
+
+
+def _draw_all(
+    media: dict[str, list[Scene]],
+    root: Path,
+    processes: int,
+    plan: Mixture,
+    meanwhile: Callable[[], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Write all media in `processes` processes, while this one writes the text."""
+    work = []
+    for folder, scenes in media.items():
+        (root / "media" / folder).mkdir(parents=True)
+        fps = plan.long_fps if folder.endswith("long") else plan.short_fps
+        work += [(scene, str(root / media_name(folder, i)), fps) for i, scene in enumerate(scenes)]
+    tell(f"corpus: writing {len(work)} images and videos")
+    if processes == 1:
+        write_media(work)
+        meanwhile()
+        return
+    workers = [_start(functools.partial(write_media, work[i::processes])) for i in range(processes)]
+    try:
+        meanwhile()
+        failed = [worker.returncode for worker in workers if worker.wait()]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if failed:
+        raise RuntimeError(f"a process that draws the corpus ended with code {failed[0]}; its message stands above")
+
+
+def _start(job: Callable[[], None]) -> subprocess.Popen:
+    """A fresh Python process that does a job; unlike multiprocessing's it does not import the caller's main module."""
+    code = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); pickle.load(sys.stdin.buffer)()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert worker.stdin is not None
+    worker.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
+    worker.stdin.close()
+    return worker
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> dict:
+    """A LLaVA record of (question, answer) turns; the medium's tag begins the first question."""
+    key = "image" if medium.endswith("jpg") else "video"
+    conversations = []
+    for i, (question, answer) in enumerate(turns):
+        tag = f"<{key}>\n" if medium and not i else ""
+        conversations.append({"from": "human", "value": tag + question})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
+
+
+def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
+    """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
+    chosen = some_facts(scene, plan.long_rounds if scene.kind == "long" else plan.rounds, rng)
+    asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
+    turns = [(q.text, q.told) for q in asked]
+    if rng.random() < plan.describe_last:
+        turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
+    return turns
+
+
+def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
+    """Text-only conversations, in the order in which they are to be read."""
+    rng = random.Random(f"{seed}/warmup")
+    maker = _text_maker(rng)
+    lessons = warmup_turns(maker, rng, plan.short_kinds, lambda count: max(round(count * plan.warmup), 1))
+    return (_record(name, turns) for name, turns in lessons)
+
+
+def _text_maker(rng: random.Random) -> SceneMaker:
+    """Scenes for text: words of every combination, as any text would have them."""
+    return SceneMaker("any", split_scans()["train"], rng)
+
+
+def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict]:
+    for i, scene in enumerate(media[folder]):
+        for language in LANGUAGES:
+            name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
+            yield _record(name, [describe(scene, language, dense)], media_name(folder, i))
+
+
+def _instructions(
+    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: Mixture, rng: random.Random
+) -> Iterator[dict]:
+    """`each` conversations on each of the first `count` media of a folder; languages take turns."""
+    for i, scene in enumerate(media[folder][:count]):
+        for k in range(each):
+            language = LANGUAGES[(i + k) % 2]
+            turns = _questions(scene, language, plan, rng)
+            yield _record(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
+
+
+def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
+    rng = random.Random(f"{seed}/records")
+    captions, dense, long_dense = (
+        list(_captions(media, folder, dense)) for folder, dense in (("images", False), ("short", True), ("long", True))
+    )
+    rng.shuffle(captions)
+    first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
+    shorts = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
+    lately = _with_others(shorts, media, plan.some_images, plan, rng)
+    stages = [
+        _with_others(more, media, plan.images, plan, rng),
+        *(
+            _with_others(
+                dense + list(_instructions(media, "short", plan.shorts, plan.stage2_per_short, plan, rng)),
+                media,
+                plan.some_images,
+                plan,
+                rng,
+            )
+            for _ in (2, 3)
+        ),
+        lately,
+        list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
+        + long_dense
+        + rng.sample(lately, min(plan.stage5_again, len(lately))),
+    ]
+    for i, records in enumerate(stages, 1):
+        rng.shuffle(records)
+        _write(root / f"stage{i}.jsonl", first + records if i == 1 else records)
+    _write(root / "stage0.jsonl", _warmup_records(plan, seed))
+    for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
+        folder = f"held_out/{folder}"
+        counts = getattr(plan, f"eval_{name}")
+        _write(root / f"eval_{name}.jsonl", _evaluation(media[folder], folder, counts, seed))
+
+
+def _with_others(
+    records: list[dict], media: dict[str, list[Scene]], images: int, plan: Mixture, rng: random.Random
+) -> list[dict]:
+    """Records of a stage, conversations on `images` images, and some without media, so that neither is forgotten."""
+    texts = lesson(-1, plan.some_text, _text_maker(rng), rng, plan.short_kinds)
+    told = [_record(f"text-{i:05d}", turns) for i, turns in enumerate(texts)]
+    return records + list(_instructions(media, "images", images, 1, plan, rng)) + told
+
+
+def _write(path: Path, records: Iterable[dict]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def _evaluation(scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int) -> list[dict]:
+    """Questions on held-out media: kinds take turns, letters are balanced, each is asked in both languages.
+
+    The two languages of a question have the same options in the same order. Questions on one medium stand
+    together, so that its vision tokens can be shared.
+    """
+    rng = random.Random(f"{seed}/{folder}/evaluation")
+    chosen: list[tuple[int, Fact, str, str]] = []
+    for style, count in zip(("mcq", "open"), counts, strict=True):
+        letters = [LETTERS[i % 4] for i in range(count // 2)]
+        rng.shuffle(letters)
+        for (number, fact), letter in zip(_by_turns(scenes, rng), letters, strict=False):
+            chosen.append((number, fact, style, letter if style == "mcq" else ""))
+    records: list[dict] = []
+    for number, fact, style, letter in sorted(chosen, key=lambda c: c[0]):
+        options_seed = rng.getrandbits(32)
+        for language in LANGUAGES:
+            question = ask(fact, language, random.Random(options_seed), letter)
+            record = _record(f"{folder}-{number:05d}-q{len(records):04d}-{language}", [], media_name(folder, number))
+            records.append(_evaluation_record(record, question, style, scenes[number]))
+    return records
+
+
+def _by_turns(scenes: Sequence[Scene], rng: random.Random) -> Iterator[tuple[int, Fact]]:
+    """(number of the scene, fact), each once, in random order but one of every kind in turn."""
+    by_kind: dict[str, list[tuple[int, Fact]]] = {}
+    for number, scene in enumerate(scenes):
+        for fact in facts(scene):
+            by_kind.setdefault(fact.kind, []).append((number, fact))
+    for entries in by_kind.values():
+        rng.shuffle(entries)
+    while by_kind:
+        for kind in sorted(by_kind):
+            yield by_kind[kind].pop()
+            if not by_kind[kind]:
+                del by_kind[kind]
+
+
+def _evaluation_record(record: dict, question: Question, style: str, scene: Scene) -> dict:
+    key = "image" if "image" in record else "video"
+    turns = _record("", [(question.text, question.told)], record[key])["conversations"]
+    return record | {
+        "conversations": turns,
+        "question_kind": question.kind,
+        "format": style,
+        "language": question.language,
+        "answer": question.answer,
+        "options": list(question.options),
+        "scene_kind": scene.kind,
+        "unseen_combination": has_held_combination(scene),
+    }

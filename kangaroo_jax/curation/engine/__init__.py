@@ -1,0 +1,1 @@
+"""Runs the stages over shards, in worker processes or under Ray."""

@@ -1,0 +1,133 @@
+"""What runs on Ray's nodes: tasks, and actors that keep the models of some stages from shard to shard.
+
+`config.engine.actors` of them are started, with the cores, GPUs and other resources (TPU chips) of the config. Then a
+task runs the stages of a shard that need no actor, and an actor that is idle runs the others and writes the scores.
+Each has a guarded process, so that a file costs only itself there, too. Actors whose node is lost start elsewhere, and
+their shard again.
+"""
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.system.guard import Guard
+from kangaroo_jax.curation.engine.run_shard import Plan, run_shard, run_stages
+from kangaroo_jax.curation.engine.shards import Shard
+from kangaroo_jax.curation.stages.base import Settings, Stage
+from kangaroo_jax.errors import UserError
+
+Calls = list[tuple[str, str, float]]  # what progress is told
+_guards: dict[Path, Guard] = {}  # of a Ray worker, kept from task to task
+
+
+def ray_task(shard: Shard, plan: Plan, actors: bool) -> Calls:
+    """One shard, without the stages of actors where there are some; returns what progress is told of it."""
+    calls: Calls = []
+    guard = _guards.setdefault(plan.root, plan.guard())
+    if actors:
+        stages = task_stages(plan.stages, plan.config["engine"]["actor_stages"])
+        run_stages(shard, plan, guard, lambda *call: calls.append(call), stages)
+    else:
+        run_shard(shard, plan, guard, lambda *call: calls.append(call))
+    return calls
+
+
+def task_stages(stages: Sequence[Stage], of_actors: Sequence[str]) -> list[Stage]:
+    """The stages that are not of actors and follow none that is."""
+    left: list[Stage] = []
+    beyond = set(of_actors)
+    for stage in stages:
+        if stage.name in beyond or beyond & set(stage.after):
+            beyond.add(stage.name)
+        else:
+            left.append(stage)
+    return left
+
+
+class Actor:
+    """Runs what tasks left of shards. Its guarded process, and the models in it, last as long as it does."""
+
+    def __init__(self, plan: Plan) -> None:
+        """`plan` of all shards."""
+        self._plan, self._guard = plan, plan.guard()
+
+    def run(self, shard: Shard) -> Calls:
+        """Finish a shard; returns what progress is told of it."""
+        calls: Calls = []
+        run_shard(shard, self._plan, self._guard, lambda *call: calls.append(call))
+        return calls
+
+
+class Actors:
+    """A pool of actors, which may be empty, and the shards that wait for one."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Raises UserError: Ray has not what the config asks for."""
+        engine = plan.config["engine"]
+        if engine["actors"]:
+            _check_resources(engine)
+        self._actors = _started(plan)
+        self._idle = collections.deque(self._actors)
+        self._waiting: collections.deque[Shard] = collections.deque()
+        self.running: dict[Any, tuple[Any, Shard]] = {}
+
+    @property
+    def any(self) -> bool:
+        """Whether the config has some."""
+        return bool(self._actors)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a shard waits or is under way."""
+        return bool(self._waiting or self.running)
+
+    def add(self, shard: Shard) -> None:
+        """Let a shard wait for an actor."""
+        self._waiting.append(shard)
+
+    def start(self) -> None:
+        """Give shards that wait to actors that are idle."""
+        while self._waiting and self._idle:
+            actor, shard = self._idle.popleft(), self._waiting.popleft()
+            self.running[actor.run.remote(shard)] = actor, shard
+
+    def take(self, reference: Any) -> Shard:
+        """The shard of a result; its actor is idle again."""
+        actor, shard = self.running.pop(reference)
+        self._idle.append(actor)
+        return shard
+
+
+def _check_resources(engine: Settings) -> None:
+    """Raises UserError: Ray has not what the config asks for."""
+    import ray
+
+    need = {"CPU": engine["actor_cpus"], "GPU": engine["actor_gpus"], **dict(engine["actor_resources"])}
+    there = ray.cluster_resources()
+    for name, amount in need.items():
+        if amount > there.get(name, 0.0):
+            raise UserError(
+                f"--engine=ray: an actor asks for {amount:g} {name} and all nodes have {there.get(name, 0.0):g}; "
+                "see config.engine.actor_cpus, actor_gpus and actor_resources"
+            )
+    if engine["actors"] * engine["actor_cpus"] > there.get("CPU", 0.0) - 1:
+        raise UserError(
+            f"--engine=ray: {engine['actors']} actors of {engine['actor_cpus']:g} CPU leave none of the "
+            f"{there.get('CPU', 0.0):g} CPU to tasks; lower config.engine.actors or actor_cpus"
+        )
+
+
+def _started(plan: Plan) -> list[Any]:
+    """The actors that the config asks for."""
+    import ray
+
+    engine = plan.config["engine"]
+    kind = ray.remote(Actor).options(
+        num_cpus=engine["actor_cpus"],
+        num_gpus=engine["actor_gpus"],
+        resources=dict(engine["actor_resources"]),
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    return [kind.remote(plan) for _ in range(engine["actors"])]

@@ -1,0 +1,201 @@
+"""Engines: what runs all shards. Both run `run_shard`, which writes the same bytes wherever it runs.
+
+`local`: threads of this process, each with a worker process that may be lost. `ray`: Ray tasks, each with the same,
+and actors for stages with large models (`ray_workers`).
+"""
+
+import collections
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kangaroo_jax.system.guard import Guard, Stopped
+from kangaroo_jax.curation.engine.ray_workers import Actors, ray_task
+from kangaroo_jax.curation.engine.run_shard import Plan, is_done, run_shard
+from kangaroo_jax.curation.engine.shards import Shard
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.installing import install_line
+
+_TELL_EVERY = 5.0  # seconds
+_MOST_FAILURES_SHOWN = 20
+
+
+class Progress:
+    """Lines on stdout: shards, rows, rates a stage, what failed, time left. Shared by threads."""
+
+    def __init__(self, shards: Sequence[Shard], todo: Sequence[Shard], tell: Callable[[str], None] = print) -> None:
+        self._shards, self._tell, self._lock = len(shards), tell, threading.Lock()
+        self._done = self._shards - len(todo)
+        self._items, self._finished = sum(len(shard.items) for shard in todo), 0
+        self._begin = self._last = time.monotonic()
+        self._calls: collections.Counter[str] = collections.Counter()
+        self._failures = 0
+        if todo:
+            done = f"; {self._done} of {self._shards} shards are done" if self._done else ""
+            tell(f"curate: {self._items:,} items in {len(todo)} shards{done}")
+
+    def stage(self, stage: str, failure: str, seconds: float) -> None:
+        """One row of a stage is scored, or failed."""
+        with self._lock:
+            self._calls[stage] += 1
+            if failure:
+                self._failures += 1
+                if self._failures <= _MOST_FAILURES_SHOWN:
+                    self._tell(f"curate: {stage}: {failure}")
+            if time.monotonic() - self._last > _TELL_EVERY:
+                self._line()
+
+    def shard(self, shard: Shard) -> None:
+        """A shard is done."""
+        with self._lock:
+            self._done, self._finished = self._done + 1, self._finished + len(shard.items)
+            if self._done == self._shards or time.monotonic() - self._last > _TELL_EVERY:
+                self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        seconds = self._last - self._begin
+        rates = ", ".join(f"{name} {count / seconds:.1f}/s" for name, count in self._calls.items())
+        left = (self._items - self._finished) * seconds / self._finished if self._finished else 0.0
+        eta = f", ETA {int(left) // 60}:{int(left) % 60:02d}" if self._finished else ""
+        failed = f", {self._failures} failed" if self._failures else ""
+        self._tell(f"curate: {self._done}/{self._shards} shards{eta}{failed}; {rates}")
+
+
+def unfinished(shards: Sequence[Shard], plan: Plan) -> list[Shard]:
+    """Shards that are not done, those with most bytes to read first: a long one at the end would be waited for."""
+
+    def size(shard: Shard) -> int:
+        return sum(os.path.getsize(item["path"]) for item in shard.items if os.path.exists(item["path"]))
+
+    return sorted((shard for shard in shards if not is_done(shard, plan)), key=lambda shard: (-size(shard), shard.name))
+
+
+def run_local(shards: Sequence[Shard], plan: Plan, workers: int = 0) -> None:
+    """Score the shards with `workers` processes (0: one a core).
+
+    Ctrl-C ends them at once; what is finished stays, and the next run goes on from there. Raises UserError.
+    """
+    todo = unfinished(shards, plan)
+    progress = Progress(shards, todo)
+    line: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+    for shard in todo:
+        line.put(shard)
+    guards = [plan.guard() for _ in range(min(len(todo), workers or os.cpu_count() or 1))]
+    errors: list[BaseException] = []
+
+    def work(guard: Guard) -> None:
+        try:
+            while not errors:
+                shard = line.get_nowait()
+                run_shard(shard, plan, guard, progress.stage)
+                progress.shard(shard)
+        except (queue.Empty, Stopped):
+            pass
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            guard.close()
+
+    threads = [threading.Thread(target=work, args=(guard,), daemon=True) for guard in guards]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(timeout=0.2)
+    finally:
+        for guard in guards:
+            guard.close()
+        for thread in threads:
+            thread.join(timeout=5)
+    if errors:
+        raise errors[0]
+
+
+# ------------------------------------------------------------------------------------- Ray
+
+
+def run_ray(shards: Sequence[Shard], plan: Plan, address: str = "", workers: int = 0) -> None:
+    """Score the shards as Ray tasks, of one core each.
+
+    Args:
+        address: of a cluster (`auto`, `ray://...`, `host:6379`); "" starts Ray in this process and ends it after.
+        workers: cores of a Ray that is started here; 0 is all.
+
+    The media and the output folder must have the same paths on all nodes. A task whose node is lost is run again on
+    another; it finds what was finished there. Raises UserError.
+    """
+    if not address and "RAY_ADDRESS" not in os.environ and sys.modules.get("ray") is None:
+        # Without it, who reaches its port runs code. Ray's own token would lie in the home folder, for all to read.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        import ray
+    except ImportError:
+        raise UserError(f"--engine=ray needs the package ray: {install_line('curation', 'ray')}") from None
+    todo = unfinished(shards, plan)
+    progress = Progress(shards, todo)
+    if not todo:
+        return
+    started = not ray.is_initialized()
+    if started:
+        _connect(address, workers)
+    try:
+        _ray_loop(todo, plan, progress)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _connect(address: str, workers: int) -> None:
+    import ray
+
+    environment = (
+        {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}} if not address else {}
+    )
+    try:
+        ray.init(
+            address=address or None,
+            num_cpus=None if address else (workers or None),
+            log_to_driver=False,
+            include_dashboard=False if not address else None,
+            runtime_env=environment,
+        )
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(f"--ray_address={address}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:
+    """Shards as tasks, and then their other stages by actors, where the config has some."""
+    import ray
+
+    shared, pool = ray.put(plan), Actors(plan)
+    task = ray.remote(num_cpus=1, max_retries=-1)(ray_task)
+    waiting = collections.deque(todo)
+    running: dict[Any, Shard] = {}
+    while waiting or running or pool.busy:
+        ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        while waiting and len(running) < ahead:
+            shard = waiting.popleft()
+            running[task.remote(shard, shared, pool.any)] = shard
+        pool.start()
+        ready, _ = ray.wait([*running, *pool.running], num_returns=1, timeout=1.0)
+        for reference in ready:
+            of_task = reference in running
+            shard = running.pop(reference) if of_task else pool.take(reference)
+            try:
+                calls = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            for call in calls:
+                progress.stage(*call)
+            if of_task and pool.any:
+                pool.add(shard)
+            else:
+                progress.shard(shard)

@@ -1,0 +1,224 @@
+"""A shard through all stages: what every engine runs. What is done already is read, and not computed again."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.curation.engine import shards
+from kangaroo_jax.system.guard import Guard, Lost, SetupError
+from kangaroo_jax.curation.engine.shards import Shard
+from kangaroo_jax.curation.stages import run_stage
+from kangaroo_jax.curation.stages.base import Row, Stage
+from kangaroo_jax.errors import UserError
+
+Job = Callable[..., Any]
+Tell = Callable[[str, str, float], None]  # stage, "" or why it failed, CPU seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is done to all shards. `job` is what a process runs: (stage's name, row, settings, root)."""
+
+    root: Path
+    stages: tuple[Stage, ...]
+    config: Mapping[str, Any]
+    job: Job = run_stage
+
+    def guard(self) -> Guard:
+        """A process for this plan's jobs."""
+        engine = self.config["engine"]
+        return Guard(self.job, seconds=engine["item_seconds"], memory_mib=engine["memory_mib"])
+
+
+def is_done(shard: Shard, plan: Plan) -> bool:
+    """Whether the shard's scores are those that `run_shard` would write."""
+    found = shards.done(shards.score_file(plan.root, shard.name))
+    return found is not None and found["keys"] == shards.stage_keys(shard, plan.stages, plan.config)
+
+
+def run_shard(shard: Shard, plan: Plan, guard: Guard, tell: Tell) -> Row:
+    """Score a shard, stage by stage; returns its marker: counts of rows and of failures.
+
+    Raises Stopped if the guard is closed; what was finished before stays.
+    """
+    rows = run_stages(shard, plan, guard, tell, plan.stages)
+    target = shards.score_file(plan.root, shard.name)
+    shards.marker(target).unlink(missing_ok=True)
+    _forget_old(plan.root, target, {row["id"] for row in rows})
+    rows = [_final(row) for row in rows]
+    done: Row = {"rows": len(rows), "failed": sum(bool(row["failures"]) for row in rows)}
+    done["keys"] = shards.stage_keys(shard, plan.stages, plan.config)
+    shards.put_rows(plan.root, target, rows, done)
+    return done
+
+
+def run_stages(shard: Shard, plan: Plan, guard: Guard, tell: Tell, stages: Sequence[Stage]) -> list[Row]:
+    """Run some of the plan's stages, with those that they follow; returns the rows with what they found."""
+    keys = shards.stage_keys(shard, plan.stages, plan.config)
+    rows = [dict(item) for item in shard.items]
+    for group in _groups(stages):
+        files = {stage: shards.stage_file(plan.root, stage.name, shard.name, keys[stage.name]) for stage in group}
+        todo = [stage for stage, file in files.items() if shards.done(file) is None]
+        for stage in todo:
+            _remove_others(files[stage])
+        spent = {stage: Spent(tell) for stage in todo}
+        for stage, found in _all_scored(rows, plan, guard, spent).items():
+            failed = sum("failure" in one for one in found)
+            shards.put_rows(plan.root, files[stage], found, {"rows": len(found), "failed": failed})
+            spent[stage].write(plan.root, stage.name, shard.name)
+        for stage, file in files.items():
+            rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
+    return rows
+
+
+def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages side by side that follow the same ones: what they read of a clip is the same, so it is read once.
+
+    A stage that takes many rows at a time is alone.
+    """
+    groups: list[list[Stage]] = []
+    for stage in stages:
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.after == stage.after and last.score_many is stage.score_many is None:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+class Spent:
+    """CPU seconds of a stage in a shard; passes on to another what it is told."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._seconds, self._begin = tell, list[float](), time.time()
+        self.memory = 0.0  # resident MiB of the process, at most
+
+    def __call__(self, stage: str, failure: str, seconds: float) -> None:
+        self._seconds.append(seconds)
+        self._tell(stage, failure, seconds)
+
+    def write(self, root: Path, stage: str, shard: str) -> None:
+        """OUTPUT/timings/STAGE/SHARD.json."""
+        if self._seconds:
+            value: Row = {
+                "cpu_seconds": [round(s, 4) for s in self._seconds],
+                "wall": round(time.time() - self._begin, 3),
+            }
+            value["memory_mib"] = round(self.memory, 1)
+            shards.put(root, root / "timings" / stage / f"{shard}.json", json.dumps(value).encode())
+
+
+def _applies(stage: Stage, row: Row) -> bool:
+    return row["kind"] in stage.kinds and all(name in row for name in stage.after)
+
+
+def _all_scored(rows: Sequence[Row], plan: Plan, guard: Guard, spent: Mapping[Stage, Spent]) -> dict[Stage, list[Row]]:
+    """What each stage says of the rows: all of them of a row before the next row."""
+    found: dict[Stage, list[Row]] = {stage: [] for stage in spent}
+    for stage in spent:
+        if stage.score_many is not None:
+            return {
+                stage: _scored_together([row for row in rows if _applies(stage, row)], stage, plan, guard, spent[stage])
+            }
+    for row in rows:
+        for stage, tell in spent.items():
+            if _applies(stage, row):
+                found[stage].append(_scored(row, stage, plan, guard, tell))
+    return found
+
+
+def _scored_together(rows: Sequence[Row], stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> list[Row]:
+    """What the stage says of the rows: several at a time, each alone where that fails."""
+    settings = plan.config[stage.name]
+    found: list[Row] = []
+    for first in range(0, len(rows), settings["batch"]):
+        part = rows[first : first + settings["batch"]]
+        try:
+            outcomes, seconds, memory = guard.call(stage.name, part, settings, str(plan.root))
+        except SetupError:
+            raise
+        except (UserError, Lost):  # because of one of them: which, is seen now
+            found += [_scored(row, stage, plan, guard, tell) for row in part]
+            continue
+        for _ in part:
+            tell(stage.name, "", seconds / len(part))
+        tell.memory = max(tell.memory, memory)
+        found += [{"id": row["id"], "scores": one.scores} for row, one in zip(part, outcomes, strict=True)]
+    return found
+
+
+def _scored(row: Row, stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> Row:
+    """What the stage says of a row, or why it cannot say anything; key frames are written here."""
+    settings = plan.config.get(stage.name, {})
+    try:
+        outcome, seconds, memory = guard.call(stage.name, row, settings, str(plan.root))
+    except SetupError:
+        raise
+    except (UserError, Lost) as error:
+        tell(stage.name, str(error), 0.0)
+        return {"id": row["id"], "failure": str(error)}
+    tell(stage.name, "", seconds)
+    tell.memory = max(tell.memory, memory)
+    if outcome.files:
+        folder = plan.root / "keyframes" / row["id"]
+        for k, data in enumerate(outcome.files):
+            shards.put(plan.root, folder / f"{k}.jpg", data)
+        for extra in folder.iterdir():  # of settings with more of them
+            if int(extra.stem) >= len(outcome.files):
+                extra.unlink()
+    found = {"id": row["id"], "scores": outcome.scores}
+    return found if outcome.clips is None else {**found, "clips": outcome.clips}
+
+
+def _merged(rows: Sequence[Row], stage: Stage, found: Mapping[str, Row]) -> list[Row]:
+    """Rows with what the stage found; a row for each clip where it divides them."""
+    merged: list[Row] = []
+    for row in rows:
+        one = found.get(row["id"])
+        if one is None:
+            merged.append(row)
+        elif "failure" in one:
+            merged.append({**row, "failures": {**row.get("failures", {}), stage.name: one["failure"]}})
+        else:
+            scored = {**row, stage.name: one["scores"]}
+            clips = one.get("clips")
+            if clips is None:
+                merged.append(scored)
+            else:
+                merged += [
+                    {
+                        **scored,
+                        "item": row["id"],
+                        "id": row["id"] if len(clips) == 1 else f"{row['id']}.{number:04d}",
+                        "start": start,
+                        "end": end,
+                    }
+                    for number, (start, end) in enumerate(clips)
+                ]
+    return merged
+
+
+def _remove_others(file: Path) -> None:
+    """Remove what the stage found of this shard under other settings; its key frames are about to be replaced."""
+    shard = file.stem.rpartition("-")[0]
+    for other in file.parent.glob(f"{shard}-*"):
+        if other.stem != file.stem:
+            shards.marker(other).unlink(missing_ok=True)
+            other.unlink(missing_ok=True)
+
+
+def _forget_old(root: Path, target: Path, ids: set[str]) -> None:
+    """Remove the key frames of clips that the shard no longer has."""
+    if target.exists():
+        for row in shards.rows_of(target):
+            if row["id"] not in ids:
+                shutil.rmtree(root / "keyframes" / row["id"], ignore_errors=True)
+
+
+def _final(row: Row) -> Row:
+    times = row.get("keyframes", {}).get("times", [])
+    return {"item": row["id"], **row, "failures": row.get("failures", {}), "keyframe_times": times}

@@ -1,0 +1,156 @@
+"""Shards: parts of the input that are scored, written and resumed together.
+
+    OUTPUT/stages/STAGE/00003-of-00008-KEY.jsonl, .done    what a stage found, a row a line
+    OUTPUT/keyframes/CLIP/0.jpg ...
+    OUTPUT/scores/00003-of-00008.jsonl                   all scores of the shard's clips, a line each
+    OUTPUT/timings/...             seconds: with report.html, which shows them, all that differs between two runs
+
+KEY is a hash of the items (and of the size and time of their files), of the stage's settings and the version of its
+code, and of the same of the stages that it follows. A file that is there under its name is what a new run would write.
+Files are written in OUTPUT/stages/tmp, flushed to the disk and renamed; `.done` is written last.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kangaroo_jax.curation.engine.manifest import FOLDERS, Item, is_output, item_state
+from kangaroo_jax.curation.stages.base import Row, Settings, Stage
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import utf8
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some of the items."""
+
+    name: str  # 00003-of-00008
+    items: tuple[Item, ...]
+    key: str  # of the items and the state of their files
+
+
+def make_shards(items: Sequence[Item], most: int) -> list[Shard]:
+    """Items spread by the hash of their ids, at most `most` on average and enough shards to share a small input.
+
+    An item added later falls into one of the shards, and only that one changes (until their number doubles).
+    """
+    count = 1
+    while count * min(most, max(1, len(items) // 32)) < len(items):
+        count *= 2
+    parts: list[list[Item]] = [[] for _ in range(count)]
+    for item in items:
+        parts[int(hashlib.sha256(item["id"].encode()).hexdigest()[:8], 16) % count].append(item)
+    names = [f"{number:05d}-of-{count:05d}" for number in range(count)]
+    return [Shard(name, tuple(part), item_state(part)) for name, part in zip(names, parts, strict=True) if part]
+
+
+def stage_keys(shard: Shard, stages: Sequence[Stage], config: Settings) -> dict[str, str]:
+    """The key of each stage for a shard."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        parents = [keys[name] for name in stage.after] or [shard.key]
+        parts = [stage.name, stage.version, config.get(stage.name, {}), parents]
+        keys[stage.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return keys
+
+
+# ----------------------------------------------------------------------------------- files
+
+
+def put(root: Path, target: Path, data: bytes) -> None:
+    """A file that is there whole or not at all, also after a crash of the machine."""
+    temporary = root / "stages" / "tmp" / uuid.uuid4().hex
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def put_rows(root: Path, target: Path, rows: Iterable[Row], done: Row) -> None:
+    """Rows as JSONL, then its marker."""
+    put(root, target, lines(rows))
+    put(root, marker(target), (json.dumps(done, sort_keys=True) + "\n").encode())
+
+
+def lines(rows: Iterable[Row]) -> bytes:
+    """JSONL, keys in order: equal rows are equal bytes."""
+    return utf8("".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows))
+
+
+def marker(target: Path) -> Path:
+    """The file that says that another is whole and final."""
+    return target.with_suffix(".done")
+
+
+def done(target: Path) -> Row | None:
+    """What the marker of a file says, None where there is none."""
+    try:
+        return json.loads(marker(target).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL file."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def stage_file(root: Path, stage: str, shard: str, key: str) -> Path:
+    """What a stage wrote of a shard."""
+    return root / "stages" / stage / f"{shard}-{key}.jsonl"
+
+
+def score_file(root: Path, shard: str) -> Path:
+    """All scores of a shard."""
+    return root / "scores" / f"{shard}.jsonl"
+
+
+def all_scores(root: Path) -> Iterator[Row]:
+    """Every row of OUTPUT/scores, shard by shard. Raises UserError: there are none."""
+    for file in score_files(root):
+        yield from rows_of(file)
+
+
+def score_files(root: Path) -> list[Path]:
+    """The files of OUTPUT/scores. Raises UserError: there are none."""
+    files = sorted((root / "scores").glob("*.jsonl"))
+    if not files:
+        raise UserError(f"{root}: no scores here; run kangaroo curate --input=... --output={root} first")
+    return files
+
+
+@contextlib.contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """The folder for this run alone; what a killed run was writing is removed.
+
+    Raises UserError: it cannot be written, another run writes there, or it holds folders that others wrote.
+    """
+    foreign = next((name for name in FOLDERS if (root / name).exists()), None)
+    if foreign and not is_output(root):
+        raise UserError(f"{root}: has a folder {foreign!r} that is not of kangaroo curate; give another --output")
+    try:
+        (root / "stages").mkdir(parents=True, exist_ok=True)
+        file: Any = open(root / "stages" / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error.strerror or error})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{root}: another run is writing here; wait for it, or give another --output") from None
+        shutil.rmtree(root / "stages" / "tmp", ignore_errors=True)
+        yield
+        shutil.rmtree(root / "stages" / "tmp", ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What is in training data before it is trained on: records, media, lengths."""

@@ -1,0 +1,84 @@
+"""What is wrong with records: each is read, and those that cannot be are told apart from those that are only odd."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.annotations.conversation import Conversation
+from kangaroo_jax.data.batches.mixture import Source
+from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.media.video import clip_range
+
+SHOWN = 20  # wrong records that are printed, of each kind of mistake
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clip:
+    """A stretch of a video that a record asks for, in seconds."""
+
+    where: str
+    path: str
+    start: float | None
+    end: float | None
+
+
+class Records:
+    """The conversations of all sources; wrong records are printed (the first SHOWN), counted, and left out."""
+
+    def __init__(self, sources: Sequence[Source], tell: Tell = print) -> None:
+        self._sources, self._tell = sources, tell
+        self._clips: list[_Clip] = []
+        self.wrong = 0
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """Every conversation that can be read, once; the files say then of what formats they are."""
+        for source in self._sources:
+            for i in range(len(source.file)):
+                found = source.file.look_at(i)
+                if isinstance(found, UserError):
+                    self._bad(str(found))
+                    continue
+                for medium in found.media:
+                    if medium.kind == "video" and not medium.frames and (medium.start or medium.end):
+                        where = f"{short(source.file.path)}, sample {found.id!r}"
+                        self._clips.append(_Clip(where, medium.path, medium.start, medium.end))
+                yield found
+
+    def _bad(self, reason: str) -> None:
+        self.wrong += 1
+        if self.wrong <= SHOWN:
+            self._tell(f"BAD {reason}")
+
+    def check_clips(self, report: Path) -> None:
+        """Count the records whose `start` and `end` leave nothing of a video; a report of the media has its length."""
+        if not self._clips:
+            return
+        seconds = {}
+        with report.open("rb") as file:
+            for line in file:
+                row = json.loads(line)
+                if not row["problems"]:
+                    seconds[row["path"]] = row["stated_seconds"] or row["seconds"]
+        for clip in self._clips:
+            if clip.path in seconds:
+                try:
+                    clip_range(short(clip.path), seconds[clip.path], clip.start, clip.end)
+                except UserError as error:
+                    self._bad(f"{clip.where}: {error}")
+
+    def summary(self) -> None:
+        """Print a line for each source, what is odd about its records, and how many were wrong."""
+        notes: collections.Counter[str] = collections.Counter()
+        for source in self._sources:
+            self._tell(source.file.describe())
+            notes.update(source.file.notes)
+        for note, count in notes.most_common():
+            self._tell(f"note: {count:,} records: {note}")
+        if self.wrong:
+            total = sum(len(source.file) for source in self._sources)
+            unseen = f", the first {SHOWN} are above" if self.wrong > SHOWN else ""
+            self._tell(f"{self.wrong:,} of {total:,} records are wrong{unseen}")

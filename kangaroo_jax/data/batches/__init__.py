@@ -1,0 +1,1 @@
+"""Conversations to packed batches: mixture, recipes, packs, the loader."""

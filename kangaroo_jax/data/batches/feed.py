@@ -1,0 +1,132 @@
+"""The samples of a lane in order, as recipes: made ahead in threads, kept where there is room."""
+
+import collections
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.media.decode import Decoder
+from kangaroo_jax.data.batches.mixture import Lane, Mixture
+from kangaroo_jax.data.batches.packing import Packer, Place
+from kangaroo_jax.data.batches.sample import Recipe, make_recipe
+from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Unusable:
+    """A sample of which no recipe could be made."""
+
+    id: str
+    path: str
+    reason: str
+
+
+Made = Recipe | Unusable
+
+
+class RecipeMaker:
+    """The place of a sample to its recipe; those used last are kept, up to an eighth of `cache_mib`."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: Tokenizer,
+        config: ConfigDict,
+        frames_per_group: int,
+        tokens_per_group: int,
+        decoder: Decoder,
+    ) -> None:
+        """`decoder` probes the media."""
+        self._files = [source.file for source in mixture.sources]
+        self._tokenizer, self._sizes = tokenizer, (frames_per_group, tokens_per_group)
+        self._config = types.SimpleNamespace(**{key: config[key] for key in config})  # quicker to read
+        self._probe: Callable[..., Any] = decoder.probe
+        self._kept: collections.OrderedDict[Place, Recipe] = collections.OrderedDict()
+        self._room = config.cache_mib << 17
+
+    def kept(self, place: Place) -> Recipe | None:
+        """The recipe, if it is at hand. From one thread, as is `keep`."""
+        recipe = self._kept.get(place)
+        if recipe is not None:
+            self._kept.move_to_end(place)
+        return recipe
+
+    def keep(self, place: Place, recipe: Recipe) -> None:
+        """Keep a recipe, and forget old ones."""
+        if self._room <= 0 and not self._kept or place in self._kept:
+            return
+        self._kept[place] = recipe
+        self._room -= _bytes_of(recipe)
+        while self._room < 0:
+            self._room += _bytes_of(self._kept.popitem(last=False)[1])
+
+    def __call__(self, place: Place) -> Made:
+        """From any thread. Whatever is wrong with a sample costs that sample alone: nothing is raised."""
+        source, number = place
+        name = f"{self._files[source].path}#{number}"
+        try:
+            conversation = self._files[source][number]
+        except Exception as error:  # a record that was not among those checked when the file was opened
+            return Unusable(name, "", _reason(error, name))
+        try:
+            return make_recipe(conversation, self._tokenizer, self._config, *self._sizes, self._probe)
+        except Exception as error:
+            reason = _reason(error, name)
+            return Unusable(conversation.id, path_in(reason, conversation.media), reason)
+
+
+def _reason(error: Exception, name: str) -> str:
+    """One line; of an error that is not about bad input it names the sample and the error's kind."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{short(name)}: cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+def _bytes_of(recipe: Recipe) -> int:
+    return 9 * len(recipe.tokens) + 64 * recipe.frames + 1000
+
+
+def path_in(reason: str, media: Sequence[Any]) -> str:
+    """The file of a sample that a message is about, "" where it says none."""
+    paths = [path for medium in media for path in (medium.path, *medium.frames)]
+    named = (path for path in paths if path in reason or short(path) in reason)
+    return next(named, paths[0] if len(paths) == 1 else "")
+
+
+class LaneFeed:
+    """The samples of a lane in order, their recipes made ahead in threads, and its packer."""
+
+    def __init__(
+        self, lane: Lane, maker: RecipeMaker, packer: Packer, pool: ThreadPoolExecutor | None, ahead: int
+    ) -> None:
+        """`ahead` recipes are under way in `pool`; without one they are made as they are taken."""
+        self.lane, self.packer = lane, packer
+        self._maker, self._pool, self._ahead = maker, pool, ahead if pool else 1
+        self._queue: collections.deque[tuple[Place, Future[Made] | Made]] = collections.deque()
+        self._asked = lane.next
+
+    def take(self) -> tuple[Place, Made]:
+        """The next sample."""
+        while len(self._queue) < self._ahead:
+            place = self.lane.at(self._asked)
+            self._asked += 1
+            self._queue.append((place, self._start(place)))
+        place, made = self._queue.popleft()
+        self.lane.next += 1
+        if isinstance(made, Future):
+            made = made.result()
+        if isinstance(made, Recipe):
+            self._maker.keep(place, made)
+        return place, made
+
+    def _start(self, place: Place) -> "Future[Made] | Made":
+        recipe = self._maker.kept(place)
+        if recipe is not None:
+            return recipe
+        return self._pool.submit(self._maker, place) if self._pool is not None else self._maker(place)

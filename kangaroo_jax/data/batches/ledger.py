@@ -1,0 +1,70 @@
+"""What was skipped and why: one JSON line for every sample that could not be used."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import json_line
+
+
+class Ledger:
+    """An append-only JSONL file of {id, path, reason, stage, time, source, number}; a sample is entered once.
+
+    A sample is told by its source and number: ids repeat. Lines of an earlier version have no source: there the id
+    and the path tell it. Lines are written whole and at once, so that a killed process loses none; a line cut short by
+    a crash of the machine is ended and ignored. With no path the ledger is kept in memory only.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        """Open, or go on with, the file at `path`. Raises UserError if it cannot be written."""
+        self.path = Path(path) if path is not None else None
+        self._lock = threading.Lock()
+        self._seen: set[tuple[str, int]] = set()  # (source, number)
+        self._seen_before: set[tuple[str, str]] = set()  # (id, path), of lines without a source
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+            with self.path.open("ab") as file:
+                if lines[-1]:
+                    file.write(b"\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the ledger ({error.strerror or error})") from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if "source" in entry:
+                    self._seen.add((str(entry["source"]), entry["number"]))
+                else:
+                    self._seen_before.add((str(entry["id"]), str(entry["path"])))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+
+    @property
+    def count(self) -> int:
+        """Samples entered, those of earlier runs with the same file included."""
+        return len(self._seen) + len(self._seen_before)
+
+    def add(self, place: tuple[str, int], sample_id: str, path: str, reason: str, stage: str) -> bool:
+        """Enter a sample unless it has been; returns whether it was new.
+
+        Args:
+            place: name of its source, and its number there.
+            sample_id: the sample's id in its annotations.
+            path: the file at fault, "" where none is.
+            reason: one line.
+            stage: "recipe" (read, probed, tokenised) or "decode".
+        """
+        source, number = place
+        entry = {"id": sample_id, "path": path, "reason": reason, "stage": stage, "time": time.time()}
+        with self._lock:
+            if place in self._seen or (sample_id, path) in self._seen_before:
+                return False
+            self._seen.add(place)
+            if self.path is not None:
+                with self.path.open("ab") as file:
+                    file.write(json_line(entry | {"source": source, "number": number}))
+        return True

@@ -1,0 +1,330 @@
+"""From a conversation to a recipe: token ids, loss weights and which moments of which files to decode.
+
+A recipe holds no pixels, so that recipes can be packed, reordered and thrown away cheaply.
+
+The text is Llama-3's chat template, without a system prompt unless the conversation has one:
+
+    <|begin_of_text|><|start_header_id|>ROLE<|end_header_id|>\\n\\nTEXT<|eot_id|>...
+
+TEXT is stripped of white space at both ends. In it each `<video>` or `<image>` becomes the block
+
+    <vi_start> V..V <eof> V..V <eof> ... V..V <eov> <vi_end>
+
+of the vision tokens V of each temporal group (the frames that the patchify joins: two, or one where it is
+bypassed), `<eof>` between groups and `<eov>` after the last. With `g` groups of `v` tokens it takes
+g * v + g + 2 places.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.annotations.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
+from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.data.media.video import FramePolicy, MediaInfo, clip_range, folder_of_frames, probe, sample_times
+
+LOSS_ON = ("assistant", "caption")
+Prober = Callable[[str, str], MediaInfo]  # (path, kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaRef:
+    """Frames to decode: those of `path` on display `times` seconds after `start`; an image at time 0.
+
+    A video given as images has one of `frames` for each of `times`.
+    """
+
+    kind: str  # "image" or "video"
+    path: str
+    times: tuple[float, ...]  # seconds; their number is a multiple of the frames a group
+    start: float | None = None  # seconds
+    frames: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One sample before its pixels.
+
+    tokens int32[n] with the placeholder where a vision token stands; weights float32[n], what each token
+    counts as a target (0 for none); is_vision bool[n]. The vision tokens are, in order, the rows of the groups
+    of all media, in order.
+    """
+
+    id: str
+    tokens: np.ndarray
+    weights: np.ndarray
+    is_vision: np.ndarray
+    media: tuple[MediaRef, ...]
+    frames_per_group: int
+    tokens_per_group: int
+    language: str = ""
+
+    @property
+    def frames(self) -> int:
+        """Frames that the media promise."""
+        return sum(len(ref.times) for ref in self.media)
+
+
+def frame_policy(config: ConfigDict, frames_per_group: int) -> FramePolicy:
+    """The frame sampling of `config.data`."""
+    return FramePolicy(
+        fps=config.fps,
+        min_frames=config.min_frames,
+        max_frames=config.max_frames,
+        long_seconds=config.long_seconds,
+        long_min_frames=config.long_min_frames,
+        long_max_frames=config.long_max_frames,
+        multiple=frames_per_group,
+    )
+
+
+def make_recipe(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    frames_per_group: int,
+    tokens_per_group: int,
+    probe_media: Prober | None = None,
+) -> Recipe:
+    """The recipe of a training sample.
+
+    Targets are the assistant's turns and the `<|eot_id|>` that ends each. With `loss_on="caption"` the
+    targets are the same, but the user's turns hold their media alone, no text: a caption is learnt
+    from what is seen and not from how it was asked for. A sample of more than `max_sample_tokens` (or
+    `tokens_per_pack`) tokens loses whole rounds (question and answer) from its end until it fits.
+
+    Args:
+        conversation: with at least one assistant's turn.
+        tokenizer: ids of text and special tokens.
+        config: `config.data`.
+        frames_per_group: frames joined by the patchify; the number of frames of each medium is a multiple.
+        tokens_per_group: vision tokens that a group becomes.
+        probe_media: what tells a medium's length; by default `probe_cached`.
+
+    Raises:
+        UserError: a file cannot be probed, no round fits, or there is no target.
+    """
+    if config.loss_on not in LOSS_ON:
+        raise UserError(f"config.data.loss_on is {config.loss_on!r}: use one of {', '.join(LOSS_ON)}")
+    limit = min(config.max_sample_tokens, config.tokens_per_pack)
+    ends = [i + 1 for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+    if not ends:
+        raise UserError(f"sample {conversation.id!r}: no assistant's turn to learn from")
+    turns = conversation.turns[: ends[-1]]
+    if config.loss_on == "caption":
+        turns = tuple(_media_only(turn) for turn in turns)
+    policy = frame_policy(config, frames_per_group)
+    refs = plan_media(conversation.media, policy, frames_per_group, probe_media or probe_cached)
+    writer = _Writer(tokenizer, refs, frames_per_group, tokens_per_group)
+    budget, fitting = config.frames_per_pack, None
+    for i, turn in enumerate(turns, start=1):
+        writer.turn(turn)
+        if i in ends:
+            frames = sum(len(ref.times) for ref in writer.used)
+            if writer.length > limit or frames > budget:
+                if fitting is None:
+                    asked = [f"{medium.fps:g}" for medium in conversation.media if medium.fps is not None]
+                    why = f"; its 'fps' asks for {', '.join(asked)} frames a second of video" if asked else ""
+                    raise UserError(
+                        f"sample {conversation.id!r}: {writer.length} tokens and {frames} frames to its first answer, "
+                        f"but a sample may have {limit} and {budget}{why}"
+                    )
+                break
+            fitting = writer.mark()
+    assert fitting is not None
+    recipe = writer.recipe(conversation.id, fitting, language_of(conversation))
+    if not recipe.weights.any():
+        raise UserError(f"sample {conversation.id!r}: nothing to learn from in its answers")
+    return recipe
+
+
+def render_prompt(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    config: ConfigDict,
+    frames_per_group: int,
+    tokens_per_group: int,
+) -> Recipe:
+    """The recipe of a question: all turns, then the header of the answer to come; no targets.
+
+    Earlier rounds (history) are turns of the conversation; its last turn is the user's.
+
+    Raises:
+        UserError: a file cannot be probed.
+        ValueError: the last turn is not the user's, or tags and media do not match.
+    """
+    turns = conversation.turns
+    if not turns or turns[-1].role != "user":
+        raise ValueError(f"conversation {conversation.id!r} must end with the user's turn")
+    if count_tags(turns) != [medium.kind for medium in conversation.media]:
+        raise ValueError(f"conversation {conversation.id!r}: tags {count_tags(turns)} do not match its media")
+    refs = plan_media(conversation.media, frame_policy(config, frames_per_group), frames_per_group)
+    writer = _Writer(tokenizer, refs, frames_per_group, tokens_per_group)
+    for turn in turns:
+        writer.turn(turn)
+    writer.header("assistant")
+    recipe = writer.recipe(conversation.id)
+    return dataclasses.replace(recipe, weights=np.zeros_like(recipe.weights))
+
+
+def video_block_length(frames: int, frames_per_group: int, tokens_per_group: int) -> int:
+    """Tokens that a video of `frames` frames takes, its marks included."""
+    groups = -(-frames // frames_per_group)
+    return groups * tokens_per_group + groups + 2
+
+
+def plan_media(
+    media: Sequence[Media], policy: FramePolicy, frames_per_group: int, probe_media: Prober | None = None
+) -> tuple[MediaRef, ...]:
+    """Choose the moments to decode; an odd count repeats its last frame, and that frame's time.
+
+    A video given as images takes all of them, or as many as the policy allows, evenly chosen.
+
+    Raises:
+        UserError: a video cannot be opened, or has nothing between its start and end.
+    """
+    probe_media = probe_media or probe_cached
+    refs = []
+    for medium in media:
+        frames: tuple[str, ...] = ()
+        if medium.kind == "image":
+            probe_media(medium.path, medium.kind)
+            times = [0.0]
+        elif medium.frames or os.path.isdir(medium.path):
+            frames, times = _plan_frames(medium, policy)
+        else:
+            seconds = probe_media(medium.path, medium.kind).seconds
+            begin, end = clip_range(medium.path, seconds, medium.start, medium.end)
+            wanted = policy.narrowed(medium.fps, medium.max_frames, medium.min_frames, medium.nframes)
+            times = sample_times(end - begin, wanted).tolist()
+        missing = -len(times) % frames_per_group
+        times += times[-1:] * missing
+        refs.append(MediaRef(medium.kind, medium.path, tuple(times), medium.start, frames + frames[-1:] * missing))
+    return tuple(refs)
+
+
+def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], list[float]]:
+    """Which of a video's images to take, and when each is on display, in seconds from `start`."""
+    frames = medium.frames or folder_of_frames(medium.path)
+    rate = medium.sample_fps or policy.fps
+    begin, end = clip_range(medium.path, len(frames) / rate, medium.start, medium.end)
+    inside = range(math.ceil(begin * rate - 1e-9), min(len(frames), max(math.ceil(end * rate - 1e-9), 1)))
+    is_long = end - begin > policy.long_seconds
+    policy = policy.narrowed(None, medium.max_frames, medium.min_frames, medium.nframes)
+    most = policy.long_max_frames if is_long else policy.max_frames
+    chosen = list(inside)
+    if len(chosen) > most:
+        chosen = [inside[int((i + 0.5) * len(inside) / most)] for i in range(most)]
+    if not chosen:
+        raise UserError(f"{short(medium.path)}: no frame between start {begin:g} s and end {end:g} s")
+    return tuple(frames[i] for i in chosen), [i / rate - begin for i in chosen]
+
+
+def probe_cached(path: str, kind: str | None = None, seconds: float | None = None) -> MediaInfo:
+    """`probe`, remembered for the last 65,536 files while they stay unchanged. Raises UserError."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return probe(path, kind, seconds)  # an address, a member of a container, or nothing: it says what is wrong
+    return _probe_version(path, kind, seconds, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _probe_version(path: str, kind: str | None, seconds: float | None, _modified: int, _size: int) -> MediaInfo:
+    return probe(path, kind, seconds)
+
+
+def _media_only(turn: Turn) -> Turn:
+    """A user's turn without its words; other turns as they are."""
+    if turn.role != "user":
+        return turn
+    return Turn(turn.role, "".join(match.group() for match in TAG.finditer(turn.text)))
+
+
+class _Writer:
+    """Writes turns as token ids; spans of them are vision tokens or count in the loss."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, refs: Sequence[MediaRef], frames_per_group: int, tokens_per_group: int
+    ) -> None:
+        self._tokenizer, self._refs = tokenizer, list(refs)
+        self._frames_per_group, self._tokens_per_group = frames_per_group, tokens_per_group
+        self.used: list[MediaRef] = []
+        self._ids = [tokenizer.bos]
+        self._learnt: list[tuple[int, int, float]] = []  # begin, end, weight
+        self._blocks: list[tuple[int, int]] = []  # begin, groups
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
+
+    def header(self, role: str) -> None:
+        """`<|start_header_id|>ROLE<|end_header_id|>` and two newlines."""
+        self._ids += _header(self._tokenizer, role)
+
+    def turn(self, turn: Turn) -> None:
+        """A whole turn with its header and `<|eot_id|>`."""
+        self.header(turn.role)
+        text, begin = turn.text.strip(), len(self._ids)
+        if turn.role == "assistant":
+            self._ids += self._tokenizer.encode(text)
+            if turn.loss:
+                self._learnt.append((begin, len(self._ids) + 1, turn.loss))
+        elif "<" not in text:
+            self._ids += self._tokenizer.encode(text)
+        else:
+            for i, part in enumerate(TAG.split(text)):  # text, kind of tag, text, kind, ..., text
+                if i % 2:
+                    self._block(self._refs[len(self.used)])
+                elif part:
+                    self._ids += self._tokenizer.encode(literal(part))
+        self._ids.append(self._tokenizer.eot)
+
+    def _block(self, ref: MediaRef) -> None:
+        """`<vi_start>`, the groups each followed by `<eof>` (the last by `<eov>`), `<vi_end>`."""
+        t = self._tokenizer
+        groups = len(ref.times) // self._frames_per_group
+        self._ids.append(t.vi_start)
+        self._blocks.append((len(self._ids), groups))
+        self._ids += ([t.vision] * self._tokens_per_group + [t.eof]) * groups
+        self._ids[-1] = t.eov
+        self._ids.append(t.vi_end)
+        self.used.append(ref)
+
+    def mark(self) -> tuple[int, int]:
+        """How far it has been written: tokens and media."""
+        return len(self._ids), len(self.used)
+
+    def recipe(self, name: str, mark: tuple[int, int] | None = None, language: str = "") -> Recipe:
+        """What has been written so far, or up to a mark."""
+        length, media = mark or self.mark()
+        weights, is_vision = np.zeros(length, np.float32), np.zeros(length, bool)
+        for begin, end, weight in self._learnt:
+            weights[begin:end] = weight
+        for begin, groups in self._blocks[:media]:
+            block = is_vision[begin : begin + groups * (self._tokens_per_group + 1)]
+            block.reshape(groups, -1)[:, :-1] = True
+        return Recipe(
+            id=name,
+            tokens=np.array(self._ids[:length], np.int32),
+            weights=weights,
+            is_vision=is_vision,
+            media=tuple(self.used[:media]),
+            frames_per_group=self._frames_per_group,
+            tokens_per_group=self._tokens_per_group,
+            language=language,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _header(tokenizer: Tokenizer, role: str) -> list[int]:
+    t = tokenizer
+    return [t.start_header, *t.encode(role), t.end_header, *t.encode("\n\n")]

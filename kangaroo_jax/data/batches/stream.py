@@ -1,0 +1,313 @@
+"""Rows of every lane to PackedBatches: pack, ask for the media, lay out the arrays; and the state of all that."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import grain
+
+from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.data.media.decode import Decoder, Outcome
+from kangaroo_jax.data.batches.feed import LaneFeed, Made, RecipeMaker, Unusable, path_in
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.batches.mixture import Lane, Mixture, Source
+from kangaroo_jax.data.batches.packing import Packer, Place, Placed, Shape, assemble
+from kangaroo_jax.data.batches.sample import Recipe
+from kangaroo_jax.data.media.video import Clip
+
+_RECIPES_AHEAD = 64  # over all lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderStats:
+    """What is in a batch: samples, tokens and frames in use; `skipped` counts from the start of the stream.
+
+    `sources` and `languages` count the samples; `token_places` and `frame_places` are B * T and B * F.
+    """
+
+    samples: int
+    tokens: int
+    frames: int
+    skipped: int
+    sample_ids: tuple[str, ...]
+    token_places: int = 0
+    frame_places: int = 0
+    sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    by_both: Mapping[str, int] = dataclasses.field(default_factory=dict)  # "source/language"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a line of the metrics has of it."""
+        return {
+            "tokens": self.tokens,
+            "frames": self.frames,
+            "useful_tokens": round(self.tokens / max(self.token_places, 1), 4),
+            "useful_frames": round(self.frames / max(self.frame_places, 1), 4),
+            "sources": dict(self.by_both),
+            "samples": self.samples,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """How `PackedBatches` packs and decodes."""
+
+    lanes: Sequence[int]
+    shape: Shape
+    bins: int
+    decoder: Decoder
+    ledger: Ledger
+    strict: bool
+    threads: int
+
+
+class PackedBatches(grain.IterDataset):
+    """The lanes of a mixture to (PackedBatch, LoaderStats)."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        maker: RecipeMaker,
+        *,
+        lanes: Sequence[int],
+        shape: Shape,
+        bins: int,
+        decoder: Decoder,
+        ledger: Ledger,
+        strict: bool,
+        threads: int,
+    ) -> None:
+        """`lanes` are the rows of this host; `threads` make recipes."""
+        super().__init__()
+        self._mixture, self._maker = mixture, maker
+        self._settings = _Settings(lanes, shape, bins, decoder, ledger, strict, threads)
+
+    def __iter__(self) -> "_PackedBatchIterator":
+        return _PackedBatchIterator(self._mixture, self._maker, self._settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """The state after a batch, as cheap to take as can be: it is taken after every one."""
+
+    weights: dict[str, float]
+    lanes: dict[int, tuple[int, list[int], list[list[int]]]]  # next place, numbers used before, waiting samples
+    skipped: dict[int, int]
+    names: list[str]
+
+    def __deepcopy__(self, memo: Any) -> "_Snapshot":
+        return self  # nothing in it is ever changed
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data. Waiting samples are [rows waited, source, number]."""
+        lanes = {
+            str(v): {
+                "next": k,
+                "taken": dict(zip(self.names, taken, strict=True)),
+                "waiting": [[waited, self.names[i], n] for waited, i, n in waiting],
+                "skipped": self.skipped[v],
+            }
+            for v, (k, taken, waiting) in self.lanes.items()
+        }
+        return {"weights": self.weights, "lanes": lanes}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A batch whose media are being decoded."""
+
+    rows: list[list[Recipe]]
+    places: list[list[Place]]
+    decoded: list[list[list["Future[Outcome]"]]]  # of each row, of each sample, of each medium
+    snapshot: _Snapshot
+
+
+class _PackedBatchIterator(grain.DatasetIterator):
+    """Packs rows ahead of the decoders; the state is that of the batch handed out last."""
+
+    def __init__(self, mixture: Mixture, maker: RecipeMaker, settings: _Settings) -> None:
+        super().__init__()
+        self._mixture, self._maker, self._settings = mixture, maker, settings
+        self._pool = ThreadPoolExecutor(min(settings.threads, 4), "recipe") if settings.threads else None
+        self._ahead = 2 if settings.threads else 1  # batches in the decoders' hands
+        self._begin_anew({v: Lane(mixture, v) for v in settings.lanes}, {}, dict.fromkeys(settings.lanes, 0))
+
+    def _begin_anew(
+        self, lanes: dict[int, Lane], waiting: dict[int, list[tuple[int, Placed]]], skipped: dict[int, int]
+    ) -> None:
+        s = self._settings
+        each = -(-_RECIPES_AHEAD // len(lanes))
+        self._feeds = {}
+        for v, lane in lanes.items():
+            packer = Packer(s.shape.tokens, s.shape.frames, s.bins)
+            packer.restore(waiting.get(v, []))
+            self._feeds[v] = LaneFeed(lane, self._maker, packer, self._pool, each)
+        self._begun: collections.deque[_Begun] = collections.deque()
+        self._skipped = skipped  # by lane, up to the batch packed last
+        self._lost = dict.fromkeys(lanes, 0)  # samples of batches handed out that could not be decoded
+        self._in_vain = {"recipe": 0, "decode": 0}  # samples skipped since the last that passed that stage
+        self._state = self._snapshot()
+
+    # ------------------------------------------------------------------------------ batches
+
+    def __next__(self) -> tuple[PackedBatch, LoaderStats]:
+        while len(self._begun) < self._ahead:
+            self._begun.append(self._begin())
+        return self._finish(self._begun.popleft())
+
+    def _begin(self) -> _Begun:
+        """Fill a row of each lane and ask for its media."""
+        s = self._settings
+        rows = [self._next_row(v, feed) for v, feed in self._feeds.items()]
+        decoded = [
+            [[s.decoder.submit(ref, s.shape.image_size) for ref in item.recipe.media] for item in row] for row in rows
+        ]
+        recipes = [[item.recipe for item in row] for row in rows]
+        return _Begun(recipes, [[item.place for item in row] for row in rows], decoded, self._snapshot())
+
+    def _next_row(self, lane: int, feed: LaneFeed) -> list[Placed]:
+        while True:
+            place, recipe = feed.take()
+            if isinstance(recipe, Unusable):
+                self._skipped[lane] += 1
+                self._skip(place, recipe.id, recipe.path, recipe.reason, "recipe")
+                continue
+            self._in_vain["recipe"] = 0
+            row = feed.packer.add(Placed(place, recipe))
+            if row is not None:
+                return row
+
+    def _finish(self, begun: _Begun) -> tuple[PackedBatch, LoaderStats]:
+        """Wait for the media and lay out the arrays."""
+        s = self._settings
+        clips: list[list[list[Clip] | None]] = []
+        used: list[Recipe] = []
+        sources: collections.Counter[tuple[str, str]] = collections.Counter()
+        for v, row, places, media in zip(s.lanes, begun.rows, begun.places, begun.decoded, strict=True):
+            clips.append([])
+            for recipe, place, futures in zip(row, places, media, strict=True):
+                outcome = _clips_of([future.result() for future in futures])
+                if isinstance(outcome, UserError):
+                    self._lost[v] += 1
+                    self._skip(place, recipe.id, path_in(str(outcome), recipe.media), str(outcome), "decode")
+                    clips[-1].append(None)
+                    continue
+                self._in_vain["decode"] = 0
+                used.append(recipe)
+                sources[self._mixture.sources[place[0]].name, recipe.language] += 1
+                clips[-1].append(outcome)
+        skipped = {v: count + self._lost[v] for v, count in begun.snapshot.skipped.items()}
+        self._state = dataclasses.replace(begun.snapshot, skipped=skipped)
+        stats = LoaderStats(
+            samples=len(used),
+            tokens=sum(len(recipe.tokens) for recipe in used),
+            frames=sum(recipe.frames for recipe in used),
+            skipped=sum(skipped.values()),
+            sample_ids=tuple(recipe.id for recipe in used),
+            token_places=len(s.lanes) * s.shape.tokens,
+            frame_places=len(s.lanes) * s.shape.frames,
+            sources=_summed(sources, 0),
+            languages=_summed(sources, 1),
+            by_both={f"{source}/{language}": count for (source, language), count in sources.items()},
+        )
+        return assemble(begun.rows, clips, s.shape), stats
+
+    def _skip(self, place: Place, sample_id: str, path: str, reason: str, stage: str) -> None:
+        s = self._settings
+        s.ledger.add((self._mixture.sources[place[0]].name, place[1]), sample_id, path, reason, stage)
+        if s.strict:
+            raise UserError(f"sample {sample_id!r}: {reason} (config.data.strict)")
+        self._in_vain[stage] += 1
+        epoch = self._mixture.epoch
+        if self._in_vain[stage] >= max(2 * epoch, min(20 * epoch, 10_000)):  # a lane sees a part of an epoch
+            where = f"; see {s.ledger.path}" if s.ledger.path else ""
+            raise UserError(f"none of the {epoch} samples can be used, the last because: {reason}{where}")
+
+    # -------------------------------------------------------------------------------- state
+
+    def _snapshot(self) -> _Snapshot:
+        names = [source.name for source in self._mixture.sources]
+        return _Snapshot(
+            weights=dict(zip(names, self._mixture.shares.tolist(), strict=True)),
+            lanes={v: (f.lane.next, f.lane.taken, f.packer.state()) for v, f in self._feeds.items()},
+            skipped=dict(self._skipped),
+            names=names,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """See `grain.DatasetIterator`."""
+        return {"snapshot": self._state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See `grain.DatasetIterator`; waiting samples are made again."""
+        snapshot = state["snapshot"]
+        values = snapshot.to_json() if isinstance(snapshot, _Snapshot) else snapshot
+        lanes, skipped, waiting = {}, {}, {}
+        for v in self._settings.lanes:
+            saved = values["lanes"].get(str(v))
+            if saved is None:
+                have = ", ".join(values["lanes"])
+                raise UserError(f"saved data position: has rows {have}, not row {v}; merge the states of all hosts")
+            lanes[v], skipped[v] = self._restored_lane(v, saved, values["weights"]), saved["skipped"]
+            waiting[v] = saved["waiting"]
+        self._begin_anew(lanes, self._made_again(waiting), skipped)
+
+    def _restored_lane(self, v: int, saved: dict[str, Any], weights: dict[str, float]) -> Lane:
+        """A lane where it was; changed shares begin a new count of places, after all numbers used so far."""
+        sources, shares = self._mixture.sources, self._mixture.shares
+        lane = Lane(self._mixture, v)
+        same = {source.name: share for source, share in zip(sources, shares.tolist(), strict=True)} == weights
+        lane.taken = [saved["taken"].get(source.name, 0) for source in sources]
+        if same:
+            lane.next = saved["next"]
+            return lane
+        before = [source for source in sources if source.name in weights]
+        old = Lane(_with_weights(self._mixture, [weights[source.name] for source in before], before), v)
+        old.taken = [saved["taken"][source.name] for source in before]
+        used = dict(zip([source.name for source in before], old.used(saved["next"]), strict=True))
+        lane.taken = [used.get(source.name, 0) for source in sources]
+        return lane
+
+    def _made_again(self, waiting: dict[int, list[list[Any]]]) -> dict[int, list[tuple[int, Placed]]]:
+        """Recipes of waiting samples; one that can no longer be read is skipped, as it would be later."""
+        numbers = {source.name: i for i, source in enumerate(self._mixture.sources)}
+        places = [(v, w, (numbers[name], n)) for v, items in waiting.items() for w, name, n in items]
+        wanted = [place for _, _, place in places]
+        made: Iterator[Made] = self._pool.map(self._maker, wanted) if self._pool else map(self._maker, wanted)
+        again: dict[int, list[tuple[int, Placed]]] = {v: [] for v in waiting}
+        for (v, waited, place), recipe in zip(places, made, strict=True):
+            if isinstance(recipe, Unusable):
+                self._skip(place, recipe.id, recipe.path, recipe.reason, "recipe")
+            else:
+                again[v].append((waited, Placed(place, recipe)))
+        return again
+
+    def close(self) -> None:
+        """See `grain.DatasetIterator`."""
+        super().close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._settings.decoder.close()
+
+
+def _with_weights(mixture: Mixture, weights: Sequence[float], sources: Sequence[Source]) -> Mixture:
+    """The mixture as it was."""
+    old = [dataclasses.replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
+    return Mixture(old, mixture.seed, mixture.lanes)
+
+
+def _summed(counts: Mapping[tuple[str, str], int], which: int) -> dict[str, int]:
+    sums: collections.Counter[str] = collections.Counter()
+    for key, count in counts.items():
+        sums[key[which]] += count
+    return dict(sums)
+
+
+def _clips_of(outcomes: Sequence[Outcome]) -> list[Clip] | UserError:
+    """All clips of a sample, or its first error."""
+    for outcome in outcomes:
+        if isinstance(outcome, UserError):
+            return outcome
+    return [outcome for outcome in outcomes if isinstance(outcome, Clip)]

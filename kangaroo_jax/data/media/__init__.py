@@ -1,0 +1,1 @@
+"""Videos and images: where they lie, what they are, their frames."""

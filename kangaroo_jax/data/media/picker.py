@@ -1,0 +1,426 @@
+"""Decoding a video forward through its packets, and keeping the frames on display at given moments.
+
+Of the frames between two moments only those are decoded that a kept frame needs: later key frames are
+sought where that is cheaper, and frames that no other refers to are passed over. Neither changes what is
+kept: the frame on display is decided by the presentation times of all packets.
+"""
+
+import collections
+import contextlib
+import errno
+import functools
+import math
+import re
+import time as clock
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from kangaroo_jax.data.media.image import check_file
+from kangaroo_jax.data.media.pixels import FrameScaler
+from kangaroo_jax.data.media.storage import local, member_of, short
+from kangaroo_jax.errors import UserError
+
+MAX_FRAME_PIXELS = 8192 * 4608  # 8K; anything larger is refused before it is decoded
+MAX_SECONDS = 24 * 3600.0
+_ROUNDING = 1e-3  # seconds by which a requested time may fall short of the frame that it means
+_USUAL_RATE = 25  # frames a second of a file that does not say
+# What decides whether to seek, as measured (`kangaroo bench data --costs`): a seek costs a fixed time and the frames
+# that the decoder holds back, each as much as a frame decoded on the way. Constants, so that the same file is read
+# in the same way everywhere.
+_SEEK_SECONDS = 2e-3
+_SEEK_FRAMES = 6
+_SECONDS_PER_PIXEL = 2.5e-9
+_BLIND_GAIN = 300  # frames, in a file without an index
+_MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to damage
+_HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
+SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
+_READ_AHEAD = 8  # packets, in which to find what is on display next
+_MOST_ERRORS = 10_000  # packets that cannot be decoded, after which a file is given up
+# Playlists and scripts make a reader open other files, again and again, or itself without end.
+_PLAYLISTS = {"concat", "concatf", "dash", "hls", "imf", "rtsp", "sap", "sdp", "webm_dash_manifest"}
+_OPEN = {
+    "protocol_whitelist": "file,subfile",
+    "format_whitelist": ",".join(sorted(av.formats_available - _PLAYLISTS)),
+}
+# Since PyAV 19 text that is not UTF-8 is no error anyhow.
+_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+_COVER, _DEFAULT = av.stream.Disposition.attached_pic.value, av.stream.Disposition.default.value
+_TAG = re.compile(r"(\d+):(\d+):(\d+(?:[.,]\d*)?)")
+_LENGTHS_DIFFER = 0.02  # of a picture's length, by which the whole file's may be beside it
+_ONE_LENGTH = ("asf", "flv", "matroska,webm", "nut")  # formats in which a stream's length is the whole file's
+_NO_TIMESTAMPS = 0x80  # a flag of FFmpeg's formats: raw streams, which have no seeks
+_RUN_UP = (
+    1.0  # seconds before a moment where to begin in an MPEG program stream, whose first times after a seek are guesses
+)
+
+
+@contextlib.contextmanager
+def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """Container and video stream of a file, address or member; what libav or PyAV raises becomes a UserError."""
+    name = short(path)
+    member = member_of(path)
+    file = local(path) if member is None else member.file
+    check_file(file, name)
+    if member is None:
+        # "file:" and the whitelist keep names with colons, and playlists, away from the network.
+        source: Any = f"file:{file}"
+    else:
+        source = member.ffmpeg_input()
+    try:
+        with av.open(source, options=_OPEN, **_METADATA) as container:
+            stream = _best(name, container)
+            codec = stream.codec_context
+            if codec.width * codec.height > MAX_FRAME_PIXELS:
+                raise UserError(f"{name}: {codec.width}x{codec.height} pixels is too large; resize it below 8K")
+            codec.thread_count = 1  # one thread a video, many videos at a time
+            codec.thread_type = "NONE"
+            codec.options = {"err_detect": "explode"}  # damage is an error, and no guess at a picture
+            yield container, stream
+    except (av.error.FFmpegError, OverflowError) as error:
+        if getattr(error, "errno", 0) == errno.EINVAL:  # of a format that is not allowed, and of some damage
+            raise UserError(f"{name}: not a readable video: damaged, or a playlist, which is not followed") from None
+        detail = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UserError(f"{name}: not a readable video, or damaged or cut short ({detail})") from None
+
+
+def video_streams(container: Any) -> list[Any]:
+    """The streams that move: no covers."""
+    return [stream for stream in container.streams.video if not stream.disposition.value & _COVER]
+
+
+def _best(name: str, container: Any) -> Any:
+    """The stream that FFmpeg would play, of those that can be decoded. Raises UserError."""
+    streams = video_streams(container)
+    if not streams:
+        raise UserError(f"{name}: no video stream in this file")
+    known = [s for s in streams if s.codec_context is not None and s.codec_context.width and s.codec_context.height]
+    if not known:
+        raise UserError(f"{name}: the video stream cannot be decoded (unknown codec or no frame size)")
+    best = container.streams.best("video")
+    for stream in known:
+        if stream.index == best.index:
+            return stream
+    return max(known, key=lambda s: (s.disposition.value & _DEFAULT, s.codec_context.width * s.codec_context.height))
+
+
+def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
+    """Length of the video stream in seconds: the header's, or counted where it says nothing. Raises UserError."""
+    raw = container.format.flags & _NO_TIMESTAMPS  # whose length FFmpeg guesses by a rate of bits
+    whole = container.duration / av.time_base if container.duration and not raw else 0.0
+    stated = float(stream.duration * stream.time_base) if stream.duration and not raw else 0.0
+    seconds = stated if container.format.name not in _ONE_LENGTH else 0.0
+    seconds = seconds or _tagged_seconds(stream, whole)
+    if not seconds:
+        seconds = stated or whole
+        if not seconds:
+            seconds = _counted_seconds(path)
+        elif len(container.streams) > 1 or not stream.average_rate or start_seconds(stream) > _LENGTHS_DIFFER * seconds:
+            own = _picture_seconds(path, seconds)  # for it may be the sound's, or the end by the file's clock
+            seconds = own if own and abs(seconds - own) > _LENGTHS_DIFFER * own else seconds
+    if seconds <= 0:
+        raise UserError(f"{short(path)}: no frames in the video stream")
+    return seconds
+
+
+def _tagged_seconds(stream: Any, whole: float) -> float:
+    """Matroska and WebM: 00:00:10.040000000, from the file's zero.
+
+    0 where the tag is something else, or more than the `whole` file has.
+    """
+    match = _TAG.fullmatch(stream.metadata.get("DURATION", "").strip())
+    if match is None:
+        return 0.0
+    end = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3].replace(",", "."))
+    if whole and end > (1 + _LENGTHS_DIFFER) * whole + start_seconds(stream):
+        return 0.0
+    return max(end - start_seconds(stream), 0.0)
+
+
+def rate_of(container: Any, stream: Any) -> float:
+    """Frames a second: the mean, of a raw stream what the pictures' own headers say; 0 where unknown."""
+    stated = stream.guessed_rate if container.format.flags & _NO_TIMESTAMPS else stream.average_rate
+    return float(stated or 0)
+
+
+def start_seconds(stream: Any) -> float:
+    """When the first frame is on display, by the file's own clock; 0 where it does not say."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def _picture_seconds(path: str | Path, seconds: float) -> float | None:
+    """Length of the picture of a file of `seconds`, by the last of its packets; None where none can be found."""
+    with open_video(path) as (container, stream):
+        tick, begin = float(stream.time_base), start_seconds(stream)
+        usual, ends = round(1 / float(stream.average_rate or _USUAL_RATE) / tick), []
+        with contextlib.suppress(av.error.FFmpegError):
+            container.seek(math.floor((begin + seconds) / tick), stream=stream)
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None:
+                    shown = packet.duration if stream.average_rate else None  # which is a tick where no rate is known
+                    ends.append((packet.pts + (shown or usual)) * tick)
+    return max(ends) - begin if ends else _counted_seconds(path)
+
+
+def _counted_seconds(path: str | Path) -> float:
+    """Read every packet of a file whose header gives no length (raw streams, GIF)."""
+    first, last, packets = None, None, 0
+    with open_video(path) as (container, stream):
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            if packet.pts is not None:
+                first = packet.pts if first is None else min(first, packet.pts)
+                last = max(last or 0, packet.pts + (packet.duration or 0))
+        if first is not None and last is not None and last > first:
+            return float((last - first) * stream.time_base)
+        return packets / (rate_of(container, stream) or _USUAL_RATE)
+
+
+def guesses_times(container: Any, stream: Any) -> bool:
+    """Whether presentation times are guesses that go back: AVI has decoding times alone, and there are B-frames."""
+    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+
+
+class BestEffort:
+    """FFmpeg's best-effort times: presentation times, or decoding times where those go back less often."""
+
+    def __init__(self) -> None:
+        self._faults = [0, 0]  # of presentation and decoding times
+        self.flush()
+
+    def flush(self) -> None:
+        """Forget the last times, after a seek."""
+        self._last: list[float] = [-math.inf, -math.inf]
+
+    def of(self, pts: int | None, dts: int | None) -> int | None:
+        """The time of the next frame out of the decoder, in its own ticks."""
+        for i, (stamp, other) in enumerate(((pts, dts), (dts, pts))):
+            if stamp is not None:
+                self._faults[i] += stamp <= self._last[i]
+                self._last[i] = stamp
+            elif other is not None:
+                self._last[i] = other
+        if pts is not None and (dts is None or self._faults[0] <= self._faults[1]):
+            return pts
+        return dts
+
+
+class FramePicker:
+    """Decodes forward through one file and keeps the frames on display at ascending times.
+
+    A damaged stretch costs its own frames only: packets that cannot be decoded, and frames that the decoder
+    had to make up, are left out; a moment that has lost its frame takes the one before it, with that frame's
+    own time. More than a tenth of such moments is an error.
+    """
+
+    def __init__(
+        self, path: str | Path, container: Any, stream: Any, image_size: int, seconds: float | None = None
+    ) -> None:
+        """`seconds` after which to give up."""
+        self._path, self._container, self._stream, self._side = short(path), container, stream, image_size
+        self._tick = float(stream.time_base)
+        self._interval = 1 / (rate_of(container, stream) or _USUAL_RATE)
+        self._guessed = guesses_times(container, stream)
+        known = stream.start_time is not None and not self._guessed
+        self._zero: float | None = start_seconds(stream) if known else None
+        self._stamps = BestEffort()
+        self._stated = float((stream.duration or 0) * stream.time_base)
+        self._deadline, self._limit = math.inf if seconds is None else clock.monotonic() + seconds, seconds
+        self._pixels = FrameScaler(image_size, float(stream.sample_aspect_ratio or 1) or 1.0)
+        codec = stream.codec_context
+        self._gain = _SEEK_FRAMES + _SEEK_SECONDS / (_SECONDS_PER_PIXEL * codec.width * codec.height)
+        # Without an index: containers whose seeks end at key frames, decoders that say which frames are whole.
+        self._blind = codec.name in ("h264", "hevc") or "matroska" in container.format.name
+        self._may_seek = not container.format.flags & _NO_TIMESTAMPS
+        self._run_up = _RUN_UP if container.format.name == "mpeg" else 0.0
+        self._may_skip = codec.name in SKIPPABLE and not self._guessed
+        self._near: collections.deque[float] = collections.deque(maxlen=3 * _READ_AHEAD)  # times of packets just read
+        self._limit_time = -math.inf  # seconds: of the frames up to here only the last is wanted
+        self._skipping = False
+        self._errors = 0
+        self._indexed = 0  # entries of the file's index that `_keys` are from
+        self._before = -self._interval  # when, by the file's own clock, the frame before the next one came
+        self._frames = self._decode()
+        self.missed = 0
+
+    @property
+    def zero(self) -> float:
+        """The time of the first frame by the file's own clock, seconds."""
+        return self._zero or 0.0
+
+    def pick(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frames on display at `times` (ascending seconds of the file): uint8[n, S, S, 3], float64[n].
+
+        Raises UserError: too many of them are damaged or missing.
+        """
+        pixels = np.zeros((len(times), self._side, self._side, 3), np.uint8)
+        seen = np.empty(len(times))
+        last: Any = None
+        for i, (frame, shown_at) in enumerate(self.frames(times)):
+            if last is frame:
+                pixels[i] = pixels[i - 1]
+            else:
+                self._write_pixels(frame, pixels[i])
+            last, seen[i] = frame, shown_at
+        return pixels, seen
+
+    def frames(self, times: np.ndarray) -> Iterator[tuple[Any, float]]:
+        """The decoder's own frame at each of `times` (ascending seconds of the file), and its time. See `pick`."""
+        slack = min(_ROUNDING, self._interval / 4)
+        self._limit_time = times[0] + slack
+        shown, shown_at = next(self._frames, (None, 0.0))
+        ahead: tuple[Any, float] | None = next(self._frames, None)
+        for time in times:
+            self._limit_time = time + slack
+            if ahead is not None and self._should_seek(time, ahead[1]):
+                shown, shown_at, ahead = self._jump(time, slack)
+            shown, shown_at, ahead = self._forward(time + slack, shown, shown_at, ahead)
+            self._judge(time, slack, shown, shown_at, ahead, len(times))
+            yield shown, max(shown_at, 0.0)
+
+    def _forward(
+        self, time: float, shown: Any, shown_at: float, ahead: tuple[Any, float] | None
+    ) -> tuple[Any, float, tuple[Any, float] | None]:
+        while ahead is not None and ahead[1] <= time:
+            shown, shown_at = ahead
+            ahead = next(self._frames, None)
+        return shown, shown_at, ahead
+
+    def _judge(
+        self, time: float, slack: float, shown: Any, shown_at: float, ahead: tuple[Any, float] | None, count: int
+    ) -> None:
+        """Count a moment without its own frame. Raises UserError once they are too many."""
+        if shown is None:
+            raise UserError(f"{self._path}: no frame can be decoded; the file is damaged or cut short")
+        over = ahead is None and time > self._on_display_until(shown, shown_at) + slack
+        hole = self._errors and abs(time - shown_at) > max(_HOLE, 4 * self._interval)
+        if over or hole:
+            self.missed += 1
+            if self.missed > int(_MISSED_SHARE * count):
+                if shown_at > time:
+                    what = f"no frame can be decoded before {shown_at:.2f} s, for {time:.2f} s"
+                else:
+                    end = "its frames end at" if over else "no frame can be decoded after"
+                    what = f"{end} {shown_at:.2f} s, before {time:.2f} s"
+                lost = self._errors or hole or shown_at > time or time < self._stated
+                raise UserError(f"{self._path}: {what}" + ("; the file is damaged or cut short" if lost else ""))
+
+    @functools.cached_property
+    def _keys(self) -> np.ndarray:
+        """When the key frames that the file's index names are decoded, in seconds of the file's own clock."""
+        entries = self._stream.index_entries
+        self._indexed = len(entries)
+        stamps = [entry.timestamp for entry in entries if entry.is_keyframe]
+        return np.array(stamps, np.float64) * self._tick
+
+    # --------------------------------------------------------------------------- packets
+
+    def _decode(self) -> Iterator[tuple[Any, float]]:
+        """Frames with their seconds from the first one, in display order, from the present position."""
+        last = self._before
+        self._stamps.flush()
+        for frame, stamp in self._whole_frames():
+            absolute = last + self._interval if stamp is None else stamp * float(frame.time_base or self._tick)
+            if self._zero is None:
+                self._zero = absolute
+            last = absolute
+            yield frame, absolute - self._zero
+
+    def _whole_frames(self) -> Iterator[tuple[Any, int | None]]:
+        """Frames that the decoder gives and their stamps, but for those from damage to the next key frame."""
+        codec, whole = self._stream.codec_context, True
+        for packet in self._packets():
+            if clock.monotonic() > self._deadline:
+                raise UserError(f"{self._path}: not decoded within {self._limit:g} s")
+            self._set_skip(codec, packet)
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                if packet.has_sidedata("encryption_info"):
+                    raise UserError(f"{self._path}: the video is encrypted") from None
+                self._errors += 1
+                if self._errors > _MOST_ERRORS:
+                    raise
+                whole = False
+                continue
+            for frame in frames:
+                stamp = self._stamps.of(None if self._guessed else frame.pts, frame.dts)
+                if frame.is_corrupt:
+                    self._errors += 1
+                whole = (whole or frame.key_frame) and not frame.is_corrupt
+                if whole:
+                    yield frame, stamp
+
+    def _packets(self) -> Iterator[Any]:
+        """The stream's packets, some of which were read ahead; the file ends where it cannot be read any further."""
+        packets = self._container.demux(self._stream)
+        waiting: collections.deque[Any] = collections.deque()
+        self._near.clear()
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError:
+                self._errors += 1
+                packet = None
+            if packet is None:
+                break
+            if packet.pts is not None and packet.size and not packet.is_discard:
+                self._near.append(packet.pts * self._tick)
+            waiting.append(packet)
+            if len(waiting) > _READ_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _set_skip(self, codec: Any, packet: Any) -> None:
+        """Pass over a frame that no other refers to, where another comes on display after it, not after the moment."""
+        skip = False
+        if packet.size and packet.pts is None:
+            self._may_skip = False
+        elif packet.size and self._may_skip:
+            seconds, limit = packet.pts * self._tick, self._limit_time + self.zero
+            skip = seconds < limit and any(seconds < other <= limit for other in self._near)
+        if skip != self._skipping:
+            self._skipping = skip
+            codec.skip_frame = "NONREF" if skip else "DEFAULT"
+
+    # ----------------------------------------------------------------------------- seeks
+
+    def _on_display_until(self, frame: Any, begin: float) -> float:
+        """When the last frame leaves the display; two mean intervals where the file says nothing better.
+
+        Two more in AVI with B-frames, whose length counts the frames that the decoder holds back at the beginning.
+        """
+        stated = (frame.duration or 0) * float(frame.time_base or self._tick)
+        return begin + max(stated, (4 if self._guessed else 2) * self._interval)
+
+    def _should_seek(self, time: float, position: float) -> bool:
+        """Whether a key frame worth jumping to lies between the decoder's position and `time`."""
+        if not self._may_seek:
+            return False
+        if not self._keys.size:
+            return self._blind and time - position >= _BLIND_GAIN * self._interval
+        if time - position < self._gain * self._interval:
+            return False
+        last = np.searchsorted(self._keys, time + self.zero, side="right") - 1
+        return bool(last >= 0 and self._keys[last] - self.zero - position >= self._gain * self._interval)
+
+    def _jump(self, time: float, slack: float) -> tuple[Any, float, tuple[Any, float] | None]:
+        """Seek to the last key frame not after `time`; further back if frames come out too late."""
+        back = self._run_up
+        while True:
+            target = max(time - back, 0.0) + self.zero
+            self._container.seek(math.floor(target / self._tick), stream=self._stream)
+            if len(self._stream.index_entries) != self._indexed:  # read at the first seek, or as far as packets were
+                self.__dict__.pop("_keys", None)
+            self._before = math.inf if back < time else -self._interval  # one without a time is none that helps
+            self._frames = self._decode()
+            shown, shown_at = next(self._frames, (None, math.inf))
+            if shown_at <= time + slack or back >= time:
+                return shown, shown_at, next(self._frames, None)
+            back = min(max(2 * back, 16 * self._interval), time)
+
+    def _write_pixels(self, frame: Any, canvas: np.ndarray) -> None:
+        self._pixels.write(frame, canvas)

@@ -1,0 +1,234 @@
+"""Where media lie: local files, members of archives and tables, and addresses fetched into a bounded cache.
+
+clips/7.mp4                              a file
+gs://bucket/7.mp4, s3://..., https://... fetched whole, once
+data:video/mp4;base64,...                in the address itself
+shard-000.tar::7.mp4@1536+80123          a member: its first byte and its size
+train.parquet::12/images/0               row 12, column `images`, medium 0
+set-train.array_record-0...::12/0        record 12 of `kangaroo data build`, medium 0
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import os
+import re
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from kangaroo_jax.data.media.addresses import check_scheme, is_remote, short
+from kangaroo_jax.data.media.download import Limits, download
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import utf8
+from kangaroo_jax.system.terminal import printable
+
+MEMBER = "::"  # between a container and what is in it
+_TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$", re.DOTALL)
+_FORSAKEN = 3600.0  # seconds after which a file that a lost process was fetching is removed
+
+
+def join(root: str, path: str) -> str:
+    """`path` from `root`; addresses, members of containers and absolute paths stay as they are."""
+    if path.startswith("file://"):
+        path = urllib.parse.unquote(path.removeprefix("file://"))
+    if is_remote(path) or os.path.isabs(path):
+        return path
+    if is_remote(root):
+        return f"{root.rstrip('/')}/{path}"
+    return normal(os.path.join(root, path))
+
+
+def absolute(path: str | Path, root: str | Path = "") -> str:
+    """A local path, seen from `root` (the working folder), from the root of the file system, without `..`.
+
+    What stands before a `..` is followed where it is a link, as the system does; other links keep their names.
+    """
+    place = ""
+    for part in normal(os.path.join(os.getcwd(), root, path)).split("/")[1:]:
+        if part == "..":
+            place = os.path.dirname(os.path.realpath(place) if os.path.islink(place) else place).rstrip("/")
+        else:
+            place += f"/{part}"
+    return place or "/"
+
+
+def normal(path: str) -> str:
+    """A path without `.` and double slashes; `name/..` stays where `name` may be a link, whose `..` is elsewhere."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if any(after == ".." and before != ".." for before, after in itertools.pairwise(parts)):
+        return ("/" if path.startswith("/") else "") + "/".join(parts)
+    return os.path.normpath(path)
+
+
+# ----------------------------------------------------------------------------------- cache
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaCache:
+    """A folder of fetched files, the least recently used removed beyond `limit` bytes.
+
+    Shared by any number of processes: files appear whole (written aside, then renamed); one that is open
+    while it is removed stays readable.
+    """
+
+    folder: Path
+    limit: int
+    limits: Limits = Limits()  # of each address
+
+    def fetch(self, address: str) -> Path:
+        """The local copy of an address, fetched if it is not there. Raises UserError."""
+        check_scheme(address)
+        name = urllib.parse.urlparse(address).path if not address.startswith("data:") else ""
+        target = self.folder / (hashlib.sha256(utf8(address)).hexdigest()[:32] + _suffix(address, name))
+        with contextlib.suppress(OSError):
+            os.utime(target)  # used just now
+            return target
+        self._write(target, lambda file: download(address, file, self.limits), address)
+        self._evict(keep=target)
+        return target
+
+    def _write(self, target: Path, fill: Callable[[BinaryIO], None], address: str) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot write the media cache ({error.strerror or error})") from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                fill(file)
+            os.replace(temporary, target)
+        except UserError:
+            raise
+        except Exception as error:  # fsspec's backends raise what their libraries raise
+            reason = printable(" ".join(str(error).split())) or type(error).__name__
+            raise UserError(f"{short(address)}: cannot be fetched ({reason[:200]})") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def _evict(self, keep: Path) -> None:
+        entries, total, forsaken = [], 0, time.time() - _FORSAKEN
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(OSError):
+                status = entry.stat()
+                part = entry.name.startswith(".part-")
+                if part and status.st_mtime < forsaken:
+                    os.unlink(entry.path)
+                    continue
+                total += status.st_size
+                if not part:
+                    entries.append((status.st_mtime_ns, status.st_size, entry.path))
+        for _, size, path in sorted(entries):
+            if total <= self.limit:
+                return
+            if path != str(keep):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    total -= size
+
+
+def _suffix(address: str, name: str) -> str:
+    """The file's ending, by which images are told from videos."""
+    if address.startswith("data:"):
+        kind = re.match(r"data:[\w.+-]+/([\w.+-]+)", address)
+        return f".{kind[1]}" if kind else ""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if re.fullmatch(r"\.\w{1,12}", ending) else ""
+
+
+def default_cache() -> MediaCache:
+    """`~/.cache/kangaroo/media` (or below XDG_CACHE_HOME), at most 50 GiB."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return MediaCache(Path(base) / "kangaroo" / "media", 50 << 30)
+
+
+_cache: list[MediaCache] = []
+
+
+def use_cache(cache: MediaCache) -> None:
+    """The cache of this process from now on."""
+    _cache[:] = [cache]
+
+
+def current_cache() -> MediaCache:
+    """The cache of this process."""
+    if not _cache:
+        use_cache(default_cache())
+    return _cache[0]
+
+
+def local(path: str | Path) -> Path:
+    """A local path for a path or address; addresses are fetched. Raises UserError."""
+    text = str(path)
+    if is_remote(text):
+        return current_cache().fetch(text)
+    try:
+        if b"\0" not in os.fsencode(text):
+            return Path(text)
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{short(text)}: no file can have such a name")
+
+
+# --------------------------------------------------------------------------------- members
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A medium inside a container: `label` for messages, a slice of a file, or its bytes."""
+
+    label: str
+    file: Path
+    offset: int = 0
+    size: int = 0
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The medium's bytes. Raises UserError."""
+        if self.data is not None:
+            return self.data
+        try:
+            with self.file.open("rb") as file:
+                return os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            raise UserError(f"{self.label}: cannot read {self.file} ({error.strerror or error})") from None
+
+    def ffmpeg_input(self) -> str | BinaryIO:
+        """What `av.open` takes: FFmpeg's own `subfile` protocol for a slice of a file."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:{self.file}"
+
+
+def member_of(path: str | Path) -> Member | None:
+    """The member that a path names, None if it is a plain file. Raises UserError."""
+    text = str(path)
+    if MEMBER not in text or is_remote(text) or os.path.exists(text):
+        return None
+    container, _, name = text.partition(MEMBER)
+    if match := _TAR_MEMBER.match(name):
+        return Member(text, Path(container), int(match[2]), int(match[3]))
+    if container.lower().endswith(".parquet"):
+        from kangaroo_jax.data.annotations.parquet import parquet_bytes
+
+        return Member(text, Path(container), data=parquet_bytes(text, container, name))
+    if ".array_record" in container:
+        from kangaroo_jax.data.annotations.dataset import embedded_bytes
+
+        record, _, medium = os.path.splitext(name)[0].partition("/")
+        return Member(text, Path(container), data=embedded_bytes(container, int(record), int(medium)))
+    return None
+
+
+def member_suffix(path: str | Path) -> str:
+    """The ending of a file's or member's name, lower case, "" where it has none."""
+    name = str(path)
+    if MEMBER in name:
+        name = re.sub(r"@\d+\+\d+$", "", name)
+    return os.path.splitext(name)[1].lower()

@@ -1,0 +1,1 @@
+"""One client of language models: requests, cache, endpoint, team."""

@@ -1,0 +1,123 @@
+"""The backends of a config, made and asked through clients."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config_files import nearest
+from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.client import Client, Limits
+from kangaroo_jax.llm_client.requests import Backend
+from kangaroo_jax.errors import UserError
+
+
+class Team:
+    """Clients by the names of `config.backends`, one each, made when the team is."""
+
+    def __init__(self, backends: ConfigDict, names: Iterable[str], cache: Cache | None = None) -> None:
+        """Only the backends that `names` names are made. Raises UserError for a name or setting that is wrong."""
+        self.clients: dict[str, Client] = {}
+        self._configs: dict[str, ConfigDict] = {}
+        configs = {name: backend_config(backends, name) for name in names}
+        _check_settings(configs)
+        for name, config in configs.items():
+            limits = {field.name: config[field.name] for field in dataclasses.fields(Limits)}
+            self._configs[name] = config
+            self.clients[name] = Client(make_backend(name, config), Limits(**limits), cache)
+
+    def __getitem__(self, name: str) -> Client:
+        return self.clients[name]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers: for each name its model and settings."""
+        return {n: [c.backend.model, dict(c.backend.settings)] for n, c in self.clients.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of each client, and what its tokens cost in this run."""
+        summaries = {}
+        for name, client in self.clients.items():
+            counts = client.counts
+            money = cost(self._configs[name], counts["prompt_tokens"], counts["completion_tokens"])
+            summaries[name] = client.summary() | {"cost": round(money, 6)}
+        return summaries
+
+    def line(self) -> str:
+        """Counts of all for a line of progress."""
+        counts = [client.counts for client in self.clients.values()]
+        total = {key: sum(count[key] for count in counts) for key in ("calls", "from_cache", "error")}
+        faults = sum(sum(client.faults.values()) for client in self.clients.values())
+        tokens = sum(count["completion_tokens"] for count in counts)
+        return (
+            f"{total['calls']:,} calls, {total['from_cache']:,} from the cache, {faults:,} faults, "
+            f"{total['error']:,} errors, {tokens:,} tokens written"
+        )
+
+    async def close(self) -> None:
+        """Close all backends."""
+        for client in self.clients.values():
+            await client.backend.close()
+
+
+def backend_config(backends: ConfigDict, name: str) -> ConfigDict:
+    """The config of a backend. Raises UserError where there is none of the name."""
+    if name not in backends:
+        known = ", ".join(backends)
+        raise UserError(f"no backend {name!r}{nearest(name, backends)}: config.backends has {known}")
+    return backends[name]
+
+
+def cost(config: ConfigDict, prompt_tokens: float, completion_tokens: float) -> float:
+    """Money, in the currency of the prices."""
+    return (prompt_tokens * config.price_in + completion_tokens * config.price_out) / 1e6
+
+
+# kind -> the key that every backend of it needs, and what that is
+_NEEDED = {
+    "endpoint": ("model", "the name that its server knows a model by"),
+    "kangaroo": ("checkpoint", "a folder that training wrote"),
+    "scenes": ("corpus", "a folder that kangaroo quickstart generated"),
+}
+
+
+def _check_settings(configs: Mapping[str, ConfigDict]) -> None:
+    """Raise a UserError that names all settings that backends lack."""
+    lacking = collections.defaultdict(list)
+    for name, config in configs.items():
+        if config.kind not in _NEEDED:
+            raise UserError(f"backend {name}: no kind {config.kind!r}; there are {', '.join(_NEEDED)}")
+        key, what = _NEEDED[config.kind]
+        if not config[key]:
+            lacking[what].append(f"--config.backends.{name}.{key}=...")
+        if config.kind == "endpoint" and config.api_key_env and not os.environ.get(config.api_key_env):
+            lacking["the API key, in the environment"].append(f"{config.api_key_env} (of {name})")
+    if lacking:
+        told = "; ".join(f"{' '.join(flags)} ({what})" for what, flags in lacking.items())
+        raise UserError(f"models are asked that are not named yet: give {told}; docs/annotation.md has the presets")
+
+
+def make_backend(name: str, config: ConfigDict) -> Backend:
+    """The backend that a config with all needed settings describes. Raises UserError."""
+    sampling: Mapping[str, Any] = {key: config[key] for key in ("temperature", "top_p", "seed")}
+    if config.kind == "endpoint":
+        from kangaroo_jax.llm_client.endpoint import Endpoint
+
+        return Endpoint(
+            name,
+            config.base_url,
+            config.model,
+            api_key_env=config.api_key_env,
+            timeout=config.timeout,
+            structured=config.structured,
+            settings=sampling,
+        )
+    if config.kind == "kangaroo":
+        from kangaroo_jax.llm_client.own_model import OwnModel
+
+        return OwnModel(name, config.checkpoint, batch_size=config.batch_size, settings=sampling)
+    from kangaroo_jax.llm_client.corpus_rules import SceneRules
+
+    return SceneRules(name, config.corpus, settings={"view": config.view})

@@ -1,0 +1,1 @@
+"""`kangaroo plan`: what a stage needs on chips that are not here."""

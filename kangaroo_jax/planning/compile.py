@@ -1,0 +1,273 @@
+"""Compile the real train step for TPU slices that are not here, and read what it needs from the program.
+
+libtpu (the extra `tpu`) compiles on any machine; nothing runs and no weight is allocated.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.chips import Slices
+from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.models.attention_splash import visited_share
+from kangaroo_jax.planning import hlo
+from kangaroo_jax.system.files import write_json
+
+GIB = 1 << 30
+READ = 2  # raise when something else is read from a program: kept results are then compiled again
+# Products of [T, S] with the head width: forward scores and values; backward by the fused kernel, or by two.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
+
+
+class Seconds(TypedDict):
+    """What a compilation took."""
+
+    lower_seconds: float
+    compile_seconds: float  # by the clock
+    compile_cpu_seconds: float  # of all threads: what the clock would say of one idle core
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one device needs and does in a step. FLOPs are of matrix products and attention kernels."""
+
+    fits: bool
+    peak_gib: float  # at the fullest moment of the step, with the program itself; see `peak_bytes`
+    state_gib: float  # weights, optimiser state and batch
+    host_gib: float  # what is offloaded
+    flops: dict[str, float]  # by part: vision, llm, other (the head), attention_vision, attention_llm
+    collectives: dict[str, float]  # bytes by kind
+    gathers_logits: bool  # an all-gather of something as wide as the vocabulary and as long as a pack
+    lower_seconds: float
+    compile_seconds: float
+    compile_cpu_seconds: float
+    error: str = ""
+
+
+def prepare_environment() -> None:
+    """Set what libtpu and JAX read at import. Must run before JAX is imported, or JAX be on a CPU already."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-32"),  # read at start only, to silence a warning; any will do
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def check_libtpu() -> None:
+    """Raise UserError where libtpu is missing, or another than JAX names: JAX may not read what that one compiles."""
+    try:
+        found = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"compiling for a TPU needs libtpu: {install_line('tpu')}") from None
+    named = re.search(r"libtpu==([\d.]+?)(?:\.\*)?(?:[\s;,]|$)", " ".join(metadata.requires("jax") or ()))
+    if named and not f"{found}.".startswith(f"{named[1]}."):
+        raise UserError(
+            f"libtpu {found} is not of the release that jax {metadata.version('jax')} goes with ({named[1]}), and JAX "
+            f"may not read what it compiles: {install_line('tpu')}"
+        )
+
+
+def topology_devices(target: Slices) -> list[Any]:
+    """The devices of a TPU topology, of none of which there need be one. Raises UserError."""
+    from jax.experimental import topologies
+
+    check_libtpu()
+    options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+    if target.chip.name == "v4":
+        options["chip_config_name"] = "megacore"
+    name = f"{target.chip.name}:{target.topology}"
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"topology {name}: {text[:200]}") from None
+
+
+def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
+    """The shapes and shardings of a batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from kangaroo_jax.sharding import batch_axes, sharding
+
+    data = config.data
+    b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
+
+    array = jax.ShapeDtypeStruct
+    ints = array((b, t), jnp.int32)
+    batch = PackedBatch(
+        tokens=ints,
+        segment_ids=ints,
+        positions=ints,
+        targets=ints,
+        weights=array((b, t), jnp.float32),
+        frames=array((b, f, s, s, 3), jnp.uint8),
+        frame_times=array((b, f), jnp.float32),
+        frame_groups=array((b, f), jnp.int32),
+        vision_index=ints,
+    )
+    on_mesh = lambda x, axes: array(x.shape, x.dtype, sharding=sharding(mesh, axes, x.shape))  # noqa: E731
+    return jax.tree.map(on_mesh, batch, batch_axes(batch))
+
+
+def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
+    """The train step of a resolved config (see `training.placement`), lowered for `devices`."""
+    import jax
+
+    from kangaroo_jax.sharding import make_mesh
+    from kangaroo_jax.training.checkpoint import abstract_model
+    from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+    from kangaroo_jax.training.state import abstract_state, shardings_of
+    from kangaroo_jax.training.step import make_train_step
+
+    mesh = make_mesh(config.train.mesh, devices)
+    binding = abstract_model(config.model)
+    state = abstract_state(config, binding, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    step = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
+    with jax.set_mesh(mesh):
+        return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
+
+
+def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) -> Compiled:
+    """Compile the step of a resolved config for `target`; results are kept in the folder `cache`, if given.
+
+    A program that needs more memory than there is gives `fits=False` and how much it would need.
+    """
+    import jax
+
+    start = time.perf_counter()
+    lowered = lower_step(config, topology_devices(target))
+    lower_seconds = time.perf_counter() - start
+    import libtpu
+
+    versions = f"{jax.__version__} {getattr(libtpu, '__version__', '')}"
+    digest = hashlib.sha256(f"{READ} {target} {versions} {lowered.as_text()}".encode()).hexdigest()[:24]
+    kept = cache / f"{digest}.json" if cache else None
+    if kept is not None and kept.is_file():
+        return Compiled(**json.loads(kept.read_text(encoding="utf-8")))
+    start, cpu = time.perf_counter(), time.process_time()
+    program, message = None, ""
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+    seconds: Seconds = {
+        "lower_seconds": round(lower_seconds, 1),
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "compile_cpu_seconds": round(time.process_time() - cpu, 1),
+    }
+    result = _too_large(message, seconds) if program is None else _read(program, config, target.chip.gib, seconds)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, dataclasses.asdict(result))
+    return result
+
+
+def _too_large(message: str, seconds: Seconds) -> Compiled:
+    """A program that does not fit, from the compiler's message; any other error is raised as UserError."""
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message)
+    if "RESOURCE_EXHAUSTED" not in message and not found:
+        raise UserError(f"the compiler refused the step: {' '.join(message.split())[:400]}")
+    units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+    amount, unit = (found.group(1) or found.group(5), found.group(2) or found.group(6)) if found else ("nan", "G")
+    error = " ".join(message.split())[:300]
+    return Compiled(
+        fits=False,
+        peak_gib=round(float(amount) * units[unit], 2),
+        state_gib=float("nan"),
+        host_gib=0.0,
+        flops={},
+        collectives={},
+        gathers_logits=False,
+        error=error,
+        **seconds,
+    )
+
+
+def peak_bytes(memory: Any) -> int:
+    """Bytes of one device at the program's fullest moment, from its `memory_analysis()`, and the program itself.
+
+    The compiler's `peak_memory_in_bytes` (arguments, results, and the temporaries that live at one time) is what it
+    compares with the chip. Arguments plus `temp_size_in_bytes` is more: programs whose sum is 3 GiB over the chip's
+    memory are accepted, while the peak is within it.
+    """
+    return int(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
+
+
+def _read(program: Any, config: ConfigDict, capacity: float, seconds: Seconds) -> Compiled:
+    memory = program.memory_analysis()
+    peak = peak_bytes(memory)
+    flops: dict[str, float] = collections.defaultdict(float)
+    moved: dict[str, float] = collections.defaultdict(float)
+    chunks = -(-config.data.tokens_per_pack // config.train.mesh[2] // config.model.llm.loss_chunk)
+    wide = False
+    for visit in hlo.walk(program.as_text(), unknown_trips=max(1, chunks)):
+        scope, operation = visit.operation.scope, visit.operation
+        part = next((name for name in ("vision", "llm") if name in scope), "other")
+        flops[part] += hlo.matmul_flops(visit)
+        if operation.kind == "custom-call" and "splash_" in scope:
+            flops[f"attention_{part}"] += kernel_flops(visit)
+        if found := hlo.collective(operation):
+            moved[found[0]] += found[1] * visit.times
+            wide |= found[0] == "all-gather" and is_logits(operation, config)
+    return Compiled(
+        fits=peak <= capacity * GIB,
+        peak_gib=round(peak / GIB, 2),
+        state_gib=round(memory.argument_size_in_bytes / GIB, 2),
+        host_gib=round((memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB, 2),
+        flops=dict(flops),
+        collectives=dict(moved),
+        gathers_logits=wide,
+        **seconds,
+    )
+
+
+def is_logits(operation: hlo.Operation, config: ConfigDict) -> bool:
+    """Whether a result is logits: as wide as the vocabulary and as long as the tokens of a chunk or more."""
+    vocabulary, chunk = config.model.llm.vocab_size, config.model.llm.loss_chunk
+    for _, dimensions in operation.shapes:
+        if vocabulary in dimensions:
+            others = [size for size in dimensions if size not in (vocabulary, config.model.llm.width)]
+            if config.model.llm.width not in dimensions and max(others, default=0) >= chunk:
+                return True
+    return False
+
+
+def kernel_flops(visit: hlo.Visit) -> float:
+    """FLOPs of a splash attention kernel: its products over the blocks of queries and keys that it visits."""
+    operation, found = visit.operation, []
+    for name in visit.operation.operands:
+        dtype, shape = visit.computation[name].shapes[0]
+        if dtype in ("bf16", "f32") and len(shape) >= 3:
+            found.append(shape)
+    if len(found) < 2 or "tpu_custom_call" not in operation.text:
+        return 0.0
+    (*rest, heads, length, width), keys = found[0], found[1][-2]
+    kind = next(name for name in ("dkv", "dq", "fwd") if f"splash_mha_{name}" in operation.scope)
+    parts_of_d_query = [s for _, s in operation.shapes if len(s) > len(found[0]) and s[-3:] == (heads, length, width)]
+    if kind == "dkv" and parts_of_d_query:
+        kind = "fused"
+    causal = "splash_causal" in operation.scope
+    share = visited_share(length, keys, causal, keys // length if causal else 1)
+    rows = 1
+    for size in rest:
+        rows *= size
+    return 2.0 * KERNEL_PRODUCTS[kind] * rows * heads * length * keys * width * share * visit.times

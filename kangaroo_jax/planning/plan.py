@@ -1,0 +1,366 @@
+"""`kangaroo plan`: what a stage needs on chips that nobody has rented yet.
+
+Compiles the real train step for a TPU slice on this machine and prints memory, work, traffic, time and cost.
+GPUs are by formula. Exit code 3 where the stage does not fit, with the nearest change that does.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.chips import Slices, parse_topology
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.kangaroo import count_parameters, frames_per_group, tokens_per_group
+from kangaroo_jax.sharding import MESH_AXES
+from kangaroo_jax.planning import formula as plan_formula
+from kangaroo_jax.planning.compile import Compiled, compile_step
+from kangaroo_jax.training.flops import step_flops
+from kangaroo_jax.training.placement import resolve
+
+DOES_NOT_FIT = 3  # exit code
+SEARCHED = 4  # candidates that --search compiles, at most
+TEXT_TOKENS = (32, 512)  # assumed text of a sample (question and answer), uniform; less where less is left
+SAMPLES = 2000  # packed to find the useful share
+
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage on a slice."""
+
+    stage: str
+    topology: str
+    tokens_per_pack: int
+    frames_per_pack: int
+    source: str  # "compiled", or "formula" where no compiler for the chip is here
+    fits: bool
+    peak_hbm_gib: float
+    capacity_gib: float
+    params_b: float  # billions
+    params_per_device_gib: float  # weights, optimiser state and batch
+    useful_token_share: float
+    model_tflops_causal: float  # a step, whole batch
+    model_tflops_full: float
+    vit_share: float
+    compiled_over_model_flops: float | None
+    collectives_gib: dict[str, float]  # a device and step, by kind
+    gathers_logits: bool | None
+    mfu: float
+    step_seconds: float
+    steps: int
+    chip_hours: float
+    cost: float | None
+    mesh: dict[str, int]
+    accumulate: int
+    remat: dict[str, str]
+    compile_seconds: float | None
+    compile_cpu_seconds: float | None  # of all threads
+    nearest_change: str = ""
+
+
+def make_plan(
+    config: ConfigDict, target: Slices, *, mfu: float, price: float | None = None, cache: Path | None = None
+) -> Plan:
+    """The plan of a stage's config on `target`: compiled for a TPU, by formula for a GPU.
+
+    Args:
+        config: a stage's config; what it leaves open is decided by `training.placement`.
+        target: chips.
+        mfu: assumed model FLOPs utilisation, causal convention, for time and cost.
+        price: of a chip and hour, in any currency.
+        cache: folder that keeps results of compilations.
+
+    Raises UserError where the config does not fit the number of chips, or libtpu is missing.
+    """
+    config = resolve(config, target.chip, target.devices, target.slices)
+    counts = count_parameters(config.model)
+    compiled = compile_step(config, target, cache) if target.chip.compiles_on_cpu else None
+    flops = step_flops(config)
+    seconds = flops.causal / (target.devices * target.chip.tflops * 1e12 * mfu)
+    hours = seconds * config.train.steps * target.devices / 3600
+    estimate = plan_formula.peak_gib(config, counts)
+    state = plan_formula.weights_and_state(config, counts)[0] / (target.devices / config.train.mesh[0]) / (1 << 30)
+    return Plan(
+        stage=config.stage,
+        topology=str(target),
+        tokens_per_pack=config.data.tokens_per_pack,
+        frames_per_pack=config.data.frames_per_pack,
+        source="compiled" if compiled else "formula",
+        fits=compiled.fits if compiled else estimate <= target.chip.gib,
+        peak_hbm_gib=compiled.peak_gib if compiled else estimate,
+        capacity_gib=target.chip.gib,
+        params_b=round(counts["total"] / 1e9, 3),
+        params_per_device_gib=round(state, 2) if compiled is None or compiled.error else compiled.state_gib,
+        useful_token_share=useful_share(config),
+        model_tflops_causal=round(flops.causal / 1e12, 1),
+        model_tflops_full=round(flops.full / 1e12, 1),
+        vit_share=round(flops.vision_share, 4),
+        compiled_over_model_flops=over_model(compiled, config, target),
+        collectives_gib={k: round(v / (1 << 30), 3) for k, v in compiled.collectives.items()} if compiled else {},
+        gathers_logits=compiled.gathers_logits if compiled else None,
+        mfu=mfu,
+        step_seconds=round(seconds, 3),
+        steps=config.train.steps,
+        chip_hours=round(hours, 1),
+        cost=None if price is None else round(hours * price, 2),
+        mesh=dict(zip(MESH_AXES, config.train.mesh, strict=True)),
+        accumulate=config.train.accumulate,
+        remat={"llm": config.model.llm.remat, "vision": config.model.vision.remat},
+        compile_seconds=compiled.compile_seconds if compiled else None,
+        compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
+    )
+
+
+def over_model(compiled: Compiled | None, config: ConfigDict, target: Slices) -> float | None:
+    """Compiled FLOPs of all devices over the model's; the scores that FlashAttention computes twice are the model's."""
+    if compiled is None or not compiled.flops:
+        return None
+    flops = step_flops(config)
+    return round(sum(compiled.flops.values()) * target.devices / (flops.causal + flops.score_recomputation), 4)
+
+
+def useful_share(config: ConfigDict) -> float:
+    """Share of token places that hold a sample's token, from packing made-up samples with the real packer.
+
+    Frames are uniform in the stage's ranges (half of the samples long ones), text in TEXT_TOKENS.
+    """
+    from kangaroo_jax.data.batches.packing import Packer, Placed
+
+    data, random_ = config.data, random.Random(0)
+    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
+    packer = Packer(data.tokens_per_pack, data.frames_per_pack, data.packing_bins)
+    used = packs = 0
+    for place in range(SAMPLES):
+        low, high = (data.min_frames, data.max_frames)
+        if place % 2:
+            low, high = (data.long_min_frames, data.long_max_frames)
+        frames = min(random_.randint(low, high) // group * group or group, data.frames_per_pack)
+        vision = frames // group * (rows + 1) + 2 if frames else 0
+        left = data.max_sample_tokens - vision
+        text = random_.randint(min(TEXT_TOKENS[0], left), max(1, min(TEXT_TOKENS[1], left)))
+        closed = packer.add(Placed(place, _Lengths(f"sample {place}", range(vision + text), frames)))  # type: ignore[arg-type]
+        if closed is not None:
+            used, packs = used + sum(len(item.recipe.tokens) for item in closed), packs + 1
+    return round(used / (packs * data.tokens_per_pack), 3) if packs else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lengths:
+    """What the packer reads of a recipe."""
+
+    id: str
+    tokens: range
+    frames: int
+
+
+# ------------------------------------------------------------------------- changes and search
+
+
+def nearest_change(
+    config: ConfigDict, target: Slices, plan: Plan, *, cache: Path | None = None, tell: Tell = print
+) -> str:
+    """The mildest change that makes a stage fit, compiled where there is a compiler; "" if none is known.
+
+    Changes cost ever more speed or money: remat, tensor and context axes, bfloat16 moments, a larger slice.
+    """
+    counts = count_parameters(config.model)
+    base = plan_formula.peak_gib(resolve(config, target.chip, target.devices, target.slices), counts)
+    known = plan.peak_hbm_gib == plan.peak_hbm_gib  # not NaN
+    correction = plan.peak_hbm_gib / base if known else 1.0  # the formula, corrected by what the compiler said
+    tried = 0
+    for text, trial, place in _changes(config, target):
+        try:
+            resolved = resolve(trial, place.chip, place.devices, place.slices)
+        except UserError:
+            continue
+        if plan_formula.peak_gib(resolved, counts) * max(correction, 1.0) > place.chip.gib:
+            continue
+        if not place.chip.compiles_on_cpu:
+            return text
+        if tried == SEARCHED:
+            break
+        tried += 1
+        tell(f"does not fit; compiling with {text}")
+        if compile_step(resolved, place, cache).fits:
+            return text
+    return ""
+
+
+def _changes(config: ConfigDict, target: Slices) -> Iterable[tuple[str, ConfigDict, Slices]]:
+    """(what to change, changed config, chips), mildest first."""
+    slices, inner = target.slices, target.devices // target.slices
+    changes: list[dict[str, Any]] = []
+    if config.model.llm.remat not in ("auto", "full"):
+        changes.append({"model.llm.remat": "full", "model.vision.remat": "full"})
+    for context, tensor in ((1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 4), (1, 8), (8, 1), (8, 4), (16, 4)):
+        if inner % (context * tensor) == 0:
+            changes.append({"train.mesh": (slices, inner // (context * tensor), context, tensor)})
+    for change in [*changes, *({**change, "optimizer.moment_dtype": "bfloat16"} for change in changes)]:
+        trial = config.copy_and_resolve_references()
+        with trial.unlocked():
+            trial.update_from_flattened_dict({"model.llm.remat": "full", "model.vision.remat": "full", **change})
+            trial.train.accumulate = 0
+        yield " ".join(f"--config.{key}={_flag(value)}" for key, value in change.items()), trial, target
+    for size in _larger(target.topology):
+        larger = parse_topology(f"{target.chip.name}:{size}", slices)
+        yield f"--topology={target.chip.name}:{size}", config, larger
+
+
+def _flag(value: Any) -> str:
+    return str(value).replace(" ", "")
+
+
+def _larger(topology: str) -> list[str]:
+    """The next sizes, each with twice the chips."""
+    sizes, found = [int(part) for part in topology.split("x")], []
+    for _ in range(3):
+        sizes[sizes.index(min(sizes))] *= 2
+        found.append("x".join(map(str, sorted(sizes))))
+    return found
+
+
+def search(
+    config: ConfigDict, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
+) -> tuple[Plan, ConfigDict] | None:
+    """The fastest mesh and remat policies that fit, in the formula's order; None if none does."""
+    counts = count_parameters(config.model)
+    for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
+        if number == SEARCHED:
+            break
+        plan = make_plan(trial, target, mfu=mfu, price=price, cache=cache)
+        seconds = plan_formula.step_seconds(trial, target.chip, counts, mfu)
+        shape, remat = tuple(plan.mesh.values()), plan.remat["llm"]
+        verdict = "fits" if plan.fits else "does not fit"
+        tell(f"mesh {shape} remat {remat}: {verdict}, {plan.peak_hbm_gib} GiB, about {seconds:.2f} s a step")
+        if plan.fits:
+            return plan, trial
+    return None
+
+
+# ------------------------------------------------------------------------------------ output
+
+
+def run(
+    configs: list[ConfigDict],
+    topology: str,
+    *,
+    slices: int = 1,
+    mfu: float = 0.45,
+    price: float | None = None,
+    as_json: bool = False,
+    do_search: bool = False,
+    cache: Path | None = None,
+    tell: Tell = print,
+) -> int:
+    """Plan every config on `topology` and print; 0, or DOES_NOT_FIT where one does not fit. Raises UserError."""
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu}: a share between 0 and 1")
+    target = parse_topology(topology, slices)
+    note: Tell = (lambda line: None) if as_json else tell
+    plans = []
+    for config in configs:
+        note(f"{config.stage} on {target} ...")
+        options: dict[str, Any] = dict(mfu=mfu, price=price, cache=cache)
+        if do_search and (found := search(config, target, tell=note, **options)):
+            plan = found[0]
+        else:
+            plan = make_plan(config, target, **options)
+        if not plan.fits:
+            change = nearest_change(config, target, plan, cache=cache, tell=note)
+            plan = dataclasses.replace(plan, nearest_change=change or "none found: choose a larger slice")
+        plans.append(plan)
+        note(text(plan) if len(configs) == 1 else f"  {line(plan)}")
+    if as_json:
+        plain = [dataclasses.asdict(plan) for plan in plans]
+        tell(json.dumps(plain[0] if len(plain) == 1 else {"stages": plain, **total(plans)}))
+    elif len(plans) > 1:
+        tell(table(plans, with_sum=True))
+    return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+def total(plans: list[Plan]) -> dict[str, Any]:
+    """The sums of a curriculum."""
+    cost = None if any(plan.cost is None for plan in plans) else round(sum(plan.cost or 0 for plan in plans), 2)
+    hours = round(sum(plan.chip_hours for plan in plans), 1)
+    return {"fits": all(plan.fits for plan in plans), "chip_hours": hours, "cost": cost}
+
+
+def text(plan: Plan) -> str:
+    """A plan for people."""
+    verdict = "fits" if plan.fits else f"DOES NOT FIT; nearest change that does: {plan.nearest_change}"
+    mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    moved = ", ".join(f"{kind} {gib:,.1f}" for kind, gib in sorted(plan.collectives_gib.items()))
+    ratio = (
+        "" if plan.compiled_over_model_flops is None else f", compiled work {plan.compiled_over_model_flops:.3f} of it"
+    )
+    cost = "" if plan.cost is None else f", cost {plan.cost:,.0f}"
+    rows = {
+        "memory a device": f"{plan.peak_hbm_gib} of {plan.capacity_gib} GiB ({plan.source}): {verdict}",
+        "weights, state, batch": f"{plan.params_per_device_gib} GiB a device; {plan.params_b} B parameters",
+        "mesh": f"{mesh}; {plan.accumulate} parts a batch",
+        "remat": f"llm {plan.remat['llm']}, vision {plan.remat['vision']}",
+        "packing": f"{100 * plan.useful_token_share:.0f}% of the token places hold a sample's token",
+        "model work a step": f"{plan.model_tflops_causal:,} TFLOP causal, {plan.model_tflops_full:,} full{ratio}",
+        "of it the ViT": f"{100 * plan.vit_share:.1f}%",
+        "collectives, GiB": moved or "not known",
+        f"at {100 * plan.mfu:.0f}% MFU": f"{plan.step_seconds} s a step, {plan.steps:,} steps, "
+        f"{plan.chip_hours:,} chip-hours{cost}",
+        "compiled in": f"{plan.compile_seconds} s" if plan.compile_seconds is not None else "not compiled: by formula",
+    }
+    return "\n".join([f"{plan.stage} on {plan.topology}", *(f"  {name:22} {value}" for name, value in rows.items())])
+
+
+def line(plan: Plan) -> str:
+    """A plan on one line."""
+    verdict = "fits" if plan.fits else f"DOES NOT FIT: {plan.nearest_change}"
+    return f"{plan.peak_hbm_gib} of {plan.capacity_gib} GiB, {verdict}, {plan.step_seconds} s a step"
+
+
+def table(plans: list[Plan], *, with_sum: bool) -> str:
+    """Plans as a Markdown table, the cost only where it is known."""
+    rows = []
+    for plan in plans:
+        ratio, seconds = plan.compiled_over_model_flops, plan.compile_seconds
+        row = {
+            "stage": plan.stage,
+            "tokens, frames": f"{plan.tokens_per_pack:,}, {plan.frames_per_pack:,}",
+            "slice": plan.topology,
+            "mesh": "x".join(map(str, plan.mesh.values())),
+            "remat": plan.remat["llm"],
+            "GiB a device": f"{plan.peak_hbm_gib} of {plan.capacity_gib}",
+            "fits": "yes" if plan.fits else "no",
+            "compiled / model": "" if ratio is None else f"{ratio:.3f}",
+            "s a step": f"{plan.step_seconds:.1f}",
+            "chip-hours": f"{plan.chip_hours:,.0f}",
+            "cost": "" if plan.cost is None else f"{plan.cost:,.0f}",
+            "compile s (CPU s)": "by formula" if seconds is None else f"{seconds:.0f} ({plan.compile_cpu_seconds:.0f})",
+        }
+        rows.append(row)
+    names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    if with_sum:
+        sums = total(plans)
+        last = {"stage": "sum", "fits": "yes" if sums["fits"] else "no", "chip-hours": f"{sums['chip_hours']:,.0f}"}
+        rows.append({**last, "cost": "" if sums["cost"] is None else f"{sums['cost']:,.0f}"})
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def table_of_file(path: Path) -> str:
+    """The table of plans kept in a file, one line of `--json` each. Raises UserError where it is no such file."""
+    plans: list[Plan] = []
+    try:
+        for kept in path.read_text(encoding="utf-8").splitlines():
+            plans.append(Plan(**json.loads(kept)))
+    except OSError as error:
+        raise UserError(f"--table={path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--table={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
+        ) from None
+    return table(plans, with_sum=False)

@@ -1,0 +1,142 @@
+"""`kangaroo quickstart --ablate`: the same road without one part of the design at a time.
+
+Each variant starts from the last checkpoint that it shares with the complete run, trains the same number of
+steps, and answers the same held-out questions.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.evaluation.answering import Answers, evaluate
+from kangaroo_jax.models.kangaroo import tokens_per_group
+from kangaroo_jax.corpus.make import Corpus
+from kangaroo_jax.training import curriculum
+from kangaroo_jax.training.loop import Tell, train
+from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.system.files import write_json
+
+PRESET = "tiny"
+PACKING_STEPS = 30  # of each side of the packing comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A run without one part: the stages it trains anew, what it starts from, and what it changes."""
+
+    name: str
+    stages: tuple[str, ...]
+    start: str  # folder of the complete run
+    change: Callable[[ConfigDict], None]
+
+
+def without_times(config: ConfigDict) -> None:
+    """No temporal position encoding."""
+    config.model.tpe.enabled = False
+
+
+def without_patchify(config: ConfigDict) -> None:
+    """Every patch of every frame is a token; as many frames as then fit the same pack."""
+    config.model.patchify.enabled = False
+    grid_tokens = tokens_per_group(config.model, config.data.image_size) + 1
+    room = (config.data.tokens_per_pack - 200) // grid_tokens // 2 * 2  # 200 tokens stay for the text
+    for key in ("min_frames", "max_frames", "long_min_frames", "long_max_frames", "frames_per_pack"):
+        config.data[key] = min(config.data[key], room)
+
+
+def without_curriculum(config: ConfigDict) -> None:
+    """The data and shapes of the last stage from the start, everything training."""
+    config.optimizer.trainable = ((".*", 1.0),)
+
+
+VARIANTS = (
+    Variant("without temporal position encoding", curriculum.STAGES[1:], curriculum.STAGES[0], without_times),
+    Variant("without patchify", curriculum.STAGES[2:], curriculum.STAGES[1], without_patchify),
+    Variant("without curriculum", curriculum.STAGES[4:], "stage0_text_warmup", without_curriculum),
+)
+
+
+def run(
+    workdir: Path, corpus: Corpus, data: Path, tokenizer: Path, *, seed: int, tell: Tell = print
+) -> list[dict[str, Any]]:
+    """Train and evaluate every variant of the finished quickstart in `workdir`; rows for the table of the report.
+
+    `data` is the folder of stage files that the complete run read. A row has `name`, `steps` and `metrics`; that of
+    packing has samples and steps a minute. Variants that are done are not run again.
+    """
+    rows = [row("complete", workdir / curriculum.STAGES[-1], steps_of(workdir, curriculum.STAGES))]
+    for variant in VARIANTS:
+        folder = workdir / "ablations" / variant.name.replace(" ", "_")
+        total = steps_of(workdir, curriculum.STAGES)
+
+        def adjust(name: str, config: ConfigDict, variant: Variant = variant, total: int = total) -> None:
+            done = json.loads((workdir / name / "done.json").read_text(encoding="utf-8"))
+            config.train.steps = total if variant.change is without_curriculum else done["steps"]
+            variant.change(config)
+
+        curriculum.run(
+            PRESET,
+            folder,
+            data=data,
+            tokenizer=tokenizer,
+            stages=variant.stages,
+            init_from=workdir / variant.start,
+            overrides={"seed": seed},
+            adjust=adjust,
+            tell=tell,
+        )
+        last = folder / variant.stages[-1]
+        if not (last / "eval.json").exists():
+            write_json(last / "eval.json", evaluate(last, corpus.eval_files, tell=tell).to_json())
+        rows.append(row(variant.name, last, total))
+        tell(f"{variant.name}: {rows[-1]['metrics']}")
+    rows += packing_rows(workdir, data, tokenizer, tell)
+    return rows
+
+
+def steps_of(workdir: Path, stages: Sequence[str]) -> int:
+    """Training steps of these stages of the complete run."""
+    return sum(json.loads((workdir / name / "done.json").read_text(encoding="utf-8"))["steps"] for name in stages)
+
+
+def row(name: str, stage: Path, steps: int) -> dict[str, Any]:
+    """A line of the table; `time_questions` is the share right of what asks for a time."""
+    answers = Answers.from_json(json.loads((stage / "eval.json").read_text(encoding="utf-8")))
+    timed = [r["correct"] for r in answers.records if r["question_kind"] in ("duration", "second_t")]
+    metrics = {key: round(answers.metrics()[key], 4) for key in ("short_mcq", "long_mcq", "open_exact")}
+    metrics["time_questions"] = round(sum(timed) / max(len(timed), 1), 4)
+    return {"name": name, "steps": steps, "metrics": metrics}
+
+
+def packing_rows(workdir: Path, data: Path, tokenizer: Path, tell: Tell) -> list[dict[str, Any]]:
+    """Samples and steps a minute of stage 4 with and without packing, by the log of a few steps each."""
+    rows = []
+    for name, bins in (("with packing", None), ("without packing", 0)):
+        folder = workdir / "ablations" / name.replace(" ", "_")
+        config = curriculum.stage(
+            curriculum.STAGES[3],
+            PRESET,
+            data=data,
+            tokenizer=tokenizer,
+            init_from=str(workdir / "stage3_refine"),
+        )
+        config.data.packing_bins = config.data.packing_bins if bins is None else bins
+        config.train.update(steps=PACKING_STEPS, checkpoint_every=PACKING_STEPS)
+        train(config, folder, tell=tell)
+        lines = read_metrics(folder / "metrics.jsonl")[5:]  # after the compilation
+        minutes = sum(line["seconds"] for line in lines) / 60
+        samples = sum(line["samples"] for line in lines)
+        places = config.data.packs_per_batch * config.data.tokens_per_pack
+        rows.append(
+            {
+                "name": name,
+                "steps_per_minute": round(len(lines) / minutes, 1),
+                "samples_per_minute": round(samples / minutes, 1),
+                "useful_token_share": round(sum(line["tokens"] for line in lines) / places / len(lines), 3),
+            }
+        )
+    return rows

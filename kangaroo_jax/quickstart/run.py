@@ -1,0 +1,251 @@
+"""`kangaroo quickstart`: from nothing to a small Kangaroo that answers questions about videos it has never seen.
+
+    corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat
+    -> export compared with PyTorch -> report.html, results.json
+
+Every part leaves a marker in the workdir; running it again continues where it stopped.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.evaluation.answering import Answers, evaluate
+from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.quickstart import ablations as quickstart_ablations
+from kangaroo_jax.quickstart import curation as quickstart_curation
+from kangaroo_jax.corpus.make import Corpus, make_corpus
+from kangaroo_jax.quickstart.report import write_quickstart_report
+from kangaroo_jax.training import curriculum
+from kangaroo_jax.training.loop import Tell
+from kangaroo_jax.system.files import write_json
+
+WARMUP = "stage0_text_warmup"
+STAGES = (WARMUP, *curriculum.STAGES)
+PRESET = "tiny"
+TORCH_QUESTIONS = 100  # that the exported model answers in PyTorch
+
+
+class Clock:
+    """Seconds of each part of the work, added up over restarts, in `seconds.json`."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what an earlier run wrote to `path`."""
+        self._path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time inside to part `name`, also when it is cut short by an exception."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+            write_json(self._path, self.seconds)
+
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
+
+def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool = False, tell: Tell = print) -> dict:
+    """The whole road at tiny size in `workdir`; returns what it writes to `results.json`.
+
+    Args:
+        workdir: gets corpus/, curation/, tokenizer.model, a folder a stage, report.html and results.json.
+        seed: of the corpus, the weights and the order of samples.
+        scale: size of the corpus and number of steps as a share of the usual ones; small for tests.
+        ablate: afterwards train and evaluate the model without each part of the design.
+        tell: prints a line.
+
+    Raises:
+        UserError: where the workdir belongs to a run with another seed or scale.
+    """
+    workdir = Path(workdir).resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    claim(workdir, {"seed": seed, "scale": scale})
+    clock = Clock(workdir / "seconds.json")
+
+    with clock.part("corpus"):
+        corpus = make_corpus(workdir / "corpus", seed, scale, tell=tell)
+    with clock.part("curation"):
+        curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
+    with clock.part("tokenizer"):
+        tokenizer = workdir / "tokenizer.model"
+        if not tokenizer.exists():
+            texts = corpus.texts_for_tokenizer()
+            train_sentencepiece(texts, tokenizer, vocabulary(), split_digits=False, space_after=True)
+
+    def after_stage(name: str, config: ConfigDict, folder: Path) -> None:
+        clock_stage(clock, name, folder)
+        if name != WARMUP:
+            with clock.part(f"evaluate {name}"):
+                evaluate_stage(name, folder, corpus, tell)
+
+    data = quickstart_curation.training_data(corpus, curated)
+    stages = curriculum.run(
+        PRESET,
+        workdir,
+        data=data,
+        tokenizer=tokenizer,
+        stages=STAGES,
+        overrides={"seed": seed},
+        adjust=lambda name, config: shorten(config, scale),
+        after_stage=after_stage,
+        tell=tell,
+    )
+    with clock.part("chat"):
+        chats = chat_once(workdir, corpus, tell)
+    with clock.part("compare with PyTorch"):
+        same = compare_with_torch(workdir, corpus, tell)
+    results = collect(workdir, stages, clock)
+    if same is not None:
+        results["torch_chat"] = same
+    write_json(workdir / "results.json", results)
+    if ablate:
+        results["ablations"] = quickstart_ablations.run(workdir, corpus, data, tokenizer, seed=seed, tell=tell)
+        write_json(workdir / "results.json", results)
+    alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
+    sections = [quickstart_curation.report_section(curated)] if curated else []
+    write_quickstart_report(workdir, corpus, results, chats, environment() | alike, sections)
+    tell(summary(results))
+    tell(f"report: {workdir / 'report.html'}")
+    tell(f"talk to it: {chat_command(workdir)}")
+    return results
+
+
+def chat_command(workdir: Path) -> str:
+    """The command to talk to the model, that works in a shell whose PATH lacks the `.venv` that a script made."""
+    script = Path(sys.prefix, "bin/kangaroo")
+    command = str(script) if script.exists() else "kangaroo"
+    return shlex.join([command, "chat", f"--checkpoint={workdir}", "--video=FILE"])
+
+
+def claim(workdir: Path, settings: dict[str, Any]) -> None:
+    """Write the run's settings, or check that they are those of the run that began here. Raises UserError."""
+    path = workdir / "quickstart.json"
+    if not path.exists():
+        write_json(path, settings)
+    found = json.loads(path.read_text())
+    if found != settings:
+        raise UserError(f"{workdir}: was begun with {found}, not {settings}; use another --workdir or those settings")
+
+
+def vocabulary() -> int:
+    """Tokens of the tiny model."""
+    from kangaroo_jax.config import model_config
+
+    return model_config(PRESET).llm.vocab_size
+
+
+def shorten(config: ConfigDict, scale: float) -> None:
+    """Scale a stage's number of steps."""
+    config.train.steps = max(2, round(config.train.steps * scale))
+
+
+def clock_stage(clock: Clock, name: str, folder: Path) -> None:
+    """Take over a stage's own time (its record adds up its restarts)."""
+    clock.seconds[name] = json.loads((folder / "done.json").read_text())["seconds"]
+
+
+def evaluate_stage(name: str, folder: Path, corpus: Corpus, tell: Tell) -> Answers:
+    """Answer the held-out questions with a stage's model, once; kept in `eval.json`."""
+    path = folder / "eval.json"
+    if path.exists():
+        return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
+    answers = evaluate(folder, corpus.eval_files, tell=tell)
+    write_json(path, answers.to_json())
+    tell(f"{name}: " + ", ".join(f"{key} {value:.0%}" for key, value in answers.metrics().items()))
+    return answers
+
+
+def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]:
+    """Two rounds with a short and with a long held-out video, as a user would."""
+    path = workdir / "chat.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    model = Kangaroo.load(workdir / curriculum.STAGES[-1])
+    chats = []
+    for title, video, questions in corpus.chat_examples():
+        history, turns = None, []
+        for question in questions:
+            answer, history = model.chat(video=video if history is None else None, query=question, history=history)
+            turns += [["user", question], ["assistant", answer]]
+            tell(f"{title}\n> {question}\n{answer}")
+        chats.append({"title": title, "video": str(video), "turns": turns})
+    write_json(path, chats)
+    return chats
+
+
+def compare_with_torch(workdir: Path, corpus: Corpus, tell: Tell) -> dict[str, int] | None:
+    """Answers of the exported last stage that PyTorch and JAX give alike; None where torch is not installed."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        tell(f"the export was not compared with PyTorch: {install_line('convert')} and run this again")
+        return None
+    path = workdir / "torch_chat.json"
+    if not path.exists():
+        from kangaroo_jax.conversion.verify import compare_chats
+
+        asked = corpus.questions("short")[:TORCH_QUESTIONS]
+        same = compare_chats(workdir / curriculum.STAGES[-1], asked, tell=tell)
+        write_json(path, {"asked": len(asked), "same": same})
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def collect(workdir: Path, stages: list[dict[str, Any]], clock: Clock) -> dict[str, Any]:
+    """`results.json`: seconds, peak_rss_gib, chance, and the stages."""
+    rows = []
+    for record in stages:
+        if record["name"] == WARMUP:
+            continue
+        answers = Answers.from_json(json.loads((workdir / record["name"] / "eval.json").read_text(encoding="utf-8")))
+        rows.append({**record, **{k: round(v, 4) for k, v in answers.metrics().items()}})
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    previous = workdir / "results.json"
+    earlier = json.loads(previous.read_text()).get("peak_rss_gib", 0.0) if previous.exists() else 0.0
+    return {
+        "seconds": round(clock.total(), 1),
+        "peak_rss_gib": max(earlier, round(peak_kib / 2**20, 2)),
+        "chance": 0.25,
+        "stages": rows,
+        "seconds_by_part": clock.seconds,
+    }
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured on."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "av")
+    return {
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table of stages, for the terminal."""
+    keys = ("short_mcq", "long_mcq", "open_exact", "en_mcq", "zh_mcq")
+    lines = [f"{'stage':24}" + "".join(f"{key:>12}" for key in keys)]
+    lines += [f"{s['name']:24}" + "".join(f"{s[key]:>12.1%}" for key in keys) for s in results["stages"]]
+    lines.append(
+        f"chance {results['chance']:.0%}; {results['seconds'] / 60:.1f} minutes, {results['peak_rss_gib']} GiB"
+    )
+    return "\n".join(lines)

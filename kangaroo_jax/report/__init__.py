@@ -1,0 +1,1 @@
+"""Charts, histograms and style of the pages that people look at."""

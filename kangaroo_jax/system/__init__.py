@@ -1,0 +1,1 @@
+"""Files, memory, processes and terminals: what no library gives."""

@@ -1,0 +1,31 @@
+"""Files that are there whole or not at all."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+from kangaroo_jax.system.json_text import utf8
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write under a temporary name of its own beside `path`, then rename it. Returns the path.
+
+    Processes (of several hosts, too) may write the same file at the same time: the last one's stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """The same for UTF-8 text; half a surrogate pair is written as its escape."""
+    return write_bytes(path, utf8(text))
+
+
+def write_json(path: Path, value: object) -> Path:
+    """The same for JSON, one space a level."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False))

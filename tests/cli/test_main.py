@@ -1,0 +1,362 @@
+"""The command line: what it lists, what it passes on, and that bad input is one line and exit code 2."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kangaroo_jax.cli.main import main as cli
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.config_files import config_keys, find_config, load_config, nearest
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.training import curriculum, loop
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ["train", "--config=stage3_refine:tiny"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """Catches the configs that would be trained."""
+    configs: list = []
+    monkeypatch.setattr(loop, "train", lambda config, workdir, **_: configs.append((config, workdir)))
+    return configs
+
+
+def test_help_lists_every_job_and_imports_nothing_heavy():
+    code = "import sys; from kangaroo_jax import cli; cli.main(['--help']); print(*sys.modules, sep=chr(10))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    for job in cli.JOBS.values():
+        assert job.summary in done.stdout
+    assert not {"jax", "numpy", "flax", "absl", "ml_collections", "av"} & set(done.stdout.splitlines())
+
+
+def test_module_is_the_same_command(capsys):
+    command = [sys.executable, "-m", "kangaroo_jax", "trian"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert run(capsys, "trian") == (2, "", done.stderr)
+    assert "did you mean 'train'?" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+@pytest.mark.parametrize(
+    ("given", "job", "seen"),
+    [
+        ("", "train", ["", "glibc.malloc.hugetlb=1"]),
+        ("glibc.malloc.check=0", "train", ["glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"]),
+        ("glibc.malloc.hugetlb=0", "train", ["glibc.malloc.hugetlb=0"]),
+        ("", "trian", [""]),
+    ],
+)
+def test_a_job_that_computes_begins_anew_with_huge_pages_as_the_same_process(given, job, seen):
+    code = (
+        "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], flush=True); "
+        "from kangaroo_jax import cli; sys.exit(cli.start())"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": given}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, job],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    ) as process:
+        out, error = process.communicate(timeout=120)
+    assert out == "".join(f"{process.pid} {tunables}\n" for tunables in seen)
+    assert process.returncode == 2 and error.count("\n") == 1
+
+
+def test_help_of_a_job_and_version(capsys):
+    for job in ("train", "curriculum", "quickstart", "chat"):
+        code, out, _ = run(capsys, job, "--help")
+        assert code == 0 and cli.JOBS[job].summary in out
+    code, out, _ = run(capsys, "chat", "--help")
+    for flag in ("checkpoint", "video", "image", "query", "temperature", "top_p", "max_new_tokens", "seed"):
+        assert f"--{flag} " in out
+    assert run(capsys, "--version") == (0, "kangaroo 0.1.0\n", "")
+
+
+def test_help_says_what_there_is(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0 and all(word in out for word in ("--config.KEY=VALUE", "kangaroo_8b", "stage3_refine"))
+    assert "--config.KEY=VALUE" in run(capsys, "curriculum", "--help")[1]
+    out = run(capsys, "curate", "--help")[1]
+    for word in ("select", "explain", "report", "export", "doctor"):
+        assert f"kangaroo curate {word} " in out
+    out = run(capsys, "curate", "select", "--help")[1]
+    assert "kangaroo curate select" in out and "--output " in out and "--engine " not in out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    out = capsys.readouterr().out
+    modules = {path.stem.removeprefix("bench_") for path in (ROOT / "kangaroo_jax" / "tools").glob("bench_*.py")}
+    assert all(f"\n  {name} " in out for name in modules - {"torch"} | {"train", "vision", "train-vs-torch"})
+
+
+def test_a_table_of_the_docs_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "plan", "--table=docs/plan_compiled.jsonl")
+    assert code == 0 and out.startswith("|")
+    assert run(capsys, "plan", "--table=docs/none.jsonl")[0] == 2
+
+
+def test_a_row_is_benched_for_the_stages_whose_samples_it_holds(capsys):
+    assert run(capsys, "bench", "packing", "--row=20480x144", "--samples=50")[0] == 0
+    config = [
+        "bench",
+        "packing",
+        "--config",
+        "stage4_instruct:kangaroo_8b",
+        "--row=20480x144",
+        "--samples=50",
+        "--json",
+    ]
+    assert run(capsys, *config)[0] == 0
+
+
+def test_train_passes_its_config_on(capsys, tmp_path, trained):
+    changes = [
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.train.mesh=1,1,1,1",
+        "--config.data.train=b.jsonl",
+        "--config.data.train=a.jsonl",
+        "--config.train.steps=7",
+        "--config.train.steps",
+        "9",
+        "--config.optimizer.trainable=(('.*', 1.0),)",
+        "--config.optimizer.trainable=(('vision/.*', 0.5), ('.*', None))",
+        "--config.train.tensorboard",
+        "--config.data.fps",
+        "2",
+    ]
+    assert run(capsys, *TRAIN, f"--workdir={tmp_path / 'new'}", "--strict", *changes)[0] == 0
+    ((config, workdir),) = trained
+    assert workdir == tmp_path / "new" and workdir.is_dir()
+    assert config.stage == "stage3_refine" and config.model.preset == "tiny" and config.data.strict
+    assert config.optimizer.learning_rate == 1e-3 and config.data.train == ("a.jsonl",)
+    assert config.train.steps == 9 and config.optimizer.trainable == (("vision/.*", 0.5), (".*", None))
+    assert config.train.mesh == (1, 1, 1, 1) and config.train.tensorboard and config.data.fps == 2.0
+
+
+def test_curriculum_passes_its_arguments_on(capsys, tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(curriculum, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
+    command = ["curriculum", "--preset=base_100m", f"--workdir={tmp_path}", "--data=D", "--tokenizer=T"]
+    assert run(capsys, *command, "--config.train.steps=7", "--config.seed=3")[0] == 0
+    overrides = {"train.steps": 7, "seed": 3}
+    assert calls == [(("base_100m", tmp_path), {"data": "D", "tokenizer": "T", "overrides": overrides})]
+
+
+BAD = {
+    ("train",): "--config is missing",
+    ("train", "--config=stage3_refine:tiny"): "--workdir is missing",
+    ("train", "--config=stage3_refine:tinny", "--workdir=W"): "unknown preset 'tinny'",
+    (
+        "train",
+        "--config=configs/stage3_refin.py",
+        "--workdir=W",
+    ): "no config 'stage3_refin' (did you mean 'stage3_refine'?)",
+    ("train", "--config=/no/folder/mine.py", "--workdir=W"): "/no/folder/mine.py: no such config file",
+    (*TRAIN, "--workdir=W", "--config.optimizer.learning_rat=1"): (
+        "no key 'optimizer.learning_rat' (did you mean 'optimizer.learning_rate'?)"
+    ),
+    (*TRAIN, "--workdir=W", "--config.learning_rate=1"): "(did you mean 'optimizer.learning_rate'?)",
+    (*TRAIN, "--workdir=W", "--config.train.steps=many"): "--config.train.steps=many",
+    (*TRAIN, "--workdir=W", "--config.data=3"): "--config.data=3",
+    (*TRAIN, "--workdir=W", "--config.train.mesh[1]=2"): "(did you mean 'train.mesh'?)",
+    (*TRAIN, "--wrokdir=W"): "no flag --wrokdir (did you mean 'workdir'?)",
+    (*TRAIN, "--workdir=W", "extra"): "what is 'extra'?",
+    (*TRAIN, "--workdir=F/x"): "cannot be made a working folder",
+    ("train", "--strict=perhaps"): "--strict=perhaps",
+    ("curriculum", "--workdir=W", "--data=D"): "--tokenizer is missing",
+    (
+        "curriculum",
+        "--workdir=W",
+        "--data=D",
+        "--tokenizer=T",
+        "--preset=tin",
+    ): "no preset 'tin' (did you mean 'tiny'?)",
+    ("curriculum", "--workdir=W", "--data=D", "--tokenizer=T"): "stage1.jsonl: no such file",
+    ("quickstart", "--scale=0"): "--scale=0",
+    ("bench", "convert", "--folder=F"): "F: cannot be made a working folder",
+    ("quickstart", "--fast"): "no flag --fast",
+    ("chat",): "--checkpoint is missing",
+    ("chat", "--checkpoint=X"): "kangaroo convert --from=",
+    ("chat", "--checkpoint=W"): "W: no such checkpoint folder",
+    ("chat", "--checkpoint=W", "--video=none.mp4"): "none.mp4",
+    ("chat", "--checkpoint=W", "--video=F", "--query=?"): "F: not a readable video",
+    ("chat", "--checkpoint=W", "--video=E", "--query=?"): "E: ",
+    ("chat", "--checkpoint=W", "--query="): "the query is empty",
+    ("chat", "--checkpoint=W", "--start=1"): "start and end belong to a video",
+    ("chat", "--checkpoint=W", "--temperature=-1"): "--temperature=-1",
+    ("chat", "--checkpoint=W", "--top_p=2"): "top_p 2.0: must be",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("F").write_text("text")
+    Path("E").touch()
+    Path("X").mkdir()
+    Path("X/model.safetensors").touch()
+    code, _, error = run(capsys, *arguments)
+    assert code == 2 and BAD[arguments] in error
+    assert error.startswith("kangaroo: ") and error.endswith("\n") and error.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_preset_names_the_preset(tmp_path):
+    config = stage_config("kangaroo_8b")
+    config.data.tokenizer = str(
+        train_sentencepiece(["What moves, and which way?"], tmp_path / "t.model", vocab_size=285)
+    )
+    with pytest.raises(UserError, match="this is kangaroo_8b: say :base_100m or :tiny"):
+        loop.open_tokenizer(config)
+    config.data.tokenizer = "none.model"
+    with pytest.raises(UserError, match="the quickstart leaves one for the preset tiny"):
+        loop.open_tokenizer(config)
+
+
+def test_nothing_is_converted_where_it_cannot_be_verified(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, error = run(capsys, "convert", "--from=X", f"--to={tmp_path / 'Y'}", "--verify")
+    assert code == 2 and "--verify runs the model in PyTorch" in error and error.count("\n") == 1
+
+
+def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", stop)
+    assert run(capsys, *TRAIN, f"--workdir={tmp_path}") == (130, "", "kangaroo: interrupted\n")
+
+    def fail(*_args, **_kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, *TRAIN, f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize("flags", [["train", "--steps=0"], ["packing", "--samples=x"]])
+def test_what_a_bench_counts_is_at_least_one(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *flags])
+    assert "is no number of 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; nothing finished is lost"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system; nothing finished is lost"),
+        (PermissionError(errno.EACCES, "Permission denied", b"a\xe9"), "Permission denied; nothing finished is lost"),
+        (ValueError("RESOURCE_EXHAUSTED: x: No space left on device [os_error_code='28']"), "kangaroo: No space left"),
+    ],
+    ids=["full", "read-only", "denied", "full of Orbax"],
+)
+def test_a_disk_that_cannot_be_written_is_one_line(error, line, capsys, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(loop, "train", fail)
+    code, _, said = run(capsys, *TRAIN, f"--workdir={tmp_path}")
+    assert code == 2 and line in said and said.count("\n") == 1
+
+
+INTERRUPTED = """
+import os, sys, time
+from kangaroo_jax import cli
+from kangaroo_jax.cli.jobs import Job
+
+class Compiling:
+    def __del__(self):
+        os._exit(139)
+
+def compile(values, rest):
+    keeps = Compiling()
+    print("compiles", flush=True)
+    time.sleep(60)
+
+def close(values, rest):
+    try:
+        print("compiles", flush=True)
+        time.sleep(60)
+    finally:
+        print("closes", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                pass
+
+cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close)})
+sys.exit(cli.start())
+"""
+
+
+@pytest.mark.parametrize(("job", "lines"), [("compile", ["compiles\n"]), ("close", ["compiles\n", "closes\n"])])
+def test_an_interruption_ends_a_process_that_compiles_and_the_second_one_that_closes(job, lines):
+    command = [sys.executable, "-c", INTERRUPTED, job]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        for line in lines:
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (130, "", "kangaroo: interrupted\n")
+
+
+# ------------------------------------------------------------------------------ config files
+
+
+def test_every_stage_file_loads_with_every_preset():
+    files = (ROOT / "configs").glob("*.py")
+    names = sorted(path.stem for path in files if "stage_config" in path.read_text())  # the others train nothing
+    assert len(names) >= 5
+    for name in names:
+        for preset in ("tiny", "base_100m", "kangaroo_8b"):
+            config = load_config(f"{name}:{preset}")
+            assert config.stage == name and config.model.preset == preset and config.is_locked
+        assert len([key for key in config_keys(config) if "." in key]) < 120
+
+
+def test_a_path_wins_over_a_name_and_mistakes_in_it_are_one_line(tmp_path):
+    mine = tmp_path / "stage3_refine.py"
+    mine.write_text(find_config("stage3_refine").read_text().replace('c.stage = "stage3_refine"', 'c.stage = "mine"'))
+    assert load_config(f"{mine}:tiny").stage == "mine"
+    assert load_config("configs/stage3_refine.py:tiny").stage == "stage3_refine"
+    for text, message in {
+        "x = 1": "defines no function get_config",
+        "def get_config(): return {}": "get_config returned dict",
+        "def get_config(): return None": "takes no preset",
+        "import nothing_of_this_name": "cannot be loaded .ModuleNotFoundError",
+        "def get_config(": "cannot be loaded .SyntaxError",
+        "def get_config(preset): raise ValueError('two\\nlines')": "two lines",
+    }.items():
+        mine.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            load_config(f"{mine}:tiny" if "get_config(): return {}" not in text else str(mine))
+        assert "\n" not in str(error.value)
+
+
+def test_nearest_finds_a_key_whose_section_is_missing():
+    keys = ["optimizer", "optimizer.learning_rate", "train.steps"]
+    assert nearest("learning_rte", keys) == " (did you mean 'optimizer.learning_rate'?)"
+    assert nearest("optimiser.learning_rate", keys) == " (did you mean 'optimizer.learning_rate'?)"
+    assert nearest("zzz", keys) == ""

@@ -1,0 +1,72 @@
+"""Our own model as a captioner in this process: a checkpoint of random weights that is loaded and asked."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from kangaroo_jax.config import to_plain
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.curation.annotate.config import annotation_config
+from kangaroo_jax.llm_client.own_model import OwnModel
+from kangaroo_jax.curation.annotate.run import annotate_main
+from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.training.checkpoint import Checkpoints, abstract_model, keep_tokenizer
+from kangaroo_jax.training.step import TrainState
+
+WORDS = ["A red square moves to the left.", "This frame was taken seconds into a video.", "一个红色的方块。"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, make_micro_config, make_random_model) -> Path:
+    """What training would have written: a stage's folder, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("own") / "stage5_long_video"
+    config = make_micro_config()
+    config.model.llm.vocab_size = 300
+    params = abstract_model(config.model).flatten(make_random_model(config.model))
+    state = TrainState(jnp.int32(7), params, {}, {})
+    checkpoints = Checkpoints(folder, state)
+    checkpoints.save(state, b"{}", to_plain(config))
+    checkpoints.close()
+    train_sentencepiece(WORDS, folder.parent / "tokenizer.model", vocab_size=300)
+    keep_tokenizer(folder.parent / "tokenizer.model", folder)
+    return folder
+
+
+def test_it_captions_frames_in_batches_as_chat_does(tmp_path, checkpoint, honest_server, make_clips):
+    source = make_clips(tmp_path / "in", 2, frames=2)
+    for number, path in enumerate(sorted((tmp_path / "in/frames").iterdir())):
+        Image.fromarray(np.full((16, 16, 3), (60 * number, 90, 200), np.uint8)).save(path)
+    config = annotation_config("own")
+    config.update(languages=("en",), frame_tokens=12)
+    config.refine.min_frames = 0.0  # a random model never ends: its captions are cut
+    config.backends.captioner_a.update(checkpoint=str(checkpoint), batch_size=4)
+    config.backends.writer.update(base_url=honest_server, model="writer")
+    with contextlib.suppress(UserError):  # where no caption is ok, which is this model's to decide
+        annotate_main(source, tmp_path / "out", config, tell=lambda line: None)
+    rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
+    kangaroo = Kangaroo.load(checkpoint)
+    for row in rows:
+        assert row["models"]["captioner_a"].startswith("kangaroo:checkpoints/7@")
+        for frame in row["frames"]:
+            (said,) = frame["captions"]
+            assert said["outcome"] in ("ok", "truncated") or said["reason"] == "malformed: empty answer"
+            seconds = frame["time"]
+            query = (Path(annotate_main.__code__.co_filename).parent / "prompts/frame_caption.en.txt").read_text()
+            _, _, body = query.partition("\n")
+            system, text = (part.strip() for part in body.split("\n---\n"))
+            asked = f"{system}\n\n{text}".replace("{time}", f"{seconds:.1f}")
+            path = str(tmp_path / "out" / frame["path"])
+            assert kangaroo.chat(image=path, query=asked, max_new_tokens=12)[0] == said["text"]
+    summary = json.loads((tmp_path / "out/annotation.json").read_text())
+    assert summary["this_run"]["captioner_a"]["calls"] == 4
+
+
+def test_no_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        OwnModel("own", str(tmp_path / "none"), settings={})

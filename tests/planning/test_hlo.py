@@ -1,0 +1,119 @@
+"""The HLO walker on programs whose work is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kangaroo_jax.sharding import make_mesh
+from kangaroo_jax.planning import hlo
+
+
+def text_of(function, *shapes) -> str:
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text()
+
+
+def flops(text: str, **options) -> float:
+    return sum(hlo.matmul_flops(visit) for visit in hlo.walk(text, **options))
+
+
+def test_a_product_and_a_product_with_batch_dimensions():
+    assert flops(text_of(lambda a, b: a @ b, (16, 32), (32, 48))) == 2 * 16 * 32 * 48
+    einsum = lambda a, b: jnp.einsum("bnth,bnsh->bnts", a, b)  # noqa: E731
+    assert flops(text_of(einsum, (2, 3, 40, 8), (2, 3, 56, 8))) == 2 * 2 * 3 * 40 * 56 * 8
+
+
+def test_loops_count_every_trip_also_inside_each_other_and_backwards():
+    def layers(x, weights):
+        def outer(x, _):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0], None
+
+        return jnp.sum(jax.lax.scan(outer, x, None, length=3)[0])
+
+    one = 2 * 24 * 32 * 32
+    assert flops(text_of(layers, (24, 32), (7, 32, 32))) == 3 * 7 * one
+    gradient = text_of(jax.grad(layers, argnums=(0, 1)), (24, 32), (7, 32, 32))
+    assert flops(gradient) == 3 * 3 * 7 * one
+    remat = jax.grad(lambda x, w: layers(x, w) + 0.0 * jnp.sum(x), argnums=1)
+    assert flops(text_of(remat, (24, 32), (7, 32, 32))) <= 3 * 3 * 7 * one
+
+
+def test_a_loop_that_only_the_run_can_count_takes_the_given_number():
+    def function(x, w, n):
+        return jax.lax.fori_loop(0, n.astype(jnp.int32)[0], lambda i, x: x @ w, x)
+
+    text = text_of(function, (8, 8), (8, 8), (1,))
+    assert flops(text, unknown_trips=1) == 2 * 8**3 and flops(text, unknown_trips=5) == 5 * 2 * 8**3
+
+
+# As a TPU program writes products: convolutions, with batch dimensions as windows of one valid place each.
+TPU = """HloModule m, is_scheduled=true
+
+%body (p: (s32[], bf16[128,1024])) -> (s32[], bf16[128,1024]) {
+  %p = (s32[]{:T(128)}, bf16[128,1024]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %w = bf16[1024,1024]{1,0} constant({...})
+  %one = s32[]{:T(128)} constant(1)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[128,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %y = bf16[128,1024]{1,0:T(8,128)} convolution(%x, %w), dim_labels=bf_io->bf, metadata={op_name="jit(f)/llm/dot"}
+  %g = bf16[128,4096]{1,0} all-gather(%y), channel_id=1, replica_groups=[8,4]<=[32], dimensions={1}
+  %n = s32[]{:T(128)} add(%i, %one)
+  ROOT %t = (s32[]{:T(128)}, bf16[128,1024]{1,0}) tuple(%n, %y)
+}
+
+%condition (p: (s32[], bf16[128,1024])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8)
+  %p = (s32[]{:T(128)}, bf16[128,1024]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[128,1024], b: bf16[4,64,16], c: bf16[4,16,32]) -> bf16[128,1024] {
+  %a = bf16[128,1024]{1,0} parameter(0)
+  %b = bf16[4,64,16]{2,1,0} parameter(1)
+  %c = bf16[4,16,32]{2,1,0} parameter(2)
+  %two = s32[]{:T(128)} constant(2)
+  %batch = bf16[4,64,32]{2,1,0} convolution(%b, %c), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+  %kernel = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 1024}"
+}}, metadata={op_name="jit(f)/splash"}
+  %init = (s32[]{:T(128)}, bf16[128,1024]{1,0}) tuple(%two, %a)
+  %loop = (s32[]{:T(128)}, bf16[128,1024]{1,0}) while(%init), condition=%condition, body=%body
+  ROOT %result = bf16[128,1024]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_tpu_programs_loops_from_their_counter_batches_from_their_window_and_collectives():
+    visits = list(hlo.walk(TPU))
+    by_name = {visit.operation.name: visit for visit in visits}
+    assert by_name["y"].times == 6 and hlo.matmul_flops(by_name["y"]) == 6 * 2 * 128 * 1024 * 1024
+    assert hlo.matmul_flops(by_name["batch"]) == 2 * 4 * 64 * 32 * 16
+    assert by_name["y"].operation.scope == "jit(f)/llm/dot" and by_name["kernel"].operation.scope == "jit(f)/splash"
+    assert hlo.collective(by_name["g"].operation) == ("all-gather", 128 * 4096 * 2)
+
+
+def test_collectives_of_a_real_program_have_their_kind_and_bytes():
+    mesh = make_mesh((1, 8, 1, 1), jax.devices()[:8])
+    place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))  # noqa: E731
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place("fsdp"))
+    text = jax.jit(lambda x: x * 2, out_shardings=place()).lower(x).compile().as_text()
+    found = [hlo.collective(visit.operation) for visit in hlo.walk(text)]
+    assert [pair for pair in found if pair] == [("all-gather", 64 * 32 * 4)]
+    summed = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=place()).lower(x).compile().as_text()
+    found = [hlo.collective(visit.operation) for visit in hlo.walk(summed)]
+    assert [pair for pair in found if pair] == [("all-reduce", 32 * 4)]
+
+
+def test_no_module_is_an_error():
+    with pytest.raises(ValueError, match="ENTRY"):
+        list(hlo.walk("nothing"))
+
+
+def test_places_in_a_padded_window_are_not_counted():
+    image = jax.lax.conv_general_dilated
+    shapes = (1, 1, 6, 6), (1, 1, 3, 3)
+    text = text_of(lambda x, k: image(x, k, (1, 1), "SAME"), *shapes)
+    valid = np.sum([min(i + 1, 5) - max(i - 1, 0) + 1 for i in range(6)]) ** 2
+    assert flops(text) in (2 * valid, 2 * 36 * 9)  # a CPU may rewrite the convolution as a product

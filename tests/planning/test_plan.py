@@ -1,0 +1,309 @@
+"""The plan: formulas against known numbers, work and traffic of compiled steps, and the job itself."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kangaroo_jax.cli.main import main as cli
+from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
+from kangaroo_jax.config_files import load_config
+from kangaroo_jax.conventions import UserError
+from kangaroo_jax.models.kangaroo import count_parameters
+from kangaroo_jax.planning import hlo
+from kangaroo_jax.planning import plan
+from kangaroo_jax.planning import compile as plan_compile
+from kangaroo_jax.planning import formula as plan_formula
+from kangaroo_jax.training.curriculum import STAGES
+from kangaroo_jax.training.flops import step_flops
+from kangaroo_jax.training.placement import resolve
+
+KEYS = {
+    "fits", "peak_hbm_gib", "capacity_gib", "params_b", "model_tflops_causal", "model_tflops_full", "vit_share",
+    "compiled_over_model_flops", "step_seconds", "chip_hours", "cost", "mesh", "compile_seconds",
+}  # fmt: skip
+
+
+def libtpu_is_missing() -> str:
+    """Why nothing can be compiled for a TPU here."""
+    try:
+        plan_compile.check_libtpu()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+needs_libtpu = pytest.mark.skipif(bool(libtpu_is_missing()), reason=libtpu_is_missing() or "needs libtpu")
+
+
+@pytest.fixture
+def config(make_micro_config):
+    config = make_micro_config()
+    config.model.vision.update(width=32, mlp_width=64)
+    config.model.llm.update(width=64, mlp_width=128, vocab_size=512)
+    config.data.update(packs_per_batch=8, tokens_per_pack=128, frames_per_pack=16)
+    config.train.mesh = (2, 2, 1, 2)
+    config.optimizer.kind = "adamw"  # Muon's products of a weight with itself are no part of the model's work
+    return config
+
+
+def compiled_on_cpu(config) -> str:
+    config = resolve(config, None, 8 if np.prod(config.train.mesh) != 1 else 1)
+    devices = jax.devices()[: int(np.prod(config.train.mesh))]
+    return plan_compile.lower_step(config, devices).compile().as_text()
+
+
+def work(text: str, part: str = "") -> float:
+    return sum(hlo.matmul_flops(visit) for visit in hlo.walk(text) if part in visit.operation.scope)
+
+
+# --------------------------------------------------------------------------------- formulas
+
+
+def test_flops_of_llama_are_six_per_weight_and_token_and_frozen_parts_cost_less():
+    config = load_config("stage4_instruct:kangaroo_8b")
+    with config.unlocked():
+        config.data.update(packs_per_batch=1)
+    flops, counts = step_flops(config), count_parameters(config.model)
+    tokens = config.data.tokens_per_pack
+    in_products = counts["llm"] - config.model.llm.vocab_size * config.model.llm.width  # all but the embedding
+    assert flops.llm_linear + flops.head == pytest.approx(6 * in_products * tokens, rel=1e-3)
+    assert flops.llm_attention_full == 12 * 32 * tokens**2 * 4096 == 2 * flops.llm_attention_causal
+    vision = 96 * (6 * 304.1e6 * 1025 + 12 * 24 * 1025**2 * 1024)
+    assert flops.vision == pytest.approx(vision, rel=0.01)
+    with config.unlocked():
+        config.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
+    assert step_flops(config).vision == pytest.approx(flops.vision / 3)
+    with config.unlocked():
+        config.optimizer.trainable = (("(vision|projector)/.*", 1.0), (".*", None))
+    assert step_flops(config).llm_linear == pytest.approx(flops.llm_linear * 2 / 3)
+
+
+def test_chips_are_found_by_what_jax_calls_them():
+    for kind, name in {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "Tesla T4": "T4",
+    }.items():  # fmt: skip
+        found = find_chip(kind)
+        assert found is not None and found.name == name, kind
+    assert find_chip("cpu") is None
+    assert parse_topology("v5p:2x2x4").devices == 16 and parse_topology("h100:8", 4).devices == 32
+
+
+@pytest.mark.parametrize("text", ["v9:4x8", "v5e", "v5e:", "v5e:4x", "H100:0", "v5e:2x2x2x2"])
+def test_bad_topologies_are_one_line(text):
+    with pytest.raises(UserError, match="topology"):
+        parse_topology(text)
+
+
+def test_the_packing_share_of_every_stage_is_a_share():
+    for stage in STAGES:
+        share = plan.useful_share(load_config(f"{stage}:kangaroo_8b"))
+        assert 0.5 < share <= 1, (stage, share)
+
+
+def test_every_stage_is_placed_on_every_slice():
+    for name, size in (("v5e", "4x8"), ("v5p", "2x2x4"), ("v6e", "4x8"), ("v6e", "4x4"), ("H100", "8")):
+        target = parse_topology(f"{name}:{size}")
+        for stage in STAGES:
+            config = resolve(load_config(f"{stage}:kangaroo_8b"), target.chip, target.devices)
+            assert np.prod(config.train.mesh) == target.devices and config.train.accumulate >= 1
+            assert config.model.llm.remat != "auto"
+    two = resolve(load_config("stage4_instruct:kangaroo_8b"), CHIPS["v5e"], 64, 2)
+    assert two.train.mesh[0] == 2
+
+
+def test_more_chips_than_packs_share_rows():
+    """On a TPU by context, on a GPU (whose attention has no context axis) by tensor."""
+    config = load_config("stage5_long_video:kangaroo_8b")
+    assert config.data.packs_per_batch == 64
+    assert resolve(config, CHIPS["v5p"], 64).train.mesh == (1, 64, 1, 1)
+    assert resolve(config, CHIPS["v5p"], 256).train.mesh == (1, 64, 4, 1)
+    assert resolve(config, CHIPS["v5e"], 1024, 2).train.mesh == (2, 32, 4, 4)
+    assert resolve(config, CHIPS["H100"], 128).train.mesh == (1, 64, 1, 2)
+
+
+def test_a_batch_that_does_not_fit_the_mesh_is_one_line():
+    config = load_config("stage5_long_video:kangaroo_8b")
+    with config.unlocked():
+        config.data.packs_per_batch = 12
+        config.train.mesh = (1, 8, 1, 4)
+    with pytest.raises(UserError, match="packs_per_batch 12 must be a multiple of 8"):
+        resolve(config, CHIPS["v5e"], 32)
+
+
+# ----------------------------------------------------------------- compiled steps, on the CPU
+
+
+def test_eight_devices_do_no_more_work_than_one(config):
+    """Neither the ViT nor anything else is computed twice, though the mesh has a tensor axis."""
+    eight = compiled_on_cpu(config)
+    config.train.mesh = (1, 1, 1, 1)
+    one = compiled_on_cpu(config)
+    assert 8 * work(eight, "vision") <= 1.02 * work(one, "vision")
+    assert 8 * work(eight) <= 1.02 * work(one)
+
+
+def test_frozen_parts_add_no_gradient_collectives_and_logits_are_not_gathered(config):
+    config.train.mesh = (1, 8, 1, 1)
+    moved = {}
+    for name, rules in (("frozen", (("llm/.*", None), (".*", 1.0))), ("trained", ((".*", 1.0),))):
+        config.optimizer.trainable = rules
+        moved[name] = 0.0
+        for visit in hlo.walk(compiled_on_cpu(config)):
+            found = hlo.collective(visit.operation)
+            if found and found[0] in ("all-reduce", "reduce-scatter"):
+                moved[name] += found[1] * visit.times
+            assert not (found and found[0] == "all-gather" and plan_compile.is_logits(visit.operation, config))
+    counts = count_parameters(config.model)
+    assert moved["frozen"] < 4 * 1.2 * (counts["total"] - counts["llm"]) + 4096
+    assert moved["trained"] > moved["frozen"] + 4 * 0.5 * counts["llm"]
+
+
+# ---------------------------------------------------------------------------------- the job
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(["plan", *arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_gpus_are_planned_by_formula(capsys):
+    stage = "--config=stage5_long_video:kangaroo_8b"
+    code, out, _ = run(capsys, stage, "--topology=H100:64", "--json", "--price_per_chip_hour=2.5")
+    found = json.loads(out)
+    assert code == 0 and KEYS <= set(found) and found["source"] == "formula" and found["fits"]
+    assert found["cost"] == pytest.approx(2.5 * found["chip_hours"], rel=1e-3)
+    code, out, _ = run(capsys, stage, "--topology=T4:8")
+    assert code == plan.DOES_NOT_FIT and "DOES NOT FIT" in out and "nearest change" in out
+    code, out, _ = run(capsys, "--curriculum", "--topology=H200:64", "--price_per_chip_hour=3")
+    assert code == 0 and out.count("| stage") == 1 + len(STAGES) and "| sum |" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e:4x8"], "--config is missing"),
+        (["--config=stage3_refine"], "--topology is missing"),
+        (["--config=stage3_refine", "--topology=v5e:4x8", "--mfu=2"], "--mfu=2"),
+        (["--config=stage3_refine", "--topology=x:1"], "no chip 'x'"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, message):
+    code, _, error = run(capsys, *arguments)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_nearest_change_fits_by_the_formula_that_said_no():
+    config, target = load_config("stage5_long_video:kangaroo_8b"), parse_topology("V100:8")
+    counts = count_parameters(config.model)
+    before = plan.make_plan(config, target, mfu=0.4)
+    assert not before.fits
+    change = plan.nearest_change(config, target, before)
+    assert change.startswith("--")
+    if change.startswith("--topology"):
+        bigger = parse_topology(change.removeprefix("--topology="))
+        fitted = resolve(config, bigger.chip, bigger.devices)
+        assert plan_formula.peak_gib(fitted, counts) <= bigger.chip.gib
+
+
+def test_the_table_of_the_docs_is_made_of_the_kept_plans(capsys, tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    code, out, _ = run(capsys, f"--table={docs / 'plan_compiled.jsonl'}")
+    assert code == 0 and out.count("\n") > 4 and out in (docs / "plan.md").read_text(encoding="utf-8")
+    broken = tmp_path / "plans.jsonl"
+    broken.write_text('{"stage": 1}\n')
+    code, _, error = run(capsys, f"--table={broken}")
+    assert code == 2 and "line 1: not a line of kangaroo plan --json" in error
+    assert run(capsys, f"--table={tmp_path / 'none'}")[0] == 2
+
+
+# ------------------------------------------------------------------- compiled for TPUs, by libtpu
+
+
+@pytest.mark.parametrize(
+    "installed, message",
+    [(None, "needs libtpu: pip install"), ("0.0.1", r"libtpu 0\.0\.1 is not of the release that jax")],
+)
+def test_a_libtpu_that_does_not_go_with_jax_is_refused_before_anything_is_compiled(installed, message, monkeypatch):
+    def version(name: str) -> str:
+        if name == "libtpu" and installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed if name == "libtpu" else jax.__version__
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UserError, match=message):
+        plan_compile.topology_devices(parse_topology("v5e:2x2"))
+
+
+def memory_on_v5e(function, *arguments, **options):
+    device = plan_compile.topology_devices(parse_topology("v5e:2x2"))[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    traced = jax.jit(function, **options).trace(*arguments)
+    return traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+
+
+@needs_libtpu
+def test_the_peak_of_known_programs_is_what_the_compiler_compares_with_the_chip():
+    def floats(gib):
+        return jax.ShapeDtypeStruct((gib, 1 << 28), jnp.float32)
+
+    def peak_gib(*arguments, **options):
+        return plan_compile.peak_bytes(memory_on_v5e(*arguments, **options)) / (1 << 30)
+
+    assert peak_gib(lambda x: x + 1, floats(1)) == pytest.approx(2, abs=0.01)
+    assert peak_gib(lambda x: x + 1, floats(1), donate_argnums=0) == pytest.approx(1, abs=0.01)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        peak_gib(lambda x: x + 1, floats(8))
+    seconds: plan_compile.Seconds = {"lower_seconds": 1.0, "compile_seconds": 2.0, "compile_cpu_seconds": 3.0}
+    found = plan_compile._too_large(str(refusal.value), seconds)
+    assert not found.fits and found.peak_gib == pytest.approx(16, abs=0.01) and found.compile_cpu_seconds == 3
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_step_fits_whose_arguments_and_temporaries_sum_to_more_than_the_chip_has():
+    def step(state, x):
+        def loss(weights):
+            @jax.checkpoint
+            def layer(x, w):
+                return x + jnp.tanh(x @ w[0].astype(x.dtype)) @ w[1].astype(x.dtype), None
+
+            return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2)
+
+        weights, momentum = state
+        momentum = jax.tree.map(lambda m, d: 0.9 * m + d, momentum, jax.grad(loss)(weights))
+        return jax.tree.map(lambda w, m: w - m, weights, momentum), momentum
+
+    weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((12, 2048, 8192), (12, 8192, 2048))]
+    x = jax.ShapeDtypeStruct((100_000, 2048), jnp.bfloat16)
+    memory = memory_on_v5e(step, (weights, weights), x, donate_argnums=0)
+    capacity = CHIPS["v5e"].gib * (1 << 30)
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes > capacity > plan_compile.peak_bytes(memory)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tpu_step_is_compiled_here_with_splash_attention(config, tmp_path):
+    """A small model on eight v5e chips: the kernels are there, and the work is the model's."""
+    with config.unlocked():
+        config.model.dtype = "bfloat16"
+        config.model.vision.update(width=128, depth=2, heads=2, mlp_width=256)
+        config.model.llm.update(width=256, heads=4, kv_heads=2, head_dim=128, mlp_width=512, remat="none")
+        config.data.update(packs_per_batch=8, tokens_per_pack=2048, frames_per_pack=16)
+        config.train.mesh = (1, 4, 1, 2)
+    target = parse_topology("v5e:2x4")
+    found = plan.make_plan(config, target, mfu=0.5, cache=tmp_path)
+    assert found.fits and found.source == "compiled" and 0 < found.peak_hbm_gib < 2 and not found.gathers_logits
+    compiled = plan_compile.compile_step(resolve(config, target.chip, 8), target, tmp_path)
+    assert compiled.flops["attention_llm"] > 0 and compiled.flops["attention_vision"] > 0
+    assert len(list(tmp_path.glob("*.json"))) == 1
