@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

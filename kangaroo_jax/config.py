@@ -4,6 +4,8 @@ A stage file in `configs/` takes `stage_config(preset)` and changes what the sta
 nobody outside the authors of Kangaroo knows ("inferred") are keys here, never constants in code.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections import ConfigDict
 
@@ -170,3 +172,15 @@ def lock(config: ConfigDict) -> ConfigDict:
 def to_plain(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict:
     """A config as plain dictionaries and lists, for JSON."""
     return config.to_dict()
+
+
+def frames_per_group(config: Any) -> int:
+    """How many frames stand behind one group of vision tokens: what the patchify joins, 1 where it is bypassed."""
+    return config.patchify.kernel[0] if config.patchify.enabled else 1
+
+
+def tokens_per_group(config: Any, image_size: int) -> int:
+    """Vision tokens of one temporal group of frames of `image_size` pixels."""
+    grid = image_size // config.vision.patch_size
+    _, rows, columns = config.patchify.kernel if config.patchify.enabled else (1, 1, 1)
+    return (grid // rows) * (grid // columns)

@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 
-from kangaroo_jax.errors import UserError as UserError  # named here too: most modules know it from here
-
 Array = Any  # np.ndarray on the host, jax.Array on the device
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from kangaroo_jax.conventions import FIELDS, PackedBatch, UserError
+from kangaroo_jax.conventions import FIELDS, PackedBatch
+from kangaroo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 Axes = Sequence[str | None]

@@ -3,7 +3,7 @@
 import pytest
 
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 # Dense TFLOPS in bfloat16 (float16 of T4 and V100), and GB of memory, of one device as JAX counts them.
 # cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, TPU7x of two devices a chip); NVIDIA's data sheets, without sparsity.

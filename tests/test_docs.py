@@ -10,11 +10,11 @@ import pytest
 from absl import flags
 
 from kangaroo_jax.cli import arguments as parsing
+from kangaroo_jax.cli import bench
+from kangaroo_jax.cli.jobs import JOBS
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import config_keys, load_config
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.cli.jobs import JOBS
-from kangaroo_jax.bench import train as bench
 
 ROOT = Path(__file__).parent.parent
 CODE = re.compile(r"```(?:bash|sh)?\n(.*?)```|`([^`]+)`", re.S)
@@ -87,10 +87,10 @@ def _check_of_argparse(name: str, rest: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "add_argument", note)
-        module = f"bench_{rest[0]}" if name == "bench" and rest and rest[0] in bench.ELSEWHERE else name
-        words = rest[:1] if name == "data" or (name == "bench" and module == "bench") else []
+        module = f"bench.{rest[0]}" if name == "bench" and rest and rest[0] in bench.ELSEWHERE else f"cli.{name}"
+        words = rest[:1] if name == "data" or (name == "bench" and module == "cli.bench") else []
         with pytest.raises(SystemExit) as ended:
-            importlib.import_module(f"kangaroo_jax.tools.{module}").main([*words, "--help"])
+            importlib.import_module(f"kangaroo_jax.{module}").main([*words, "--help"])
     if ended.value.code:
         raise UserError(f"{name}: no {rest[:1]}")
     for word in rest:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.llm_client.cache import Cache
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.endpoint import Endpoint

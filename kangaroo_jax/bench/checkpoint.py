@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.memory import peak_mib
 from kangaroo_jax.training.checkpoint import Checkpoints

@@ -17,9 +17,7 @@ import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.cli.arguments import make_folder
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats
 from kangaroo_jax.conversion.building import Building, Progress, Tell
 from kangaroo_jax.conversion.export import write_json
@@ -27,6 +25,8 @@ from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
 from kangaroo_jax.conversion.sources import shapes_of, table_for
 from kangaroo_jax.conversion.weights import Box, Spec
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.memory import peak_mib
 
 BLOCK = (64 << 20) - 39  # random numbers, used again and again from other places

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.curation.engine.run import run as engine
 from kangaroo_jax.curation.curate import plain_config
+from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import Item, read_inputs
 from kangaroo_jax.curation.engine.run_shard import Plan, run_shard
 from kangaroo_jax.curation.engine.shards import Shard, make_shards

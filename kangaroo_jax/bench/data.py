@@ -19,13 +19,13 @@ from typing import Any
 import av
 import numpy as np
 
-from kangaroo_jax.cli.arguments import make_folder, positive
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.data.media.image import centre, fitted
 from kangaroo_jax.data.media.picker import open_video
-from kangaroo_jax.data.batches.sample import MediaRef
-from kangaroo_jax.data.media.video import Clip, load_video
+from kangaroo_jax.data.media.video import Clip, MediaRef, load_video
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.files import make_folder
 
 SIDE, RATE, SIZE = 448, 30, (854, 480)
 LENGTHS = {"10s": 10, "3min": 180, "20min": 1200}

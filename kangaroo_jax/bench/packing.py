@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.bench.flags import positive
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
 from kangaroo_jax.data.audit.stats import Sizes, fullness
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.flops import step_flops
 
 STAGES = ("stage3_refine", "stage4_instruct", "stage5_long_video")

@@ -1,18 +1,9 @@
-"""`kangaroo bench`: how fast the real train step runs on this machine, on full packs of made-up pixels.
+"""How fast the real train step runs on this machine, on full packs of made-up pixels, and beside PyTorch.
 
-`train` measures a stage's step; `train-vs-torch` a model of 100M parameters against the same one written
-plainly in PyTorch, in turn; `data` the loader (`bench_data.py`); `packing` how full rows get
-(`bench_packing.py`); `annotate` the client of annotation (`bench_annotate.py`); `curate` the stages of curation
-(`bench_curate.py`); `checkpoint` how long a save holds training up (`bench_checkpoint.py`). Imports nothing of the
-data stack itself, so that it runs where only jax, flax and optax are.
+Imports nothing of the data stack, so that it runs where only jax, flax and optax are.
 """
 
-import argparse
-import importlib
-import json
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,34 +11,17 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from kangaroo_jax.cli.arguments import positive
 from kangaroo_jax.chips import find_chip
-from kangaroo_jax.config import stage_config
-from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import PackedBatch, UserError
-from kangaroo_jax.system.memory import keep_freed_memory
+from kangaroo_jax.config import frames_per_group, stage_config, tokens_per_group
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.system.installing import install_line
-from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
-from kangaroo_jax.models.parameters import Binding
-from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
-
-HERE = {
-    "train": "a stage's train step: [--config=STAGE:PRESET] [--packs=N] [--steps=N]",
-    "vision": "the ViT alone: [--config=STAGE:PRESET] [--frames=N] [--steps=N]",
-    "train-vs-torch": "a model of 100M parameters against the same in plain PyTorch: [--steps=N] [--rounds=N]",
-    "convert": "converting a checkpoint both ways, beside plain copies: [--folder=DIR] [--layers=N]",
-}
-ELSEWHERE = {  # with a module of their own, which may need more, and flags of their own: kangaroo bench NAME --help
-    "data": "how fast videos become batches, beside torchcodec, decord and OpenCV",
-    "packing": "how full rows get on made-up samples: [--config STAGE:PRESET ...] [--row=TOKENSxFRAMES]",
-    "checkpoint": "how long a save holds training up, and what memory it needs",
-    "annotate": "requests a second of the client of annotation, against a server that fails on purpose",
-    "curate": "CPU seconds of each stage of curation, and two workers against one: --input=...",
-}
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
@@ -216,59 +190,3 @@ def torch_config() -> ConfigDict:
     config.data.update(image_size=224, packs_per_batch=2, tokens_per_pack=512, frames_per_pack=4)
     config.train.steps = 100
     return config
-
-
-def bench_config(arguments: argparse.Namespace) -> ConfigDict:
-    """The config that the arguments ask for, placed on one device."""
-    config = load_config(arguments.config)
-    with config.unlocked():
-        config.train.mesh = (1, 1, 1, 1)
-        if arguments.packs:
-            config.data.packs_per_batch = arguments.packs
-        if arguments.moment_dtype:
-            config.optimizer.moment_dtype = arguments.moment_dtype
-    return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run the benchmark that the first argument names, of `HERE` or `ELSEWHERE`. Raises UserError."""
-    if argv and argv[0] in ELSEWHERE:
-        return importlib.import_module(f"kangaroo_jax.tools.bench_{argv[0]}").main(argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="kangaroo bench",
-        description="Measure parts of the program on this machine.\n\nbenchmarks:\n"
-        + "".join(f"  {name:15} {line}\n" for name, line in (HERE | ELSEWHERE).items()),
-        epilog="Of " + ", ".join(ELSEWHERE) + " the flags are listed by kangaroo bench NAME --help.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=(*HERE, *ELSEWHERE), metavar="BENCHMARK", help="a name of the list above")
-    parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
-    parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
-    parser.add_argument("--frames", type=positive, default=64, help="vision: frames a call")
-    parser.add_argument("--moment_dtype", default="", help="train: of Adam's moments, instead of the config's")
-    parser.add_argument("--steps", type=positive, default=10, help="steps that are measured (of each, in each round)")
-    parser.add_argument("--rounds", type=positive, default=3, help="train-vs-torch: how often the two take turns")
-    parser.add_argument("--segments", type=positive, default=1, help="train-vs-torch: samples packed into a row")
-    parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
-    parser.add_argument(
-        "--layers",
-        type=positive,
-        default=32,
-        help="convert: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    keep_freed_memory()
-    config = bench_config(arguments)
-    result: dict[str, Any]
-    if arguments.what == "convert":
-        from kangaroo_jax.bench.convert import bench_convert, published_sizes
-
-        result = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
-    elif arguments.what == "train":
-        result = bench_train(config, arguments.steps)
-    elif arguments.what == "vision":
-        result = bench_vision(config, arguments.steps, arguments.frames)
-    else:
-        result = compare_with_torch(torch_config(), arguments.steps, arguments.rounds, arguments.segments)
-    print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))

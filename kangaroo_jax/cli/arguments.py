@@ -1,9 +1,10 @@
 """What the jobs of the command line share: flags of one job, and `--config.KEY=VALUE`. Bad input is a UserError."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kangaroo_jax.system.files import make_folder
 
 if TYPE_CHECKING:
     from absl import flags
@@ -54,24 +55,6 @@ def required(job: str, values: "flags.FlagValues", *names: str) -> None:
 def make_workdir(values: "flags.FlagValues") -> Path:
     """The folder of --workdir, made where it does not exist."""
     return make_folder(Path(values.workdir))
-
-
-def make_folder(path: Path) -> Path:
-    """Make a folder to work in where it does not exist. Raises UserError."""
-    from kangaroo_jax.errors import UserError
-
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made a working folder ({error.strerror})") from error
-    return path
-
-
-def positive(text: str) -> int:
-    """The type of an argument of argparse that counts things, of which there is at least one."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
 
 
 def not_of_config(rest: Sequence[str]) -> list[str]:

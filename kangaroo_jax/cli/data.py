@@ -10,14 +10,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.cli.arguments import positive
+from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation
+from kangaroo_jax.data.annotations.webdataset import Unfinished
 from kangaroo_jax.data.batches.mixture import Source, open_sources
 from kangaroo_jax.data.media.storage import current_cache, use_cache
-from kangaroo_jax.data.annotations.webdataset import Unfinished
-from kangaroo_jax.system.terminal import printable
+from kangaroo_jax.errors import UserError, printable
 
 _SOURCES = "annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset"
 
@@ -117,10 +116,10 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from kangaroo_jax.config import frames_per_group, tokens_per_group
     from kangaroo_jax.data.batches.loader import batch_from_recipes
     from kangaroo_jax.data.batches.preview import batch_tree, save_picture
     from kangaroo_jax.data.batches.sample import make_recipe
-    from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
 
     samples = _Joined(_open(arguments))
     if not 0 <= arguments.number < len(samples):

@@ -229,7 +229,7 @@ def _run_curate(values: "flags.FlagValues", rest: list[str]) -> None:
 
 
 def _run_bench(values: "flags.FlagValues", rest: list[str]) -> None:
-    from kangaroo_jax.bench import train as bench
+    from kangaroo_jax.cli import bench
 
     bench.main(rest)
 

@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import export
 from kangaroo_jax.conversion.building import Building, Progress, Tell
 from kangaroo_jax.conversion.lora import SETTINGS, Adapter, kernels, layout_of, module, open_adapter
@@ -17,6 +16,7 @@ from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
 from kangaroo_jax.conversion.sources import fingerprint, open_source
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Weights, dtype_named
+from kangaroo_jax.errors import UserError
 
 FORMATS = ("orbax", "peft")
 

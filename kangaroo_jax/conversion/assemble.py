@@ -7,10 +7,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.sources import Source, shapes_of
 from kangaroo_jax.conversion.weights import Arrays, Box, Joined, Spec, Weights, boxes
+from kangaroo_jax.errors import UserError
 
 POSITIONS = "vision/position_embedding"
 SPECIAL_NOISE = 0.1  # of the deviation that the rows of the token embedding have

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
@@ -26,6 +25,7 @@ from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safe
 from kangaroo_jax.conversion.sources import Source, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
+from kangaroo_jax.errors import UserError
 
 FORMATS = ("orbax", "hf", "llama", "meta", "eva", "timm")
 LAYOUT_OF = {"hf": "kangaroo", **{name: name for name in ("llama", "meta", "eva", "timm")}}

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 # name on Hugging Face, key of config.model.llm
 LLM_KEYS = (

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 LAYOUTS = {"kangaroo": ("",), "llama": ("llm/",), "meta": ("llm/",), "eva": ("vision/",), "timm": ("vision/",)}
 STACKED = re.compile(r"(llm/layers|vision/blocks)/")  # paths with a leading axis of layers

@@ -15,17 +15,17 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, read_json, unwrapped
 from kangaroo_jax.conversion.sources import Source, table_for
 from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo, ask
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
-from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.models.kangaroo import Kangaroo as Model
+from kangaroo_jax.system.installing import install_line
 
 GREEDY = 32  # tokens of the answers that are compared, whatever ends them
 # What timm calls by another name than EVA does: written down apart from the table, which is what is tested.

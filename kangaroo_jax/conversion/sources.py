@@ -12,12 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors, read_json
 from kangaroo_jax.conversion.names import Row
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights, whole
+from kangaroo_jax.errors import UserError
 
 SIDECAR, SHADOWED = "kangaroo_jax.json", "kangaroo_jax.safetensors"  # what of ours a folder of theirs also holds
 HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks hide

@@ -15,10 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.building import Building, Progress, ahead
 from kangaroo_jax.conversion.files import read_json
 from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_finite
+from kangaroo_jax.errors import UserError
 
 # Large parameters that are no stack are cut along the dimension of the vocabulary.
 CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}

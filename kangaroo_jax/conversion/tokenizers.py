@@ -49,7 +49,7 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
     Returns the keys of config.json that name tokens. Raises UserError for a file that is no tokenizer, or one
     of a larger vocabulary than the model's.
     """
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > config.model.llm.vocab_size:

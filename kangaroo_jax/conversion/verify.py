@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.names import LAYOUTS
 from kangaroo_jax.conversion.runners import InJax, InTorch, code_of, torch_features, turn
 from kangaroo_jax.conversion.sources import Source, open_source, special_ids
 from kangaroo_jax.data.tokenizer import load_tokenizer
-from kangaroo_jax.inference.chat import Kangaroo, conversation
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.chat import conversation
 
 LEAST_TOKENS = 600  # of the prompt: an error in the rotary embedding shows only far from the beginning
 FRAMES = 4  # of the video, that a bare encoder looks at
@@ -214,47 +214,6 @@ def _compare(
         same_greedy=min(len(answer_here), len(answer_there)) if same is None else same,
         greedy=longest,
     )
-
-
-def compare_chats(
-    checkpoint: str | Path,
-    videos_and_questions: Sequence[tuple[str | Path, str]],
-    *,
-    max_new_tokens: int = 16,
-    tell: Tell = print,
-) -> int:
-    """Export a checkpoint, ask both PyTorch and JAX every question, and count the equal greedy answers.
-
-    Args:
-        checkpoint: folder that training wrote.
-        videos_and_questions: (video or image file, question).
-        max_new_tokens: longest answer.
-        tell: prints a line, also for every question that the two answer differently.
-
-    Returns:
-        How many of the answers are equal, character for character.
-
-    Raises:
-        UserError: torch or transformers is not installed, or a file cannot be read.
-    """
-    import_torch("the comparison is run in torch")
-    from kangaroo_jax.conversion.convert import convert
-
-    with tempfile.TemporaryDirectory() as scratch:
-        exported = convert([checkpoint], Path(scratch) / "export", format="hf", tell=lambda line: None)
-        theirs = InTorch(open_source(exported), Path(scratch))
-        kangaroo = Kangaroo.load(checkpoint)
-        asked = [(Path(media), question) for media, question in videos_and_questions]
-        conversations = [conversation([turn(media, question)]) for media, question in asked]
-        here = kangaroo.answer_many(conversations, max_new_tokens=max_new_tokens)
-        same = 0
-        for (media, question), answer in zip(asked, here, strict=True):
-            there = theirs.chat(media, question, max_new_tokens)
-            same += there == answer
-            if there != answer:
-                tell(f"{media.name}, {question!r}: JAX says {answer!r}, PyTorch {there!r}")
-    tell(f"PyTorch and JAX give the same answer to {same} of {len(asked)} questions")
-    return same
 
 
 def make_video(path: Path, seconds: int = 24, side: int = 96, fps: int = 8) -> Path:

@@ -12,9 +12,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion.files import Tensors
 from kangaroo_jax.conversion.names import SPECIAL, STACKED, Row
+from kangaroo_jax.errors import UserError
 
 Box = tuple[slice, ...]  # a range of every dimension
 BOX_BYTES = 192 << 20  # of the largest box that is read at once, where the layout lets it be cut

@@ -25,21 +25,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.corpus.draw import split_scans, write_media
-from kangaroo_jax.corpus.scenes import Scene, SceneMaker, has_held_combination
+from kangaroo_jax.corpus.records import evaluation_records, media_name, record_of
+from kangaroo_jax.corpus.scenes import Scene, SceneMaker
 from kangaroo_jax.corpus.text import (
     LANGUAGES,
-    LETTERS,
-    Fact,
-    Question,
     ask,
     chinese_words,
     describe,
-    facts,
     some_facts,
 )
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
+from kangaroo_jax.errors import UserError
 
 FORMAT = 5  # of the files; raise it when the same settings begin to give other records
 
@@ -256,11 +253,6 @@ def _spread(weights: Sequence[tuple[str, float]], count: int) -> list[str]:
     return order
 
 
-def media_name(folder: str, number: int) -> str:
-    """Path of a medium relative to the corpus."""
-    return f"media/{folder}/{number:05d}.{'jpg' if folder.endswith('images') else 'mp4'}"
-
-
 def _draw_all(
     media: dict[str, list[Scene]],
     root: Path,
@@ -304,17 +296,6 @@ def _start(job: Callable[[], None]) -> subprocess.Popen:
 # ---------------------------------------------------------------------------------------------- records
 
 
-def _record(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> dict:
-    """A LLaVA record of (question, answer) turns; the medium's tag begins the first question."""
-    key = "image" if medium.endswith("jpg") else "video"
-    conversations = []
-    for i, (question, answer) in enumerate(turns):
-        tag = f"<{key}>\n" if medium and not i else ""
-        conversations.append({"from": "human", "value": tag + question})
-        conversations.append({"from": "gpt", "value": answer})
-    return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
-
-
 def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
     chosen = some_facts(scene, plan.long_rounds if scene.kind == "long" else plan.rounds, rng)
@@ -330,7 +311,7 @@ def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
     rng = random.Random(f"{seed}/warmup")
     maker = _text_maker(rng)
     lessons = warmup_turns(maker, rng, plan.short_kinds, lambda count: max(round(count * plan.warmup), 1))
-    return (_record(name, turns) for name, turns in lessons)
+    return (record_of(name, turns) for name, turns in lessons)
 
 
 def _text_maker(rng: random.Random) -> SceneMaker:
@@ -342,7 +323,7 @@ def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterat
     for i, scene in enumerate(media[folder]):
         for language in LANGUAGES:
             name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
-            yield _record(name, [describe(scene, language, dense)], media_name(folder, i))
+            yield record_of(name, [describe(scene, language, dense)], media_name(folder, i))
 
 
 def _instructions(
@@ -353,7 +334,7 @@ def _instructions(
         for k in range(each):
             language = LANGUAGES[(i + k) % 2]
             turns = _questions(scene, language, plan, rng)
-            yield _record(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
+            yield record_of(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
 
 
 def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
@@ -389,7 +370,7 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
     for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
         folder = f"held_out/{folder}"
         counts = getattr(plan, f"eval_{name}")
-        _write(root / f"eval_{name}.jsonl", _evaluation(media[folder], folder, counts, seed))
+        _write(root / f"eval_{name}.jsonl", evaluation_records(media[folder], folder, counts, seed))
 
 
 def _with_others(
@@ -397,7 +378,7 @@ def _with_others(
 ) -> list[dict]:
     """Records of a stage, conversations on `images` images, and some without media, so that neither is forgotten."""
     texts = lesson(-1, plan.some_text, _text_maker(rng), rng, plan.short_kinds)
-    told = [_record(f"text-{i:05d}", turns) for i, turns in enumerate(texts)]
+    told = [record_of(f"text-{i:05d}", turns) for i, turns in enumerate(texts)]
     return records + list(_instructions(media, "images", images, 1, plan, rng)) + told
 
 
@@ -408,56 +389,3 @@ def _write(path: Path, records: Iterable[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
-
-
-def _evaluation(scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int) -> list[dict]:
-    """Questions on held-out media: kinds take turns, letters are balanced, each is asked in both languages.
-
-    The two languages of a question have the same options in the same order. Questions on one medium stand
-    together, so that its vision tokens can be shared.
-    """
-    rng = random.Random(f"{seed}/{folder}/evaluation")
-    chosen: list[tuple[int, Fact, str, str]] = []
-    for style, count in zip(("mcq", "open"), counts, strict=True):
-        letters = [LETTERS[i % 4] for i in range(count // 2)]
-        rng.shuffle(letters)
-        for (number, fact), letter in zip(_by_turns(scenes, rng), letters, strict=False):
-            chosen.append((number, fact, style, letter if style == "mcq" else ""))
-    records: list[dict] = []
-    for number, fact, style, letter in sorted(chosen, key=lambda c: c[0]):
-        options_seed = rng.getrandbits(32)
-        for language in LANGUAGES:
-            question = ask(fact, language, random.Random(options_seed), letter)
-            record = _record(f"{folder}-{number:05d}-q{len(records):04d}-{language}", [], media_name(folder, number))
-            records.append(_evaluation_record(record, question, style, scenes[number]))
-    return records
-
-
-def _by_turns(scenes: Sequence[Scene], rng: random.Random) -> Iterator[tuple[int, Fact]]:
-    """(number of the scene, fact), each once, in random order but one of every kind in turn."""
-    by_kind: dict[str, list[tuple[int, Fact]]] = {}
-    for number, scene in enumerate(scenes):
-        for fact in facts(scene):
-            by_kind.setdefault(fact.kind, []).append((number, fact))
-    for entries in by_kind.values():
-        rng.shuffle(entries)
-    while by_kind:
-        for kind in sorted(by_kind):
-            yield by_kind[kind].pop()
-            if not by_kind[kind]:
-                del by_kind[kind]
-
-
-def _evaluation_record(record: dict, question: Question, style: str, scene: Scene) -> dict:
-    key = "image" if "image" in record else "video"
-    turns = _record("", [(question.text, question.told)], record[key])["conversations"]
-    return record | {
-        "conversations": turns,
-        "question_kind": question.kind,
-        "format": style,
-        "language": question.language,
-        "answer": question.answer,
-        "options": list(question.options),
-        "scene_kind": scene.kind,
-        "unseen_combination": has_held_combination(scene),
-    }

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.curation import select
-from kangaroo_jax.curation.engine.run import run as engine
+from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.curation.engine.run_shard import Plan, is_done

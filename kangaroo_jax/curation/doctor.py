@@ -13,9 +13,8 @@ from kangaroo_jax.curation import select
 from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.data.media.storage import absolute
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, printable
 from kangaroo_jax.system.installing import install_line
-from kangaroo_jax.system.terminal import printable
 
 _PACKAGES = (
     # distribution, module, what for, needed

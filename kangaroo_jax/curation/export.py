@@ -23,17 +23,18 @@ from typing import Any
 import av
 
 import kangaroo_jax
-from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.annotate.files import read_lines
+from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.stages import STAGES
 from kangaroo_jax.curation.stages.base import Row
-from kangaroo_jax.data.media.addresses import is_remote, short
 from kangaroo_jax.data.annotations.conversation import Conversation, Media
 from kangaroo_jax.data.annotations.dataset import Plan, write_dataset
 from kangaroo_jax.data.annotations.formats import caption_record
-from kangaroo_jax.data.media.picker import open_video, start_seconds
 from kangaroo_jax.data.annotations.sources import AnnotationFile
-from kangaroo_jax.data.media.storage import absolute, join, local, member_of
+from kangaroo_jax.data.media.addresses import is_remote, short
+from kangaroo_jax.data.media.containers import member_of
+from kangaroo_jax.data.media.picker import open_video, start_seconds
+from kangaroo_jax.data.media.storage import absolute, join, local
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import utf8
 

@@ -10,15 +10,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.annotate.files import read_lines
-from kangaroo_jax.report.histograms import bars, histogram
+from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.select import RULES
 from kangaroo_jax.curation.stages.base import Row
-from kangaroo_jax.system.json_text import utf8
-from kangaroo_jax.system.terminal import STEERS
+from kangaroo_jax.errors import STEERS
 from kangaroo_jax.report.charts import escape
+from kangaroo_jax.report.histograms import bars, histogram
 from kangaroo_jax.report.style import STYLE
+from kangaroo_jax.system.json_text import utf8
 
 _THUMBNAIL = 200  # pixels of the width
 _SHOWN = 12  # clips of each verdict

@@ -19,15 +19,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags
+from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.image import opened_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
-from kangaroo_jax.data.batches.sample import MediaRef, Recipe, probe_cached, render_prompt
 from kangaroo_jax.data.media.storage import MEMBER, current_cache, join, short, use_cache
+from kangaroo_jax.data.media.video import MediaRef, folder_of_frames, probe_cached
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from kangaroo_jax.data.media.video import folder_of_frames
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.models import kangaroo as models
@@ -49,8 +50,8 @@ class Kangaroo:
         self.config = config
         self.tokenizer = tokenizer
         self._generator = Generator(model)
-        self._frames_per_group = models.frames_per_group(config.model)
-        self._tokens_per_group = models.tokens_per_group(config.model, config.data.image_size)
+        self._frames_per_group = frames_per_group(config.model)
+        self._tokens_per_group = tokens_per_group(config.model, config.data.image_size)
         self._decoder = ThreadDecoder(os.cpu_count() or 1)
         self._seen: collections.OrderedDict[Any, jax.Array] = collections.OrderedDict()
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 GREEDY_BELOW = 1e-4  # a temperature that is as good as 0
 

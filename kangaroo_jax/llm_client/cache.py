@@ -4,8 +4,8 @@ import dataclasses
 import sqlite3
 from pathlib import Path
 
-from kangaroo_jax.llm_client.requests import Reply
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.requests import Reply
 
 _TABLE = """
 create table if not exists replies (

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.cache import Cache
 from kangaroo_jax.llm_client.requests import Backend, Completion, Failure, Reply, Request, key_of
 from kangaroo_jax.llm_client.schemas import json_of, mistake, writable
 from kangaroo_jax.llm_client.text import is_refusal
-from kangaroo_jax.errors import UserError
 
 _UNREACHABLE_AFTER = 8  # connections that failed before the first answer
 _LETTERS_A_TOKEN = 64  # more than any answer has on average: what is longer is none to this request

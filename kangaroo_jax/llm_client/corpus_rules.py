@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.llm_client.requests import Completion, Failure, Request
-from kangaroo_jax.errors import UserError
 from kangaroo_jax.corpus.make import scenes_of
 from kangaroo_jax.corpus.scenes import Scene
 from kangaroo_jax.corpus.text import Fact, ask, caption, dense_caption, facts, note, word
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 
 # Question types of `instruct.taxonomy` that a fact of the corpus is asked by.
 TYPES = {

@@ -18,8 +18,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 from kangaroo_jax.system.installing import install_line
 
 _FATAL = {401: "the key is wrong", 403: "the key may not use this model", 404: "no such model or address"}

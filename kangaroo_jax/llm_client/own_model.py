@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 
 
 class OwnModel:

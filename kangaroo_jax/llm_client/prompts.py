@@ -10,8 +10,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from kangaroo_jax.llm_client.text import LANGUAGES
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.text import LANGUAGES
 
 _FIRST_LINE = re.compile(r"^# version (\d+)$")
 _GAP = re.compile(r"\{(\w+)\}")

@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kangaroo_jax.llm_client.requests import canonical
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.requests import canonical
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.json_text import parse_json
 

@@ -9,10 +9,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import nearest
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.cache import Cache
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.requests import Backend
-from kangaroo_jax.errors import UserError
 
 
 class Team:

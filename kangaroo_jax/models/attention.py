@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.stack import keep
 from kangaroo_jax.sharding import divides, per_device, platform, shards, split_mesh
 

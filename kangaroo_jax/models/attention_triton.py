@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as kernels
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 BLOCK = 128  # lengths are padded to a multiple of this
 PADDING = -1  # segment of the padding

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.eva_clip import EvaClip
 from kangaroo_jax.models.layers import parameter, truncated_normal
 from kangaroo_jax.models.llama import RESIDUAL, Llama
@@ -21,18 +22,6 @@ from kangaroo_jax.sharding import constrain, shards
 
 FRAMES = ("frames", None, "activation")
 MARKS = ("vi_start", "eof", "eov", "vi_end")  # rows of special_embedding, in this order
-
-
-def frames_per_group(config: Any) -> int:
-    """How many frames stand behind one group of vision tokens: what the patchify joins, 1 where it is bypassed."""
-    return config.patchify.kernel[0] if config.patchify.enabled else 1
-
-
-def tokens_per_group(config: Any, image_size: int) -> int:
-    """Vision tokens of one temporal group of frames of `image_size` pixels."""
-    grid = image_size // config.vision.patch_size
-    _, rows, columns = config.patchify.kernel if config.patchify.enabled else (1, 1, 1)
-    return (grid // rows) * (grid // columns)
 
 
 def count_parameters(config: Any) -> dict[str, int]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 
 Params = dict[str, jax.Array]  # "llm/layers/attention/q/kernel" -> array
 

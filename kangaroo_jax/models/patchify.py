@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.layers import Linear, constant, parameter
 
 PROJECTORS = ("linear", "mlp2x_gelu")

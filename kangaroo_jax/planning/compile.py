@@ -17,11 +17,12 @@ from typing import Any, TypedDict
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Slices
-from kangaroo_jax.conventions import PackedBatch, UserError
-from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.planning import hlo
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.installing import install_line
 
 GIB = 1 << 30
 READ = 2  # raise when something else is read from a program: kept results are then compiled again

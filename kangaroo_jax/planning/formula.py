@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, Slices
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
+from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import MESH_AXES, sharding
 from kangaroo_jax.training.flops import part_trains, step_flops
 from kangaroo_jax.training.placement import resolve

@@ -14,11 +14,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Slices, parse_topology
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.models.kangaroo import count_parameters, frames_per_group, tokens_per_group
-from kangaroo_jax.sharding import MESH_AXES
+from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step
+from kangaroo_jax.sharding import MESH_AXES
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.evaluation.answering import Answers, evaluate
-from kangaroo_jax.models.kangaroo import tokens_per_group
+from kangaroo_jax.config import tokens_per_group
 from kangaroo_jax.corpus.make import Corpus
+from kangaroo_jax.evaluation.answering import Answers, evaluate
+from kangaroo_jax.system.files import write_json
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.loop import Tell, train
 from kangaroo_jax.training.metrics import read_metrics
-from kangaroo_jax.system.files import write_json
 
 PRESET = "tiny"
 PACKING_STEPS = 30  # of each side of the packing comparison

@@ -19,12 +19,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.system.installing import install_line
-from kangaroo_jax.corpus.make import Corpus, read_records, scenes_of
 from kangaroo_jax.corpus.bad_clips import ALT_TEXT, RawClips, write_raw_clips
+from kangaroo_jax.corpus.make import Corpus, read_records, scenes_of
 from kangaroo_jax.report.charts import escape
-from kangaroo_jax.training.loop import Tell
 from kangaroo_jax.system.files import write_json, write_text
+from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.training.loop import Tell
 
 GOOD, BAD = 100, 25  # raw clips at scale 1
 NEEDS = ("cv2", "scenedetect", "rapidocr", "onnxruntime", "sklearn")
@@ -161,8 +161,8 @@ def _curate(raw: RawClips, root: Path) -> tuple[list[str], dict[str, str]]:
 
 def report_section(curated: Curated) -> str:
     """A section of the quickstart's report (HTML): the funnel, and pictures of clips that were dropped."""
-    from kangaroo_jax.curation.report import funnel_bars, gallery
     from kangaroo_jax.curation.engine.shards import all_scores
+    from kangaroo_jax.curation.report import funnel_bars, gallery
 
     root = curated.folder / "scored"
     rows = {row["id"]: row for row in all_scores(root)}

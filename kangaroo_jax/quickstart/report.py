@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import FramePolicy, load_video
 from kangaroo_jax.evaluation.answering import Answers
-from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.quickstart.report_page import write_report
 from kangaroo_jax.training.metrics import read_metrics
 

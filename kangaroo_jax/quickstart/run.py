@@ -23,18 +23,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.corpus.make import Corpus, make_corpus
 from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.inference.chat import Kangaroo
-from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
-from kangaroo_jax.corpus.make import Corpus, make_corpus
 from kangaroo_jax.quickstart.report import write_quickstart_report
+from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.loop import Tell
-from kangaroo_jax.system.files import write_json
 
 WARMUP = "stage0_text_warmup"
 STAGES = (WARMUP, *curriculum.STAGES)
@@ -201,7 +201,7 @@ def compare_with_torch(workdir: Path, corpus: Corpus, tell: Tell) -> dict[str, i
         return None
     path = workdir / "torch_chat.json"
     if not path.exists():
-        from kangaroo_jax.conversion.verify import compare_chats
+        from kangaroo_jax.quickstart.torch_answers import compare_chats
 
         asked = corpus.questions("short")[:TORCH_QUESTIONS]
         same = compare_chats(workdir / curriculum.STAGES[-1], asked, tell=tell)

@@ -29,3 +29,14 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, value: object) -> Path:
     """The same for JSON, one space a level."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder to work in where it does not exist. Raises UserError."""
+    from kangaroo_jax.errors import UserError
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a working folder ({error.strerror})") from error
+    return path

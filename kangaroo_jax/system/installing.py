@@ -15,7 +15,7 @@ def install_line(*extras: str) -> str:
     A clone is installed again with its extras. Where the package was installed without one, what the extras ask for is
     named package by package: no registry need know this one.
     """
-    clone = Path(__file__).resolve().parent.parent
+    clone = Path(__file__).resolve().parents[2]
     if not (clone / "setup.py").is_file():
         try:
             packages = requirements(importlib.metadata.requires(DISTRIBUTION) or (), extras)

@@ -6,26 +6,13 @@ move the cursor or set the window's title, an override of the direction of writi
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-_STEERING = (
-    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # and halves of surrogate pairs
-)
-STEERS = re.compile(f"[{_STEERING}]|\r(?!\n)")  # what is no part of a text of lines
-_IN_A_LINE = re.compile(f"[{_STEERING}\t\n\r\u2028\u2029]")
+from kangaroo_jax.errors import STEERS, UserError, escaped, printable
+
 _ERASE = "\r\x1b[K"  # to the beginning of the line, and nothing after it
-
-
-def printable(text: str) -> str:
-    r"""`text` for one line: line breaks, control characters and halves of surrogate pairs as `\n`, `\x1b`, `\udcff`."""
-    return _IN_A_LINE.sub(_escaped, text)
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode("ascii")
 
 
 class Output:
@@ -43,7 +30,7 @@ class Output:
 
     def write(self, text: str) -> int:
         """Write `text`; returns its length."""
-        self._pass_on(STEERS.sub(_escaped, text))
+        self._pass_on(STEERS.sub(escaped, text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -67,8 +54,6 @@ class Output:
         except BrokenPipeError:
             self._drop()
         except OSError as error:
-            from kangaroo_jax.errors import UserError
-
             self._drop()  # what waits in the stream would be tried again, and fail again, at the end of the process
             raise UserError(f"{self._stream.name}: cannot be written ({error.strerror or error})") from None
 

@@ -9,10 +9,10 @@ import jax
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import config_keys, nearest
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.parameters import multiplier
 from kangaroo_jax.models.stack import REMAT_POLICIES
 from kangaroo_jax.training.optimizer import KINDS, MOMENT_DTYPES
-from kangaroo_jax.models.parameters import multiplier
 
 ON_NONFINITE = ("stop", "skip")
 DTYPES = ("float32", "bfloat16", "float16")

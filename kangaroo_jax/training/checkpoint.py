@@ -22,14 +22,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kangaroo_jax.config import PRESETS, stage_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.sharding import sharding
+from kangaroo_jax.system.files import write_bytes
 from kangaroo_jax.training.digests import changed, digests
 from kangaroo_jax.training.distributed import EndsTogether
-from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.training.step import TrainState
-from kangaroo_jax.system.files import write_bytes
 
 WRITING_SHARE = 0.1  # of an item of a checkpoint; what is being written is in memory twice
 ITEMS = ("params", "optimizer", "data", "config")

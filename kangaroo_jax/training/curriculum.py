@@ -8,10 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.files import write_json
 from kangaroo_jax.training.distributed import barrier, is_main
 from kangaroo_jax.training.loop import Tell, train
-from kangaroo_jax.system.files import write_json
 
 STAGES = (
     "stage1_image_pretrain",

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 
 LOST = 75  # exit code (EX_TEMPFAIL of sysexits.h): try again

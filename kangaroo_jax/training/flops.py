@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.models.kangaroo import frames_per_group, tokens_per_group
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.models.parameters import multiplier
 
 _SOME_WEIGHT = {

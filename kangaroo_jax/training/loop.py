@@ -14,15 +14,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, find_chip
-from kangaroo_jax.config import PRESETS, model_config, to_plain
-from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.config import PRESETS, frames_per_group, model_config, to_plain, tokens_per_group
+from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader
 from kangaroo_jax.data.batches.preview import batch_tree, save_picture
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from kangaroo_jax.system.memory import keep_freed_memory
-from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.sharding import make_mesh, sharding
+from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.memory import keep_freed_memory
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
@@ -30,14 +33,12 @@ from kangaroo_jax.training.host_rows import HostRows, whole_data_state
 from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
-from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.reporting import Pending, Reporter, of_host
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
 from kangaroo_jax.training.state import abstract_state, make_state, shardings_of, state_shardings
 from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
 from kangaroo_jax.training.stopping import Preemption, SaveClock, explained_disk, locked, unbroken
-from kangaroo_jax.system.files import write_json
 
 Tell = Callable[[str], None]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from kangaroo_jax.system.terminal import printable
+from kangaroo_jax.errors import printable
 from kangaroo_jax.system.files import write_text
 
 

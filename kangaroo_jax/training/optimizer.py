@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 from optax import contrib
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import Params, multiplier
 
 KINDS = ("adamw", "adafactor", "muon")

@@ -11,7 +11,7 @@ import math
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import mesh_sizes
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from kangaroo_jax.models.parameters import Binding, Params, split_trainable
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.training.optimizer import make_optimizer
-from kangaroo_jax.models.parameters import Binding, Params, split_trainable
 from kangaroo_jax.training.step import TrainState
 
 

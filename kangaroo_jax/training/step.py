@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from kangaroo_jax.conventions import PackedBatch
-from kangaroo_jax.sharding import Axes, batch_axes, constrain
 from kangaroo_jax.models.parameters import Binding, Params
+from kangaroo_jax.sharding import Axes, batch_axes, constrain
 
 
 @jax.tree_util.register_dataclass

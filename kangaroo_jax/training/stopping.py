@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.distributed import Preempted, is_main, key_value_keys, key_value_set
 
 INTERRUPTED = 130  # exit code of Ctrl-C: no launch script starts such a run again

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.bench.convert import bench_convert
+from kangaroo_jax.config import stage_config
+from kangaroo_jax.errors import UserError
 
 
 @pytest.mark.slow

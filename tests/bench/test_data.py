@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from kangaroo_jax.bench import data as bench_data
 from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.bench import data as bench_data
 
 pytestmark = pytest.mark.alone
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.bench import train as bench
 from kangaroo_jax.bench.packing import bench_packing, made_up
+from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.audit.stats import Sizes, fullness, offline_rows
+from kangaroo_jax.errors import UserError
 
 TARGETS = {"stage4_instruct": 0.97, "stage5_long_video": 0.96}  # useful tokens; of frames 0.92
 

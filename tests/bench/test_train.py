@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from kangaroo_jax.errors import UserError
 from kangaroo_jax.bench import train as bench
+from kangaroo_jax.errors import UserError
 
 pytestmark = pytest.mark.alone
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from kangaroo_jax.cli.main import main
 from kangaroo_jax.data.annotations.sources import AnnotationFile, read_conversations
-from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.data.media.video import probe
+from kangaroo_jax.data.tokenizer import train_sentencepiece
 from tests.data.media import numbered_frame, write_video
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kangaroo_jax.cli.main import main as cli
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.conversion.convert import convert
 
 

@@ -9,11 +9,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kangaroo_jax.cli.main import main as cli
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.layers import rotary_2d
 from kangaroo_jax.training import checkpoint as checkpoints
 from tests.models import from_fixtures

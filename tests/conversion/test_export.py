@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import verify as verification
 from kangaroo_jax.conversion.convert import convert
-from kangaroo_jax.conversion.verify import compare_chats, verify
+from kangaroo_jax.conversion.verify import verify
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.quickstart.torch_answers import compare_chats
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -185,7 +186,7 @@ def test_answers_are_compared_and_differences_counted(checkpoint, video, tmp_pat
 
 
 def test_the_command_converts_and_verifies(checkpoint, tmp_path, video, capsys):
-    from kangaroo_jax.cli.main import main as cli
+    from kangaroo_jax.cli import main as cli
 
     arguments = ["convert", f"--from={checkpoint}", f"--to={tmp_path / 'hf'}", "--verify", f"--video={video}"]
     assert cli.main(arguments) == 0

@@ -11,7 +11,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import formats
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
@@ -19,6 +18,7 @@ from kangaroo_jax.conversion.sources import open_source
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.tokenizers import from_sentencepiece, write_tokenizer
 from kangaroo_jax.data.tokenizer import load_tokenizer
+from kangaroo_jax.errors import UserError
 
 WHOLE = "model.safetensors"
 
@@ -96,7 +96,7 @@ def test_what_wrappers_put_before_the_names_is_left_out(prefix, kind, folder):
 
 
 def test_a_path_with_a_comma(folder, tmp_path, capsys):
-    from kangaroo_jax.cli.main import main as cli
+    from kangaroo_jax.cli import main as cli
 
     odd = folder.rename(tmp_path / "a,b")
     assert cli.main(["convert", f"--from={odd}", f"--to={tmp_path / 'out'}", "--format=llama", "--preset=tiny"]) == 0

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.config import model_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.sources import shapes_of, special_ids
 from kangaroo_jax.conversion.weights import contiguous
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import Binding
 from tests.models import from_fixtures
 

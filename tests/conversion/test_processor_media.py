@@ -15,7 +15,7 @@ from kangaroo_jax.data.media.video import load_video as ours
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
 pytest.importorskip("torch")
-from kangaroo_jax.conversion.torch_model import processing_kangaroo as processing  # noqa: E402
+from kangaroo_jax.conversion.torch_model import media_kangaroo as processing  # noqa: E402
 
 SAMPLING = {
     "image_size": 48, "fps": 1.0, "min_frames": 8, "max_frames": 8,

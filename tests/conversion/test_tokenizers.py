@@ -92,7 +92,7 @@ def test_llama3(llama3, tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_model(tokenizer_file, tmp_path):
-    from kangaroo_jax.conventions import UserError
+    from kangaroo_jax.errors import UserError
 
     config = stage_config("tiny")
     config.model.llm.vocab_size = 300

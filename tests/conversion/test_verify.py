@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kangaroo_jax.cli.main import main as cli
+from kangaroo_jax.cli import main as cli
 from tests.conversion.conftest import small_config
 from tests.conversion.test_round_trip import quiet
 from tests.conversion.test_transformers import SCALING, make_llama

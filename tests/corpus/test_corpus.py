@@ -8,10 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.evaluation.scoring import extract_letter
-from kangaroo_jax.corpus.make import Mixture, make_corpus, read_records
 from kangaroo_jax.corpus.draw import RGB, Painter, load_scans, split_scans
+from kangaroo_jax.corpus.make import Mixture, make_corpus, read_records
 from kangaroo_jax.corpus.scenes import (
     CANVAS,
     COLOURS,
@@ -26,6 +24,8 @@ from kangaroo_jax.corpus.scenes import (
 )
 from kangaroo_jax.corpus.text import ask, caption, chinese_words, dense_caption, facts, middle_second, note
 from kangaroo_jax.corpus.warmup import LESSONS
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.scoring import extract_letter
 from kangaroo_jax.quickstart.report import FRAMES_SHOWN, pictures
 
 KINDS = ("image", "image_aside", "image_count", "still", "count", "move", "order")

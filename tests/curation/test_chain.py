@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.cli.main import main as cli
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import stage_config
+from kangaroo_jax.corpus.make import Corpus, Mixture, make_corpus, scenes_of
+from kangaroo_jax.corpus.records import media_name
+from kangaroo_jax.corpus.text import dense_caption
+from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import make_loader
-from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
-from kangaroo_jax.corpus.make import Corpus, Mixture, make_corpus, media_name, scenes_of
-from kangaroo_jax.corpus.text import dense_caption
 
 SHORTS = 12
 TINY = Mixture(

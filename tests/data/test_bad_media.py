@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.media import image
-from kangaroo_jax.data.media import picker
+from kangaroo_jax.data.media import image, picker
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import FramePolicy, load_video, probe
+from kangaroo_jax.errors import UserError
 from tests.data.media import write_audio, write_video
 
 pytestmark = pytest.mark.alone

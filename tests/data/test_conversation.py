@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.annotations.sources import AnnotationFile, read_conversations
+from kangaroo_jax.errors import UserError
 
 
 def talk(*texts: str) -> list[dict[str, str]]:

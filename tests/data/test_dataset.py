@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations import dataset
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.annotations.dataset import Plan, write_dataset
-from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.annotations.sources import AnnotationFile
+from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import load_video, probe
+from kangaroo_jax.errors import UserError
 from tests.data.media import read_number
 
 pytest.importorskip("tensorflow_datasets")

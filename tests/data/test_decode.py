@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.media import decode
 from kangaroo_jax.data.media.decode import CachedDecoder, Outcome, ProcessDecoder, ThreadDecoder, make_decoder
-from kangaroo_jax.data.batches.sample import MediaRef
-from kangaroo_jax.data.media.video import Clip
+from kangaroo_jax.data.media.video import Clip, MediaRef
+from kangaroo_jax.errors import UserError
 from tests.data.media import read_number
 
 

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags, language_of
-from kangaroo_jax.data.media.download import Limits
 from kangaroo_jax.data.annotations.format_writing import to_record
 from kangaroo_jax.data.annotations.formats import FORMATS, Columns, parse_record
-from kangaroo_jax.data.media.image import load_image
-from kangaroo_jax.data.batches.sample import make_recipe
 from kangaroo_jax.data.annotations.sources import AnnotationFile, read_conversations
+from kangaroo_jax.data.batches.sample import make_recipe
+from kangaroo_jax.data.media.download import Limits
+from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.storage import MediaCache, use_cache
-from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.media.video import load_video, probe
+from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 from tests.data.media import numbered_frame, read_number, write_video
 
 TAGGED = ("llava", "messages", "llama_factory")

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.media import animation
-from kangaroo_jax.data.media import image
+from kangaroo_jax.data.audit import check as data_check
+from kangaroo_jax.data.media import animation, image
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.image import letterbox, load_image
 from kangaroo_jax.data.media.kinds import kind_of
-from kangaroo_jax.data.batches.sample import MediaRef
-from kangaroo_jax.data.media.video import folder_of_frames, load_video, probe
-from kangaroo_jax.data.audit import check as data_check
+from kangaroo_jax.data.media.video import MediaRef, folder_of_frames, load_video, probe
+from kangaroo_jax.errors import UserError
 from tests.data.media import numbered_frame, read_number, write_video
 
 

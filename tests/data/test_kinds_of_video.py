@@ -10,12 +10,11 @@ import av
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.media import picker
-from kangaroo_jax.data.media import pixels
+from kangaroo_jax.data.audit import check as data_check
+from kangaroo_jax.data.media import picker, pixels
 from kangaroo_jax.data.media.picker import BestEffort
 from kangaroo_jax.data.media.video import FramePolicy, load_video, probe
-from kangaroo_jax.data.audit import check as data_check
+from kangaroo_jax.errors import UserError
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
 POLICY = FramePolicy(min_frames=16, max_frames=16)

@@ -8,15 +8,16 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from kangaroo_jax.conventions import FIELDS, UserError
+from kangaroo_jax.conventions import FIELDS
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
-from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import decode_recipes
 from kangaroo_jax.data.batches.packing import Shape, assemble
 from kangaroo_jax.data.batches.preview import batch_tree, save_picture
 from kangaroo_jax.data.batches.sample import make_recipe
+from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 
 
 def test_one_line_a_sample_over_several_runs(tmp_path: Path) -> None:

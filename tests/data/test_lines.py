@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.annotations import readers
-from kangaroo_jax.data.annotations import sources
-from kangaroo_jax.data.batches.ledger import Ledger
-from kangaroo_jax.data.batches.loader import make_loader
+from kangaroo_jax.data.annotations import readers, sources
 from kangaroo_jax.data.annotations.readers import line_places
 from kangaroo_jax.data.annotations.sources import AnnotationFile, evenly
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.batches.loader import make_loader
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 
 pieces = st.sampled_from([b"{}", b" {} ", b"\n", b"\n\n", b"\r\n", b" ", b"\t\n", "[é]".encode(), b"{" * 9])
 

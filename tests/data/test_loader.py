@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import FIELDS, PackedBatch, UserError
+from kangaroo_jax.conventions import FIELDS, PackedBatch
+from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, LoaderStats, batch_from_recipes, make_loader
 from kangaroo_jax.data.batches.sample import make_recipe
-from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 from tests.data.media import read_number, write_video
 
 K, V = 2, 3

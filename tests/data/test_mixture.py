@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader, merge_states
 from kangaroo_jax.data.batches.mixture import Lane, Mixture, open_sources
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 
 COUNTS = {"a": 40, "b": 10, "c": 25}
 

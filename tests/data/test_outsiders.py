@@ -13,18 +13,18 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.engine.manifest import read_inputs
-from kangaroo_jax.data.batches import feed
 from kangaroo_jax.data.annotations import sources
 from kangaroo_jax.data.annotations.conversation import Conversation
-from kangaroo_jax.data.media.image import load_image
+from kangaroo_jax.data.annotations.sources import AnnotationFile
+from kangaroo_jax.data.batches import feed
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import make_loader
 from kangaroo_jax.data.batches.mixture import Mixture, open_sources
-from kangaroo_jax.data.annotations.sources import AnnotationFile
-from kangaroo_jax.data.media.storage import member_of
+from kangaroo_jax.data.media.containers import member_of
+from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 from tests.data.media import numbered_frame, read_number, write_video
 
 RECORD = {"conversations": [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}]}

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.packing import Packer, Placed, Shape, assemble, empty_batch, write_sample
-from kangaroo_jax.data.batches.sample import MediaRef, Recipe
-from kangaroo_jax.data.media.video import Clip
+from kangaroo_jax.data.batches.sample import Recipe
+from kangaroo_jax.data.media.video import Clip, MediaRef
+from kangaroo_jax.errors import UserError
 
 T, F, S, V = 40, 12, 2, 3
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.batches.packing import Packer, fill_row
 from kangaroo_jax.data.batches.shuffle import EndlessShuffle
+from kangaroo_jax.errors import UserError
 from tests.data.test_packing import make, places_of
 
 # fmt: off

@@ -7,11 +7,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.batches.sample import make_recipe, plan_media, render_prompt, video_block_length
-from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.media.video import FramePolicy
+from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 from tests.data.media import write_video
 
 K, V = 2, 3  # frames a group, tokens a group

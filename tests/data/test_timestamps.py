@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.media import picker
 from kangaroo_jax.data.annotations.conversation import Media
-from kangaroo_jax.data.media.decode import decode_one
 from kangaroo_jax.data.batches.sample import plan_media
+from kangaroo_jax.data.media import picker
+from kangaroo_jax.data.media.decode import decode_one
 from kangaroo_jax.data.media.video import FramePolicy, load_video, probe
+from kangaroo_jax.errors import UserError
 from tests.data.media import numbered_frame, read_number, write_video
 
 FRAMES = 90

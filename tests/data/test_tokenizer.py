@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.tokenizer import (
     LLAMA3_PATTERN,
     SENTENCEPIECE_IDS,
@@ -18,6 +17,7 @@ from kangaroo_jax.data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from kangaroo_jax.errors import UserError
 
 TEXTS = {
     "English": "Kangaroo isn't a marsupial; it's a video model!  It'll watch 12345 frames (3.14%).\n\n\tIndented.",

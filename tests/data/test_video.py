@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kangaroo_jax.data.media import picker
-from kangaroo_jax.data.media import video
+from kangaroo_jax.data.media import picker, video
 from kangaroo_jax.data.media.video import FramePolicy, load_video, probe, sample_times
 from tests.data.media import read_number, write_video
 

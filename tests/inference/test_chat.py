@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.config import to_plain
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.media.storage import MediaCache, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import chat as chat_module
 from kangaroo_jax.inference.chat import Kangaroo, ask, chat_main, conversation
 from kangaroo_jax.inference.sampling import Sampling

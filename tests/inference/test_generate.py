@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.inference import generate
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
-from kangaroo_jax.models.kangaroo import Kangaroo, frames_per_group, tokens_per_group
+from kangaroo_jax.models.kangaroo import Kangaroo
 
 NO_STOP = (400,)  # no token of the vocabulary
 T, F = 40, 6

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import sampling
 from kangaroo_jax.inference.sampling import Sampling
 

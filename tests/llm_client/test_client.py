@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.cache import Cache
 from kangaroo_jax.llm_client.client import Client, Limits, Rate
 from kangaroo_jax.llm_client.endpoint import Endpoint, data_uri

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.cli.main import main as cli
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.llm_client.corpus_rules import SceneRules, part_of
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.corpus.make import Mixture, make_corpus, read_records, scenes_of
 from kangaroo_jax.corpus.text import caption, dense_caption, facts
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.corpus_rules import SceneRules, part_of
 
 TINY = Mixture(
     **dict.fromkeys(("images", "longs", "held_images", "held_shorts", "held_longs"), 1),

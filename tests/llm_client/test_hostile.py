@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from kangaroo_jax.bench.annotate import faulty_server
+from kangaroo_jax.bench.faulty_server import HOSTILE, Server
+from kangaroo_jax.curation.annotate.run import annotate_main
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.endpoint import Endpoint
 from kangaroo_jax.llm_client.requests import Reply, Request
-from kangaroo_jax.curation.annotate.run import annotate_main
 from kangaroo_jax.llm_client.schemas import object_schema, text_schema
-from kangaroo_jax.errors import UserError
-from kangaroo_jax.bench.annotate import faulty_server
-from kangaroo_jax.bench.faulty_server import HOSTILE, Server
 
 KEY = "sk-very-secret-0123456789"
 LIMITS = Limits(first_wait=0.0, longest_wait=0.01, retries=0, answer_retries=0)

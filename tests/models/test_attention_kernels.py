@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.models import attention as module
 from kangaroo_jax.models import attention_splash
 from kangaroo_jax.models.attention import attention

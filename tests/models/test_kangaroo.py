@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import model_config
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo, count_parameters, frames_per_group, tokens_per_group
+from kangaroo_jax.config import frames_per_group, model_config, tokens_per_group
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.kangaroo import Kangaroo, count_parameters
 from kangaroo_jax.sharding import make_mesh
 from tests.models.small import (
     assert_trees_close,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.planning import hlo
+from kangaroo_jax.sharding import make_mesh
 
 
 def text_of(function, *shapes) -> str:

@@ -5,9 +5,9 @@ import json
 import av
 import pytest
 
-from kangaroo_jax.quickstart import curation as quickstart_curation
-from kangaroo_jax.corpus.make import make_corpus, read_records, scenes_of
 from kangaroo_jax.corpus.bad_clips import COPY_SIDE, KINDS, SIZE, read_clip, write_raw_clips
+from kangaroo_jax.corpus.make import make_corpus, read_records, scenes_of
+from kangaroo_jax.quickstart import curation as quickstart_curation
 from kangaroo_jax.quickstart.curation import Curated, curate_corpus, report_section, training_data
 
 

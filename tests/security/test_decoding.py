@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.stages.probe import probe as score
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import load_video, probe
+from kangaroo_jax.errors import UserError
 
 pytestmark = pytest.mark.alone
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"

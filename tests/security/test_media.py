@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.annotations.sources import AnnotationFile
+from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.storage import MediaCache
 from kangaroo_jax.data.media.video import FramePolicy, load_media, load_video, probe
+from kangaroo_jax.errors import UserError
 from tests.data.media import write_video
 
 POLICY = FramePolicy(min_frames=2)

@@ -17,7 +17,7 @@ SAMPLING = {"long_seconds": 64.0, "min_frames": 2, "max_frames": 4, "fps": 1.0, 
 def test_it_opens_a_video_and_an_image(tmp_path: Path) -> None:
     from PIL import Image
 
-    from kangaroo_jax.conversion.torch_model.processing_kangaroo import load_video, open_image
+    from kangaroo_jax.conversion.torch_model.media_kangaroo import load_video, open_image
 
     frames, times = load_video(write_video(tmp_path / "a:b%.mp4", 8), SAMPLING, 1)
     assert len(frames) == len(times) == 2
@@ -28,7 +28,7 @@ def test_it_opens_a_video_and_an_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_a_playlist_opens_nothing(kind: str, tmp_path: Path) -> None:
-    from kangaroo_jax.conversion.torch_model.processing_kangaroo import load_video
+    from kangaroo_jax.conversion.torch_model.media_kangaroo import load_video
 
     other = write_video(tmp_path / "other.mp4", 8)
     path = tmp_path / "clip.mp4"
@@ -38,7 +38,7 @@ def test_a_playlist_opens_nothing(kind: str, tmp_path: Path) -> None:
 
 
 def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kangaroo_jax.conversion.torch_model.processing_kangaroo import open_image
+    from kangaroo_jax.conversion.torch_model.media_kangaroo import open_image
 
     (tmp_path / "gs").write_text(f"#!/bin/sh\necho run >{tmp_path}/was_run\n")
     (tmp_path / "gs").chmod(0o755)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kangaroo_jax.curation.engine.run import run as engine
+from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.errors import UserError
 
 

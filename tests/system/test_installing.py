@@ -10,7 +10,7 @@ import pytest
 from kangaroo_jax.system import installing
 from kangaroo_jax.system.installing import install_line, requirements
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def extras_of_setup() -> set[str]:
@@ -30,7 +30,7 @@ def test_in_a_clone_it_installs_the_clone(tmp_path, monkeypatch):
 
 
 def test_installed_from_a_wheel_it_names_the_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr(installing, "__file__", str(tmp_path / "site" / "kangaroo_jax" / "installing.py"))
+    monkeypatch.setattr(installing, "__file__", str(tmp_path / "site" / "kangaroo_jax" / "system" / "installing.py"))
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: DECLARED if name == "kangaroo-jax" else None)
     assert install_line("data") == "pip install pyarrow 'pillow>=12.3'"
     assert install_line("convert") == "pip install 'torch==2.13.0; python_version < \"3.14\"'"
@@ -40,7 +40,7 @@ def test_a_bare_copy_of_the_package_is_sent_to_a_clone(tmp_path, monkeypatch):
     def absent(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(installing, "__file__", str(tmp_path / "kangaroo_jax" / "installing.py"))
+    monkeypatch.setattr(installing, "__file__", str(tmp_path / "kangaroo_jax" / "system" / "installing.py"))
     monkeypatch.setattr(importlib.metadata, "requires", absent)
     assert install_line("data") == "pip install -e '.[data]'"
 

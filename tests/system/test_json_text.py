@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.json_text import json_line, parse_json, utf8
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.json_text import json_line, parse_json, utf8
 
 BAD = [
     ('{"a": 1,}', "x, line 1: not JSON (Illegal trailing comma before end of object, column 8)"),

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from kangaroo_jax.data.media.storage import short
-from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.terminal import Output, outputs, printable, rewrite
 from kangaroo_jax.data.audit import check as data_check
+from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.system.terminal import Output, outputs, rewrite
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOSTILE = {
     "a\nBAD b": "a\\nBAD b",
     "a\r\x1b[2Kb": "a\\r\\x1b[2Kb",

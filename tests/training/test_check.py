@@ -5,7 +5,7 @@ import math
 import pytest
 
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.curriculum import STAGES

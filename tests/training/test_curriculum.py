@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.curriculum import STAGES, run, stage
 from kangaroo_jax.training.loop import Result

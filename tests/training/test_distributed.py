@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import checkpoint, distributed
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.metrics import read_metrics, read_samples

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.training import loop
 from kangaroo_jax.training.checkpoint import (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.config import to_plain
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import checkpoint, loop
 from kangaroo_jax.training.checkpoint import Checkpoints, NotFinite
 from kangaroo_jax.training.digests import changed, digests

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import checkpoint, curriculum
 from kangaroo_jax.training.loop import initial_state, train
 from kangaroo_jax.training.metrics import read_metrics, read_samples

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from kangaroo_jax.config import model_config, stage_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
 

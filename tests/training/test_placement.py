@@ -4,7 +4,7 @@ import pytest
 
 from kangaroo_jax.chips import CHIPS
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.placement import resolve
 
 

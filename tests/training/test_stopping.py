@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.batches.stream import LoaderStats
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import checkpoint, loop, observe, stopping
 from kangaroo_jax.training.checkpoint import NotFinite
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, initialize

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import distributed
 from kangaroo_jax.training.distributed import (
     ADDRESS,

@@ -12,16 +12,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.llm_client.cache import Cache
 from kangaroo_jax.curation.annotate.captioning import Captioner, FrameCaptions
 from kangaroo_jax.curation.annotate.choose import choose, rule_size
-from kangaroo_jax.llm_client.estimate import Estimate, told
 from kangaroo_jax.curation.annotate.files import Clip, read_clips, read_lines, write_lines
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.estimate import Estimate, told
 from kangaroo_jax.llm_client.ordered import Progress, in_order
 from kangaroo_jax.llm_client.prompts import check_language
 from kangaroo_jax.llm_client.requests import Reply, canonical, key_of
 from kangaroo_jax.llm_client.team import Team
-from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 
 Tell = Callable[[str], None]

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.data.media.addresses import WEB, check_scheme, is_remote, scheme_of, short
+from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES
-from kangaroo_jax.data.media.storage import absolute, join, member_suffix
+from kangaroo_jax.data.media.storage import absolute, join
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import parse_json, utf8
 
@@ -207,7 +208,7 @@ def _csv_rows(path: str) -> Iterator[dict[str, Any] | UserError]:
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    from kangaroo_jax.data.annotations.parquet import ParquetTable
+    from kangaroo_jax.data.media.tables import ParquetTable
 
     table = ParquetTable(path)
     known = {name for names in _COLUMNS.values() for name in names} | {"page_dir", "videoid"}

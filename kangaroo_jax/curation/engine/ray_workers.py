@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.system.guard import Guard
 from kangaroo_jax.curation.engine.run_shard import Plan, run_shard, run_stages
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages.base import Settings, Stage
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.guard import Guard
 
 Calls = list[tuple[str, str, float]]  # what progress is told
 _guards: dict[Path, Guard] = {}  # of a Ray worker, kept from task to task

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kangaroo_jax.system.guard import Guard, Stopped
 from kangaroo_jax.curation.engine.ray_workers import Actors, ray_task
 from kangaroo_jax.curation.engine.run_shard import Plan, is_done, run_shard
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.guard import Guard, Stopped
 from kangaroo_jax.system.installing import install_line
 
 _TELL_EVERY = 5.0  # seconds

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.curation.engine import shards
-from kangaroo_jax.system.guard import Guard, Lost, SetupError
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages import run_stage
 from kangaroo_jax.curation.stages.base import Row, Stage
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.guard import Guard, Lost, SetupError
 
 Job = Callable[..., Any]
 Tell = Callable[[str, str, float], None]  # stage, "" or why it failed, CPU seconds

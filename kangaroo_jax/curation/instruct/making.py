@@ -10,14 +10,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.files import absolute
+from kangaroo_jax.curation.instruct.checks import flaw_of_options, flaw_of_question, says_the_same
+from kangaroo_jax.curation.instruct.plan import Slot
+from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS, TYPES
 from kangaroo_jax.llm_client.prompts import Prompt, load_prompt, prompt_folder
 from kangaroo_jax.llm_client.requests import Reply, Request
 from kangaroo_jax.llm_client.schemas import object_schema
 from kangaroo_jax.llm_client.team import Team
 from kangaroo_jax.llm_client.text import LANGUAGES
-from kangaroo_jax.curation.instruct.checks import flaw_of_options, flaw_of_question, says_the_same
-from kangaroo_jax.curation.instruct.plan import Slot
-from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS, TYPES
 
 LETTERS = "ABCDEFGH"
 _NAMES = ("mcq", "open", "single", "multi", "choose", "verify", "recall", "ask_short", "ask_detailed", "ask_letter")

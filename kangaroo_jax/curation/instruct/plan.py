@@ -9,9 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import nearest
-from kangaroo_jax.llm_client.text import LANGUAGES
 from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS, TASKS, TYPES
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.text import LANGUAGES
 
 Row = Mapping[str, Any]  # an object of captions.jsonl
 Cell = tuple[str, str]  # task, language

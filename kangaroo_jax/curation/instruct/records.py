@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.curation.annotate.files import absolute, relative
-from kangaroo_jax.llm_client.schemas import mistake
 from kangaroo_jax.curation.instruct.making import LETTERS, Made, Maker, option_lines
 from kangaroo_jax.curation.instruct.plan import letters
+from kangaroo_jax.llm_client.schemas import mistake
 
 
 @functools.cache

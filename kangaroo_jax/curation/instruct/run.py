@@ -12,18 +12,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.llm_client.cache import Cache
-from kangaroo_jax.llm_client.estimate import Estimate, told
 from kangaroo_jax.curation.annotate.files import read_lines, write_lines
-from kangaroo_jax.llm_client.ordered import Progress, in_order
-from kangaroo_jax.llm_client.requests import canonical
-from kangaroo_jax.llm_client.team import Team
 from kangaroo_jax.curation.instruct.checks import normal
 from kangaroo_jax.curation.instruct.making import Made, Maker
 from kangaroo_jax.curation.instruct.plan import Cell, Row, Slot, cells_of, slots, targets
 from kangaroo_jax.curation.instruct.records import is_image, schema, sound, to_records
 from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.estimate import Estimate, told
+from kangaroo_jax.llm_client.ordered import Progress, in_order
+from kangaroo_jax.llm_client.requests import canonical
+from kangaroo_jax.llm_client.team import Team
 from kangaroo_jax.system.files import write_json
 
 Tell = Callable[[str], None]

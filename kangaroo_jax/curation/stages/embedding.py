@@ -93,8 +93,8 @@ def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
     from flax import nnx
 
     from kangaroo_jax.models.eva_clip import EvaClip
-    from kangaroo_jax.training.checkpoint import check_shapes, find
     from kangaroo_jax.models.parameters import Binding
+    from kangaroo_jax.training.checkpoint import check_shapes, find
 
     options = {key: config[key] for key in ("dtype", "scan", "attention")}
     binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))

@@ -12,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kangaroo_jax.system.guard import SetupError
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.curation.stages.pictures import key_frames
+from kangaroo_jax.system.guard import SetupError
 
 _STRIDE = 4  # pixels of the network's input to one of its heatmap
 _SAME = 0.3  # intersection over union of two boxes for one face

@@ -9,7 +9,6 @@ any order, by any number of runs: what is there is not written again, and the by
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -18,46 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import CLIP_KEYS, Conversation, Media, Turn
-from kangaroo_jax.data.media.image import check_file
-from kangaroo_jax.data.media.storage import MEMBER, absolute, is_remote, join, local, member_of, member_suffix
-from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.data.media.array_record import features, read_record
+from kangaroo_jax.data.media.containers import member_of, member_suffix
+from kangaroo_jax.data.media.storage import MEMBER, absolute, check_file, is_remote, join, local
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 
 VERSION = "1.0.0"
 SPLIT = "train"
 _GROUP = "group_size:1"  # records of a block: one, for random access
 Tell = Callable[[str], None]
-
-
-def features() -> Any:
-    """The `tfds.features` of a record. Raises UserError where tensorflow_datasets is not installed."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise UserError(f"tensorflow-datasets is missing (TensorFlow is not needed): {install_line('data')}") from None
-    text = tfds.features.Text
-    return tfds.features.FeaturesDict(
-        {
-            "id": text(),
-            "language": text(),
-            "turns": tfds.features.Sequence(
-                {"role": text(), "text": text(), "loss": tfds.features.Scalar(dtype=np.float32)}
-            ),
-            "media": tfds.features.Sequence(
-                {
-                    "kind": text(),
-                    "path": text(),  # where it was read from; its ending says what the bytes are
-                    "options": text(),  # JSON: start, end, fps, ...
-                    "frames": text(),  # JSON: paths of a video given as images
-                    "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes, b"" if referenced
-                }
-            ),
-        }
-    )
 
 
 # --------------------------------------------------------------------------------- writing
@@ -259,7 +229,7 @@ class BuiltDataset:
         shard = next(n for n, end in enumerate(self._ends) if index < end)
         number = index - (self._ends[shard - 1] if shard else 0)
         file = str(self.files[shard])
-        example = _record(file, number)
+        example = read_record(file, number)
         media = example["media"]
         rows = [{key: media[key][i] for key in media} for i in range(len(media["kind"]))]
         return Conversation(
@@ -278,29 +248,6 @@ class BuiltDataset:
         # The ending goes along: it tells images and animations from videos.
         where = f"{place}{member_suffix(path)}" if len(row["data"]) else join(self._root, path)
         return Media(_text(row["kind"]), where, frames=frames, **options)
-
-
-def embedded_bytes(file: str, record: int, medium: int) -> bytes:
-    """The bytes of a medium in a record. Raises UserError."""
-    data = _record(file, record)["media"]["data"]
-    if medium >= len(data) or not data[medium]:
-        raise UserError(f"{file}{MEMBER}{record}/{medium}: no such medium in this dataset")
-    return bytes(data[medium])
-
-
-def _record(file: str, number: int) -> dict[str, Any]:
-    encoder, reader = _opened(file)
-    return encoder.deserialize_example_np(reader.read([number])[0])
-
-
-@functools.lru_cache(maxsize=1024)
-def _opened(file: str) -> tuple[Any, Any]:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    try:
-        return features(), ArrayRecordReader(file)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{file}: not a readable ArrayRecord file ({' '.join(str(error).split())[:120]})") from None
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kangaroo_jax.data.annotations.conversation import CLIP_KEYS, TAG, Conversation, Media, Turn, count_tags, escaped, spaced
+from kangaroo_jax.data.annotations.conversation import (
+    CLIP_KEYS,
+    TAG,
+    Conversation,
+    Media,
+    Turn,
+    count_tags,
+    escaped,
+    spaced,
+)
 from kangaroo_jax.data.media.storage import join
 from kangaroo_jax.errors import UserError
 

@@ -26,6 +26,7 @@ from kangaroo_jax.data.annotations.format_media import Parsed, listed, record_me
 from kangaroo_jax.data.annotations.format_parts import is_parts, parts_record
 from kangaroo_jax.data.annotations.format_turns import Keys, keys_of, read_turns, rounds_of
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES
+from kangaroo_jax.data.media.tables import IMAGE_KEYS, MEDIA_KEYS, VIDEO_KEYS
 from kangaroo_jax.errors import UserError
 
 __all__ = [
@@ -55,8 +56,6 @@ _TURN_LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("query", "response"), ("instruction", "output"), ("question", "answer"), ("QA", "QA"))
 _CAPTIONS = ("caption", "captions")
 _OPTIONS = ("options", "candidates", "choices", "option0", "choice_a", "a0", "Answer_Choices")
-_IMAGE_KEYS, _VIDEO_KEYS = ("image", "images"), ("video", "videos")
-MEDIA_KEYS = frozenset((*_IMAGE_KEYS, *_VIDEO_KEYS))
 _PATH_KEYS = ("image_path", "video_path", "media", "path", "file", "file_name")  # told apart by name or ending
 RECORD_KEYS = frozenset(  # all that a record is read from
     {
@@ -124,10 +123,10 @@ def parse_record(item: Any, where: str, root: str, columns: Columns | None = Non
     keys = keys_of(item[key], key)
     if key == "messages" or keys.role == "role":
         turns = read_turns(item[key], key, keys, where)
-        media = record_media(item, _IMAGE_KEYS, _VIDEO_KEYS, where)
+        media = record_media(item, IMAGE_KEYS, VIDEO_KEYS, where)
         return tagged(untagged_first(turns, *media), *media, item, where, root, "messages")
     turns = read_turns(item[key], key, keys, where)
-    media = record_media(item, _IMAGE_KEYS, (*_VIDEO_KEYS, "frames"), where)
+    media = record_media(item, IMAGE_KEYS, (*VIDEO_KEYS, "frames"), where)
     return tagged(turns, *media, item, where, root, "llava")
 
 
@@ -181,7 +180,7 @@ def _history(item: dict, key: str, where: str) -> list[Any]:
 
 
 def _simple_media(item: dict, where: str) -> tuple[list[Any], list[Any]]:
-    images, videos = record_media(item, _IMAGE_KEYS, _VIDEO_KEYS, where)
+    images, videos = record_media(item, IMAGE_KEYS, VIDEO_KEYS, where)
     for key in () if images or videos else _PATH_KEYS:
         for path in listed(item, key, where):
             image = key == "image_path" or (key != "video_path" and _is_image(path))

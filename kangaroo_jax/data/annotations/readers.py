@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import CLIP_KEYS
 from kangaroo_jax.data.annotations.format_media import Parsed
 from kangaroo_jax.data.annotations.formats import Columns, is_record, parse_record
 from kangaroo_jax.data.media.storage import current_cache
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import parse_json
 
 _BLOCK = 1 << 24  # bytes

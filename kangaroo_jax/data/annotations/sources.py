@@ -14,15 +14,14 @@ from typing import Protocol
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.annotations.format_media import Parsed
 from kangaroo_jax.data.annotations.formats import FORMATS, Columns
 from kangaroo_jax.data.annotations.parquet import ParquetRecords
 from kangaroo_jax.data.annotations.readers import text_reader
-from kangaroo_jax.data.media.storage import is_remote, local, short
 from kangaroo_jax.data.annotations.webdataset import Unfinished, WebDataset
-from kangaroo_jax.system.terminal import printable
+from kangaroo_jax.data.media.storage import is_remote, local, short
+from kangaroo_jax.errors import UserError, printable
 
 CHECKED = 20_000  # records of a file that are read when it is opened, at most
 

@@ -12,8 +12,8 @@ from typing import Any
 import av
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation
+from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.decode import WorkerPool
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
@@ -27,8 +27,9 @@ from kangaroo_jax.data.media.picker import (
     video_streams,
 )
 from kangaroo_jax.data.media.pixels import HDR, has_alpha
-from kangaroo_jax.data.media.storage import current_cache, member_suffix, short, use_cache
+from kangaroo_jax.data.media.storage import current_cache, short, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames, is_pictures, probe
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import json_line
 
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
 from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import clip_range
+from kangaroo_jax.errors import UserError
 
 SHOWN = 20  # wrong records that are printed, of each kind of mistake
 Tell = Callable[[str], None]

@@ -9,13 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.media.decode import Decoder
 from kangaroo_jax.data.batches.mixture import Lane, Mixture
 from kangaroo_jax.data.batches.packing import Packer, Place
 from kangaroo_jax.data.batches.sample import Recipe, make_recipe
+from kangaroo_jax.data.media.decode import Decoder
 from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,18 +21,19 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import PackedBatch, UserError
-from kangaroo_jax.data.batches.stream import LoaderStats, PackedBatches
-from kangaroo_jax.data.media.decode import TIME_LIMIT, Decoder, ThreadDecoder, make_decoder
-from kangaroo_jax.data.media.download import Limits
+from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.feed import RecipeMaker
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.mixture import Mixture, open_sources
 from kangaroo_jax.data.batches.packing import Shape, assemble
 from kangaroo_jax.data.batches.sample import Recipe
+from kangaroo_jax.data.batches.stream import LoaderStats, PackedBatches
+from kangaroo_jax.data.media.decode import TIME_LIMIT, Decoder, ThreadDecoder, make_decoder
+from kangaroo_jax.data.media.download import Limits
 from kangaroo_jax.data.media.storage import MediaCache, default_cache, use_cache
-from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.data.media.video import Clip
+from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
 
 _PREFETCHED_BATCHES = 2
 

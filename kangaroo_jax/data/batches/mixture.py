@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.formats import Columns
+from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.batches.packing import Place
 from kangaroo_jax.data.batches.shuffle import EndlessShuffle
-from kangaroo_jax.data.annotations.sources import AnnotationFile
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import parse_json, utf8
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")  # the folder that `kangaroo data build` writes into

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kangaroo_jax.conventions import PackedBatch, UserError
+from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.sample import Recipe
 from kangaroo_jax.data.media.video import Clip
+from kangaroo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,28 +24,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.data.annotations.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
 from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.media.video import (
+    FramePolicy,
+    MediaInfo,
+    MediaRef,
+    clip_range,
+    folder_of_frames,
+    probe_cached,
+    sample_times,
+)
 from kangaroo_jax.data.tokenizer import Tokenizer
-from kangaroo_jax.data.media.video import FramePolicy, MediaInfo, clip_range, folder_of_frames, probe, sample_times
+from kangaroo_jax.errors import UserError
 
 LOSS_ON = ("assistant", "caption")
 Prober = Callable[[str, str], MediaInfo]  # (path, kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class MediaRef:
-    """Frames to decode: those of `path` on display `times` seconds after `start`; an image at time 0.
-
-    A video given as images has one of `frames` for each of `times`.
-    """
-
-    kind: str  # "image" or "video"
-    path: str
-    times: tuple[float, ...]  # seconds; their number is a multiple of the frames a group
-    start: float | None = None  # seconds
-    frames: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,20 +219,6 @@ def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], l
     if not chosen:
         raise UserError(f"{short(medium.path)}: no frame between start {begin:g} s and end {end:g} s")
     return tuple(frames[i] for i in chosen), [i / rate - begin for i in chosen]
-
-
-def probe_cached(path: str, kind: str | None = None, seconds: float | None = None) -> MediaInfo:
-    """`probe`, remembered for the last 65,536 files while they stay unchanged. Raises UserError."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return probe(path, kind, seconds)  # an address, a member of a container, or nothing: it says what is wrong
-    return _probe_version(path, kind, seconds, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=65_536)
-def _probe_version(path: str, kind: str | None, seconds: float | None, _modified: int, _size: int) -> MediaInfo:
-    return probe(path, kind, seconds)
 
 
 def _media_only(turn: Turn) -> Turn:

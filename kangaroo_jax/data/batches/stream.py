@@ -8,14 +8,15 @@ from typing import Any
 
 import grain
 
-from kangaroo_jax.conventions import PackedBatch, UserError
-from kangaroo_jax.data.media.decode import Decoder, Outcome
+from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.feed import LaneFeed, Made, RecipeMaker, Unusable, path_in
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.mixture import Lane, Mixture, Source
 from kangaroo_jax.data.batches.packing import Packer, Place, Placed, Shape, assemble
 from kangaroo_jax.data.batches.sample import Recipe
+from kangaroo_jax.data.media.decode import Decoder, Outcome
 from kangaroo_jax.data.media.video import Clip
+from kangaroo_jax.errors import UserError
 
 _RECIPES_AHEAD = 64  # over all lanes
 

@@ -10,8 +10,7 @@ import re
 import socket
 from pathlib import Path
 
-from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.terminal import printable
+from kangaroo_jax.errors import UserError, printable
 
 WEB = ("http", "https")
 STORES = ("s3", "gs", "gcs")

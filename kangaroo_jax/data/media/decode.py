@@ -21,10 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kangaroo_jax.conventions import UserError
-from kangaroo_jax.data.batches.sample import MediaRef, probe_cached
 from kangaroo_jax.data.media.storage import MediaCache, short, use_cache
-from kangaroo_jax.data.media.video import Clip, MediaInfo, load_frames, load_media
+from kangaroo_jax.data.media.video import Clip, MediaInfo, MediaRef, load_frames, load_media, probe_cached
+from kangaroo_jax.errors import UserError
 
 TIME_LIMIT = 120.0  # seconds for one file
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import math
-import stat
 import struct
 import warnings
 import zlib
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kangaroo_jax.data.media.storage import local, member_of, short
+from kangaroo_jax.data.media.containers import member_of
+from kangaroo_jax.data.media.storage import check_file, local, short
 from kangaroo_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
@@ -186,26 +186,6 @@ def _unpacked(name: bytes, body: bytes) -> int:
         return len(zlib.decompressobj().decompress(packed, _MOST_TEXT + 1))
     except zlib.error:
         return _MOST_TEXT + 1
-
-
-def check_file(path: str | Path, name: str = "") -> None:
-    """Raise a UserError that says what is wrong if `path` is not a file with something in it.
-
-    `name` is what the message calls it.
-    """
-    file, path = Path(path), name or path
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
-        ) from None
-    if file.is_dir():
-        raise UserError(f"{path}: this is a folder, not a media file")
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: a pipe, a device or a socket, not a media file")
-    if status.st_size == 0:
-        raise UserError(f"{path}: the file is empty (0 bytes)")
 
 
 def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:

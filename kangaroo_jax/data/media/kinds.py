@@ -4,8 +4,8 @@ import os
 import struct
 from pathlib import Path
 
-from kangaroo_jax.data.media.image import check_file
-from kangaroo_jax.data.media.storage import local, member_of, short
+from kangaroo_jax.data.media.containers import member_of
+from kangaroo_jax.data.media.storage import check_file, local, short
 from kangaroo_jax.errors import UserError
 
 HEAD = 1 << 16  # bytes that are enough to tell

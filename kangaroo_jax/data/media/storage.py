@@ -11,10 +11,10 @@ set-train.array_record-0...::12/0        record 12 of `kangaroo data build`, med
 import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import os
 import re
+import stat
 import tempfile
 import time
 import urllib.parse
@@ -24,12 +24,11 @@ from typing import BinaryIO
 
 from kangaroo_jax.data.media.addresses import check_scheme, is_remote, short
 from kangaroo_jax.data.media.download import Limits, download
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, printable
 from kangaroo_jax.system.json_text import utf8
-from kangaroo_jax.system.terminal import printable
 
 MEMBER = "::"  # between a container and what is in it
-_TAR_MEMBER = re.compile(r"^(.*)@(\d+)\+(\d+)$", re.DOTALL)
+
 _FORSAKEN = 3600.0  # seconds after which a file that a lost process was fetching is removed
 
 
@@ -179,56 +178,21 @@ def local(path: str | Path) -> Path:
 # --------------------------------------------------------------------------------- members
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A medium inside a container: `label` for messages, a slice of a file, or its bytes."""
+def check_file(path: str | Path, name: str = "") -> None:
+    """Raise a UserError that says what is wrong if `path` is not a file with something in it.
 
-    label: str
-    file: Path
-    offset: int = 0
-    size: int = 0
-    data: bytes | None = None
-
-    def read(self) -> bytes:
-        """The medium's bytes. Raises UserError."""
-        if self.data is not None:
-            return self.data
-        try:
-            with self.file.open("rb") as file:
-                return os.pread(file.fileno(), self.size, self.offset)
-        except OSError as error:
-            raise UserError(f"{self.label}: cannot read {self.file} ({error.strerror or error})") from None
-
-    def ffmpeg_input(self) -> str | BinaryIO:
-        """What `av.open` takes: FFmpeg's own `subfile` protocol for a slice of a file."""
-        if self.data is not None:
-            return io.BytesIO(self.data)
-        return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:{self.file}"
-
-
-def member_of(path: str | Path) -> Member | None:
-    """The member that a path names, None if it is a plain file. Raises UserError."""
-    text = str(path)
-    if MEMBER not in text or is_remote(text) or os.path.exists(text):
-        return None
-    container, _, name = text.partition(MEMBER)
-    if match := _TAR_MEMBER.match(name):
-        return Member(text, Path(container), int(match[2]), int(match[3]))
-    if container.lower().endswith(".parquet"):
-        from kangaroo_jax.data.annotations.parquet import parquet_bytes
-
-        return Member(text, Path(container), data=parquet_bytes(text, container, name))
-    if ".array_record" in container:
-        from kangaroo_jax.data.annotations.dataset import embedded_bytes
-
-        record, _, medium = os.path.splitext(name)[0].partition("/")
-        return Member(text, Path(container), data=embedded_bytes(container, int(record), int(medium)))
-    return None
-
-
-def member_suffix(path: str | Path) -> str:
-    """The ending of a file's or member's name, lower case, "" where it has none."""
-    name = str(path)
-    if MEMBER in name:
-        name = re.sub(r"@\d+\+\d+$", "", name)
-    return os.path.splitext(name)[1].lower()
+    `name` is what the message calls it.
+    """
+    file, path = Path(path), name or path
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UserError(
+            f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
+        ) from None
+    if file.is_dir():
+        raise UserError(f"{path}: this is a folder, not a media file")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: a pipe, a device or a socket, not a media file")
+    if status.st_size == 0:
+        raise UserError(f"{path}: the file is empty (0 bytes)")

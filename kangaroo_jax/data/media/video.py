@@ -6,6 +6,7 @@ after t. Frames keep the presentation time that they were decoded with, whatever
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kangaroo_jax.data.media import animation
-from kangaroo_jax.data.media import picker
+from kangaroo_jax.data.media import animation, picker
+from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, image_size_of, load_image
 from kangaroo_jax.data.media.kinds import is_picture_file, kind_of, read_head
 from kangaroo_jax.data.media.picker import FramePicker, open_video, rate_of, stream_seconds
-from kangaroo_jax.data.media.storage import local, member_suffix, short
+from kangaroo_jax.data.media.storage import local, short
 from kangaroo_jax.errors import UserError
 
 
@@ -263,3 +264,31 @@ def folder_of_frames(path: str | Path) -> tuple[str, ...]:
     if not names:
         raise UserError(f"{short(path)}: a folder without images; a video's folder holds its frames")
     return tuple(str(folder / name) for name in sorted(names, key=animation.natural))
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaRef:
+    """Frames to decode: those of `path` on display `times` seconds after `start`; an image at time 0.
+
+    A video given as images has one of `frames` for each of `times`.
+    """
+
+    kind: str  # "image" or "video"
+    path: str
+    times: tuple[float, ...]  # seconds; their number is a multiple of the frames a group
+    start: float | None = None  # seconds
+    frames: tuple[str, ...] = ()
+
+
+def probe_cached(path: str, kind: str | None = None, seconds: float | None = None) -> MediaInfo:
+    """`probe`, remembered for the last 65,536 files while they stay unchanged. Raises UserError."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return probe(path, kind, seconds)  # an address, a member of a container, or nothing: it says what is wrong
+    return _probe_version(path, kind, seconds, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _probe_version(path: str, kind: str | None, seconds: float | None, _modified: int, _size: int) -> MediaInfo:
+    return probe(path, kind, seconds)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.bench.annotate import faulty_server
+from kangaroo_jax.curation.annotate.config import annotation_config
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.cli.main import main as cli
-from kangaroo_jax.conventions import UserError
+from kangaroo_jax.cli import main as cli
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.prompts import load_prompt
 
 ROOT = Path(__file__).parents[3]

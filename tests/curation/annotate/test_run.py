@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from kangaroo_jax.bench.annotate import bench_annotate, statistics_of
 from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.files import read_clips
 from kangaroo_jax.curation.annotate.run import annotate_main, estimate
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.bench.annotate import bench_annotate, statistics_of
 
 
 def rows_of(path: Path) -> list[dict]:

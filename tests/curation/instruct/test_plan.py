@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 
-from kangaroo_jax.conventions import UserError
 from kangaroo_jax.curation.instruct.checks import flaw_of_options, flaw_of_question, says_the_same
 from kangaroo_jax.curation.instruct.config import instruct_config
 from kangaroo_jax.curation.instruct.plan import cells_of, letters, slots, targets, types_of
 from kangaroo_jax.curation.instruct.records import schema
 from kangaroo_jax.curation.instruct.taxonomy import TASKS, TYPES
+from kangaroo_jax.errors import UserError
 
 ROWS = [{"id": f"c{i}-en", "clip": f"c{i}", "language": "en"} for i in range(40)]
 

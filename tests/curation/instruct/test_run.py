@@ -9,11 +9,11 @@ import jsonschema
 import pytest
 from ml_collections import ConfigDict
 
+from kangaroo_jax.bench.annotate import faulty_server, statistics_of
 from kangaroo_jax.curation.instruct.config import instruct_config
 from kangaroo_jax.curation.instruct.run import instruct_main
 from kangaroo_jax.data.batches.mixture import open_sources
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.bench.annotate import faulty_server, statistics_of
 
 # Questions that the server asks now and then, and answers without any video: what the blind check must find.
 TRUTHS = {f"Which number follows {n} when one counts?": f"number {n + 1}" for n in range(40)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.cli.main import main as cli
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.curation.curate import Options, curate
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.errors import UserError

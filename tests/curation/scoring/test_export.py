@@ -10,7 +10,7 @@ from kangaroo_jax.curation.curate import Options, curate
 from kangaroo_jax.curation.curate import export as run_export
 from kangaroo_jax.curation.export import cut_clip
 from kangaroo_jax.data.annotations.sources import AnnotationFile
-from kangaroo_jax.data.media.storage import member_of
+from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.video import load_media, load_video
 from kangaroo_jax.errors import UserError
 from tests.curation.scoring.clips import moving, write_clip

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kangaroo_jax.curation.engine.run import run as engine
+from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.curation.engine.run_shard import Plan
-from kangaroo_jax.curation.select import judge
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
+from kangaroo_jax.curation.select import judge
 from kangaroo_jax.curation.stages import BY_NAME
 from tests.curation.scoring.clips import breaking_job, moving, write_clip
 from tests.data.media import write_audio

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kangaroo_jax.curation.engine.run import run as engine
+from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.curation.engine.ray_workers import task_stages
 from kangaroo_jax.curation.engine.run_shard import Plan

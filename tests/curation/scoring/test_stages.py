@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.system.guard import Guard, Lost, Stopped
 from kangaroo_jax.curation.stages import pictures
 from kangaroo_jax.curation.stages.cuts import clips_between, cuts, cuts_by_size, usual_gap
 from kangaroo_jax.curation.stages.face import box_coverage, boxes_of
@@ -19,6 +18,7 @@ from kangaroo_jax.curation.stages.probe import probe
 from kangaroo_jax.curation.stages.text import coverage, static_share
 from kangaroo_jax.data.media.video import load_video
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.guard import Guard, Lost, Stopped
 from tests.curation.scoring.clips import breaking_job, moving, scene, write_clip
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
