@@ -111,7 +111,7 @@ def test_no_file_and_no_room_is_oversized():
     ("code", "absent"),
     [
         ("import kangaroo_jax", HEAVY),
-        ("from kangaroo_jax.cli import main; main.main(['--help'])", HEAVY),
+        ("from kangaroo_jax.cli.main import main; main(['--help'])", HEAVY),
         ("import kangaroo_jax.training.curriculum, kangaroo_jax.data.batches.loader", NEVER_IN_TRAINING),
         ("import kangaroo_jax.bench.train", "grain av PIL orbax sentencepiece"),
     ],
