@@ -72,7 +72,9 @@ class KangarooProcessor(ProcessorMixin):
         self.tokenizer.save_pretrained(folder)
         if not (folder / "config.json").is_file():
             self.config.save_pretrained(folder)
-        code = [Path(str(sys.modules[kind.__module__].__file__)) for kind in (type(self.config), type(self), load_media)]
+        code = [
+            Path(str(sys.modules[kind.__module__].__file__)) for kind in (type(self.config), type(self), load_media)
+        ]
         for file in code:
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
