@@ -119,8 +119,12 @@ class Tokenizer:
         return self._encode(text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
-        return self._decode([int(i) for i in ids if int(i) not in self._special])
+        """Ids to text; bytes that are not UTF-8 become U+FFFD.
+
+        Special tokens are left out, and so are ids that a model has rows for and the tokenizer no token.
+        """
+        known = (i for i in map(int, ids) if 0 <= i < self.vocab_size)
+        return self._decode([i for i in known if i not in self._special])
 
     def name(self, token: int) -> str | None:
         """The name of a special token, None for an ordinary one."""

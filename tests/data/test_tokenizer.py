@@ -208,6 +208,12 @@ def test_sentencepiece_keeps_any_text(piece: Tokenizer, text: str) -> None:
     assert all(i >= len(SENTENCEPIECE_IDS) + 1 for i in ids)
 
 
+def test_ids_beyond_the_tokenizer_have_no_text(piece: Tokenizer) -> None:
+    """A model may have more rows than the tokenizer has tokens, and choose one of them."""
+    ids = piece.encode("two words")
+    assert piece.decode([piece.vocab_size, *ids[:1], 767, -1, *ids[1:]]) == "two words"
+
+
 def test_sentencepiece_splits_digits(piece: Tokenizer) -> None:
     assert len(piece.encode("12345")) == 5
     assert piece.encode("77")[0] == piece.encode("77")[1]
