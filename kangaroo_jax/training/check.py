@@ -69,6 +69,7 @@ def check_config(config: ConfigDict) -> None:
         if not 0 <= _value(config, key) < 1:
             raise _bad(key, _value(config, key), "must be from 0 to below 1")
     _check_heads(config)
+    _check_sizes(config)
     _check_rules(config.optimizer.trainable)
     _check_profile(config.train.profile)
     keys = list(config_keys(config))
@@ -104,6 +105,15 @@ def _check_heads(config: ConfigDict) -> None:
         raise UserError(f"config.model.llm.heads {llm.heads} must be a multiple of kv_heads, {llm.kv_heads}")
     if llm.head_dim % 2:
         raise UserError(f"config.model.llm.head_dim {llm.head_dim} must be even: rotary positions turn pairs")
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    kernel, data = tuple(config.model.patchify.kernel), config.data
+    if len(kernel) != 3 or not all(isinstance(size, int) and size >= 1 for size in kernel):
+        raise _bad("model.patchify.kernel", kernel, "frames, rows and columns, each at least 1, such as (2, 2, 2)")
+    for least, most in (("min_frames", "max_frames"), ("long_min_frames", "long_max_frames")):
+        if data[least] > data[most]:
+            raise _bad(f"data.{least}", data[least], f"must be at most data.{most}, {data[most]}")
 
 
 def _check_rules(rules: Any) -> None:
