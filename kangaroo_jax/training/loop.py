@@ -30,7 +30,7 @@ from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.host_rows import HostRows, whole_data_state
-from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, read_metrics
+from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, number, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
 from kangaroo_jax.training.placement import resolve
@@ -101,7 +101,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         run_steps(stage, workdir, tell, preemption, start)
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
-    used = sum(line["tokens"] for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
+    used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
     places = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
     return Result(workdir, config.train.steps, seconds, used / places)
 
@@ -287,8 +287,8 @@ def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict
         for path in [*workdir.glob("metrics.*.jsonl"), *workdir.glob("samples.*.jsonl")]:
             if int(path.name.split(".")[1]) >= jax.process_count():
                 drop_after(path, step)
-    numbers = {key: kept.get(key, 0) for key in ("skipped_steps", "stepping")}
-    return {**numbers, "elapsed": last.get("elapsed", 0.0)}
+    numbers = {key: number(kept, key) for key in ("skipped_steps", "stepping")}
+    return {**numbers, "elapsed": number(last, "elapsed")}
 
 
 def open_tokenizer(config: ConfigDict) -> Tokenizer:

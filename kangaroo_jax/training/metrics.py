@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -119,9 +120,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             value = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
+        if isinstance(value, dict) and type(value.get("step")) is int:
             lines.append(value)
     return lines
+
+
+def number(line: Mapping[str, Any], key: str) -> float:
+    """The number at `key` of a line that `read_metrics` gave; 0 where an edit or damage left none."""
+    value = line.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
 def duration(seconds: float) -> str:

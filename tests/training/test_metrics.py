@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kangaroo_jax.training import metrics
-from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, read_metrics
+from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, number, read_metrics
 
 
 class Clock:
@@ -37,6 +37,16 @@ def test_lines_after_a_step_are_dropped_and_that_step_is_kept(tmp_path):
     path.write_text("".join(json.dumps({"step": step, "x": [step]}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "x')
     drop_after(path, 2)
     assert path.read_text() == '{"step": 1, "x": [1]}\n{"step": 2, "x": [2]}\n'
+
+
+def test_strange_lines_are_passed_over_and_what_is_no_number_counts_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    strange = '[1]\n7\nx\n{"step": true}\n{"step": 1.5}\n{"step": 1}\n{"step": 2, "tokens": "x", "elapsed": NaN}\n'
+    path.write_text(strange + '{"step": 3, "tokens": 5, "elapsed": 0.5}\n')
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [number(line, "tokens") for line in lines] == [0, 0, 5]
+    assert [number(line, "elapsed") for line in lines] == [0, 0, 0.5]
 
 
 @pytest.mark.parametrize(
