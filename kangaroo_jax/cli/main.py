@@ -27,7 +27,8 @@ Kangaroo, a video-language model for long videos, in JAX.
 jobs:
 """
 # Faults of the place and not of the program, wherever they are met.
-_OF_THE_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_THE_DISK = frozenset((*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
 
 
 def start() -> int:

@@ -267,9 +267,10 @@ def test_what_a_bench_counts_is_at_least_one(flags, capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; nothing finished is lost"),
         (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system; nothing finished is lost"),
         (PermissionError(errno.EACCES, "Permission denied", b"a\xe9"), "Permission denied; nothing finished is lost"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a/metrics.jsonl"), "a/metrics.jsonl: Is a directory; noth"),
         (ValueError("RESOURCE_EXHAUSTED: x: No space left on device [os_error_code='28']"), "kangaroo: No space left"),
     ],
-    ids=["full", "read-only", "denied", "full of Orbax"],
+    ids=["full", "read-only", "denied", "a folder", "full of Orbax"],
 )
 def test_a_disk_that_cannot_be_written_is_one_line(error, line, capsys, tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
