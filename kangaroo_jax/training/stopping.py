@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -209,7 +210,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def explained_disk(workdir: Path) -> Iterator[None]:
-    """What fails inside because the disk is full or cannot be written ends in one line. Raises UserError."""
+    """What fails inside because the disk is full or cannot be written ends in one line. Raises UserError.
+
+    Orbax's threads also log what they raise, each with its traceback; here it is told once, by what is raised.
+    """
+    log = logging.getLogger("absl")
+    log.addFilter(_no_traceback)
     try:
         yield
     except UserError:
@@ -225,6 +231,13 @@ def explained_disk(workdir: Path) -> Iterator[None]:
         steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
         whole = f"the last whole checkpoint is that of step {max(steps)}" if steps else "no step was saved yet"
         raise UserError(f"{line}, and run again to go on: {whole}") from None
+    finally:
+        log.removeFilter(_no_traceback)
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Whether `record` is none of an exception."""
+    return not record.exc_info
 
 
 def _disk_errno(error: BaseException | None, workdir: Path) -> int:

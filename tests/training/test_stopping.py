@@ -1,6 +1,7 @@
 """How a run ends: a loss that is not finite, signals, the clock, a reader that is gone, a full disk."""
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -214,6 +215,21 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path, error, line):
             raise RuntimeError("a save failed") from first
     with pytest.raises(RuntimeError, match="something else"), explained_disk(tmp_path):
         raise RuntimeError("something else")
+
+
+def test_what_threads_log_of_a_full_disk_does_not_stand_before_the_line(tmp_path, caplog):
+    """Orbax's threads log an exception with its traceback and raise it in the thread that waits for them."""
+    log = logging.getLogger("absl")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        with pytest.raises(UserError, match="the disk is full"), explained_disk(tmp_path):
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                log.exception("save_finalize failed")
+                log.warning("kept")
+                raise RuntimeError("a save failed") from error
+        log.error("later", exc_info=ValueError("seen"))
+    assert [record.getMessage() for record in caplog.records] == ["kept", "later"]
 
 
 def test_goodput_counts_steps_alone_and_earlier_processes(corpus, tmp_path, monkeypatch):
