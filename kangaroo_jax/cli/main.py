@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from kangaroo_jax.cli.arguments import parse
@@ -38,8 +39,7 @@ def start() -> int:
         from kangaroo_jax.system.memory import ensure_huge_pages
 
         ensure_huge_pages()
-    _watch_for_a_second_interrupt()
-    return main(interrupted=_end)
+    return main(interrupted=_end, pressed=_watch_interrupts())
 
 
 def _end() -> NoReturn:
@@ -51,15 +51,22 @@ def _end() -> NoReturn:
     os._exit(130)
 
 
-def _watch_for_a_second_interrupt() -> None:
-    """Let a second Ctrl-C end the process at once, whatever it is in.
+def _watch_interrupts() -> Callable[[], bool]:
+    """Let a second Ctrl-C end the process at once, whatever it is in; returns what says whether one has come.
 
     The first is an exception that Python raises when a library's call returns, which may be minutes later, and that
-    closes what is open. Whoever presses it again does not want to wait for either.
+    closes what is open. Whoever presses it again does not want to wait for either. Where Python drops that exception
+    (in a callback of its garbage collector, in `__del__`) it ends the process, too: the run would go on.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    pressed = False
+
+    def raised(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal pressed
+        pressed = True
+        signal.default_int_handler(number, frame)
 
     def watch() -> None:
         interrupts = 0
@@ -67,13 +74,28 @@ def _watch_for_a_second_interrupt() -> None:
             interrupts += os.read(reader, 1) == bytes([signal.SIGINT])
         _end()
 
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _end()
+        sys.__unraisablehook__(unraisable)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and the like ignore it
+        signal.signal(signal.SIGINT, raised)
+    sys.unraisablehook = dropped
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
+    return lambda: pressed
 
 
-def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], object] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: Callable[[], object] | None = None,
+    pressed: Callable[[], bool] = lambda: False,
+) -> int:
     """Run the job that the arguments (by default those of the process) name; returns the exit code.
 
     `interrupted` is called when Ctrl-C has been pressed and what was open is closed; by default a line says so.
+    `pressed` says whether it has been: a library may raise an error of its own in its place.
     """
     with outputs():
         try:
@@ -84,6 +106,8 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], object]
             print("kangaroo: interrupted", file=sys.stderr)
             return 130
         except Exception as error:
+            if pressed() and interrupted is not None:
+                interrupted()  # C code that is interrupted while it is imported raises ImportError
             from kangaroo_jax.errors import UserError
 
             full = os.strerror(errno.ENOSPC)

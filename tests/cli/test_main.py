@@ -307,13 +307,38 @@ def close(values, rest):
             except KeyboardInterrupt:
                 pass
 
-cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close)})
+def imports(values, rest):
+    try:
+        print("compiles", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ImportError("numpy._core.multiarray failed to import")
+
+class Collected:
+    def __del__(self):
+        print("compiles", flush=True)
+        time.sleep(60)
+
+def collects(values, rest):
+    Collected()
+    print("goes on", flush=True)
+
+cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close, imports, collects)})
 sys.exit(cli.start())
 """
 
 
-@pytest.mark.parametrize(("job", "lines"), [("compile", ["compiles\n"]), ("close", ["compiles\n", "closes\n"])])
+@pytest.mark.parametrize(
+    ("job", "lines"),
+    [
+        ("compile", ["compiles\n"]),
+        ("close", ["compiles\n", "closes\n"]),
+        ("imports", ["compiles\n"]),
+        ("collects", ["compiles\n"]),
+    ],
+)
 def test_an_interruption_ends_a_process_that_compiles_and_the_second_one_that_closes(job, lines):
+    """One that a library turns into an error of its own, or Python drops, ends the process as well."""
     command = [sys.executable, "-c", INTERRUPTED, job]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
