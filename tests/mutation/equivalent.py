@@ -9,6 +9,8 @@ EQUIVALENT: dict[str, str] = {
     "kangaroo_jax/models/stack.py | layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves), strict=True)"
     " | layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves))": "each has `depth` parts",
     "kangaroo_jax/models/llama.py | scan: bool = True, | scan: bool = False,": "unrolled layers give the same",
+    "kangaroo_jax/training/metrics.py | seconds = max(now - self._clock, 1e-9)"
+    " | seconds = max(now - self._clock, 2e-09)": "no two readings of a clock are so near with a step between them",
     "kangaroo_jax/models/parameters.py | by_path = {path: leaf for path, leaf in zip(self._paths, leaves, "
     "strict=True)} | by_path = {path: leaf for path, leaf in zip(self._paths, leaves)}": "both are of the same state",
 }

@@ -102,7 +102,8 @@ def run_one(tree: Path, mutant: Mutant, tests: list[str], log: Path, cpu_seconds
         file.write_bytes(source)
     text = log.read_text(errors="replace")
     by = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
-    result = "timeout" if code < 0 else FINISHED.get(code, f"exit {code}")
+    # A code that is not pytest's own is that of a process which a test's subject has ended.
+    result = "timeout" if code < 0 else FINISHED.get(code, "killed" if code > 5 else f"exit {code}")
     return {
         "name": mutant.name,
         "path": mutant.path,

@@ -1,5 +1,7 @@
 """What is found in a workdir: the last whole checkpoint, its tokenizer, its config; and what is said of what is not."""
 
+import json
+import math
 import types
 
 import jax
@@ -20,6 +22,7 @@ from kangaroo_jax.training.checkpoint import (
     keep_tokenizer,
     load_config,
 )
+from kangaroo_jax.training.metrics import MetricLog, SampleLog, read_metrics
 from kangaroo_jax.training.step import TrainState
 
 
@@ -68,6 +71,14 @@ def test_the_tokenizer_is_kept_beside_the_checkpoints_and_found_from_them(tmp_pa
     source.write_bytes(b"first")
     keep_tokenizer(source, stage)
     assert (stage / "tokenizer.model").read_bytes() == b"first"
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    keep_tokenizer(folder, stage)  # that of a folder, in place of the other
+    assert [path.name for path in stage.glob("tokenizer*")] == ["tokenizer.json"]
+    source.write_bytes(b"second")
+    keep_tokenizer(str(source), stage)
+    assert (stage / "tokenizer.model").read_bytes() == b"second"
     assert sorted(path.name for path in stage.iterdir()) == ["checkpoints", "tokenizer.model"]
     for folder in (stage / "checkpoints" / "3", stage / "checkpoints", stage):
         assert find_tokenizer(folder) == stage / "tokenizer.model"
@@ -121,6 +132,27 @@ def test_what_a_stage_runs_on_is_said_in_words():
     assert loop.mesh_text(make_mesh((1, 1, 1, 1), jax.devices()[:1])) == "1 cpu device"
     expected = "8 cpu devices, data 1, fsdp 2, context 2, tensor 2"
     assert loop.mesh_text(make_mesh((1, 2, 2, 2), jax.devices()[:8])) == expected
+
+
+def test_on_several_devices_their_mesh_is_set_and_on_one_there_is_none():
+    for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
+        mesh = make_mesh(shape, jax.devices()[: math.prod(shape)])
+        with loop.mesh_scope(mesh):
+            assert jax.sharding.get_abstract_mesh().empty == (shape == (1, 1, 1, 1))
+
+
+def test_what_hosts_of_before_wrote_after_the_step_is_dropped_too(tmp_path):
+    """Host 1 is no more; a folder of one process goes on after step 2."""
+    lines = [json.dumps({"step": step, "skipped_steps": step, "stepping": 10.0 * step}) for step in (1, 2, 3)]
+    for name in ("metrics.jsonl", "metrics.1.jsonl", "samples.jsonl", "samples.1.jsonl"):
+        last = json.dumps({"step": 4, "elapsed": 50.0})
+        (tmp_path / name).write_text("\n".join([*lines, last]) + "\n")
+    log, samples = MetricLog(tmp_path), SampleLog(tmp_path)
+    before = loop.rewind(tmp_path, log, samples, 2)
+    assert before == {"skipped_steps": 2, "stepping": 20.0, "elapsed": 50.0}  # time that has passed has passed
+    log.close(), samples.close()
+    for path in tmp_path.iterdir():
+        assert [line["step"] for line in read_metrics(path)] == [1, 2], path
 
 
 def test_the_last_checkpoints_are_kept_and_no_more(tmp_path):

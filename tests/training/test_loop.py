@@ -45,7 +45,7 @@ def one_device(monkeypatch):
 
 
 def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
-    config = small_stage("stage4_instruct", corpus, 30)
+    config = small_stage("stage4_instruct", corpus, 30, **{"train.mesh": (), "train.accumulate": 0})  # by the chip
     lines: list[str] = []
     result = train(config, tmp_path, tell=lines.append)
     log = read_metrics(tmp_path / "metrics.jsonl")
@@ -230,6 +230,8 @@ def test_wrong_tokenizer_and_missing_data_are_one_line(corpus, tmp_path):
     config = small_stage("stage4_instruct", corpus, 2)
     config.model.special_ids.eof = 100
     with pytest.raises(UserError, match=r"<eof> is 7, but config.model.special_ids.eof is 100"):
+        train(config, tmp_path, tell=print)
+    with pytest.raises(UserError, match=r"this is tiny: say :base_100m or :tiny after the config's name"):
         train(config, tmp_path, tell=print)
     with pytest.raises(UserError, match=r"stage2.jsonl: no such file"):
         curriculum.stage("stage2_video_pretrain", "tiny", data=tmp_path, tokenizer="x", init_from="")

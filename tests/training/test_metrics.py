@@ -1,6 +1,8 @@
 """What a step reports: lines of JSON in order, rates over a window, one line for people."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -30,6 +32,32 @@ def test_every_step_is_a_line_with_the_seconds_since_the_one_before(tmp_path, cl
     log.write(2, {"loss": 7.0})
     log.close()
     assert [line["loss"] for line in read_metrics(log.path)] == [1.0, 7.0]
+
+
+def test_tensorboard_gets_every_number_at_its_step_and_is_closed(tmp_path, monkeypatch):
+    """The package is stood in for: it need not be installed."""
+    written: list = []
+    made = types.SimpleNamespace
+    writer = made(add_event=written.append, close=lambda: written.append("closed"))
+    summary = made(Summary=lambda value: {v.tag: v.simple_value for v in value})
+    summary.Summary.Value = lambda tag, simple_value: made(tag=tag, simple_value=simple_value)
+    stand_ins = {
+        "tensorboard.compat.proto": made(
+            event_pb2=made(Event=lambda wall_time, summary, step=0: (step, summary)), summary_pb2=summary
+        ),
+        "tensorboard.summary.writer.event_file_writer": made(EventFileWriter=lambda folder: writer),
+    }
+    for name, module in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    log = MetricLog(tmp_path, tensorboard=True)
+    for step in (41, 42):
+        log.write(step, {"loss": 1.5, "why": "words are no scalars"})
+    assert [(step, set(values), values["loss"]) for step, values in written] == [
+        (41, {"loss", "seconds"}, 1.5),
+        (42, {"loss", "seconds"}, 1.5),
+    ]
+    log.close()
+    assert written[-1] == "closed"
 
 
 def test_lines_after_a_step_are_dropped_and_that_step_is_kept(tmp_path):
@@ -88,6 +116,7 @@ def test_the_six_most_frequent_sources_are_shown(clock):
     clock.now += 1
     counts = {f"{name}/en": i for i, name in enumerate("abcdefgh", start=1)}
     progress.add(tokens=1, frames=1, places=1, wait=0.0, counts=counts)
+    assert progress.rates() == {"tokens_per_second_per_chip": 1.0, "frames_per_second_per_chip": 1.0, "data_wait": 0.0}
     progress.line(1, VALUES, 0)
     assert "h/en 22%  g/en 19%  f/en 17%  e/en 14%  d/en 11%  c/en 8%  wait" in lines[0]
     progress.line(2, VALUES, 0)  # no time and no step since

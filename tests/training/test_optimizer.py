@@ -45,6 +45,15 @@ def test_update_is_adamw_with_each_groups_rate():
     np.testing.assert_allclose(updates["fast/bias"], [rate], rtol=1e-5)  # no decay
 
 
+def test_adams_epsilon_is_that_of_the_config():
+    config = optimizer_config(eps=1.0, weight_decay=0.0, clip_norm=0.0, warmup_fraction=0.0)
+    params, grads = {"a/kernel": jnp.zeros(2)}, {"a/kernel": jnp.array([1.0, -3.0])}
+    optimizer = make_optimizer(config, 10, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    rate = float(make_schedule(config, 10)(0))
+    np.testing.assert_allclose(updates["a/kernel"], [-rate / 2, rate * 3 / 4], rtol=1e-5)  # g / (|g| + eps)
+
+
 def test_clipping_is_by_the_global_norm():
     config = optimizer_config(clip_norm=1.0, weight_decay=0.0)
     params = {"a/kernel": jnp.zeros(1), "b/kernel": jnp.zeros(1)}

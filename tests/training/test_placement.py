@@ -38,6 +38,8 @@ def decided(chip, devices, slices=1, **changes):
             {"tokens": (1 << 15) + 128},
             ((1, 32, 1, 1), 1, "full", "full"),
         ),  # beyond the table: the default
+        ("v6e", 32, 1, {"tokens": 1 << 15}, ((1, 8, 1, 4), 4, "full", "full")),
+        ("v6e", 32, 1, {"tokens": (1 << 15) + 128}, ((1, 32, 1, 1), 1, "full", "full")),
         ("v5p", 64, 1, {"packs": 1, "tokens": 1 << 19}, ((1, 1, 16, 4), 1, "minimal", "full")),
         ("v5p", 256, 1, {"packs": 1, "tokens": 1 << 21}, ((1, 1, 64, 4), 1, "minimal", "full")),
         ("v5p", 256, 1, {"packs": 4, "tokens": (1 << 19) + 4096}, ((1, 1, 64, 4), 4, "minimal", "full")),

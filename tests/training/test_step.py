@@ -53,6 +53,16 @@ def expected(weights: np.ndarray) -> tuple[float, float]:
     return (weights * error**2).sum() / weights.sum(), (2 * weights * error * batch.tokens).sum() / weights.sum()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_mean_is_over_the_weights_where_they_are_few_and_of_less_than_one_over_one(accumulate):
+    for total, over in ((1.5, 1.5), (0.5, 1.0)):
+        weights = np.zeros((ROWS, TOKENS))
+        weights[0, :2] = total / 2
+        (loss, weight), _ = gradient(Line(), PARAMS, FROZEN, batch_of(weights), accumulate)
+        assert float(weight) == total
+        np.testing.assert_allclose(float(loss), expected(weights)[0] * total / over, rtol=1e-6)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_the_loss_is_the_mean_over_weights_whatever_the_parts(accumulate):
     assert UNEVEN.sum() != (UNEVEN > 0).sum()

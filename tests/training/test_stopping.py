@@ -18,7 +18,7 @@ from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import checkpoint, loop, observe, stopping
 from kangaroo_jax.training.checkpoint import NotFinite
-from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, initialize
+from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, read_metrics, read_samples
@@ -118,20 +118,35 @@ def test_a_preempted_run_saves_before_the_next_step_begins(corpus, tmp_path, mon
     due = SaveClock.due
     monkeypatch.setattr(SaveClock, "due", lambda self, step: step < 3 and due(self, step))
     put, seen = HostRows.put, iter(range(1, 100))
+    done: list[int] = []
+    aside: list[float] = []
+    met: list[str] = []
+    shown: list[bool] = []
+    step = Observer.step
+    monkeypatch.setattr(Watchdog, "step", lambda self, step: done.append(step))
+    monkeypatch.setattr(Observer, "step", lambda self, *given: aside.append(given[2]) or step(self, *given))
+    monkeypatch.setattr(loop, "barrier", met.append)
 
     def third(self, batch):
-        if next(seen) == 3:
+        number = next(seen)
+        if number == 1:
+            shown.append((tmp_path / "first_batch.txt").exists())
+        if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)  # for the thread that listens
         return put(self, batch)
 
     monkeypatch.setattr(HostRows, "put", third)
     lines: list[str] = []
+    began = time.perf_counter()
     with pytest.raises(stopping.Preempted) as stopped:
         train(config, tmp_path, tell=lines.append)
     assert stopped.value.code == 0
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [1, 2, 3]
     assert "asked to stop; saved after step 3" in lines[-1]
+    assert done == [1, 2, 3] and shown == [True]
+    assert met == [f"stage4_instruct {what}" for what in ("opens", "begins", "is prepared")]
+    assert 0 <= aside[0] < aside[1] < time.perf_counter() - began  # what the save took after the first step
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

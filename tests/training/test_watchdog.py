@@ -91,6 +91,22 @@ def test_signs_of_life_are_written_with_the_step_and_end_with_finished(two, tmp_
     assert sorted(json.loads((tmp_path / "hosts.json").read_text())) == ["0", "1"]
 
 
+def test_no_sign_of_life_follows_the_last_word(two, monkeypatch):
+    """The thread looks many times while the last word is under way to the store."""
+    two.values["kangaroo/alive/1"] = sign("finished")
+    write = two.key_value_set
+
+    def slow(key, value, allow_overwrite=False):
+        write(key, value, allow_overwrite)
+        if "finished" in value:
+            threading.Event().wait(0.1)
+
+    with Watchdog(timeout=30):
+        wait_until(lambda: "kangaroo/alive/0" in two.values)
+        monkeypatch.setattr(two, "key_value_set", slow)
+    assert alive(two, 0)["state"] == "finished"
+
+
 @pytest.mark.parametrize(("error", "state"), [(OSError("disk\n full"), "failed: disk full"), (Preempted(), "finished")])
 def test_others_are_told_of_a_failure_and_not_of_a_run_that_was_asked_to_stop(two, error, state):
     two.values["kangaroo/alive/1"] = sign("finished")
