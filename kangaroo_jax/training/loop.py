@@ -88,6 +88,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process may end with the code it has.
     """
     check_config(config)
+    mesh_devices()  # before anything else asks for them
     workdir, start = Path(workdir), time.perf_counter()
     tell = unbroken(tell) if is_main() else lambda line: None
     with contextlib.ExitStack() as stack:
@@ -273,7 +274,7 @@ def mesh_devices() -> list[jax.Device]:
     """The devices that a stage runs on: all there are, on all hosts. Raises UserError where JAX finds none."""
     try:
         return jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX was made without such a platform
         platforms = os.environ.get("JAX_PLATFORMS")
         wish = f"JAX_PLATFORMS={platforms}: " if platforms else ""
         raise UserError(f"{wish}no devices to train on ({' '.join(str(error).split())[:300]})") from None
