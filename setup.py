@@ -87,6 +87,8 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+PACKAGES = find_packages(include=["kangaroo_jax", "kangaroo_jax.*"])
+
 setup(
     name="kangaroo-jax",
     version=version(),
@@ -97,8 +99,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # `configs/` stands beside the package in a clone, and inside it once installed.
-    packages=[*find_packages(include=["kangaroo_jax", "kangaroo_jax.*"]), "kangaroo_jax.configs"],
-    package_dir={"kangaroo_jax.configs": "configs"},
+    packages=[*PACKAGES, "kangaroo_jax.configs", "kangaroo_jax.configs.tiny"],
+    package_dir={"kangaroo_jax.configs": "configs", "kangaroo_jax.configs.tiny": "configs/tiny"},
     package_data={
         "kangaroo_jax.curation.annotate": ["prompts/*.txt"],
         "kangaroo_jax.curation.instruct": ["prompts/*.txt", "schema.json"],

@@ -16,9 +16,4 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.learning_rate = 1e-5
     c.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
     c.train.steps = 2_000
-    if preset != "kangaroo_8b":
-        c.data.update(image_size=48, tokens_per_pack=2048, frames_per_pack=320, packs_per_batch=1)
-        c.data.update(max_sample_tokens=2048, long_max_frames=320)
-        c.optimizer.learning_rate = 1e-3
-        c.train.steps = 400
     return lock(c)

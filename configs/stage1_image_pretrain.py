@@ -16,11 +16,4 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.learning_rate = 1e-3
     c.optimizer.trainable = (("projector/.*|special_embedding", 1.0), ("vision/.*", 0.1), (".*", None))
     c.train.steps = 146_000  # 300M images
-    if preset != "kangaroo_8b":
-        c.data.loss_on = "assistant"  # the request says in which language to answer
-        c.data.update(image_size=16, tokens_per_pack=256, frames_per_pack=8, packs_per_batch=8)
-        c.data.update(shuffle=False, packing_bins=1)  # captions first, then questions among them
-        c.optimizer.learning_rate = 2e-3
-        c.optimizer.trainable = ((".*", 1.0),)  # the tiny decoder has no pretraining to protect
-        c.train.steps = 400  # as far as its records reach: captions again at the end would undo the letters
     return lock(c)

@@ -16,10 +16,4 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.learning_rate = 1e-4
     c.optimizer.trainable = (("projector/.*|special_embedding", 1.0), ("vision/.*", 0.2), (".*", None))
     c.train.steps = 58_600  # 60M videos
-    if preset != "kangaroo_8b":
-        c.data.loss_on = "assistant"  # the request says in which language to answer
-        c.data.update(image_size=16, tokens_per_pack=512, frames_per_pack=36, packs_per_batch=4)
-        c.optimizer.learning_rate = 2e-3
-        c.optimizer.trainable = ((".*", 1.0),)  # as in stage 1
-        c.train.steps = 540
     return lock(c)

@@ -15,11 +15,4 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.learning_rate = 2e-5
     c.optimizer.trainable = (("(vision|projector|patchify)/.*|special_embedding", 1.0), (".*", None))
     c.train.steps = 13_500  # 6.9M videos
-    if preset != "kangaroo_8b":
-        c.data.loss_on = "assistant"  # the request says in which language to answer
-        c.data.update(image_size=32, min_frames=8, long_min_frames=8)
-        c.data.update(tokens_per_pack=512, frames_per_pack=56, packs_per_batch=4)
-        c.optimizer.learning_rate = 2e-3
-        c.optimizer.trainable = ((".*", 1.0),)  # as in stage 1
-        c.train.steps = 150
     return lock(c)

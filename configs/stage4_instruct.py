@@ -15,10 +15,4 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.optimizer.learning_rate = 1e-5
     c.optimizer.trainable = (("vision/.*", 0.2), (".*", 1.0))
     c.train.steps = 7_600  # 2.24M conversations, 2.3 a row
-    if preset != "kangaroo_8b":
-        c.data.update(image_size=32, min_frames=8, long_min_frames=8)
-        c.data.update(tokens_per_pack=512, frames_per_pack=56, packs_per_batch=4)
-        c.optimizer.learning_rate = 2e-3
-        c.optimizer.trainable = ((".*", 1.0),)
-        c.train.steps = 400
     return lock(c)

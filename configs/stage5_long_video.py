@@ -11,14 +11,8 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.stage = "stage5_long_video"
     c.data.update(image_size=448, min_frames=16, max_frames=64, long_min_frames=64, long_max_frames=160)
     c.data.update(max_sample_tokens=22_528, tokens_per_pack=26_624, frames_per_pack=204, packs_per_batch=64)
-    if preset == "kangaroo_8b":
-        c.data.packing_bins = 32  # a row holds two samples: more to choose from
+    c.data.packing_bins = 32  # a row holds two samples: more to choose from
     c.optimizer.learning_rate = 1e-5
     c.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
     c.train.steps = 5_100  # 700K conversations, 2.1 a row
-    if preset != "kangaroo_8b":
-        c.data.update(image_size=32, min_frames=8)
-        c.data.update(tokens_per_pack=768, frames_per_pack=160, packs_per_batch=3)
-        c.optimizer.learning_rate = 2e-3
-        c.train.steps = 330
     return lock(c)

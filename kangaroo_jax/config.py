@@ -157,7 +157,7 @@ def stage_config(preset: str) -> ConfigDict:
     t.mesh = ()  # data, fsdp, context, tensor; -1 takes what is left, () is by stage and chip
     t.accumulate = 0  # parts of a batch computed one after another; 0 is by stage and chip
 
-    if preset != "kangaroo_8b":
+    if preset == "tiny":
         d.update(image_size=48, max_sample_tokens=1024, packing_bins=8)
         d.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4, cache_mib=512)
         t.update(log_every=10, checkpoint_every=100, mesh=(1, -1, 1, 1), accumulate=1)

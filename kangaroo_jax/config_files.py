@@ -20,34 +20,49 @@ def config_folder() -> Path:
     return clone if (_PACKAGE.parent / "setup.py").is_file() else _PACKAGE / "configs"
 
 
-def find_config(name: str) -> Path:
-    """The path of `configs/NAME.py`.
+def find_config(name: str, preset: str = "") -> Path:
+    """The path of `configs/PRESET/NAME.py` where there is one, else of `configs/NAME.py`.
 
     Raises:
         UserError: there is none; the message lists what there is.
     """
     folder = config_folder()
-    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    if name not in names:
+    files = {path.stem: path for path in (*folder.glob("*.py"), *(folder / preset).glob("*.py"))}  # the last counts
+    if name not in files:
+        others = [f"{path.stem}:{path.parent.name}" for path in sorted(folder.glob("*/*.py"))]
+        names = sorted({*files, *(other for other in others if other.partition(":")[0] not in files)})
         raise UserError(f"no config {name!r}{nearest(name, names)}; {folder} has: {', '.join(names) or 'nothing'}")
-    return folder / f"{name}.py"
+    return files[name]
 
 
 def load_config(spec: str) -> ConfigDict:
     """The locked config of `FILE[:PRESET]`, where FILE is a path or the name of a file of `configs/`.
 
-    `configs/stage3_refine.py:tiny` and `stage3_refine:tiny` are the same; a path that exists wins, so that
-    a copy of a stage file, changed by its user, can stand anywhere. Without a PRESET the file's default.
+    `configs/stage3_refine.py:tiny` and `stage3_refine:tiny` are the same, and are the file of that name in
+    `configs/tiny/`, which changes what the preset's small world changes; a preset without a folder takes the paper's
+    stage. A path elsewhere is taken as it is, so that a copy of a stage file, changed by its user, can stand anywhere.
+    Without a PRESET the file's default.
 
     Raises:
         UserError: there is no such file or preset, or the file defines no `get_config` or cannot be run.
     """
     path, _, preset = spec.partition(":")
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.resolve().parent == config_folder():
         if file.suffix == ".py" and file.parent.name not in ("", "configs"):
             raise UserError(f"{file}: no such config file")
-        file = find_config(file.name.removesuffix(".py"))
+        file = find_config(file.name.removesuffix(".py"), preset)
+    return _config_of(file, preset, spec).lock()
+
+
+def stage_of_paper(name: str, preset: str) -> ConfigDict:
+    """The config of `configs/NAME.py` for a preset, to be changed by a file in `configs/PRESET/`."""
+    config = _config_of(find_config(name), preset, f"{name}:{preset}")
+    config.unlock()
+    return config
+
+
+def _config_of(file: Path, preset: str, spec: str) -> ConfigDict:
     get_config = _load_module(file).__dict__.get("get_config")
     if not callable(get_config):
         raise UserError(f"{file}: defines no function get_config(preset)")
@@ -59,7 +74,7 @@ def load_config(spec: str) -> ConfigDict:
         raise UserError(f"{spec}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
-    return config.lock()
+    return config
 
 
 def _load_module(file: Path) -> Any:

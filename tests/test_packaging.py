@@ -83,7 +83,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_all_that_runs_and_nothing_else(wheel):
     _, names = wheel
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "kangaroo_jax").rglob("*") if path.suffix in SHIPPED}
-    here |= {f"kangaroo_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").glob("*.py")}
+    here |= {f"kangaroo_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")}
     held = {name for name in names if ".dist-info/" not in name}
     assert held == here
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -363,6 +363,18 @@ def test_every_stage_file_loads_with_every_preset():
         assert len([key for key in config_keys(config) if "." in key]) < 120
 
 
+def test_a_preset_has_stages_of_its_own_or_those_of_the_paper():
+    """The small world of the quickstart stands apart: no stage file asks which preset it is for."""
+    paper, middle, tiny = (load_config(f"stage3_refine:{preset}") for preset in ("kangaroo_8b", "base_100m", "tiny"))
+    assert paper.data == middle.data and paper.optimizer == middle.optimizer and paper.train == middle.train
+    assert (paper.data.image_size, tiny.data.image_size) == (448, 32) and tiny.data.max_frames == 16
+    assert load_config("configs/tiny/stage3_refine.py") == load_config("configs/stage3_refine.py:tiny") == tiny
+    with pytest.raises(UserError, match="did you mean 'stage0_text_warmup:tiny'"):
+        load_config("stage0_text_warmup:base_100m")
+    for file in (ROOT / "configs").glob("stage*.py"):
+        assert "if preset" not in file.read_text(encoding="utf-8")
+
+
 def test_a_path_wins_over_a_name_and_mistakes_in_it_are_one_line(tmp_path):
     mine = tmp_path / "stage3_refine.py"
     mine.write_text(find_config("stage3_refine").read_text().replace('c.stage = "stage3_refine"', 'c.stage = "mine"'))

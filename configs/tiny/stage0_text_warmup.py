@@ -1,7 +1,4 @@
-"""Text warm-up of a tiny decoder: stands in for the pretrained Llama-3, which does not exist at this size.
-
-No part of Kangaroo: `kangaroo quickstart` runs it before the five stages.
-"""
+"""Text warm-up of the tiny decoder before its five stages: stands in for Llama-3's pretraining, no part of Kangaroo."""
 
 from ml_collections import ConfigDict
 
