@@ -23,7 +23,7 @@ CODE = re.compile(r"```(?:bash|sh)?\n(.*?)```|`([^`]+)`", re.S)
 def commands() -> list[tuple[str, str]]:
     """(file, command) of each, without comments; lines that end in a backslash go on."""
     found = []
-    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for file in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))):
         for block, inline in CODE.findall(file.read_text(encoding="utf-8")):
             text = (block or inline.replace("\n", " ")).replace("\\\n", " ")
             for line in text.splitlines():

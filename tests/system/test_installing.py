@@ -71,6 +71,6 @@ def test_every_extra_that_is_named_exists():
     for path in (ROOT / "kangaroo_jax").rglob("*.py"):
         for arguments in re.findall(r"install_line\((['\"][^)]*)\)", path.read_text(encoding="utf-8")):
             assert set(re.findall(r"['\"]([\w-]+)['\"]", arguments)) <= known, path
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for named in re.findall(r"pip install -e '\.\[([\w,-]+)\]'", path.read_text(encoding="utf-8")):
             assert set(named.split(",")) <= known, path
