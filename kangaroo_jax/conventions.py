@@ -10,11 +10,33 @@ Letters, the same in annotations, einsum strings, logical axis names and docstri
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 Array = Any  # np.ndarray on the host, jax.Array on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What an array of the batch is: shape by letters, dtype, logical axes (`sharding.RULES`), value of padding."""
+
+    letters: str
+    dtype: str
+    axes: tuple[str | None, ...]
+    padding: int
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the letters have these sizes."""
+        return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in self.letters.split())
+
+
+def _array(letters: str, dtype: str, padding: int = 0) -> Any:
+    """A field of PackedBatch. Pixels, by far the largest, are cut by frames too; of tokens a device has whole rows."""
+    first = ("batch", "pack_frames") if letters == "B F S S 3" else ("batch",)
+    axes = (*first, *[None] * (len(letters.split()) - len(first)))
+    return dataclasses.field(metadata={"field": Field(letters, dtype, axes, padding)})
 
 
 @jax.tree_util.register_dataclass
@@ -27,19 +49,19 @@ class PackedBatch:
     never spans two videos. Vision row r = g * (tokens a group) + p, in raster order p of the group.
     """
 
-    tokens: Array  # int32[B, T]; the placeholder id where a vision token stands
-    segment_ids: Array  # int32[B, T]; 0 is padding, samples count from 1; attention never crosses
-    positions: Array  # int32[B, T]; restart at 0 in each segment
-    targets: Array  # int32[B, T]; the next token
-    weights: Array  # float32[B, T]; what that target counts in the loss
-    frames: Array  # uint8[B, F, S, S, 3]; RGB as decoded, padded square
-    frame_times: Array  # float32[B, F]; seconds; 0 for images and padding
-    frame_groups: Array  # int32[B, F]; 1 + the group of the frame, 0 for padding
-    vision_index: Array  # int32[B, T]; the vision row that stands here, -1 for text
+    tokens: Array = _array("B T", "int32")  # the placeholder id where a vision token stands
+    segment_ids: Array = _array("B T", "int32")  # 0 is padding, samples count from 1; attention never crosses
+    positions: Array = _array("B T", "int32")  # restart at 0 in each segment
+    targets: Array = _array("B T", "int32")  # the next token
+    weights: Array = _array("B T", "float32")  # what that target counts in the loss
+    frames: Array = _array("B F S S 3", "uint8")  # RGB as decoded, padded square
+    frame_times: Array = _array("B F", "float32")  # seconds; 0 for images and padding
+    frame_groups: Array = _array("B F", "int32")  # 1 + the group of the frame, 0 for padding
+    vision_index: Array = _array("B T", "int32", padding=-1)  # the vision row that stands here, -1 for text
 
     def replace(self, **changes: Array) -> "PackedBatch":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(PackedBatch))
+FIELDS: dict[str, Field] = {field.name: field.metadata["field"] for field in dataclasses.fields(PackedBatch)}

@@ -127,13 +127,9 @@ def _device() -> Any:
 # ------------------------------------------------------------------------------ logical axes
 
 
-def batch_axes(batch: PackedBatch) -> PackedBatch:
-    """The logical axes of each field of a batch, with a tuple in place of each array.
-
-    Pixels, by far the largest field, are cut by frames too; of tokens each device has whole rows.
-    """
-    axes = {name: ("batch",) + (None,) * (getattr(batch, name).ndim - 1) for name in FIELDS}
-    return PackedBatch(**{**axes, "frames": ("batch", "pack_frames", None, None, None)})
+def batch_axes() -> PackedBatch:
+    """The logical axes of each field of a batch, with a tuple in place of each array."""
+    return PackedBatch(**{name: field.axes for name, field in FIELDS.items()})
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Slices
-from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.planning import hlo
@@ -102,28 +102,16 @@ def topology_devices(target: Slices) -> list[Any]:
 def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
     """The shapes and shardings of a batch."""
     import jax
-    import jax.numpy as jnp
 
-    from kangaroo_jax.sharding import batch_axes, sharding
+    from kangaroo_jax.sharding import sharding
 
     data = config.data
-    b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
-
-    array = jax.ShapeDtypeStruct
-    ints = array((b, t), jnp.int32)
-    batch = PackedBatch(
-        tokens=ints,
-        segment_ids=ints,
-        positions=ints,
-        targets=ints,
-        weights=array((b, t), jnp.float32),
-        frames=array((b, f, s, s, 3), jnp.uint8),
-        frame_times=array((b, f), jnp.float32),
-        frame_groups=array((b, f), jnp.int32),
-        vision_index=ints,
-    )
-    on_mesh = lambda x, axes: array(x.shape, x.dtype, sharding=sharding(mesh, axes, x.shape))  # noqa: E731
-    return jax.tree.map(on_mesh, batch, batch_axes(batch))
+    sizes = {"B": data.packs_per_batch, "T": data.tokens_per_pack, "F": data.frames_per_pack, "S": data.image_size}
+    arrays = {}
+    for name, field in FIELDS.items():
+        shape = field.shape(sizes)
+        arrays[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding(mesh, field.axes, shape))
+    return PackedBatch(**arrays)
 
 
 def lower_step(config: ConfigDict, devices: list[Any]) -> Any:

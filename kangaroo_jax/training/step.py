@@ -61,7 +61,7 @@ def gradient(
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, _like_weights(binding, jax.tree.map(jnp.zeros_like, params)))
-    (loss, weight, grads), _ = jax.lax.scan(add, start, jax.tree.map(split, batch, batch_axes(batch)))
+    (loss, weight, grads), _ = jax.lax.scan(add, start, jax.tree.map(split, batch, batch_axes()))
     scale = 1.0 / jnp.maximum(weight, 1.0)
     return (loss * scale, weight), jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.data.batches.sample import Recipe
 from kangaroo_jax.data.media.video import Clip
 from kangaroo_jax.errors import UserError
@@ -185,18 +185,12 @@ _FULL = 0.02  # of a row's tokens or frames: with less room left it is as good a
 
 def empty_batch(rows: int, shape: Shape) -> PackedBatch:
     """A batch of padding: B = `rows`."""
-    side = shape.image_size
-    return PackedBatch(
-        tokens=np.zeros((rows, shape.tokens), np.int32),
-        segment_ids=np.zeros((rows, shape.tokens), np.int32),
-        positions=np.zeros((rows, shape.tokens), np.int32),
-        targets=np.zeros((rows, shape.tokens), np.int32),
-        weights=np.zeros((rows, shape.tokens), np.float32),
-        frames=np.zeros((rows, shape.frames, side, side, 3), np.uint8),
-        frame_times=np.zeros((rows, shape.frames), np.float32),
-        frame_groups=np.zeros((rows, shape.frames), np.int32),
-        vision_index=np.full((rows, shape.tokens), -1, np.int32),
-    )
+    sizes = {"B": rows, "T": shape.tokens, "F": shape.frames, "S": shape.image_size}
+    arrays = {name: np.zeros(field.shape(sizes), field.dtype) for name, field in FIELDS.items()}
+    for name, array in arrays.items():
+        if FIELDS[name].padding:  # zeros alone cost no memory until they are written
+            array.fill(FIELDS[name].padding)
+    return PackedBatch(**arrays)
 
 
 def write_sample(

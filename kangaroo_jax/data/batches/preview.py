@@ -10,17 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.data.tokenizer import Tokenizer
 
-_LETTERS = {
-    "tokens": "B, T",
-    "segment_ids": "B, T",
-    "positions": "B, T",
-    "targets": "B, T",
-    "weights": "B, T",
-    "frames": "B, F, S, S, 3",
-    "frame_times": "B, F",
-    "frame_groups": "B, F",
-    "vision_index": "B, T",
-}
 _WIDTH, _MARGIN, _THUMB, _LINE = 1280, 16, 72, 19  # pixels
 _MAX_LINES = 14  # of text of a row of the batch
 _INK, _GREY, _TRAINED, _SPECIAL = "#222222", "#8a8a8a", "#c6efce", "#2f5fb3"
@@ -45,7 +34,8 @@ def batch_tree(batch: PackedBatch) -> str:
         array = np.asarray(getattr(batch, name))
         span = f"{array.min():g} .. {array.max():g}" if array.size else "empty"
         shape = ", ".join(map(str, array.shape))
-        lines.append(f"  {name:<13}{array.dtype!s:<8} [{_LETTERS[name]}] = [{shape}]  {span}")
+        letters = FIELDS[name].letters.replace(" ", ", ")
+        lines.append(f"  {name:<13}{array.dtype!s:<8} [{letters}] = [{shape}]  {span}")
     used, frames = np.asarray(batch.segment_ids) > 0, np.asarray(batch.frame_groups) > 0
     samples = sum(len(np.unique(row[row > 0])) for row in np.asarray(batch.segment_ids))
     lines.append(
