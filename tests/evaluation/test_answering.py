@@ -1,0 +1,117 @@
+"""Held-out questions: what the model is asked, how its answers are marked, and what shares are made of the marks."""
+
+import json
+
+import pytest
+
+from kangaroo_jax.data.annotations.conversation import Conversation
+from kangaroo_jax.evaluation import answering
+from kangaroo_jax.evaluation.answering import Answers, evaluate
+
+ROUND = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A ring."}]
+
+
+def record(question: str, answer: str, kind: str, options=(), language: str = "en") -> dict:
+    """A line of an evaluation file: one round before the question, whose true answer ends it."""
+    turns = [*ROUND, {"from": "human", "value": question}, {"from": "gpt", "value": f"truth: {answer}"}]
+    style = "mcq" if options else "open"
+    names = {"answer": answer, "options": list(options), "format": style, "question_kind": kind, "language": language}
+    return {"id": question, "image": "ring.jpg", "conversations": turns, **names}
+
+
+TWO = ("red", "blue")
+SHORT = [
+    record("Which?", "A", "colour", TWO),
+    record("哪个?", "B", "colour", TWO, "zh"),
+    record("How many?", "B", "number", TWO),
+    record("What shape?", "a ring", "shape"),
+]
+LONG = [record("Which first?", "B", "order", TWO), record("What first?", "ring", "order")]
+SAID = {
+    "Which?": "A. red",
+    "哪个?": "A",
+    "How many?": "no idea",
+    "What shape?": "Ring.",
+    "Which first?": "blue (B)",
+    "What first?": "a coin",
+}
+RIGHT = {"Which?", "What shape?", "Which first?"}
+
+
+class Scripted:
+    """A model that says what `SAID` has for a question, and remembers what it was asked, and how."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Conversation], dict]] = []
+
+    def answer_many(self, questions: list[Conversation], **options) -> list[str]:
+        self.asked.append((questions, options))
+        return [SAID[question.turns[-1].text] for question in questions]
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """(answers, model, lines told) of an evaluation of two files."""
+    model, told, loaded = Scripted(), [], []
+    monkeypatch.setattr(answering.Kangaroo, "load", lambda path: loaded.append(path) or model)
+    files = {}
+    for split, records in (("short", SHORT), ("long", LONG)):
+        files[split] = tmp_path / f"{split}.jsonl"
+        files[split].write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    answers = evaluate("runs/x", files, max_new_tokens=5, batch_size=3, tell=told.append)
+    assert loaded == ["runs/x"]
+    return answers, model, told
+
+
+def test_the_model_is_asked_without_the_true_answer(evaluated):
+    _, model, _ = evaluated
+    assert [len(questions) for questions, _ in model.asked] == [4, 2]
+    for questions, options in model.asked:
+        assert options == {"max_new_tokens": 5, "batch_size": 3}
+        for question in questions:
+            assert [turn.role for turn in question.turns] == ["user", "assistant", "user"]
+            assert "truth" not in "".join(turn.text for turn in question.turns) and len(question.media) == 1
+
+
+def test_each_record_has_its_split_its_prediction_and_its_mark(evaluated):
+    answers, _, told = evaluated
+    assert [r["split"] for r in answers.records] == ["short"] * 4 + ["long"] * 2
+    for found, given in zip(answers.records, SHORT + LONG, strict=True):
+        assert {key: found[key] for key in given} == given
+        assert found["prediction"] == SAID[given["id"]] and found["correct"] is (given["id"] in RIGHT)
+    assert told == ["answered 4 short questions, 2 right", "answered 2 long questions, 1 right"]
+
+
+def test_shares_are_of_their_split_format_and_language(evaluated):
+    answers, _, _ = evaluated
+    assert answers.metrics() == {
+        "image_mcq": 0.0,
+        "short_mcq": pytest.approx(1 / 3),
+        "long_mcq": 1.0,
+        "open_exact": 1.0,
+        "long_open_exact": 0.0,
+        "en_mcq": 0.5,
+        "zh_mcq": 0.0,
+    }
+    assert answers.share() == 0.5 and answers.share(split="none") == 0.0
+    assert answers.share(question_kind="order", split="long") == 0.5
+
+
+def test_kinds_are_of_multiple_choice_questions_and_each_split(evaluated):
+    answers, _, _ = evaluated
+    assert answers.by_kind() == {
+        "short/colour": {"accuracy": 0.5, "count": 2},
+        "short/number": {"accuracy": 0.0, "count": 1},
+        "long/order": {"accuracy": 1.0, "count": 1},
+    }
+
+
+def test_answers_come_back_from_a_file_as_they_were(evaluated):
+    answers, _, _ = evaluated
+    plain = json.loads(json.dumps(answers.to_json()))
+    assert plain["metrics"] == answers.metrics() and plain["by_kind"] == answers.by_kind()
+    assert Answers.from_json(plain) == answers
+
+
+def test_no_answers_are_shares_of_nothing():
+    assert set(Answers(()).metrics().values()) == {0.0} and Answers(()).by_kind() == {}
