@@ -76,9 +76,10 @@ def test_the_tokenizer_is_kept_beside_the_checkpoints_and_found_from_them(tmp_pa
     (folder / "tokenizer.json").write_bytes(b"{}")
     keep_tokenizer(folder, stage)  # that of a folder, in place of the other
     assert [path.name for path in stage.glob("tokenizer*")] == ["tokenizer.json"]
-    source.write_bytes(b"second")
-    keep_tokenizer(str(source), stage)
-    assert (stage / "tokenizer.model").read_bytes() == b"second"
+    for text in (b"second", b"third"):  # of another suffix than what is there, and of the same
+        source.write_bytes(text)
+        keep_tokenizer(str(source), stage)
+        assert (stage / "tokenizer.model").read_bytes() == text
     assert sorted(path.name for path in stage.iterdir()) == ["checkpoints", "tokenizer.model"]
     for folder in (stage / "checkpoints" / "3", stage / "checkpoints", stage):
         assert find_tokenizer(folder) == stage / "tokenizer.model"
