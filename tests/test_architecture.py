@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,16 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_every_room_has_a_floor():
     assert {room(module) for module in MODULES} == set(FLOOR)
+
+
+def test_the_page_of_the_layout_has_these_floors_and_a_word_on_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.M)
+    written = {int(number): tuple(re.findall(r"`([\w.]+)`", names)) for number, names in rows}
+    assert written == {number: rooms for number, rooms in enumerate(FLOORS, start=1)}
+    assert not [name for name in FLOOR if f"**`{name}`**" not in page]
+    files = re.findall(r"`((?:data|models|training)/[\w/]+\.py)`", page)
+    assert len(files) >= 9 and not [name for name in files if not (ROOT / "kangaroo_jax" / name).exists()]
 
 
 def test_no_arrow_leads_up_or_across():
