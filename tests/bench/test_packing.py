@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from kangaroo_jax.bench import train as bench
 from kangaroo_jax.bench.packing import bench_packing, made_up
+from kangaroo_jax.cli import bench
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.audit.stats import Sizes, fullness, offline_rows
 from kangaroo_jax.errors import UserError

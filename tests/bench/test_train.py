@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from kangaroo_jax.bench import train as bench
+from kangaroo_jax.bench.train import full_batch
+from kangaroo_jax.cli import bench
 from kangaroo_jax.errors import UserError
 
 pytestmark = pytest.mark.alone
@@ -19,7 +20,7 @@ def test_bench_train_reports_rates(make_micro_config, capsys, monkeypatch):
     bench.main(["train", "--steps=2", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["ms_per_step"] > 0 and result["tokens_per_second"] > 0 and result["frames_per_second"] > 0
-    batch = bench.full_batch(config)
+    batch = full_batch(config)
     assert (batch.vision_index >= 0).sum() == 4 // 2 * 1 * 1  # two groups of one token: 2 x 2 patches joined
 
 
