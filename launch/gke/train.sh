@@ -5,9 +5,10 @@
 #       [--claim=PVC] [--restarts=N] [--namespace=N] [--dry-run] \
 #       -- train --config=configs/stage5_long_video.py:kangaroo_8b --workdir=/mnt/kangaroo/stage5
 #
-# The volume claim is mounted at /mnt/kangaroo. A lost host ends its peers with code 75, the JobSet starts all
-# pods again, and the training goes on after its last checkpoint. --dry-run prints the manifest. With XPK the same
-# image and command run as: xpk workload create --tpu-type=TYPE --docker-image=IMAGE --command='kangaroo ...'.
+# launch/Dockerfile makes the image. The volume claim is mounted at /mnt/kangaroo. A lost host ends its peers with
+# code 75, the JobSet starts all pods again, and the training goes on after its last checkpoint. --dry-run prints the
+# manifest. With XPK the same image and command run as: xpk workload create --tpu-type=TYPE --docker-image=IMAGE
+# --command='kangaroo ...'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/arguments.sh
@@ -82,6 +83,8 @@ spec:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 300
+              securityContext:
+                fsGroup: 1000
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $accelerator
                 cloud.google.com/gke-tpu-topology: $topology

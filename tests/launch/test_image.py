@@ -1,0 +1,139 @@
+"""The image and the lock files: what they install is what setup.py asks for. Docker itself is not needed."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "launch" / "Dockerfile"
+LOCKS = {"3.11": ROOT / "requirements" / "cpu-py311.txt", "3.12": ROOT / "requirements" / "cpu-py312.txt"}
+EXTRAS = ("tpu", "curation,ray")  # of the images that launch/gke/train.sh and launch/gke/curate.yaml name
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, what follows it) of each line of the Dockerfile."""
+    text = DOCKERFILE.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Package -> version of a lock file."""
+    lines = [line for line in lock.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "a line that pins nothing"
+    return {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
+
+
+def declared(monkeypatch) -> tuple[list[str], dict[str, list[str]]]:
+    """What setup.py asks for: always, and by extra."""
+    given: dict = {}
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "setup", raising=False)
+    monkeypatch.chdir(ROOT)
+    importlib.import_module("setup")
+    monkeypatch.delitem(sys.modules, "setup")
+    return given["install_requires"], given["extras_require"]
+
+
+def test_the_image_copies_what_is_there_and_what_its_context_lets_in():
+    kept = [line[1:] for line in (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
+    sources = [name for word, rest in instructions() if word == "COPY" for name in rest.split()[:-1]]
+    assert sorted(sources) == sorted(kept) and len(sources) == 7
+    assert not [name for name in sources if not (ROOT / name).exists()]
+
+
+def test_the_image_copies_before_it_installs_all_that_setup_reads():
+    order = [rest for word, rest in instructions() if word in ("COPY", "RUN")]
+    (install,) = [i for i, rest in enumerate(order) if rest.startswith("pip install")]
+    copied = {name for rest in order[:install] for name in rest.split()[:-1]}
+    assert copied >= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "kangaroo_jax", "configs"}
+    (lock,) = re.findall(r"--constraint (\S+)", order[install])
+    (version,) = re.findall(r"^FROM python:(3\.\d+)-slim$", DOCKERFILE.read_text(), re.M)
+    assert ROOT / lock == LOCKS[version] and lock in copied
+
+
+def test_the_shell_lines_of_the_image_are_shell(tmp_path):
+    script = tmp_path / "run.sh"
+    script.write_text(
+        "#!/bin/sh\nset -eu\nEXTRAS=tpu\n" + "\n".join(rest for word, rest in instructions() if word == "RUN")
+    )
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_image_runs_kangaroo_as_a_user_without_rights():
+    last = dict(instructions())
+    assert last["USER"] == "kangaroo" and last["ENTRYPOINT"] == '["kangaroo"]' and last["CMD"] == '["--help"]'
+    assert "kangaroo = kangaroo_jax.cli.main:start" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "kangaroo_jax", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout
+    for name in ("train.sh", "curate.yaml"):  # whose volumes that user writes
+        assert "fsGroup: 1000" in (ROOT / "launch/gke" / name).read_text()
+    assert "--uid 1000" in DOCKERFILE.read_text()
+
+
+def test_the_image_is_made_with_extras_that_exist(monkeypatch):
+    _, extras = declared(monkeypatch)
+    named = re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE.read_text())
+    assert set(named) == set(EXTRAS) and {part for name in named for part in name.split(",")} <= set(extras)
+
+
+@pytest.mark.parametrize("version", LOCKS)
+def test_a_lock_file_pins_all_that_the_quickstart_installs(version, monkeypatch):
+    requirements = pytest.importorskip("packaging.requirements")
+    core, extras = declared(monkeypatch)
+    found = pins(LOCKS[version])
+    for line in [*core, *extras["quickstart"], *extras["curation"]]:
+        requirement = requirements.Requirement(line)
+        name = requirement.name.lower().replace("_", "-")
+        assert name in found and requirement.specifier.contains(found[name], prereleases=True), line
+
+
+@pytest.mark.parametrize("version", LOCKS)
+def test_a_lock_file_says_how_it_is_made_and_from_nowhere(version):
+    text = LOCKS[version].read_text(encoding="utf-8")
+    command = shlex.split(text.splitlines()[1].lstrip("# "))
+    assert command[:4] == ["uv", "pip", "compile", "setup.py"] and f"requirements/{LOCKS[version].name}" in command
+    assert command[command.index("--python-version") + 1] == version
+    assert not re.search(r"://|index|find-links", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_the_packages_of_an_image_go_together(extras):
+    """Resolved as the image's pip does it, for its Python and a system of its age; needs uv and the network."""
+    if not shutil.which("uv"):
+        pytest.skip("uv is not installed")
+    flags = [flag for extra in extras.split(",") for flag in ("--extra", extra)]
+    for_image = ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_31", f"--constraint={LOCKS['3.11']}"]
+    command = ["uv", "pip", "compile", "setup.py", "--quiet", *flags, *for_image]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if re.search("fetch|connect|dns", done.stderr, re.I):
+        pytest.skip("the registry cannot be reached")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "jax==" in done.stdout and ("libtpu==" if extras == "tpu" else "ray==") in done.stdout
+
+
+@pytest.mark.slow
+def test_a_clean_install_from_the_lock_trains_and_answers():
+    version = "{}.{}".format(*sys.version_info)
+    if version not in LOCKS:
+        pytest.skip(f"no lock file for Python {version}")
+    environment = {**os.environ, "PYTHON": sys.executable, "CONSTRAINTS": str(LOCKS[version]), "XLA_FLAGS": ""}
+    command = [str(ROOT / "launch" / "smoke.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    if re.search("NewConnectionError|ConnectTimeout|Temporary failure in name resolution", done.stderr):
+        pytest.skip("the registry cannot be reached")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"jax=={pins(LOCKS[version])['jax']} " in done.stdout and "works" in done.stdout
