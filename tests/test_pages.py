@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from kangaroo_jax import __version__
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 MEASUREMENTS = ROOT / "docs" / "measurements"
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def text_of(page: Path) -> str:
@@ -73,3 +76,48 @@ def test_what_holds_a_figure_is_there():
     text = (MEASUREMENTS / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:tests|docs)/[\w/.]+)`", text))
     assert len(named) > 12 and not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_letters_of_contributing_are_those_of_the_code():
+    letters = re.findall(
+        r"(?:^|, |: |\s)([A-Z]) (?=[a-z])", CONTRIBUTING.partition("docstrings:")[2].partition("##")[0]
+    )
+    conventions = (ROOT / "kangaroo_jax" / "conventions.py").read_text(encoding="utf-8")
+    assert len(letters) == 14
+    assert not [letter for letter in letters if not re.search(rf"\s{letter}  [a-zM]", conventions)]
+
+
+def test_what_contributing_names_is_there():
+    commands = re.findall(r"`python -m pytest -q ([^`]+)`", CONTRIBUTING)
+    tests = {path for command in commands for path in command.split()}
+    assert len(commands) > 8 and not [path for path in tests if not (ROOT / path).exists()]
+    files = re.findall(r"`([\w/]+\.(?:py|md|sh))`", CONTRIBUTING)
+    known = [path for path in files if "NAME" not in path]
+    assert len(known) > 8 and not [
+        p for p in known if not ((ROOT / p).exists() or (ROOT / "kangaroo_jax" / p).exists())
+    ]
+    for file, name in re.findall(r"`(\w+)` of\s+`([\w/.]+)`", CONTRIBUTING):
+        assert re.search(rf"\b{file}\b", (ROOT / "kangaroo_jax" / name).read_text(encoding="utf-8")), (file, name)
+
+
+def test_citation_and_changelog_have_the_version_of_the_package():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (
+        citation["version"] == __version__
+        and citation["references"][0]["identifiers"][0]["value"] == "arXiv:2408.15542"
+    )
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", changelog, re.M)[:2] == ["[Unreleased]", f"{__version__} - 2026-11-23"]
+    kinds = set(re.findall(r"^### (.+)$", changelog, re.M))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_workflow_runs_ci_with_both_pythons_and_hooks_are_those_of_the_checks():
+    yaml = pytest.importorskip("yaml")
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    pythons = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    assert pythons == ["3.12", "3.11"] and job["steps"][-1]["run"] == ".ci/run"
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    checks = (ROOT / "launch/test.sh").read_text(encoding="utf-8")
+    assert len(hooks) == 3 and all(f"\n{hook['entry']} " in checks for hook in hooks)
