@@ -214,6 +214,7 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
     clock = SaveClock(config.train.checkpoint_minutes)
     pending: Pending | None = None
     aside = 0.0  # seconds since the step before was begun that went into saving
+    asked, owed = False, False  # to stop; a checkpoint, which waits for a step whose loss is finite
 
     def finish() -> None:
         """Report the step that the device is at, when it is done."""
@@ -225,7 +226,6 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
             pending = None
 
     def save() -> None:
-        finish()
         checkpoints.save(state, whole_data_state(loader), stage.plain)
         clock.saved()
 
@@ -237,8 +237,10 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
         stack.enter_context(mesh_scope(stage.mesh))
         preemption.stepping()
         for step in range(stage.first + 1, config.train.steps + 1):
-            if preemption.reached(step):
+            asked = preemption.reached(step) or asked
+            if asked:
                 finish()
+            if asked and reporter.finite:
                 if step - 1 > stage.first and checkpoints.begun != step - 1:
                     save()
                 checkpoints.wait()
@@ -257,11 +259,19 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
             aside = 0.0
             finish()  # the step before: the device never waits for the host
             pending = Pending(step, metrics, stats, waiting)
-            if clock.due(step) or saved_by_number(step, config):
+            owed = clock.due(step) or saved_by_number(step, config) or owed
+            if owed:
                 finish()
+            if owed and reporter.finite:
                 saving = time.perf_counter()
                 save()
-                aside = time.perf_counter() - saving
+                aside, owed = time.perf_counter() - saving, False
+        if owed:
+            raise checkpoint.NotFinite(
+                f"{config.stage}: step {config.train.steps}, the last, was skipped: nothing shows that the weights are "
+                "sound, and they are not saved; run again with --config.train.steps="
+                f"{config.train.steps + 1} to go on from the last checkpoint and end with other samples"
+            )
 
 
 def saved_by_number(step: int, config: ConfigDict) -> bool:

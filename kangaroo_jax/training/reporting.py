@@ -41,6 +41,7 @@ class Reporter:
         skipped_steps: int = 0,
     ) -> None:
         """`skipped_steps`: of the stage so far."""
+        self.finite = True  # the loss and gradient norm of the last step that was reported
         self._config, self._every = config, config.train.log_every
         self._log, self._samples, self._progress, self._observer = log, samples, progress, observer
         self._tell, self._skipped, self._in_a_row = tell, skipped_steps, 0
@@ -53,8 +54,8 @@ class Reporter:
         """
         step, stats = pending.step, pending.stats
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
-        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        self._skipped, self._in_a_row = (self._skipped, 0) if finite else (self._skipped + 1, self._in_a_row + 1)
+        self.finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        self._skipped, self._in_a_row = (self._skipped, 0) if self.finite else (self._skipped + 1, self._in_a_row + 1)
         self._progress.add(
             tokens=stats.tokens,
             frames=stats.frames,
@@ -72,7 +73,7 @@ class Reporter:
         self._log.write(step, {**values, **counts, **use})
         if use:
             self._progress.line(step, values, stats.skipped, use)
-        if not finite:
+        if not self.finite:
             self._not_finite(step, values, stats)
 
     def _not_finite(self, step: int, values: dict[str, float], stats: LoaderStats) -> None:
