@@ -107,5 +107,5 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["kangaroo = kangaroo_jax.cli.main:start"]},
+    entry_points={"console_scripts": ["kangaroo = kangaroo_jax.__main__:main"]},
 )

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from kangaroo_jax.cli.arguments import parse
@@ -33,7 +33,7 @@ _OF_THE_DISK = frozenset((*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR, errno
 
 
 def start() -> int:
-    """`main`, of a process that is a command."""
+    """`main`, of a process that is a command; `__main__` lets Ctrl-C wait until `main` answers it."""
     job = JOBS.get(sys.argv[1]) if sys.argv[1:] else None
     if job is not None and job.huge_pages:
         from kangaroo_jax.system.memory import ensure_huge_pages
@@ -56,7 +56,8 @@ def _watch_interrupts() -> Callable[[], bool]:
 
     The first is an exception that Python raises when a library's call returns, which may be minutes later, and that
     closes what is open. Whoever presses it again does not want to wait for either. Where Python drops that exception
-    (in a callback of its garbage collector, in `__del__`) it ends the process, too: the run would go on.
+    (in a callback of its garbage collector, in `__del__`) or C code prints it (numpy while it is imported) it ends the
+    process, too: the run would go on.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -79,9 +80,14 @@ def _watch_interrupts() -> Callable[[], bool]:
             _end()
         sys.__unraisablehook__(unraisable)
 
+    def printed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            _end()
+        sys.__excepthook__(kind, error, trace)
+
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and the like ignore it
         signal.signal(signal.SIGINT, raised)
-    sys.unraisablehook = dropped
+    sys.unraisablehook, sys.excepthook = dropped, printed
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
     return lambda: pressed
 
@@ -99,6 +105,7 @@ def main(
     """
     with outputs():
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             _run(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt:
             if interrupted is not None:

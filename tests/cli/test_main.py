@@ -319,11 +319,19 @@ class Collected:
         print("compiles", flush=True)
         time.sleep(60)
 
+def prints(values, rest):
+    try:
+        print("compiles", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())  # as PyErr_Print does
+    print("goes on", flush=True)
+
 def collects(values, rest):
     Collected()
     print("goes on", flush=True)
 
-cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close, imports, collects)})
+cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close, imports, prints, collects)})
 sys.exit(cli.start())
 """
 
@@ -334,6 +342,7 @@ sys.exit(cli.start())
         ("compile", ["compiles\n"]),
         ("close", ["compiles\n", "closes\n"]),
         ("imports", ["compiles\n"]),
+        ("prints", ["compiles\n"]),
         ("collects", ["compiles\n"]),
     ],
 )
@@ -347,6 +356,18 @@ def test_an_interruption_ends_a_process_that_compiles_and_the_second_one_that_cl
             process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=30)
     assert (process.returncode, out, error) == (130, "", "kangaroo: interrupted\n")
+
+
+def test_an_interruption_before_the_command_can_answer_waits_until_it_can():
+    """Also while the process begins anew for huge pages."""
+    begin = (
+        "from kangaroo_jax.__main__ import main; import os, signal, sys; first = 'GLIBC_TUNABLES' not in os.environ; "
+    )
+    press = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}); first and os.kill(os.getpid(), signal.SIGINT); "
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", begin + press + "sys.exit(main())", "train"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "kangaroo: interrupted\n")
 
 
 # ------------------------------------------------------------------------------ config files
