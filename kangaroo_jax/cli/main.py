@@ -117,6 +117,7 @@ def main(
                 interrupted()  # C code that is interrupted while it is imported raises ImportError
             from kangaroo_jax.errors import UserError
 
+            error = _no_devices(error) or error
             full = os.strerror(errno.ENOSPC)
             told = [full] if full in str(error) and not isinstance(error, UserError) else []  # Orbax: ValueError
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
@@ -128,6 +129,24 @@ def main(
             print(f"kangaroo: {error}", file=sys.stderr)
             return 2
     return 0
+
+
+def _no_devices(error: BaseException | None) -> Exception | None:
+    """What to say where `error` came of asking JAX for devices that JAX_PLATFORMS names and that are not here."""
+    from kangaroo_jax.errors import UserError
+
+    platforms = os.environ.get("JAX_PLATFORMS")
+    while error and not (isinstance(error, AssertionError) or "Unable to initialize backend" in str(error)):
+        error = error.__cause__ or error.__context__
+    if not error or not platforms or "jax" not in sys.modules:
+        return None
+    try:
+        sys.modules["jax"].devices()
+    except (RuntimeError, AssertionError) as why:  # the latter, without a word, where the platform's plugin is missing
+        text = " ".join(str(why).split())[:300]
+        found = f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{text and f' ({text})'}"
+        return UserError(f"{found}; install what drives them, or set JAX_PLATFORMS=cpu")
+    return None
 
 
 def _run(arguments: list[str]) -> None:

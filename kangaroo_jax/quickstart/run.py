@@ -78,6 +78,7 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
     Raises:
         UserError: where the workdir belongs to a run with another seed or scale.
     """
+    jax.devices()  # where there are none no work is begun
     workdir = Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     claim(workdir, {"seed": seed, "scale": scale})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from kangaroo_jax.cli import main as cli
@@ -14,6 +15,7 @@ from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import config_keys, find_config, load_config, nearest
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference import chat
 from kangaroo_jax.training import curriculum, loop
 
 ROOT = Path(__file__).parents[2]
@@ -368,6 +370,34 @@ def test_an_interruption_before_the_command_can_answer_waits_until_it_can():
     command = [sys.executable, "-c", begin + press + "sys.exit(main())", "train"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "kangaroo: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(RuntimeError, "Unable to initialize backend 'tpu': no\nsuch thing"), (AssertionError, "")]
+)
+@pytest.mark.parametrize(
+    "job", [["quickstart", "--workdir=new"], TRAIN + ["--workdir=new"], ["chat", "--checkpoint=x"]]
+)
+def test_devices_that_are_not_there_are_one_line_before_any_work(job, kind, text, capsys, tmp_path, monkeypatch):
+    """Also where what asked for them has made another error of it."""
+
+    def none() -> list:
+        raise kind(text)
+
+    def load(path) -> None:
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:
+            raise UserError("this checkpoint is damaged") from error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(chat.Kangaroo, "load", load)
+    code, out, error = run(capsys, *job, *(["--query=What?"] if job[0] == "chat" else []))
+    assert (code, out) == (2, "") and error.count("\n") == 1
+    assert error.startswith("kangaroo: JAX_PLATFORMS=tpu: JAX finds no such devices here") and "damaged" not in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # ------------------------------------------------------------------------------ config files

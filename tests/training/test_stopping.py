@@ -353,18 +353,3 @@ def test_a_taken_port_and_hosts_that_do_not_come_are_one_line_and_tried_again(ta
     )
     assert line in done.stderr.splitlines()[-1]
     assert taken or f"process 0 waits at 127.0.0.1:{port} for the other 2 of 3" in done.stderr
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
-def test_a_platform_that_is_not_there_is_one_line(kind, corpus, tmp_path, monkeypatch):
-    monkeypatch.undo()
-
-    def none() -> list:
-        raise kind("Unable to initialize backend 'tpu': no\nsuch thing")
-
-    monkeypatch.setattr(loop, "is_main", none)  # asks for the devices, too
-
-    monkeypatch.setattr(loop.jax, "devices", none)
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    with pytest.raises(UserError, match="JAX_PLATFORMS=tpu: no devices to train on .*no such thing"):
-        train(small_stage("stage4_instruct", corpus, 1), tmp_path, tell=lambda _: None)
