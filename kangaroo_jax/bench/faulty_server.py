@@ -86,9 +86,10 @@ class Server:
     ) -> None:
         """`faults` is a share from 0 to 1 of all kinds together; `latency` (the longest) and `hang` are seconds.
 
-        `hostile` names entries of `HOSTILE` that are sent in turn, in place of everything else.
+        `hostile` names entries of `HOSTILE` that are sent in turn, in place of everything else; a request that says
+        "Say NAME." gets the one of that name.
         """
-        self._hostile = itertools.cycle(hostile) if hostile else None
+        self._hostile, self._in_turn = tuple(hostile), itertools.cycle(hostile)
         self._faults, self._latency, self._hang = faults, latency, hang
         self._random, self._truths = random.Random(seed), dict(truths or {})
         self.given: Counter[str] = Counter()
@@ -102,8 +103,9 @@ class Server:
                 size = next((int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:")), 0)
                 body = await reader.readexactly(size)
                 path = head.split(b" ", 2)[1].decode()
-                if self._hostile is not None and not path.endswith("/stats"):
-                    await self._harm(next(self._hostile), head, writer)
+                if self._hostile and not path.endswith("/stats"):
+                    asked = (name for name in self._hostile if f"Say {name}.".encode() in body)
+                    await self._harm(next(asked, None) or next(self._in_turn), head, writer)
                     return
                 status, extra, answer = await self._respond(path, body)
                 data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

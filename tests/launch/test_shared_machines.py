@@ -113,12 +113,14 @@ def run_curation_job(folder: Path, ray_version: str) -> subprocess.CompletedProc
     command = [str(ROOT / "launch/slurm/curate.sh"), "--nodes=2", "--cpus-per-node=8", "--dry-run", "--", "--input=a b"]
     job = call(command, VIRTUAL_ENV="").stdout
     stub(folder, "scontrol", "seq -f n%.0f 1 30000")  # more than a pipe holds, as a job of many nodes may print
-    stub(folder, "sleep", ":")
+    # What starts in the background has said how it was called before the script goes on.
+    wait = f"until (($(wc -l <{folder}/said) >= $(wc -l <{folder}/slept))); do command -p sleep 0.05; done"
+    stub(folder, "sleep", f"echo >>{folder}/slept; touch {folder}/said; {wait}")
     stub(
         folder,
         "srun",
         """printf '%s|' "$RAY_AUTH_MODE" "${RAY_AUTH_TOKEN:-}" "$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" \\
-  "$(cat "$RAY_AUTH_TOKEN_PATH")"; echo "$@" """,
+  "$(cat "$RAY_AUTH_TOKEN_PATH")"; echo "$@"; echo >>FOLDER/said""".replace("FOLDER", str(folder)),
     )
     return call(
         ["bash", "-c", job],
