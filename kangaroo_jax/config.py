@@ -10,6 +10,14 @@ import ml_collections
 from ml_collections import ConfigDict
 
 PRESETS = ("kangaroo_8b", "base_100m", "tiny")
+# The curriculum, in order: files of `configs/`.
+STAGES = (
+    "stage1_image_pretrain",
+    "stage2_video_pretrain",
+    "stage3_refine",
+    "stage4_instruct",
+    "stage5_long_video",
+)
 
 
 def model_config(preset: str) -> ConfigDict:

@@ -266,8 +266,8 @@ def _run_plan(values: "flags.FlagValues", rest: list[str]) -> None:
     required("plan", values, "topology", *(() if values.curriculum else ("config",)))
     prepare_environment()  # before anything imports JAX
 
+    from kangaroo_jax.config import STAGES
     from kangaroo_jax.planning import plan
-    from kangaroo_jax.training.curriculum import STAGES
 
     specs = [f"{name}:kangaroo_8b" for name in STAGES] if values.curriculum else [values.config]
     configs = [load_config(spec) for spec in specs]

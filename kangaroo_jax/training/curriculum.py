@@ -7,19 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kangaroo_jax.config import STAGES
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.training.distributed import barrier, is_main
 from kangaroo_jax.training.loop import Tell, train
-
-STAGES = (
-    "stage1_image_pretrain",
-    "stage2_video_pretrain",
-    "stage3_refine",
-    "stage4_instruct",
-    "stage5_long_video",
-)
 
 AfterStage = Callable[[str, ConfigDict, Path], None]
 Adjust = Callable[[str, ConfigDict], None]

@@ -11,13 +11,13 @@ import pytest
 
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
 from kangaroo_jax.cli import main as cli
+from kangaroo_jax.config import STAGES
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import compile as plan_compile
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning import hlo, plan
-from kangaroo_jax.training.curriculum import STAGES
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import STAGES, frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
@@ -21,7 +21,6 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
-STAGES = ("stage1_image_pretrain", "stage2_video_pretrain", "stage3_refine", "stage4_instruct", "stage5_long_video")
 _OFFLINE = 10_000  # samples packed offline, for comparison: its time grows with the square
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
