@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from kangaroo_jax.config import STAGES, run, stage
+from kangaroo_jax.config import STAGES
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import curriculum
+from kangaroo_jax.training.curriculum import run, stage
 from kangaroo_jax.training.loop import Result
 
 
