@@ -137,18 +137,20 @@ def is_ours(path: Path) -> bool:
 
 def _open_ours(path: Path) -> Source:
     from kangaroo_jax.training import checkpoint
+    from kangaroo_jax.training.frozen import weight_folders
 
     folder = checkpoint.find(path)
     config = ConfigDict(checkpoint.load_config(folder).to_dict())
     default = stage_config("kangaroo_8b").model.llm.rope_scaling
     config.model.llm.rope_scaling = config.model.llm.get("rope_scaling", default)
-    weights = Stored(folder / "params")
+    folders = weight_folders(folder)
+    weights = Stored(*folders)
     checkpoint.check_shapes(weights.specs, model_shapes(config.model), folder)
     try:
         tokenizer: Path | None = checkpoint.find_tokenizer(folder)
     except UserError:
         tokenizer = None
-    files = tuple(sorted(f for f in (folder / "params").rglob("*") if f.is_file()))
+    files = tuple(sorted(f for part in folders for f in part.rglob("*") if f.is_file()))
     length = formats.longest(config.model.llm, config.data.tokens_per_pack)
     return Source(path, "orbax", weights, config, tokenizer, files, said={"max_position_embeddings": length})
 

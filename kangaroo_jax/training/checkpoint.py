@@ -1,15 +1,14 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved together or not at all.
 
-    STAGE/checkpoints/STEP/{params,optimizer,data,config,digests}      STAGE/tokenizer.*
+    STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen}      STAGE/tokenizer.*
 
-`params` is a flat dictionary of every weight (trained in float32, frozen as stored), so that the next
-stage, chat and conversion read it alone. `digests` are sums over the bits of all arrays, compared when they are read;
-checkpoints of older versions have none.
+`params` is a flat dictionary of the weights that train (float32). Those that are frozen (as stored) are written once
+a stage, and `frozen` names their folder (`frozen.py`); `weight_folders` has both. Checkpoints of older versions hold
+all in `params`. `digests` are sums over the bits of all arrays, compared when they are read; older ones have none.
 """
 
 import base64
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,12 @@ from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.system.files import write_bytes
-from kangaroo_jax.training.digests import changed, digests
+from kangaroo_jax.training.array_writing import array_handler
+from kangaroo_jax.training.digests import Digests, changed, digests
 from kangaroo_jax.training.distributed import EndsTogether
+from kangaroo_jax.training.frozen import FOLDER, FrozenWriter, name_of, weight_folders
 from kangaroo_jax.training.step import TrainState
 
-WRITING_SHARE = 0.1  # of an item of a checkpoint; what is being written is in memory twice
 ITEMS = ("params", "optimizer", "data", "config")
 
 
@@ -56,13 +56,16 @@ class Checkpoints:
             self.folder,
             options=options,
             item_handlers={
-                "params": _array_handler({**state.params, **state.frozen}),
-                "optimizer": _array_handler(state.opt_state),
+                "params": array_handler(state.params),
+                "optimizer": array_handler(state.opt_state),
                 "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
                 "digests": ocp.JsonCheckpointHandler(),
+                FOLDER: ocp.JsonCheckpointHandler(),
             },
         )
+        self._frozen = FrozenWriter(self.folder, array_handler(state.frozen))
+        self._frozen_sums: Digests | None = None  # of what `keep_frozen` has written
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None where there is none."""
@@ -77,33 +80,55 @@ class Checkpoints:
         missing = [item for item in ITEMS if not (folder / item).is_dir()]
         if missing:
             raise _damaged(folder, f"{', '.join(missing)} missing")
+        weight_folders(folder)
         return folder
+
+    def keep_frozen(self, state: TrainState) -> None:
+        """Start writing the frozen weights of the stage, which `save` does where nobody has; see `frozen.py`.
+
+        Returns once they are copied off the devices. Raises NotFinite where they are not finite.
+        """
+        self._frozen_sums = self._sums({FOLDER: state.frozen}, int(state.step))[FOLDER]
+        if state.frozen:
+            self._frozen.write(state.frozen, self._frozen_sums)
+
+    def _sums(self, items: Mapping[str, Any], step: int) -> dict[str, Digests]:
+        """The digests of each item. Raises NotFinite."""
+        sums, not_finite = {}, []
+        for item, tree in items.items():
+            sums[item], wrong = digests(tree)
+            not_finite += wrong
+        if not_finite:
+            raise NotFinite(
+                f"step {step}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays; the "
+                f"state is not saved, and the checkpoints in {self.folder} stay as they are"
+            )
+        return sums
 
     def save(self, state: TrainState, data_state: bytes, config: Mapping[str, Any]) -> None:
         """Start saving; returns once the arrays are copied off the device.
 
         Raises NotFinite, and saves nothing, where the state is not finite.
         """
-        params = {**state.params, **state.frozen}
+        if self._frozen_sums is None:
+            self.keep_frozen(state)
         optimizer = {"opt_state": state.opt_state, "step": state.step}
-        sums, not_finite = {}, []
-        for item, tree in (("params", params), ("optimizer", optimizer)):
-            sums[item], wrong = digests(tree)
-            not_finite += wrong
-        if not_finite:
-            raise NotFinite(
-                f"step {int(state.step)}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays; the "
-                f"state is not saved, and the checkpoints in {self.folder} stay as they are"
-            )
         self.begun = int(state.step)
+        sums = self._sums({"params": state.params, "optimizer": optimizer}, self.begun)
+        items = {}
+        if self._frozen_sums:
+            self._frozen.wait()
+            sums[FOLDER] = self._frozen_sums
+            items[FOLDER] = ocp.args.JsonSave({"folder": name_of(self._frozen_sums)})
         self._manager.save(
             self.begun,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
+                params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(optimizer),
                 data=ocp.args.JsonSave({"iterator": base64.b64encode(data_state).decode()}),
                 config=ocp.args.JsonSave(dict(config)),
                 digests=ocp.args.JsonSave(sums),
+                **items,
             ),
         )
 
@@ -116,18 +141,23 @@ class Checkpoints:
         folder = self.latest_folder()
         if folder is None:
             raise UserError(f"{self.folder}: holds no checkpoint")
+        own, *apart = weight_folders(folder)
         with named_if_damaged(folder):
             restored = self._manager.restore(
                 self.latest(),
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore({**abstract.params, **abstract.frozen}),
+                    params=ocp.args.StandardRestore(
+                        abstract.params if apart else {**abstract.params, **abstract.frozen}
+                    ),
                     optimizer=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "step": abstract.step}),
                     data=ocp.args.JsonRestore(),
                 ),
             )
             iterator = base64.b64decode(restored["data"]["iterator"])
         check_digests(folder, {"params": restored["params"], "optimizer": restored["optimizer"]})
-        params = restored["params"]
+        params = dict(restored["params"])
+        if apart:
+            params |= _restore(folder, FOLDER, apart[0], abstract.frozen)
         new = TrainState(
             step=restored["optimizer"]["step"],
             params={k: params[k] for k in state.params},
@@ -138,33 +168,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until what was started is on disk."""
+        self._frozen.wait()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, and let go of the folder."""
+        self._frozen.close()
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def _array_handler(arrays: Any) -> ocp.StandardCheckpointHandler:
-    """A handler that writes a tenth of this process's part of `arrays` at a time.
-
-    Without a limit Orbax has all of it in memory twice. It refuses a shard that is not smaller than the limit,
-    so that this is never below three of the largest.
-    """
-    shards = [nbytes for x in jax.tree.leaves(arrays) for nbytes in _piece_sizes(x)]
-    limit = max([2**20, 3 * max(shards, default=0), round(WRITING_SHARE * sum(shards))])
-    return ocp.StandardCheckpointHandler(save_concurrent_gb=limit / 10**9)
-
-
-def _piece_sizes(x: Any) -> list[int]:
-    """The bytes of each different piece of an array, or of an abstract one, on this process's devices."""
-    pieces = {str(index) for index in x.sharding.addressable_devices_indices_map(x.shape).values()}
-    return [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize] * len(pieces)
-
-
 def _damaged(folder: Path, reason: str) -> UserError:
     """The error of a checkpoint that cannot be read as it was written; says which one can be taken in its place."""
+    if folder.parent.name == FOLDER:
+        return UserError(
+            f"{folder}: these frozen weights are damaged ({reason}), which the checkpoints beside them need; copy them "
+            "again from where they are whole, or begin anew in another workdir"
+        )
     number = int(folder.name) if folder.name.isdigit() else 0
     older = [
         p
@@ -195,6 +215,14 @@ def named_if_damaged(folder: Path) -> Iterator[None]:
         raise _damaged(folder, f"{type(error).__name__}: {first[:160]}") from error
 
 
+def _restore(checkpoint: Path, item: str, folder: Path, target: Mapping[str, Any]) -> Params:
+    """The weights in one of the folders of a checkpoint, compared with their digests. Raises UserError."""
+    with named_if_damaged(_holder(folder)):
+        params = ocp.StandardCheckpointer().restore(folder, dict(target))
+    check_digests(checkpoint, {item: params})
+    return params
+
+
 def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
     """Raise UserError where arrays read from `folder` are not those that were saved, or are not finite."""
     with named_if_damaged(folder):
@@ -202,7 +230,8 @@ def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
         for item, tree in items.items():
             wrong, not_finite = changed(tree, saved.get(item, {}))
             if wrong:
-                raise _damaged(folder, f"{item}: {len(wrong)} arrays are not as they were saved, first {wrong[0]}")
+                where = weight_folders(folder)[1] if item == FOLDER else folder
+                raise _damaged(where, f"{item}: {len(wrong)} arrays are not as they were saved, first {wrong[0]}")
             if not_finite:
                 raise NotFinite(
                     f"{folder}: {item}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays: it "
@@ -284,23 +313,34 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
     Raises UserError for a missing folder or a checkpoint of another model, naming the first wrong tensor.
     """
     checkpoint = find(path)
-    folder = checkpoint / "params"
-    with named_if_damaged(checkpoint):
-        found = ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns: one item is no whole step
+    folders = weight_folders(checkpoint)
+    stored = [_stored(folder) for folder in folders]
+    found = {name: leaf for tree in stored for name, leaf in tree.items()}
     check_shapes(found, binding.shapes, checkpoint)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(
-            found[name].shape,
-            found[name].dtype,
-            sharding=sharding(mesh, binding.axes[name], found[name].shape) if mesh else device,
+            leaf.shape,
+            leaf.dtype,
+            sharding=sharding(mesh, binding.axes[name], leaf.shape) if mesh else device,
         )
-        for name in binding.shapes
+        for name, leaf in found.items()
     }
-    with named_if_damaged(checkpoint):
-        params = ocp.StandardCheckpointer().restore(folder, target)
-    check_digests(checkpoint, {"params": params})
-    return params
+    params: Params = {}
+    for item, folder, tree in zip(("params", FOLDER), folders, stored, strict=False):
+        params |= _restore(checkpoint, item, folder, {name: target[name] for name in tree})
+    return {name: params[name] for name in binding.shapes}
+
+
+def _stored(folder: Path) -> Mapping[str, Any]:
+    """Name -> shape and dtype of every array in a folder of weights. Raises UserError."""
+    with named_if_damaged(_holder(folder)):
+        return ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns: one item is no whole step
+
+
+def _holder(weights: Path) -> Path:
+    """What is damaged where this folder of weights is: its checkpoint, or itself."""
+    return weights if weights.parent.name == FOLDER else weights.parent
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:

@@ -146,6 +146,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
         tell(f"{config.stage}: goes on after step {int(state.step)}")
     else:
         state = initial_state(config, binding, mesh)
+    checkpoints.keep_frozen(state)  # written while the step compiles
     schedule = make_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
     skip = config.train.on_nonfinite == "skip"

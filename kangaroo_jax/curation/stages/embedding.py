@@ -95,19 +95,25 @@ def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
     from kangaroo_jax.models.eva_clip import EvaClip
     from kangaroo_jax.models.parameters import Binding
     from kangaroo_jax.training.checkpoint import check_shapes, find
+    from kangaroo_jax.training.frozen import weight_folders
 
     options = {key: config[key] for key in ("dtype", "scan", "attention")}
     binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))
-    folder, prefix = find(path) / "params", "vision/"
-    found = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
-    there = {name.removeprefix(prefix): leaf for name, leaf in found.items() if name.startswith(prefix)}
-    check_shapes(there, binding.shapes, folder.parent)
+    checkpoint, prefix = find(path), "vision/"
+    found = {folder: ocp.StandardCheckpointHandler().metadata(folder).tree for folder in weight_folders(checkpoint)}
+    there = {name: leaf for tree in found.values() for name, leaf in tree.items() if name.startswith(prefix)}
+    check_shapes({name.removeprefix(prefix): leaf for name, leaf in there.items()}, binding.shapes, checkpoint)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {
-        prefix + name: jax.ShapeDtypeStruct(there[name].shape, there[name].dtype, sharding=device)
-        for name in binding.shapes
-    }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        how = ocp.checkpoint_utils.construct_restore_args(target)
-        params = reader.restore(folder, ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+    params: dict[str, Any] = {}
+    for folder, tree in found.items():  # what trains and what is frozen
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            for name, leaf in tree.items()
+            if name in there
+        }
+        if target:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                how = ocp.checkpoint_utils.construct_restore_args(target)
+                args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+                params |= reader.restore(folder, args)
     return binding, {name.removeprefix(prefix): value for name, value in params.items()}
