@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -212,16 +213,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def explained_disk(workdir: Path) -> Iterator[None]:
     """What fails inside because the disk is full or cannot be written ends in one line. Raises UserError.
 
-    Orbax's threads also log what they raise, each with its traceback; here it is told once, by what is raised.
+    Orbax's threads also log what they raise, each with its traceback; here it is told once, by what is raised. What
+    tensorstore was still writing reports to an event loop that the failed save has closed, and prints that, again and
+    again, until the process ends.
     """
-    log = logging.getLogger("absl")
+    log, printed = logging.getLogger("absl"), sys.unraisablehook
     log.addFilter(_no_traceback)
+    sys.unraisablehook = functools.partial(_unless_too_late, printed)
+    full = False
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         number = _disk_errno(error, workdir)
+        full = number in _FULL
         if number in _FULL:
             line = f"{workdir}: the disk is full ({os.strerror(number)}); make room"
         elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -233,6 +239,14 @@ def explained_disk(workdir: Path) -> Iterator[None]:
         raise UserError(f"{line}, and run again to go on: {whole}") from None
     finally:
         log.removeFilter(_no_traceback)
+        if not full:
+            sys.unraisablehook = printed
+
+
+def _unless_too_late(printed: Callable[[Any], object], dropped: "sys.UnraisableHookArgs") -> None:
+    """Print an error that Python drops, but for that of asking an event loop that is closed."""
+    if not (isinstance(dropped.exc_value, RuntimeError) and str(dropped.exc_value) == "Event loop is closed"):
+        printed(dropped)
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:

@@ -1,5 +1,6 @@
 """How a run ends: a loss that is not finite, signals, the clock, a reader that is gone, a full disk."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -267,6 +269,23 @@ def test_what_threads_log_of_a_full_disk_does_not_stand_before_the_line(tmp_path
                 raise RuntimeError("a save failed") from error
         log.error("later", exc_info=ValueError("seen"))
     assert [record.getMessage() for record in caplog.records] == ["kept", "later"]
+
+
+def test_what_still_writes_when_a_save_has_failed_prints_nothing(tmp_path, monkeypatch):
+    """tensorstore reports to the event loop of the save, which is closed, for as long as the process lives."""
+    printed: list = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    before = sys.unraisablehook
+    late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "something else"))
+    with contextlib.suppress(KeyError), explained_disk(tmp_path):
+        raise KeyError
+    assert sys.unraisablehook is before
+    with pytest.raises(UserError, match="the disk is full"), explained_disk(tmp_path):
+        sys.unraisablehook(late)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert printed == [other]
 
 
 def test_goodput_counts_steps_alone_and_earlier_processes(corpus, tmp_path, monkeypatch):
