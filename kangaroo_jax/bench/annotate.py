@@ -4,7 +4,6 @@ The server (`faulty_server.py`) is another process behind a socket. The same req
 time every answer must come out of the cache.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -20,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.llm_client.cache import Cache
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.endpoint import Endpoint
@@ -103,19 +101,6 @@ def _first_pass(client: Client, replies: Sequence[Reply], seconds: float, cpu: f
         "faults": dict(client.faults),
         "outcomes": dict(outcomes),
     }
-
-
-def main(argv: Sequence[str]) -> None:
-    """`kangaroo bench annotate`: prints what `bench_annotate` returns."""
-    parser = argparse.ArgumentParser(prog="kangaroo bench annotate", description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=positive, default=5000, help="different requests, each asked twice")
-    parser.add_argument("--in_flight", type=positive, default=64, help="requests at a time")
-    parser.add_argument("--faults", type=float, default=0.1, help="share of the calls that fail")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds after which a call is given up")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    result = bench_annotate(arguments.requests, arguments.in_flight, arguments.faults, arguments.timeout)
-    print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))
 
 
 def _cpu_seconds() -> float:

@@ -4,21 +4,15 @@ A state of random numbers, so that nothing compresses: weights in float32 and tw
 training saves with, again and again. A save that nothing else waited for would hold a step up for all of its time.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kangaroo_jax.bench.flags import positive
-from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.memory import peak_mib
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
@@ -63,16 +57,3 @@ def bench_checkpoint(folder: Path, gib: float, rounds: int) -> dict[str, float]:
         "held_share_worst": round(max(shares), 4),
         "memory_over_state": round((peak_mib() - before) * 2**20 / total, 2),
     }
-
-
-def main(argv: Sequence[str]) -> None:
-    """`bench checkpoint [--folder] [--gib] [--rounds]`. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="kangaroo bench checkpoint", description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default=".", help="a folder on the disk to measure; what is written is removed")
-    parser.add_argument("--gib", type=float, default=1.0, help="of the state")
-    parser.add_argument("--rounds", type=positive, default=5)
-    arguments = parser.parse_args(argv)
-    if not Path(arguments.folder).is_dir() or arguments.gib <= 0:
-        raise UserError("bench checkpoint: --folder must be there and --gib above 0")
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        print(json.dumps(bench_checkpoint(Path(name), arguments.gib, arguments.rounds)))

@@ -4,7 +4,6 @@ The stages run as they do in `kangaroo curate`, each file a shard of its own; se
 decodes, user and system, without waiting. Scores go to a folder that is removed at the end.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -83,23 +82,15 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    """`kangaroo bench curate --input=DIR,... [--rounds=N]`."""
-    parser = argparse.ArgumentParser(prog="kangaroo bench curate", description=__doc__.split("\n")[0])
-    parser.add_argument("--input", required=True, help="folders, media files or manifests, with commas between")
-    parser.add_argument("--rounds", type=int, default=0, help="how often one worker and two take turns")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
+def bench_curate(inputs: Sequence[str], rounds: int) -> dict[str, Any]:
+    """cpu_seconds (`bench_stages`) and one_worker_and_two (`bench_workers`) of the media in `inputs`.
+
+    Raises UserError: there are none.
+    """
     config = plain_config(load_config("curation"))
-    items = read_inputs(arguments.input.split(","), "", False)
+    items = read_inputs(inputs, "", False)
     if not items:
-        raise UserError(f"--input={arguments.input}: no media there")
+        raise UserError(f"--input={','.join(inputs)}: no media there")
     with tempfile.TemporaryDirectory() as name:
         found = bench_stages(items, config, Path(name) / "stages")
-        rounds = bench_workers(items, config, Path(name), arguments.rounds)
-    if arguments.json:
-        print(json.dumps({"cpu_seconds": found, "one_worker_and_two": rounds}))
-        return
-    print(table(found))
-    for row in rounds:
-        print("two workers against one: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        return {"cpu_seconds": found, "one_worker_and_two": bench_workers(items, config, Path(name), rounds)}

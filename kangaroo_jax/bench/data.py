@@ -7,7 +7,6 @@ or with `--own-resize` in the quickest way that each has (decord bilinear, OpenC
 are left out.
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -19,12 +18,10 @@ from typing import Any
 import av
 import numpy as np
 
-from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.data.media.image import centre, fitted
 from kangaroo_jax.data.media.picker import open_video
 from kangaroo_jax.data.media.video import Clip, MediaRef, load_video
-from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import make_folder
 
 SIDE, RATE, SIZE = 448, 30, (854, 480)
@@ -354,33 +351,11 @@ def costs(folder: Path) -> dict[str, float]:
     return {"seek_us": round(1e6 * seek), "decode_ns_per_pixel": round(1e9 * each / (SIZE[0] * SIZE[1]), 2)}
 
 
-def main(argv: Sequence[str]) -> None:
-    """`bench data [--folder] [--lengths] [--frames] [--rounds] [--workers] [--costs] [--out]`. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="kangaroo bench data", description=__doc__)
-    parser.add_argument("--folder", default="bench_videos", help="where the videos are made, once")
-    parser.add_argument("--lengths", default="10s,3min,20min")
-    parser.add_argument("--frames", default="8,64,160")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--workers", type=positive, default=2)
-    parser.add_argument("--own-resize", action="store_true", help="the others resize in their own quickest way")
-    parser.add_argument("--costs", action="store_true", help="measure a seek and a frame instead")
-    parser.add_argument("--out", default="", help="JSON file for the rows")
-    arguments = parser.parse_args(argv)
-    lengths = arguments.lengths.split(",")
-    if not set(lengths) <= LENGTHS.keys():
-        raise UserError(f"bench data: --lengths are of {', '.join(LENGTHS)}")
-    if arguments.costs:
-        print(json.dumps(costs(Path(arguments.folder))))
-        return
-    counts = [int(n) for n in arguments.frames.split(",") if n.isascii() and n.isdigit() and int(n)]
-    if len(counts) != arguments.frames.count(",") + 1:
-        raise UserError(f"bench data: --frames={arguments.frames} must be numbers of frames, such as 8,64,160")
-    rows = compare(Path(arguments.folder), lengths, counts, arguments.rounds, arguments.workers, arguments.own_resize)
-    worst = min(row["ours_frames_per_second"] for row in rows) / arguments.workers
+def summary(rows: Sequence[dict[str, Any]], workers: int) -> str:
+    """A line: how many cores like these a chip needs for the slowest of the rows of `compare`."""
+    worst = min(row["ours_frames_per_second"] for row in rows) / workers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
+    return (
         f"a v5p chip at stage 5's shape takes about {V5P_FRAMES:.0f} frames/s: {V5P_FRAMES / worst:.2f} cores like "
         f"these for the slowest row here; {peak:.0f} MiB in the parent"
     )
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -5,15 +5,12 @@ reach that see all of them at once, and what no packing can exceed. And what a u
 fuller, but attention looks at every token of the row.
 """
 
-import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.bench.flags import positive
 from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.audit.stats import Sizes, fullness
@@ -56,30 +53,29 @@ def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) ->
     return found | {"gflops_per_useful_token": round(step_flops(config).causal / useful / 1e9, 1)}
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print a Markdown table, or JSON. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="kangaroo bench packing", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", nargs="+", help="STAGE:PRESET, by default stages 3 to 5")
-    parser.add_argument("--row", default="", help="TOKENSxFRAMES, such as 20480x144, in place of the config's")
-    parser.add_argument("--samples", type=positive, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
+def bench_rows(
+    specs: Sequence[str], row: str, samples: int, seed: int, tell: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """`bench_packing` with either kind of text, for each STAGE:PRESET; with none for STAGES of the published model.
+
+    `row` (TOKENSxFRAMES) stands in place of the config's; of STAGES those whose samples it does not hold are left out,
+    with a line. Raises UserError.
+    """
     results = []
-    for spec in arguments.config or [f"{stage}:kangaroo_8b" for stage in STAGES]:
+    for spec in specs or [f"{stage}:kangaroo_8b" for stage in STAGES]:
         config = load_config(spec)
-        if arguments.row:
+        if row:
             with config.unlocked():
-                config.data.tokens_per_pack, config.data.frames_per_pack = _row(arguments.row)
-            if not arguments.config and not _holds_a_sample(config):
-                if not arguments.json:
-                    print(f"{config.stage}: a sample may have {_most(config)}, which that row does not hold")
+                config.data.tokens_per_pack, config.data.frames_per_pack = _row(row)
+            if not specs and not _holds_a_sample(config):
+                tell(f"{config.stage}: a sample may have {_most(config)}, which that row does not hold")
                 continue
         for text in ("log-uniform", "uniform"):
-            found = bench_packing(config, arguments.samples, text, arguments.seed)
-            row = f"{config.data.tokens_per_pack:,} / {config.data.frames_per_pack}"
-            results.append({"stage": config.stage, "row": row, "text": text, **found})
-    print(json.dumps(results) if arguments.json else _table(results))
+            shape = f"{config.data.tokens_per_pack:,} / {config.data.frames_per_pack}"
+            results.append(
+                {"stage": config.stage, "row": shape, "text": text, **bench_packing(config, samples, text, seed)}
+            )
+    return results
 
 
 def _most(config: ConfigDict) -> str:
@@ -101,8 +97,8 @@ def _row(text: str) -> tuple[int, int]:
     return tokens, frames
 
 
-def _table(results: Sequence[dict[str, Any]]) -> str:
-    """Shares in percent, tokens and frames."""
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown; shares in percent, tokens and frames."""
     head = "stage | row | text | packed | offline | at most | GFLOP a useful token".split(" | ")
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for found in results:

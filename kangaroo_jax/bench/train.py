@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import frames_per_group, stage_config, tokens_per_group
+from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
@@ -20,8 +21,21 @@ from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import make_state
 from kangaroo_jax.training.step import make_train_step
+
+
+def bench_config(spec: str, packs: int = 0, moment_dtype: str = "") -> ConfigDict:
+    """The config of STAGE:PRESET, placed on one device; `packs` and `moment_dtype` in place of its own where given."""
+    config = load_config(spec)
+    with config.unlocked():
+        config.train.mesh = (1, 1, 1, 1)
+        if packs:
+            config.data.packs_per_batch = packs
+        if moment_dtype:
+            config.optimizer.moment_dtype = moment_dtype
+    return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
 
 
 def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:

@@ -1,100 +1,174 @@
-"""What the jobs of the command line share: flags of one job, and `--config.KEY=VALUE`. Bad input is a UserError."""
+"""Words of a command line become the arguments of a function, whose signature and docstring say all of a command.
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+A keyword parameter is a flag (`max_new_tokens`: --max-new-tokens), one that is given by position an argument. Flags
+stand in the order of their weight. Bad input is a UserError.
+"""
 
-from kangaroo_jax.system.files import make_folder
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, get_args
 
-if TYPE_CHECKING:
-    from absl import flags
-    from ml_collections import ConfigDict
+from cyclopts import App, CoercionError, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
+from cyclopts.argument import Argument
+from cyclopts.exceptions import UnusedCliTokensError
+
+from kangaroo_jax.errors import UserError
 
 CONFIG_KEY = "--config."
+Command = Callable[..., None]
 
 
-def definer(values: "flags.FlagValues") -> Callable[..., Any]:
-    """`define(DEFINE_x, name, default, help)` for the flags of one job."""
-    return lambda define, *args, **kwargs: define(*args, flag_values=values, **kwargs)
+def _number(kind: type[int] | type[float], least: float) -> Parameter:
+    """Of a flag that is a finite number of `least` or more."""
+
+    def convert(_: Any, tokens: Sequence[Any]) -> float:
+        try:
+            value = kind(tokens[0].value)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise ValueError(f"is no {'whole ' if kind is int else ''}number of {least:g} or more")
+        return value
+
+    return Parameter(converter=convert)
 
 
-def parse(values: "flags.FlagValues", job: str, arguments: list[str]) -> list[str]:
-    """Parse the flags among `arguments`; returns the other arguments. Raises UserError for a bad value."""
-    from absl import flags
+Count = Annotated[int, _number(int, 1)]
+Natural = Annotated[int, _number(int, 0)]
+Number = Annotated[float, _number(float, 0)]
+NumberOrNone = Annotated[float | None, _number(float, 0)]
+Scale = Annotated[float, _number(float, 1e-4)]
+Several = Annotated[list[str] | None, Parameter(consume_multiple=True)]  # --name A B C, or --name A --name B
+Overrides = Annotated[Sequence[str], Parameter(parse=False)]  # the words of --config.KEY=VALUE, see `cli.overrides`
 
-    from kangaroo_jax.errors import UserError
 
-    values.set_gnu_getopt(True)
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A command and what it is called with, by the names of its parameters."""
+
+    command: Command
+    given: Mapping[str, Any]
+    positional: Sequence[Any] = ()
+
+    def run(self) -> None:
+        """Call the command."""
+        self.command(*self.positional, **self.given)
+
+
+def choose(job: str, commands: Mapping[str, Command], words: Sequence[str]) -> tuple[str, Command, list[str]]:
+    """(title, command, other words): the command that the first word names, else that named "".
+
+    Raises UserError.
+    """
+    named = [name for name in commands if name]
+    if words and words[0] in named:
+        return f"{job} {words[0]}", commands[words[0]], list(words[1:])
+    if words and not words[0].startswith("-") and named:
+        from kangaroo_jax.config_files import nearest
+
+        there = f"{nearest(words[0], named)}; there are {', '.join(named)}"
+        raise UserError(f"{job}: no job {words[0]!r}{there}: kangaroo {job} --help lists them")
+    if "" not in commands:
+        raise UserError(f"{job}: name a job of it, one of {', '.join(named)}: kangaroo {job} --help lists them")
+    return job, commands[""], list(words)
+
+
+def bind(title: str, command: Command, words: Sequence[str]) -> Call:
+    """The call of a command that `words` ask for. Raises UserError."""
+    own, overrides = _separated(words)
+    arguments = arguments_of(command)
+    has_config = "overrides" in inspect.signature(command).parameters
+    if overrides and not has_config:
+        raise UserError(_no_flag(title, overrides[0].partition("=")[0], arguments))
+    own = _new_spelling(own)
+    for word in own[: own.index("--")] if "--" in own else own:
+        if word.startswith("--") and not any(word.partition("=")[0] in argument.names for argument in arguments):
+            raise UserError(_no_flag(title, word.partition("=")[0], arguments))
     try:
-        return values([job, *arguments], known_only=True)[1:]
-    except flags.Error as error:
-        raise UserError(f"{job}: {error}") from error
-
-
-def no_more(job: str, values: "flags.FlagValues", rest: Sequence[str]) -> None:
-    """Raise UserError for the first argument that is left over."""
-    from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.errors import UserError
-
-    if not rest:
-        return
-    flag = rest[0].lstrip("-").partition("=")[0]
-    if rest[0].startswith("-"):
-        raise UserError(f"{job}: no flag --{flag}{nearest(flag, values)}: kangaroo {job} --help lists them")
-    raise UserError(f"{job}: what is {rest[0]!r}? flags are written --name=value")
-
-
-def required(job: str, values: "flags.FlagValues", *names: str) -> None:
-    from kangaroo_jax.errors import UserError
-
-    for name in names:
-        if not values[name].value:
-            raise UserError(f"{job}: --{name} is missing ({values[name].help})")
-
-
-def make_workdir(values: "flags.FlagValues") -> Path:
-    """The folder of --workdir, made where it does not exist."""
-    return make_folder(Path(values.workdir))
-
-
-def not_of_config(rest: Sequence[str]) -> list[str]:
-    """Flags that set no key of a config."""
-    return [flag for flag in rest if flag.startswith("--") and not flag.startswith(CONFIG_KEY)]
-
-
-def override(job: str, values: "flags.FlagValues", config: "ConfigDict", rest: list[str]) -> dict[str, Any]:
-    """Set the `--config.KEY=VALUE` of `rest` in `config`; returns them by key. Raises UserError for anything else."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    from kangaroo_jax.config_files import config_keys, nearest
-    from kangaroo_jax.errors import UserError
-
-    keys = list(config_keys(config))
-    rest = _last_of_each(rest)
-    for argument in rest:
-        if argument.startswith(CONFIG_KEY):
-            key = _key(argument)
-            if key not in keys:
-                raise UserError(f"{job}: the config has no key {key!r}{nearest(key, keys)}")
-    overrides = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=[job, *rest])
-    left = parse(overrides, job, rest)
-    no_more(job, values, left)
-    return config_flags.get_override_values(overrides["config"])
-
-
-def _key(argument: str) -> str:
-    return argument.removeprefix(CONFIG_KEY).partition("=")[0]
-
-
-def _last_of_each(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with the last `--config.KEY` of each KEY: a tuple's flag would add to what an earlier one says."""
-    said: list[list[str]] = []  # a flag, and its value where that is an argument of its own
+        _, bound, _ = _app_of(command).parse_args(own, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UserError(f"{title}: {_told(error, title, command, arguments)}") from error
     for argument in arguments:
-        if said and not argument.startswith("--") and "=" not in said[-1][0]:
-            said[-1].append(argument)
-        else:
-            said.append([argument])
-    last = {_key(words[0]): i for i, words in enumerate(said) if words[0].startswith(CONFIG_KEY)}
-    return [word for i, words in enumerate(said) if last.get(_key(words[0]), i) == i for word in words]
+        if argument.required and bound.arguments[argument.field_info.name] in ("", []):
+            raise UserError(f"{title}: {_missing(argument, command)}")
+    return Call(command, bound.kwargs | ({"overrides": overrides} if has_config else {}), bound.args)
+
+
+def require(title: str, command: Command, **values: str | None) -> None:
+    """Raise UserError for the first of the flags that has no value."""
+    for argument in arguments_of(command):
+        if not values.get(argument.field_info.name, "given"):
+            raise UserError(f"{title}: {_missing(argument, command)}")
+
+
+def arguments_of(command: Command, *, described: bool = False) -> list[Argument]:
+    """Arguments and flags of a command, in the order of its signature; `described`: with their help."""
+    return [a for a in _app_of(command).assemble_argument_collection(parse_docstring=described) if a.parse]
+
+
+def help_of(argument: Argument) -> str:
+    """What the docstring says of an argument that is described."""
+    return " ".join((argument.parameter.help or "").split())
+
+
+def listed(text: str) -> list[str]:
+    """What stands between the commas of a flag's value."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _app_of(command: Command) -> App:
+    usual = Parameter(allow_repeating=True, negative_iterable=(), negative_none=())
+    app = App(help_flags=(), version_flags=(), default_parameter=usual)
+    app.default(command)
+    return app
+
+
+def _separated(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words that set no key of a config, words that do); a key without `=` takes the word after it as its value."""
+    own: list[str] = []
+    overrides: list[str] = []
+    waits = False
+    for word in words:
+        of_key = word.startswith(CONFIG_KEY)
+        (overrides if of_key or (waits and not word.startswith("--")) else own).append(word)
+        waits = of_key and "=" not in word
+    return own, overrides
+
+
+def _new_spelling(words: Sequence[str]) -> list[str]:
+    """`words` with hyphens in the names of flags, which had underscores once."""
+    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [name.replace("_", "-") + equals + value for name, equals, value in parts]
+
+
+def _no_flag(title: str, flag: str, arguments: Sequence[Argument]) -> str:
+    names = [name for argument in arguments for name in argument.names if name.startswith("--")]
+    close = difflib.get_close_matches(flag, names, n=1)
+    return f"{title}: no flag {flag}; " + (
+        f"did you mean {close[0]}?" if close else f"kangaroo {title} --help lists them"
+    )
+
+
+def _missing(argument: Argument, command: Command) -> str:
+    said = next(help_of(a) for a in arguments_of(command, described=True) if a.name == argument.name)
+    return f"{argument.name} is missing ({said})"
+
+
+def _told(error: CycloptsError, title: str, command: Command, arguments: Sequence[Argument]) -> str:
+    """A line of what cyclopts found."""
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        if error.keyword:
+            return f"{error.keyword} needs a value; one that begins with a dash is written {error.keyword}=VALUE"
+        return _missing(error.argument, command)
+    if isinstance(error, CoercionError) and error.token is not None:
+        flag = f"{error.token.keyword}=" if error.token.keyword else ""
+        choices = ("true", "false") if error.target_type is bool else get_args(error.target_type)
+        return f"{flag}{error.token.value}: {error.msg or 'is none of ' + ', '.join(choices)}"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"what is {error.unused_tokens[0]!r}? flags are written --name=value"
+    if isinstance(error, UnknownOptionError):
+        return _no_flag(title, error.token.keyword or error.token.value, arguments).removeprefix(f"{title}: ")
+    return " ".join(str(error).split())

@@ -1,88 +1,237 @@
-"""`kangaroo bench NAME`: measures parts of the program on this machine; each bench is a module of `bench`."""
+"""`kangaroo bench NAME`: measures parts of the program on this machine, each by a module of `kangaroo_jax.bench`."""
 
-import argparse
-import importlib
-import json
-from collections.abc import Sequence
+import json as json_text
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-from ml_collections import ConfigDict
-
-from kangaroo_jax.bench.flags import positive
-from kangaroo_jax.bench.train import bench_train, bench_vision, compare_with_torch, torch_config
-from kangaroo_jax.chips import find_chip
-from kangaroo_jax.config_files import load_config
-from kangaroo_jax.system.memory import keep_freed_memory
-from kangaroo_jax.training.placement import resolve
-
-HERE = {
-    "train": "a stage's train step: [--config=STAGE:PRESET] [--packs=N] [--steps=N]",
-    "vision": "the ViT alone: [--config=STAGE:PRESET] [--frames=N] [--steps=N]",
-    "train-vs-torch": "a model of 100M parameters against the same in plain PyTorch: [--steps=N] [--rounds=N]",
-    "convert": "converting a checkpoint both ways, beside plain copies: [--folder=DIR] [--layers=N]",
-}
-ELSEWHERE = {  # with a module of their own, which may need more, and flags of their own: kangaroo bench NAME --help
-    "data": "how fast videos become batches, beside torchcodec, decord and OpenCV",
-    "packing": "how full rows get on made-up samples: [--config STAGE:PRESET ...] [--row=TOKENSxFRAMES]",
-    "checkpoint": "how long a save holds training up, and what memory it needs",
-    "annotate": "requests a second of the client of annotation, against a server that fails on purpose",
-    "curate": "CPU seconds of each stage of curation, and two workers against one: --input=...",
-}
+from kangaroo_jax.cli.arguments import Count, Natural, Number, Several, listed
+from kangaroo_jax.errors import UserError
 
 
-def bench_config(arguments: argparse.Namespace) -> ConfigDict:
-    """The config that the arguments ask for, placed on one device."""
-    config = load_config(arguments.config)
-    with config.unlocked():
-        config.train.mesh = (1, 1, 1, 1)
-        if arguments.packs:
-            config.data.packs_per_batch = arguments.packs
-        if arguments.moment_dtype:
-            config.optimizer.moment_dtype = arguments.moment_dtype
-    return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
+def train(
+    *,
+    config: str = "stage4_instruct:tiny",
+    steps: Count = 10,
+    packs: Natural = 0,
+    moment_dtype: str = "",
+    json: bool = False,
+) -> None:
+    """Measure a stage's train step.
+
+        kangaroo bench train --config=stage4_instruct:tiny --steps=10
+
+    Args:
+        config: STAGE:PRESET
+        steps: steps that are measured
+        packs: packs a step, in place of the config's; 0 is the config's
+        moment_dtype: of Adam's moments, in place of the config's
+        json: print JSON
+    """
+    _begin()
+    from kangaroo_jax.bench.train import bench_config, bench_train
+
+    _show(bench_train(bench_config(config, packs, moment_dtype), steps), json)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the benchmark that the first argument names, of `HERE` or `ELSEWHERE`. Raises UserError."""
-    if argv and argv[0] in ELSEWHERE:
-        return importlib.import_module(f"kangaroo_jax.bench.{argv[0]}").main(argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="kangaroo bench",
-        description="Measure parts of the program on this machine.\n\nbenchmarks:\n"
-        + "".join(f"  {name:15} {line}\n" for name, line in (HERE | ELSEWHERE).items()),
-        epilog="Of " + ", ".join(ELSEWHERE) + " the flags are listed by kangaroo bench NAME --help.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=(*HERE, *ELSEWHERE), metavar="BENCHMARK", help="a name of the list above")
-    parser.add_argument("--config", default="stage4_instruct:tiny", help="train and vision: a stage and a preset")
-    parser.add_argument("--packs", type=int, default=0, help="train: packs a step, instead of the config's")
-    parser.add_argument("--frames", type=positive, default=64, help="vision: frames a call")
-    parser.add_argument("--moment_dtype", default="", help="train: of Adam's moments, instead of the config's")
-    parser.add_argument("--steps", type=positive, default=10, help="steps that are measured (of each, in each round)")
-    parser.add_argument("--rounds", type=positive, default=3, help="train-vs-torch: how often the two take turns")
-    parser.add_argument("--segments", type=positive, default=1, help="train-vs-torch: samples packed into a row")
-    parser.add_argument("--folder", default="bench_convert", help="convert: an empty folder on the disk to measure")
-    parser.add_argument(
-        "--layers",
-        type=positive,
-        default=32,
-        help="convert: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
+def vision(*, config: str = "stage4_instruct:tiny", frames: Count = 64, steps: Count = 10, json: bool = False) -> None:
+    """Measure the ViT alone.
+
+        kangaroo bench vision --config=stage4_instruct:tiny --frames=64
+
+    Args:
+        config: STAGE:PRESET
+        frames: frames a call
+        steps: calls that are measured
+        json: print JSON
+    """
+    _begin()
+    from kangaroo_jax.bench.train import bench_config, bench_vision
+
+    _show(bench_vision(bench_config(config), steps, frames), json)
+
+
+def train_vs_torch(*, steps: Count = 10, rounds: Count = 3, segments: Count = 1, json: bool = False) -> None:
+    """Measure a model of 100M parameters beside the same in plain PyTorch.
+
+        kangaroo bench train-vs-torch --steps=10 --rounds=3
+
+    Args:
+        steps: steps of each that are measured in a round
+        rounds: how often the two take turns
+        segments: samples packed into a row
+        json: print JSON
+    """
+    _begin()
+    from kangaroo_jax.bench.train import compare_with_torch, torch_config
+
+    _show(compare_with_torch(torch_config(), steps, rounds, segments), json)
+
+
+def convert(*, folder: str = "bench_convert", layers: Count = 32, json: bool = False) -> None:
+    """Measure converting a checkpoint both ways, beside plain copies.
+
+        kangaroo bench convert --folder=DIR
+
+    Args:
+        folder: an empty folder on the disk to measure
+        layers: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free
+        json: print JSON
+    """
+    _begin()
+    from kangaroo_jax.bench.convert import bench_convert, published_sizes
+
+    _show(bench_convert(Path(folder), published_sizes(layers)), json)
+
+
+def data(
+    *,
+    lengths: str = "10s,3min,20min",
+    frames: str = "8,64,160",
+    folder: str = "bench_videos",
+    rounds: Count = 3,
+    workers: Count = 2,
+    own_resize: bool = False,
+    costs: bool = False,
+    out: str = "",
+) -> None:
+    """Measure how fast videos become batches, beside torchcodec, decord and OpenCV.
+
+        kangaroo bench data --lengths=10s --frames=8,64
+
+    Every reader gets the same files and the same frame numbers, resizes to the same letterboxed size and fills a
+    batch, in two worker processes; they take turns. Readers that are not installed are left out.
+
+    Args:
+        lengths: of the videos, with commas
+        frames: of a clip, with commas
+        folder: where the videos are made, once
+        rounds: how often the readers take turns
+        workers: processes
+        own_resize: the others resize in their own quickest way, and not by torch's antialiased bicubic filter
+        costs: measure a seek and a frame instead, what the choice between seeking and decoding on is made from
+        out: JSON file for the rows
+    """
+    from kangaroo_jax.bench import data as bench
+
+    unknown = set(listed(lengths)) - bench.LENGTHS.keys()
+    if unknown or not listed(lengths):
+        raise UserError(f"bench data: --lengths={lengths}: must be of {', '.join(bench.LENGTHS)}")
+    if costs:
+        print(json_text.dumps(bench.costs(Path(folder))))
+        return
+    counts = [int(n) for n in listed(frames) if n.isascii() and n.isdigit() and int(n)]
+    if len(counts) != frames.count(",") + 1:
+        raise UserError(f"bench data: --frames={frames} must be numbers of frames, such as 8,64,160")
+    rows = bench.compare(Path(folder), listed(lengths), counts, rounds, workers, own_resize)
+    print(bench.summary(rows, workers))
+    if out:
+        Path(out).write_text(json_text.dumps(rows, indent=1), encoding="utf-8")
+
+
+def packing(
+    *,
+    config: Several = None,
+    row: str = "",
+    samples: Count = 10_000,
+    seed: Natural = 0,
+    json: bool = False,
+) -> None:
+    """Measure how full rows get on made-up samples with the lengths of the paper's stages.
+
+        kangaroo bench packing --config stage4_instruct:kangaroo_8b --row=20480x144
+
+    Args:
+        config: STAGE:PRESET, one or more, by default stages 3 to 5
+        row: TOKENSxFRAMES, such as 20480x144, in place of the config's
+        samples: made up for each
+        seed: of the samples
+        json: print JSON
+    """
+    from kangaroo_jax.bench.packing import bench_rows, table
+
+    results = bench_rows(config or [], row, samples, seed, tell=(lambda line: None) if json else print)
+    print(json_text.dumps(results) if json else table(results))
+
+
+def checkpoint(*, folder: str = ".", gib: Number = 1.0, rounds: Count = 5) -> None:
+    """Measure how long a save holds training up, and what memory it needs.
+
+        kangaroo bench checkpoint --gib=1.1
+
+    Args:
+        folder: a folder on the disk to measure; what is written is removed
+        gib: of the state
+        rounds: saves
+    """
+    if not Path(folder).is_dir() or not gib:
+        raise UserError("bench checkpoint: --folder must be there and --gib above 0")
+    from kangaroo_jax.bench.checkpoint import bench_checkpoint
+
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        print(json_text.dumps(bench_checkpoint(Path(name), gib, rounds)))
+
+
+def annotate(
+    *, requests: Count = 5000, in_flight: Count = 64, faults: Number = 0.1, timeout: Number = 5.0, json: bool = False
+) -> None:
+    """Measure requests a second of the client of annotation, against a server that fails on purpose.
+
+        kangaroo bench annotate --requests=5000
+
+    Args:
+        requests: different requests, each asked twice
+        in_flight: requests at a time
+        faults: share of the calls that fail
+        timeout: seconds after which a call is given up
+        json: print JSON
+    """
+    from kangaroo_jax.bench.annotate import bench_annotate
+
+    _show(bench_annotate(requests, in_flight, faults, timeout), json)
+
+
+def curate(*, input: str, rounds: Natural = 0, json: bool = False) -> None:
+    """Measure CPU seconds of each stage of curation, and two workers against one.
+
+        kangaroo bench curate --input=videos/ --rounds=1
+
+    Args:
+        input: folders, media files or manifests, with commas
+        rounds: how often one worker and two take turns
+        json: print JSON
+    """
+    from kangaroo_jax.bench.curate import bench_curate, table
+
+    found = bench_curate(listed(input), rounds)
+    if json:
+        print(json_text.dumps(found))
+        return
+    print(table(found["cpu_seconds"]))
+    for row in found["one_worker_and_two"]:
+        print("two workers against one: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+
+
+def _begin() -> None:
+    """What a process that measures begins with."""
+    from kangaroo_jax.system.memory import keep_freed_memory
+
     keep_freed_memory()
-    config = bench_config(arguments)
-    result: dict[str, Any]
-    if arguments.what == "convert":
-        from kangaroo_jax.bench.convert import bench_convert, published_sizes
 
-        result = bench_convert(Path(arguments.folder), published_sizes(arguments.layers))
-    elif arguments.what == "train":
-        result = bench_train(config, arguments.steps)
-    elif arguments.what == "vision":
-        result = bench_vision(config, arguments.steps, arguments.frames)
-    else:
-        result = compare_with_torch(torch_config(), arguments.steps, arguments.rounds, arguments.segments)
-    print(json.dumps(result) if arguments.json else "\n".join(f"{key:20} {value}" for key, value in result.items()))
+
+def _show(result: Mapping[str, Any], json: bool) -> None:
+    print(json_text.dumps(result) if json else "\n".join(f"{key:20} {value}" for key, value in result.items()))
+
+
+COMMANDS = {
+    "train": train,
+    "vision": vision,
+    "train-vs-torch": train_vs_torch,
+    "data": data,
+    "packing": packing,
+    "checkpoint": checkpoint,
+    "convert": convert,
+    "annotate": annotate,
+    "curate": curate,
+}

@@ -1,173 +1,198 @@
 """`kangaroo data check|stats|build|show`: look at data, and build a dataset of it, before training on it."""
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ml_collections import ConfigDict
-
-from kangaroo_jax.bench.flags import positive
-from kangaroo_jax.config_files import load_config
-from kangaroo_jax.data.annotations.conversation import Conversation
-from kangaroo_jax.data.annotations.webdataset import Unfinished
-from kangaroo_jax.data.batches.mixture import Source, open_sources
-from kangaroo_jax.data.media.storage import current_cache, use_cache
+from kangaroo_jax.cli.arguments import Count, Natural, Number, Several
 from kangaroo_jax.errors import UserError, printable
 
-_SOURCES = "annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset"
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from kangaroo_jax.data.batches.mixture import Source
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one of the jobs; see `--help`. `check` ends with exit code 1 if anything is bad. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="kangaroo data", description=__doc__)
-    jobs = parser.add_subparsers(dest="job", required=True)
-    for name, summary in (
-        ("check", "read every record, decode every medium in parallel, and report what is wrong with each"),
-        ("stats", "lengths, languages, turns, and how full packs would be in each stage"),
-        ("build", "write a TFDS dataset of ArrayRecord shards, resumable, without TensorFlow"),
-        ("show", "a picture of what the model is fed of sample N"),
-    ):
-        job = jobs.add_parser(name, help=summary, description=summary)
-        if name == "show":
-            job.add_argument("number", type=int, help="of the sample, from 0")
-        job.add_argument("sources", nargs="+" if name != "check" else "*", help=_SOURCES)
-        job.add_argument("--media-root", default="", help="folder of the media; by default each file's own")
-        job.add_argument("--allow-private", action="store_true", help="addresses may lead to private networks")
-        _ARGUMENTS[name](job)
-    arguments = parser.parse_args(argv)
-    if arguments.allow_private:
-        cache = current_cache()
-        use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
-    _JOBS[arguments.job](arguments)
+def check(
+    *sources: str,
+    media: Several = None,
+    workers: Count = 2,
+    report: str = "data_check.jsonl",
+    seconds: Number = 120.0,
+    media_root: str = "",
+    allow_private: bool = False,
+) -> None:
+    """Read every record, decode every medium in parallel, and report what is wrong with each.
 
+        kangaroo data check train.jsonl --workers=8
 
-def _check_arguments(job: argparse.ArgumentParser) -> None:
-    job.add_argument("--media", nargs="+", default=(), help="media files or folders of them, in place of annotations")
-    job.add_argument("--workers", type=int, default=2, help="processes")
-    job.add_argument("--seconds", type=float, default=120.0, help="for one file")
-    job.add_argument("--report", default="data_check.jsonl", help="a line for each medium")
+    Exit code 1 if anything is bad.
 
-
-def _stats_arguments(job: argparse.ArgumentParser) -> None:
-    _config_arguments(job)
-    job.add_argument("--limit", type=positive, default=20_000, help="samples looked at, evenly chosen")
-    job.add_argument("--out", default="data_stats", help="folder for stats.json and stats.png")
-
-
-def _build_arguments(job: argparse.ArgumentParser) -> None:
-    job.add_argument("--name", required=True, help="of the dataset, as tfds.load(NAME, data_dir=OUT) has it")
-    job.add_argument("--out", required=True, help="folder of datasets")
-    job.add_argument("--embed", choices=("true", "false"), default="true", help="media in the records, or by path")
-    job.add_argument("--shard-samples", type=int, default=1024, help="samples of a shard")
-
-
-def _show_arguments(job: argparse.ArgumentParser) -> None:
-    _config_arguments(job)
-    job.add_argument("--out", default="sample.png", help="the picture")
-
-
-def _config_arguments(job: argparse.ArgumentParser) -> None:
-    job.add_argument("--config", default="stage4_instruct:kangaroo_8b", help="a stage and a preset")
-    job.add_argument("--tokenizer", required=True, help="tokenizer.json, tokenizer.model or a SentencePiece model")
-
-
-# ------------------------------------------------------------------------------------ jobs
-
-
-def _check(arguments: argparse.Namespace) -> None:
+    Args:
+        sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
+        media: media files or folders of them, in place of annotations
+        workers: processes
+        report: file for a line about each medium
+        seconds: for one file
+        media_root: folder of the media; by default each file's own
+        allow_private: addresses may lead to private networks
+    """
     from kangaroo_jax.data.audit.check import check_media, media_in, media_of
     from kangaroo_jax.data.audit.records import Records
+    from kangaroo_jax.data.batches.mixture import open_sources
 
-    if not arguments.sources and not arguments.media:
+    if not sources and not media:
         raise UserError("data check: name annotation files, or media with --media")
-    media, report = media_in(arguments.media), Path(arguments.report)
-    sources = open_sources(arguments.sources, arguments.media_root, check=False) if arguments.sources else []
-    records = Records(sources)
-    media |= media_of(records)
-    bad = check_media(media, report, workers=arguments.workers, seconds=arguments.seconds)
-    records.check_clips(report)
+    _allow(allow_private)
+    files, lines = media_in(media or []), Path(report)
+    records = Records(open_sources(sources, media_root, check=False) if sources else [])
+    files |= media_of(records)
+    bad = check_media(files, lines, workers=workers, seconds=seconds)
+    records.check_clips(lines)
     records.summary()
     if bad or records.wrong:
-        sys.exit(1)
+        raise SystemExit(1)
 
 
-def _stats(arguments: argparse.Namespace) -> None:
+def stats(
+    sources: list[str],
+    /,
+    *,
+    tokenizer: str,
+    config: str = "stage4_instruct:kangaroo_8b",
+    limit: Count = 20_000,
+    out: str = "data_stats",
+    media_root: str = "",
+    allow_private: bool = False,
+) -> None:
+    """Count lengths, languages and turns, and say how full packs would be in each stage.
+
+        kangaroo data stats train.jsonl --tokenizer=tokenizer.json
+
+    Args:
+        sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
+        tokenizer: tokenizer.json, tokenizer.model or a SentencePiece model
+        config: a stage and a preset
+        limit: samples looked at, evenly chosen
+        out: folder for stats.json and stats.png
+        media_root: folder of the media; by default each file's own
+        allow_private: addresses may lead to private networks
+    """
     from kangaroo_jax.data.audit.stats import write_stats
 
-    config, tokenizer = _config(arguments)
-    result = write_stats(_open(arguments), config, tokenizer, Path(arguments.out), limit=arguments.limit)
+    _allow(allow_private)
+    settings, vocabulary = _config(config, tokenizer)
+    result = write_stats(_open(sources, media_root), settings, vocabulary, Path(out), limit=limit)
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _build(arguments: argparse.Namespace) -> None:
+def build(
+    sources: list[str],
+    /,
+    *,
+    name: str,
+    out: str,
+    embed: Literal["true", "false"] = "true",
+    shard_samples: Count = 1024,
+    media_root: str = "",
+    allow_private: bool = False,
+) -> None:
+    """Write a TFDS dataset of ArrayRecord shards, resumable, without TensorFlow.
+
+        kangaroo data build train.jsonl --name=set --out=/data
+
+    Args:
+        sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
+        name: of the dataset, as tfds.load(NAME, data_dir=OUT) has it
+        out: folder of datasets
+        embed: true: media in the records; false: by path
+        shard_samples: samples of a shard
+        media_root: folder of the media; by default each file's own
+        allow_private: addresses may lead to private networks
+    """
     from kangaroo_jax.data.annotations.dataset import Plan, fingerprint_of, write_dataset
+    from kangaroo_jax.data.audit.samples import Samples
 
-    if arguments.shard_samples < 1 or not arguments.name.isidentifier():
-        raise UserError("data build: --name must be a plain word, and --shard-samples at least 1")
-    sources = _open(arguments)
-    plan = Plan(arguments.name, Path(arguments.out), arguments.embed == "true", arguments.shard_samples)
-    fingerprint = fingerprint_of([Path(source.file.path) for source in sources if Path(source.file.path).is_file()])
-    folder = write_dataset(plan, _Joined(sources, finished=True), fingerprint)
-    print(f"{folder}: tfds.data_source({arguments.name!r}, data_dir={arguments.out!r}), or config.data.train")
+    if not name.isidentifier():
+        raise UserError(f"data build: --name={name} must be a plain word")
+    _allow(allow_private)
+    opened = _open(sources, media_root)
+    fingerprint = fingerprint_of([Path(source.file.path) for source in opened if Path(source.file.path).is_file()])
+    plan = Plan(name, Path(out), embed == "true", shard_samples)
+    folder = write_dataset(plan, Samples(opened, finished=True), fingerprint)
+    print(f"{folder}: tfds.data_source({name!r}, data_dir={out!r}), or config.data.train")
 
 
-def _show(arguments: argparse.Namespace) -> None:
+def show(
+    number: Natural,
+    sources: list[str],
+    /,
+    *,
+    tokenizer: str,
+    config: str = "stage4_instruct:kangaroo_8b",
+    out: str = "sample.png",
+    media_root: str = "",
+    allow_private: bool = False,
+) -> None:
+    """Draw a picture of what the model is fed of sample N.
+
+        kangaroo data show 17 train.jsonl --tokenizer=tokenizer.json
+
+    Args:
+        number: of the sample, from 0
+        sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
+        tokenizer: tokenizer.json, tokenizer.model or a SentencePiece model
+        config: a stage and a preset
+        out: the picture
+        media_root: folder of the media; by default each file's own
+        allow_private: addresses may lead to private networks
+    """
     from kangaroo_jax.config import frames_per_group, tokens_per_group
+    from kangaroo_jax.data.audit.samples import Samples
     from kangaroo_jax.data.batches.loader import batch_from_recipes
     from kangaroo_jax.data.batches.preview import batch_tree, save_picture
     from kangaroo_jax.data.batches.sample import make_recipe
 
-    samples = _Joined(_open(arguments))
-    if not 0 <= arguments.number < len(samples):
-        raise UserError(f"data show: there is no sample {arguments.number}; there are {len(samples)}, from 0")
-    config, tokenizer = _config(arguments)
-    sizes = frames_per_group(config.model), tokens_per_group(config.model, config.data.image_size)
-    recipe = make_recipe(samples[arguments.number], tokenizer, config.data, *sizes)
-    batch = batch_from_recipes(
-        [recipe], tokens=len(recipe.tokens), frames=recipe.frames, image_size=config.data.image_size
-    )
+    _allow(allow_private)
+    samples = Samples(_open(sources, media_root))
+    if number >= len(samples):
+        raise UserError(f"data show: there is no sample {number}; there are {len(samples)}, from 0")
+    settings, vocabulary = _config(config, tokenizer)
+    side = settings.data.image_size
+    sizes = frames_per_group(settings.model), tokens_per_group(settings.model, side)
+    recipe = make_recipe(samples[number], vocabulary, settings.data, *sizes)
+    batch = batch_from_recipes([recipe], tokens=len(recipe.tokens), frames=recipe.frames, image_size=side)
     size = f"{len(recipe.tokens)} tokens, {recipe.frames} frames"
     print(printable(f"sample {recipe.id}: {size}, language {recipe.language}"))
     print(batch_tree(batch))
-    print(save_picture(batch, tokenizer, arguments.out))
+    print(save_picture(batch, vocabulary, out))
 
 
-_ARGUMENTS = {"check": _check_arguments, "stats": _stats_arguments, "build": _build_arguments, "show": _show_arguments}
-_JOBS = {"check": _check, "stats": _stats, "build": _build, "show": _show}
+def _allow(private: bool) -> None:
+    """Let addresses lead to private networks, if that is asked for."""
+    from kangaroo_jax.data.media.storage import current_cache, use_cache
+
+    if private:
+        cache = current_cache()
+        use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
 
 
-def _open(arguments: argparse.Namespace) -> list[Source]:
-    sources = open_sources(arguments.sources, arguments.media_root)
-    for source in sources:
+def _open(sources: Sequence[str], media_root: str) -> "list[Source]":
+    from kangaroo_jax.data.batches.mixture import open_sources
+
+    opened = open_sources(sources, media_root)
+    for source in opened:
         print(source.file.describe())
-    return sources
+    return opened
 
 
-def _config(arguments: argparse.Namespace) -> tuple[ConfigDict, Any]:
+def _config(spec: str, tokenizer: str) -> "tuple[ConfigDict, Any]":
+    from kangaroo_jax.config_files import load_config
     from kangaroo_jax.data.tokenizer import load_tokenizer
 
-    return load_config(arguments.config), load_tokenizer(arguments.tokenizer)
+    return load_config(spec), load_tokenizer(tokenizer)
 
 
-class _Joined(Sequence[Conversation]):
-    """The samples of all sources, one source after another."""
-
-    def __init__(self, sources: Sequence[Source], *, finished: bool = False) -> None:
-        """With `finished` those of tar shards that failed downloads left without caption or medium are left out."""
-        self._places = [(source, n) for source in sources for n in range(source.count)]
-        if finished:
-            whole = [(s, n) for s, n in self._places if not isinstance(s.file.look_at(s.sample(n)), Unfinished)]
-            if len(whole) < len(self._places):
-                print(f"{len(self._places) - len(whole):,} samples without caption or medium are left out")
-            self._places = whole
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: Any) -> Any:
-        source, number = self._places[index]
-        return source.file[source.sample(number)]
+COMMANDS = {"check": check, "stats": stats, "build": build, "show": show}

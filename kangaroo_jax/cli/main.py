@@ -11,15 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from kangaroo_jax.cli.arguments import parse
-from kangaroo_jax.cli.jobs import JOBS, Job
+from kangaroo_jax.cli.jobs import JOBS, commands_of
 from kangaroo_jax.system.terminal import outputs
 
-if TYPE_CHECKING:
-    from absl import flags
-
+HELP = ("--help", "-h", "-help")
 USAGE = """usage: kangaroo JOB [--flag=value ...]
        kangaroo JOB --help
 
@@ -150,7 +147,7 @@ def _no_devices(error: BaseException | None) -> Exception | None:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
+    if not arguments or arguments[0] in (*HELP, "help"):
         print(USAGE + "".join(f"  {name:12}{job.summary}\n" for name, job in JOBS.items()), end="")
     elif arguments[0] == "--version":
         from kangaroo_jax import __version__
@@ -160,33 +157,17 @@ def _run(arguments: list[str]) -> None:
         _run_job(arguments[0], arguments[1:])
 
 
-def _run_job(name: str, arguments: list[str]) -> None:
-    from absl import flags
-
-    from kangaroo_jax.config_files import nearest
-    from kangaroo_jax.errors import UserError
-
+def _run_job(name: str, words: list[str]) -> None:
     if name not in JOBS:
+        from kangaroo_jax.config_files import nearest
+        from kangaroo_jax.errors import UserError
+
         raise UserError(f"no job {name!r}{nearest(name, JOBS)}: kangaroo --help lists them")
-    job = JOBS[name]
-    values = flags.FlagValues()
-    if job.define is None:
-        job.run(values, arguments)
-        return
-    job.define(values)
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        word = next((argument for argument in arguments if argument in job.words), "")
-        print(_help(name, job, values, word), end="")
-        return
-    job.run(values, parse(values, name, arguments))
 
+    from kangaroo_jax.cli import arguments, helping
 
-def _help(name: str, job: Job, values: "flags.FlagValues", word: str) -> str:
-    """The help of a job, or of the job within it that `word` names."""
-    usage = f"usage: kangaroo {name} {word + ' ' if word else ''}[--flag=value ...]"
-    more = [*job.more.splitlines(), ""] if job.more and not word else []
-    lines = [usage, "", job.summary, "", *more, "flags:"]
-    for flag in job.words[word] if word else sorted(values):
-        default = "" if values[flag].default in (None, "", False) else f" (default {values[flag].default})"
-        lines.append(f"  --{flag:16} {values[flag].help}{default}")
-    return "\n".join(lines) + "\n"
+    commands = commands_of(name)
+    if not set(words).isdisjoint(HELP):
+        print(helping.help_text(name, JOBS[name].summary, commands, words), end="")
+        return
+    arguments.bind(*arguments.choose(name, commands, words)).run()

@@ -18,7 +18,6 @@ from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building, Progress, Tell
-from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
@@ -134,35 +133,6 @@ def _adapter_alone(
             "--from=MODEL --lora=ADAPTER adds it to a model"
         )
     return convert_adapter(sources[0], target, model_of(sources[0], base, preset, overrides), **options)
-
-
-def convert_main(
-    sources: Sequence[str | Path],
-    target: str | Path,
-    *,
-    verify: bool = False,
-    checks: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """`kangaroo convert`: convert, and with `verify` compare each source with the target; see `verify.verify`.
-
-    With `verify` a target that exists is not written again. Raises UserError.
-    """
-    if not verify:
-        convert(sources, target, **options)
-        return
-    from kangaroo_jax.conversion.verify import QUESTION, verify_all
-
-    if options.get("lora") or any(layout_of(source) for source in sources):
-        raise UserError(
-            "--verify compares models that are the same: convert with --lora first, then --from=THAT --verify"
-        )
-    import_torch("the comparison is run in torch")
-    if not Path(target).exists():
-        convert(sources, target, **options)
-    given = dict(checks or {})
-    settings = {key: options[key] for key in ("preset", "overrides") if key in options}
-    verify_all(sources, target, media=given.get("media"), query=given.get("query") or QUESTION, **settings)
 
 
 def _and(words: str) -> str:

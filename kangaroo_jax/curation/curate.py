@@ -1,18 +1,9 @@
-"""`kangaroo curate`: score everything, then choose; and the jobs that look at what was found.
-
-kangaroo curate --input=DIR|manifest.{jsonl,csv,parquet} --output=OUT     score, select, report
-kangaroo curate select --output=OUT [--config.select.max_face=0.1]        choose again, from the scores
-kangaroo curate explain ID --output=OUT                                   all that is known of one clip
-kangaroo curate report --output=OUT                                       write report.html again
-kangaroo curate export --output=OUT [--annotations=FILE] --name=NAME      a dataset for kangaroo data
-kangaroo curate doctor                                                    what is installed, and works
-"""
+"""What `kangaroo curate` and the jobs within it do: score everything, then choose, and look at what was found."""
 
 import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +23,7 @@ ENGINES = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Flags of the command line."""
+    """What a job is told besides its config."""
 
     output: str
     inputs: tuple[str, ...] = ()
@@ -47,23 +38,6 @@ class Options:
     def root(self) -> Path:
         """The output folder."""
         return Path(self.output).resolve()
-
-
-def main(words: Sequence[str], config: ConfigDict, *, input: Sequence[str] | None, **flags: Any) -> None:
-    """Run a job of `kangaroo curate`: `words` is empty, or names one. Raises UserError."""
-    job, *rest = words or ["curate"]
-    if job not in _JOBS:
-        raise UserError(f"curate: no job {job!r}; there are {', '.join(_JOBS)} (and none, to score and choose)")
-    if len(rest) != (job == "explain"):
-        raise UserError(
-            "curate explain: name one clip or file" if job == "explain" else f"curate: what is {rest[0]!r}?"
-        )
-    if not flags["output"] and job != "doctor":
-        raise UserError("curate: --output is missing (the folder of scores and key frames)")
-    if not input and job == "curate":
-        raise UserError("curate: --input is missing (folders, media files or manifests)")
-    given = {key: value for key, value in flags.items() if value is not None}
-    _JOBS[job](Options(inputs=tuple(input or ()), **{"output": "", **given}), config, *rest)
 
 
 def curate(options: Options, config: ConfigDict) -> None:
@@ -190,14 +164,6 @@ def export(options: Options, config: ConfigDict) -> None:
         print(write(options.root, plain_config(config) | {"select": settings}, options.name, options.annotations))
 
 
-def doctor(options: Options, config: ConfigDict) -> None:
-    """What is installed, and works; exit code 1 if something is missing."""
-    from kangaroo_jax.curation.doctor import doctor as check
-
-    if not check():
-        sys.exit(1)
-
-
 def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
     """Run the engine."""
     workers = plan.config["engine"]["workers"]
@@ -245,13 +211,3 @@ def remove_old(root: Path, parts: Sequence[Shard]) -> None:
 def plain_config(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON has it: lists for tuples."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-_JOBS: dict[str, Callable[..., None]] = {
-    "curate": curate,
-    "select": select_again,
-    "explain": explain,
-    "report": report,
-    "export": export,
-    "doctor": doctor,
-}

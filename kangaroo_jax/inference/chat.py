@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.image import opened_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
-from kangaroo_jax.data.media.storage import MEMBER, current_cache, join, short, use_cache
+from kangaroo_jax.data.media.storage import MEMBER, join, short
 from kangaroo_jax.data.media.video import MediaRef, folder_of_frames, probe_cached
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
@@ -331,75 +330,3 @@ def conversation(turns: History) -> Conversation:
     if count_tags(spoken) != [medium.kind for medium in media]:
         raise UserError("history: the tags in its turns and the media that it names do not match")
     return Conversation("chat", tuple(spoken), tuple(media))
-
-
-# ----------------------------------------------------------------------------- command line
-
-
-def chat_main(
-    checkpoint: str | Path,
-    *,
-    query: str | None = None,
-    video: Video | None = None,
-    image: str | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    temperature: float = 0.0,
-    top_p: float = 0.9,
-    max_new_tokens: int = 512,
-    seed: int = 0,
-    lines: Iterable[str] | None = None,
-) -> None:
-    """`kangaroo chat`: one answer where there is a query, else a conversation, both to standard output.
-
-    `lines` is what the user says, round by round: by default what is typed; an empty line ends. The media
-    go with the first. The other arguments are those of `Kangaroo.load` and `Kangaroo.chat`.
-
-    Raises:
-        UserError: see there. What can be checked is checked before the model is loaded.
-    """
-    sampling = Sampling(temperature, top_p, seed)
-    media: dict[str, Any] = dict(video=video, image=image, start=start, end=end)
-    with _typed_addresses():
-        ask(query if query is not None else "?", **media)
-        kangaroo = Kangaroo.load(checkpoint)
-        turns: History = []
-        for line in [query] if query is not None else lines if lines is not None else _typed():
-            if not line.strip():
-                return
-            turns.append(ask(line, **(media if not turns else {})))
-            answer = _say(kangaroo.stream(turns, sampling, max_new_tokens=max_new_tokens))
-            turns.append({"role": "assistant", "text": answer})
-
-
-@contextlib.contextmanager
-def _typed_addresses() -> Iterator[None]:
-    """Inside, addresses are what the user types: those of the user's own network too, unlike those of records."""
-    cache = current_cache()
-    use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
-    try:
-        yield
-    finally:
-        use_cache(cache)
-
-
-def _say(pieces: Iterator[str]) -> str:
-    """Print pieces of an answer as they come; returns the whole."""
-    answer = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        answer += piece
-    print(flush=True)
-    return answer
-
-
-def _typed() -> Iterator[str]:
-    """Lines typed at a prompt, until the end of the input."""
-    if sys.stdin.isatty():
-        print("Ask about it; an empty line ends.")
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print()
-            return

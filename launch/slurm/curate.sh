@@ -63,7 +63,7 @@ if (( SLURM_NNODES > 1 )); then
   sleep 15
 fi
 srun --overlap --nodes=1 --ntasks=1 -w \"\$head\" \\
-  ${bin}python -m kangaroo_jax curate --engine=ray --ray_address=\"\$head:\$port\" $arguments
+  ${bin}python -m kangaroo_jax curate --engine=ray --ray-address=\"\$head:\$port\" $arguments
 "
 if (( dry_run )); then
   printf '%s' "$script"

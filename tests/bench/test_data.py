@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.bench import data as bench_data
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.data.media.decode import ProcessDecoder
-from kangaroo_jax.errors import UserError
 
 pytestmark = pytest.mark.alone
 
@@ -30,11 +30,18 @@ def test_every_reader_gives_the_same_frames(tmp_path, own):
             )
 
 
-def test_bad_arguments_are_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--folder=file"], "file: cannot be made a working folder"),
+        (["--frames=8,x"], "--frames=8,x must be numbers of frames"),
+        (["--lengths=10s,1h"], "--lengths=10s,1h: must be of 10s, 3min, 20min"),
+        (["--workers=-1"], "--workers=-1: is no whole number of 1 or more"),
+    ],
+)
+def test_bad_arguments_are_one_line(flags, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot be made a working folder"):
-        bench_data.main([f"--folder={tmp_path / 'file'}"])
-    with pytest.raises(UserError, match="--frames=8,x must be numbers of frames"):
-        bench_data.main(["--frames=8,x", f"--folder={tmp_path}"])
-    with pytest.raises(SystemExit, match="2"):
-        bench_data.main(["--workers=-1"])
+    assert cli.main(["bench", "data", *flags]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1

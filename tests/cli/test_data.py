@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 def run(*arguments: object) -> int:
     try:
         return main(["data", *map(str, arguments)])
-    except SystemExit as error:
+    except SystemExit as error:  # of check, which found something
         return int(error.code or 0)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,16 +11,22 @@ from pathlib import Path
 import jax
 import pytest
 
+from kangaroo_jax.cli import arguments
 from kangaroo_jax.cli import main as cli
+from kangaroo_jax.cli.chat import chat
+from kangaroo_jax.cli.data import check
+from kangaroo_jax.cli.jobs import JOBS, commands_of
+from kangaroo_jax.cli.train import train
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.config_files import config_keys, find_config, load_config, nearest
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference import chat
+from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.training import curriculum, loop
 
 ROOT = Path(__file__).parents[2]
-NO_BENCHES = {"__init__", "flags", "faulty_server", "torch_kangaroo"}
+NO_BENCHES = {"__init__", "faulty_server", "torch_kangaroo"}
+HEAVY = {"jax", "numpy", "flax", "absl", "ml_collections", "av", "PIL"}
 TRAIN = ["train", "--config=stage3_refine:tiny"]
 
 
@@ -43,7 +50,7 @@ def test_help_lists_every_job_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     for job in cli.JOBS.values():
         assert job.summary in done.stdout
-    assert not {"jax", "numpy", "flax", "absl", "ml_collections", "av"} & set(done.stdout.splitlines())
+    assert not {*HEAVY, "cyclopts", "rich"} & set(done.stdout.splitlines())
 
 
 def test_module_is_the_same_command(capsys):
@@ -88,9 +95,9 @@ def test_a_job_that_computes_begins_anew_with_huge_pages_as_the_same_process(giv
 def test_help_of_a_job_and_version(capsys):
     for job in ("train", "curriculum", "quickstart", "chat"):
         code, out, _ = run(capsys, job, "--help")
-        assert code == 0 and cli.JOBS[job].summary in out
+        assert code == 0 and cli.JOBS[job].summary[1:] in out
     code, out, _ = run(capsys, "chat", "--help")
-    for flag in ("checkpoint", "video", "image", "query", "temperature", "top_p", "max_new_tokens", "seed"):
+    for flag in ("checkpoint", "video", "image", "query", "temperature", "top-p", "max-new-tokens", "seed"):
         assert f"--{flag} " in out
     assert run(capsys, "--version") == (0, "kangaroo 0.1.0\n", "")
 
@@ -101,14 +108,59 @@ def test_help_says_what_there_is(capsys):
     assert "--config.KEY=VALUE" in run(capsys, "curriculum", "--help")[1]
     out = run(capsys, "curate", "--help")[1]
     for word in ("select", "explain", "report", "export", "doctor"):
-        assert f"kangaroo curate {word} " in out
+        assert f"\n  {word} " in out
     out = run(capsys, "curate", "select", "--help")[1]
     assert "kangaroo curate select" in out and "--output " in out and "--engine " not in out
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["bench", "--help"])
-    out = capsys.readouterr().out
+    code, out, _ = run(capsys, "bench", "--help")
+    assert code == 0
     modules = {path.stem for path in (ROOT / "kangaroo_jax" / "bench").glob("*.py")}
     assert all(f"\n  {name} " in out for name in modules - NO_BENCHES | {"train", "vision", "train-vs-torch"})
+
+
+EVERY = [(job, name) for job in JOBS for name in commands_of(job)]
+
+
+@pytest.mark.parametrize(("job", "name"), EVERY, ids=" ".join)
+def test_help_begins_with_a_command_that_can_be_run_and_the_flags_that_matter(job, name, capsys):
+    words, command = [job, *name.split()], commands_of(job)[name]
+    code, out, _ = run(capsys, *words, "--help")
+    example = shlex.split(out.splitlines()[0])
+    assert code == 0 and example[: len(words) + 1] == ["kangaroo", *words]
+    call = arguments.bind(" ".join(words), command, example[len(words) + 1 :])
+    assert call.command is command
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    described = arguments.arguments_of(command, described=True)
+    assert listed[: len(described)] == [argument.name.replace("--id", "ID") for argument in described]
+    assert all(argument.parameter.help for argument in described)
+    assert "_" not in "".join(flag for flag in listed if flag.startswith("--"))
+    head = out.partition("\nmore flags:")[0] if len(described) > 5 else out
+    assert sum(f"\n  {argument.name} " in head for argument in described[:5]) == min(len(described), 5)
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if "" not in commands_of(job)])
+def test_help_of_a_job_of_jobs_lists_them(job, capsys):
+    code, out, _ = run(capsys, job, "--help")
+    assert code == 0 and JOBS[job].summary in out and all(f"\n  {name} " in out for name in commands_of(job))
+    assert run(capsys, *out.splitlines()[0].split()[1:])[0] == 0
+
+
+def test_help_of_jobs_imports_nothing_heavy():
+    code = "import sys; from kangaroo_jax.cli.main import main, JOBS; [main([job, '--help']) for job in JOBS]"
+    code += f"; print(*({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.endswith("\n\n")
+
+
+def test_a_flag_is_written_with_hyphens_and_was_with_underscores(tmp_path, capsys):
+    for flag in ("--max-new-tokens", "--max_new_tokens"):
+        call = arguments.bind("chat", chat, ["--checkpoint=X", f"{flag}=3", "--query=--a_b=c", "--top_p", "0.5"])
+        assert call.given == {"checkpoint": "X", "max_new_tokens": 3, "query": "--a_b=c", "top_p": 0.5}
+    call = arguments.bind(
+        "train", train, ["--config=a", "--workdir=b", "--config=c", "--strict", "--config.a_b", "x_y"]
+    )
+    assert call.given == {"config": "c", "workdir": "b", "strict": True, "overrides": ["--config.a_b", "x_y"]}
+    call = arguments.bind("data check", check, ["--media", "a", "b", "--media=c", "--workers", "3", "--", "-x"])
+    assert (call.positional, call.given) == (("-x",), {"media": ["a", "b", "c"], "workers": 3})
 
 
 def test_a_table_of_the_docs_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
@@ -182,7 +234,7 @@ BAD = {
     (*TRAIN, "--workdir=W", "--config.train.steps=many"): "--config.train.steps=many",
     (*TRAIN, "--workdir=W", "--config.data=3"): "--config.data=3",
     (*TRAIN, "--workdir=W", "--config.train.mesh[1]=2"): "(did you mean 'train.mesh'?)",
-    (*TRAIN, "--wrokdir=W"): "no flag --wrokdir (did you mean 'workdir'?)",
+    (*TRAIN, "--wrokdir=W"): "train: no flag --wrokdir; did you mean --workdir?",
     (*TRAIN, "--workdir=W", "extra"): "what is 'extra'?",
     (*TRAIN, "--workdir=F/x"): "cannot be made a working folder",
     ("train", "--strict=perhaps"): "--strict=perhaps",
@@ -207,7 +259,34 @@ BAD = {
     ("chat", "--checkpoint=W", "--query="): "the query is empty",
     ("chat", "--checkpoint=W", "--start=1"): "start and end belong to a video",
     ("chat", "--checkpoint=W", "--temperature=-1"): "--temperature=-1",
+    ("chat", "--checkpoint=W", "--top-p=2"): "top_p 2.0: must be",
     ("chat", "--checkpoint=W", "--top_p=2"): "top_p 2.0: must be",
+    ("chat", "--checkpoint="): "chat: --checkpoint is missing (folder that training wrote",
+    ("chat", "--checkpoint"): "chat: --checkpoint needs a value",
+    ("chat", "--checkpoint=W", "--query", "-5?"): "one that begins with a dash is written --query=VALUE",
+    ("chat", "--checkpoint=W", "--max-new-tokens=3.5"): "--max-new-tokens=3.5: is no whole number of 1 or more",
+    ("chat", "--checkpoint=W", "--start=nan"): "--start=nan: is no number of 0 or more",
+    ("chat", "--checkpoint=W", "-q", "x"): "chat: no flag -q; ",
+    ("chat", "--checkpoint=W", "--config.seed=1"): "chat: no flag --config.seed; ",
+    (*TRAIN, "--workdir=W", "--nostrict"): "no flag --nostrict; did you mean --no-strict?",
+    (*TRAIN, "--workdir=W", "--config.train.tensorboard", "on"): "what is 'on'?",
+    ("curate", "selct", "--output=W"): "curate: no job 'selct' (did you mean 'select'?); there are select, explain,",
+    ("curate", "--output=W", "--input=,"): "curate: --input is missing",
+    ("curate", "select", "--output=W", "--engine=ray"): "curate select: no flag --engine; ",
+    ("curate", "explain", "--output=W"): "curate explain: ID is missing",
+    ("curate", "explain", "a", "b", "--output=W"): "curate explain: what is 'b'?",
+    ("curate", "select", "--output=W", "--config.selct.max_face=1"): "curate select: the config has no key",
+    ("data",): "data: name a job of it, one of check, stats, build, show",
+    ("data", "chek", "x"): "data: no job 'chek' (did you mean 'check'?)",
+    ("data", "check", "x", "--wokers=2"): "data check: no flag --wokers; did you mean --workers?",
+    ("data", "check", "x", "--workers=0"): "data check: --workers=0: is no whole number of 1 or more",
+    ("data", "build", "x", "--name=a", "--out=W", "--embed=yes"): "--embed=yes: is none of true, false",
+    ("data", "stats", "--tokenizer=T"): "data stats: SOURCES is missing",
+    ("data", "show", "x", "y", "--tokenizer=T"): "data show: x: is no whole number of 0 or more",
+    ("bench", "packin"): "bench: no job 'packin' (did you mean 'packing'?)",
+    ("bench", "packing", "--rows=3"): "bench packing: no flag --rows; did you mean --row?",
+    ("bench", "train", "--steps=0"): "bench train: --steps=0: is no whole number of 1 or more",
+    ("bench", "packing", "--samples=x"): "bench packing: --samples=x: is no whole number of 1 or more",
 }
 
 
@@ -256,13 +335,6 @@ def test_interruption_is_130_and_a_bug_is_no_bad_input(capsys, tmp_path, monkeyp
         run(capsys, *TRAIN, f"--workdir={tmp_path}")
 
 
-@pytest.mark.parametrize("flags", [["train", "--steps=0"], ["packing", "--samples=x"]])
-def test_what_a_bench_counts_is_at_least_one(flags, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["bench", *flags])
-    assert "is no number of 1 or more" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -284,7 +356,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(error, line, capsys, tmp_path
 
 
 INTERRUPTED = """
-import os, sys, time
+import os, sys, time, types
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.cli.jobs import Job
 
@@ -292,12 +364,12 @@ class Compiling:
     def __del__(self):
         os._exit(139)
 
-def compile(values, rest):
+def compile():
     keeps = Compiling()
     print("compiles", flush=True)
     time.sleep(60)
 
-def close(values, rest):
+def close():
     try:
         print("compiles", flush=True)
         time.sleep(60)
@@ -309,7 +381,7 @@ def close(values, rest):
             except KeyboardInterrupt:
                 pass
 
-def imports(values, rest):
+def imports():
     try:
         print("compiles", flush=True)
         time.sleep(60)
@@ -321,7 +393,7 @@ class Collected:
         print("compiles", flush=True)
         time.sleep(60)
 
-def prints(values, rest):
+def prints():
     try:
         print("compiles", flush=True)
         time.sleep(60)
@@ -329,11 +401,13 @@ def prints(values, rest):
         sys.excepthook(*sys.exc_info())  # as PyErr_Print does
     print("goes on", flush=True)
 
-def collects(values, rest):
+def collects():
     Collected()
     print("goes on", flush=True)
 
-cli.JOBS.update({job.__name__: Job("", None, job) for job in (compile, close, imports, prints, collects)})
+for job in (compile, close, imports, prints, collects):
+    cli.JOBS[job.__name__] = Job("")
+    sys.modules[f"{cli.__package__}.{job.__name__}"] = types.SimpleNamespace(COMMANDS={"": job})
 sys.exit(cli.start())
 """
 
@@ -393,7 +467,7 @@ def test_devices_that_are_not_there_are_one_line_before_any_work(job, kind, text
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     monkeypatch.setattr(jax, "devices", none)
-    monkeypatch.setattr(chat.Kangaroo, "load", load)
+    monkeypatch.setattr(Kangaroo, "load", load)
     code, out, error = run(capsys, *job, *(["--query=What?"] if job[0] == "chat" else []))
     assert (code, out) == (2, "") and error.count("\n") == 1
     assert error.startswith("kangaroo: JAX_PLATFORMS=tpu: JAX finds no such devices here") and "damaged" not in error

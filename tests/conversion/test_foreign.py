@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import formats
 from kangaroo_jax.conversion.convert import convert
@@ -174,14 +175,14 @@ def test_the_length_of_a_scaled_rope():
     assert (formats.longest(config.model.llm), formats.longest(config.model.llm, 20_000)) == (8192, 20_000)
 
 
-def test_verify_without_torch_refuses_before_it_converts(checkpoint, tmp_path, monkeypatch):
+def test_verify_without_torch_refuses_before_it_converts(checkpoint, tmp_path, monkeypatch, capsys):
+    """Where it is not there, and where it is and cannot be imported."""
     import sys
 
-    from kangaroo_jax.conversion.convert import convert_main
-
+    flags = ["convert", f"--from={checkpoint}", f"--to={tmp_path / 'hf'}", "--verify"]
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="torch is not installed"):
-        convert_main([checkpoint], tmp_path / "hf", verify=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert cli.main(flags) == 2 and "torch is not installed" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from kangaroo_jax.cli.chat import chat, talk, typed
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.media.storage import MediaCache, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import chat as chat_module
-from kangaroo_jax.inference.chat import Kangaroo, ask, chat_main, conversation
+from kangaroo_jax.inference.chat import Kangaroo, ask, conversation
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.training.checkpoint import Checkpoints, abstract_model, keep_tokenizer
 from kangaroo_jax.training.step import TrainState
@@ -249,10 +250,12 @@ def test_a_loaded_checkpoint_says_the_same(kangaroo, checkpoint, media, capsys):
     assert loaded.config.model.llm.vocab_size == 300
     answer, history = kangaroo.chat(**options)
     assert loaded.chat(**options)[0] == answer
-    chat_main(checkpoint, **{**options, "video": str(media / "a.mp4")})
+    chat(checkpoint=str(checkpoint), video=[str(media / "a.mp4")], query="What moves?", max_new_tokens=8)
     assert capsys.readouterr().out.strip() == answer
     follow, _ = kangaroo.chat(query="And?", history=history, max_new_tokens=8)
-    chat_main(checkpoint, video=str(media / "a.mp4"), lines=["What moves?", "And?", "", "no"], max_new_tokens=8)
+    lines = iter(["What moves?", "And?", "", "no"])
+    talk(checkpoint, lines, {"video": str(media / "a.mp4")}, max_new_tokens=8)
+    assert list(lines) == ["no"]
     assert [line.strip() for line in capsys.readouterr().out.split("\n") if line.strip()] == [
         line.strip() for line in f"{answer}\n{follow}".split("\n") if line.strip()
     ]
@@ -266,30 +269,30 @@ def test_an_address_that_is_typed_may_be_of_ones_own_network(checkpoint, media, 
         use_cache(MediaCache(tmp_path, 1 << 30))
         with pytest.raises(UserError, match="a private network"):
             ask("?", video=address)
-        chat_main(checkpoint, video=address, query="What moves?", max_new_tokens=4)
+        talk(checkpoint, ["What moves?"], {"video": address}, max_new_tokens=4)
         server.shutdown()
     assert capsys.readouterr().out.endswith("\n")
 
 
 def test_nothing_is_loaded_for_a_video_that_is_missing(media, tmp_path):
     with pytest.raises(UserError, match=r"none\.mp4"):
-        chat_main(tmp_path / "no_checkpoint", video=str(media / "none.mp4"))
+        talk(tmp_path / "no_checkpoint", ["?"], {"video": str(media / "none.mp4")})
     with pytest.raises(UserError, match="no such checkpoint folder"):
-        chat_main(tmp_path / "no_checkpoint", video=str(media / "a.mp4"))
+        talk(tmp_path / "no_checkpoint", ["?"], {"video": str(media / "a.mp4")})
 
 
 def test_what_is_typed_ends_with_the_input(monkeypatch, capsys):
     lines = iter(["What?"])
 
-    def typed(prompt: str) -> str:
+    def answered(prompt: str) -> str:
         print(prompt, end="")
         try:
             return next(lines)
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("builtins.input", typed)
-    assert list(chat_module._typed()) == ["What?"]
+    monkeypatch.setattr("builtins.input", answered)
+    assert list(typed()) == ["What?"]
     assert capsys.readouterr().out == "> > \n"
 
 

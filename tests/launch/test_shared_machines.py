@@ -143,7 +143,7 @@ def test_ray_under_slurm_answers_only_those_who_know_the_token_of_the_job(tmp_pa
         assert (mode, inherited, permissions) == ("token", "", "600")
         assert re.fullmatch("[0-9a-f]{64}", token) and token not in arguments
     assert any("ray start --head --port=20007" in line[4] for line in lines)
-    assert any("--ray_address=n1:20007 --input=a b" in line[4] for line in lines)
+    assert any("--ray-address=n1:20007 --input=a b" in line[4] for line in lines)
     assert not list(tmp_path.glob(".kangaroo-ray-*"))
 
 

@@ -66,7 +66,7 @@ def test_from_clips_to_a_checked_instruction_set(corpus, tmp_path, capsys):
     names = ("captioner_a", "captioner_b", "captioner_c", "writer")
     backends = [f"--config.backends.{name}.corpus={corpus / 'corpus'}" for name in names]
     command = ["annotate", f"--input={corpus / 'selected.jsonl'}", f"--output={tmp_path}", "--config=annotation:corpus"]
-    assert cli.main([*command, *backends, "--dry_run"]) == 0 and not list(tmp_path.iterdir())
+    assert cli.main([*command, *backends, "--dry-run"]) == 0 and not list(tmp_path.iterdir())
     assert "together" in capsys.readouterr().out
     assert cli.main([*command, *backends, "--config.choose.share=1.0"]) == 0
     rows = read_records(tmp_path / "refined.jsonl")

@@ -8,7 +8,7 @@ import pytest
 
 from kangaroo_jax.bench.annotate import faulty_server
 from kangaroo_jax.bench.faulty_server import HOSTILE, Server
-from kangaroo_jax.curation.annotate.run import annotate_main
+from kangaroo_jax.curation.annotate.run import annotate_clips
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.endpoint import Endpoint
@@ -59,7 +59,7 @@ def test_a_whole_run_counts_them_as_failures(tmp_path, make_clips, make_config, 
         for backend in config.backends.values():
             backend.update(api_key_env="SOME_KEY", retries=0, answer_retries=0, timeout=0.5, concurrency=4)
         with pytest.raises(UserError, match="none of the 24 captions is ok"):
-            annotate_main(make_clips(tmp_path / "in", 12, frames=2), tmp_path / "out", config, tell=lines.append)
+            annotate_clips(make_clips(tmp_path / "in", 12, frames=2), tmp_path / "out", config, tell=lines.append)
     rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and {row["outcome"] for row in rows} == {"error"}
     written = "".join(file.read_text() for file in Path(tmp_path / "out").glob("*.json*"))

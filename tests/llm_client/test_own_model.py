@@ -11,7 +11,7 @@ from PIL import Image
 
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.curation.annotate.config import annotation_config
-from kangaroo_jax.curation.annotate.run import annotate_main
+from kangaroo_jax.curation.annotate.run import annotate_clips
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
@@ -48,7 +48,7 @@ def test_it_captions_frames_in_batches_as_chat_does(tmp_path, checkpoint, honest
     config.backends.captioner_a.update(checkpoint=str(checkpoint), batch_size=4)
     config.backends.writer.update(base_url=honest_server, model="writer")
     with contextlib.suppress(UserError):  # where no caption is ok, which is this model's to decide
-        annotate_main(source, tmp_path / "out", config, tell=lambda line: None)
+        annotate_clips(source, tmp_path / "out", config, tell=lambda line: None)
     rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
     kangaroo = Kangaroo.load(checkpoint)
     for row in rows:
@@ -57,7 +57,7 @@ def test_it_captions_frames_in_batches_as_chat_does(tmp_path, checkpoint, honest
             (said,) = frame["captions"]
             assert said["outcome"] in ("ok", "truncated") or said["reason"] == "malformed: empty answer"
             seconds = frame["time"]
-            query = (Path(annotate_main.__code__.co_filename).parent / "prompts/frame_caption.en.txt").read_text()
+            query = (Path(annotate_clips.__code__.co_filename).parent / "prompts/frame_caption.en.txt").read_text()
             _, _, body = query.partition("\n")
             system, text = (part.strip() for part in body.split("\n---\n"))
             asked = f"{system}\n\n{text}".replace("{time}", f"{seconds:.1f}")

@@ -177,13 +177,13 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 def test_gpus_are_planned_by_formula(capsys):
     stage = "--config=stage5_long_video:kangaroo_8b"
-    code, out, _ = run(capsys, stage, "--topology=H100:64", "--json", "--price_per_chip_hour=2.5")
+    code, out, _ = run(capsys, stage, "--topology=H100:64", "--json", "--price-per-chip-hour=2.5")
     found = json.loads(out)
     assert code == 0 and KEYS <= set(found) and found["source"] == "formula" and found["fits"]
     assert found["cost"] == pytest.approx(2.5 * found["chip_hours"], rel=1e-3)
     code, out, _ = run(capsys, stage, "--topology=T4:8")
     assert code == plan.DOES_NOT_FIT and "DOES NOT FIT" in out and "nearest change" in out
-    code, out, _ = run(capsys, "--curriculum", "--topology=H200:64", "--price_per_chip_hour=3")
+    code, out, _ = run(capsys, "--curriculum", "--topology=H200:64", "--price-per-chip-hour=3")
     assert code == 0 and out.count("| stage") == 1 + len(STAGES) and "| sum |" in out
 
 

@@ -38,7 +38,7 @@ def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
     c.first_wait = 0.5  # seconds before the second call, doubled for each further one
     c.longest_wait = 60.0  # seconds
     c.longest_answer = 4096  # tokens, to which a truncated answer may grow
-    c.image_tokens = 1000  # of one image, for --dry_run
+    c.image_tokens = 1000  # of one image, for --dry-run
     c.price_in = 0.0  # for a million tokens, in any currency
     c.price_out = 0.0
     return c

@@ -27,7 +27,9 @@ from kangaroo_jax.system.files import write_json
 Tell = Callable[[str], None]
 
 
-def annotate_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print) -> None:
+def annotate_clips(
+    source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print
+) -> None:
     """Annotate the clips of a file.
 
     Args:

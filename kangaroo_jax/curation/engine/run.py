@@ -168,7 +168,7 @@ def _connect(address: str, workers: int) -> None:
             runtime_env=environment,
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(f"--ray_address={address}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--ray-address={address}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:

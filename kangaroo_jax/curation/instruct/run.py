@@ -32,7 +32,9 @@ FULL = "share of its task is full"  # why a good one is dropped
 OUTPUTS = ("instruct.jsonl", "instruct_dropped.jsonl", "instruct.json", "instruct_schema.json")
 
 
-def instruct_main(source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print) -> None:
+def make_instructions(
+    source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print
+) -> None:
     """Make an instruction set of the captions of a file.
 
     Args:

@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from kangaroo_jax.curation.annotate.config import annotation_config
-from kangaroo_jax.curation.annotate.run import annotate_main
+from kangaroo_jax.curation.annotate.run import annotate_clips
 
 source, output, url = sys.argv[1:]
 config = annotation_config("endpoint")
@@ -27,7 +27,7 @@ for name, backend in config.backends.items():
 config.update(part_clips=4)
 config.refine.min_sentence_support = 0.0
 print("begin", flush=True)
-annotate_main(Path(source), Path(output), config)
+annotate_clips(Path(source), Path(output), config)
 """
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.bench.annotate import faulty_server, statistics_of
 from kangaroo_jax.curation.instruct.config import instruct_config
-from kangaroo_jax.curation.instruct.run import instruct_main
+from kangaroo_jax.curation.instruct.run import make_instructions
 from kangaroo_jax.data.batches.mixture import open_sources
 from kangaroo_jax.errors import UserError
 
@@ -65,7 +65,7 @@ def check_set(folder: Path, config: ConfigDict, samples: int) -> list[dict]:
 
 def test_shares_letters_schema_and_give_aways(tmp_path, server, make_captions):
     source, config = make_captions(tmp_path, 40), config_for(server, 80)
-    instruct_main(source, tmp_path / "out", config, tell=lambda line: None)
+    make_instructions(source, tmp_path / "out", config, tell=lambda line: None)
     records = check_set(tmp_path / "out", config, 80)
     captions = {row["id"]: row for row in rows_of(source)}
     for record in records:
@@ -81,11 +81,11 @@ def test_shares_letters_schema_and_give_aways(tmp_path, server, make_captions):
 
     before = statistics_of(server)["given"]
     config.min_score = 0.1  # another run, of the same questions
-    instruct_main(source, tmp_path / "out", config, tell=lambda line: None)
+    make_instructions(source, tmp_path / "out", config, tell=lambda line: None)
     assert statistics_of(server)["given"] == before
     assert rows_of(tmp_path / "out/instruct.jsonl") == records
     lines: list[str] = []
-    instruct_main(source, tmp_path / "out", config, tell=lines.append)
+    make_instructions(source, tmp_path / "out", config, tell=lines.append)
     assert len(lines) == 1 and "nothing to do" in lines[0]
 
     (opened,) = open_sources([str(tmp_path / "out/instruct.jsonl")], "")
@@ -97,7 +97,7 @@ def test_shares_letters_schema_and_give_aways(tmp_path, server, make_captions):
 @pytest.mark.slow
 def test_two_thousand(tmp_path, server, make_captions):
     source, config = make_captions(tmp_path, 800), config_for(server, 2000)
-    instruct_main(source, tmp_path / "out", config, tell=print)
+    make_instructions(source, tmp_path / "out", config, tell=print)
     records = check_set(tmp_path / "out", config, 2000)
     letters = Counter(record["answer"] for record in records if record["task"] == "mcq")
     assert max(letters.values()) - min(letters.values()) <= 0.02 * sum(letters.values())
@@ -110,13 +110,13 @@ def test_two_thousand(tmp_path, server, make_captions):
 
 def test_nothing_made_is_no_success_and_totals_are_true(tmp_path, make_captions):
     source, lines = make_captions(tmp_path, 3), []
-    instruct_main(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
+    make_instructions(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
     assert lines[0].startswith("12 of 12 conversations, ")
     rows = [row for row in rows_of(source) if row["language"] == "en"]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="none of detailed_caption_zh, short_caption_zh.*keep_shares=False"):
-        instruct_main(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
+        make_instructions(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
     rows[0].pop("short")
     source.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="line 1: a caption that is ok has texts"):
-        instruct_main(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)
+        make_instructions(source, tmp_path / "out", instruct_config("captions"), tell=lines.append)

@@ -1,0 +1,99 @@
+"""`kangaroo convert`: convert weights, and compare what went in with what came out."""
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from kangaroo_jax.cli.arguments import Natural, Overrides, listed
+from kangaroo_jax.errors import UserError
+
+
+def convert(
+    *,
+    source: Annotated[str, Parameter(name="--from")] = "",
+    to: str,
+    format: str = "",
+    verify: bool = False,
+    lora: str | None = None,
+    vision: str | None = None,
+    llm: str | None = None,
+    base: str | None = None,
+    dtype: str = "keep",
+    preset: str = "kangaroo_8b",
+    tokenizer: str | None = None,
+    video: str | None = None,
+    query: str | None = None,
+    seed: Natural = 0,
+    overrides: Overrides = (),
+) -> None:
+    """Convert weights from and to Hugging Face, PyTorch and Meta.
+
+        kangaroo convert --from=KANGAROO_FOLDER --to=runs/start
+
+    Keys of the model's config are flags, --config.KEY=VALUE, where the files do not say what they hold.
+
+    Args:
+        source: what to convert: a folder or file, or two that make a model, with a comma
+        to: new folder for the result
+        format: orbax, hf, llama, meta, eva, timm or, of an adapter, peft; by default hf from ours, else orbax
+        verify: run each source and the result, one in JAX and one in PyTorch, and compare; converts first if need be
+        lora: LoRA adapter (a PEFT folder, or one of ours), added to the weights
+        vision: EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm
+        llm: Llama (a Hugging Face folder, or Meta's), with --vision
+        base: of a PEFT adapter in --from: the model that it adapts; else --preset
+        dtype: keep, float32, bfloat16 or float16
+        preset: the model where the files do not say what it is
+        tokenizer: tokenizer that goes with it; by default the one beside the weights
+        video: video or image of --verify; by default one made for it
+        query: question of --verify
+        seed: of what --vision and --llm leave to be initialised
+    """
+    from kangaroo_jax.cli.overrides import override, preset_of
+    from kangaroo_jax.config import stage_config
+    from kangaroo_jax.system.installing import install_line
+
+    if verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise UserError(
+            f"convert: --verify runs the model in PyTorch too, which is not installed: {install_line('convert')}"
+        )
+    if bool(source) == bool(vision or llm):
+        raise UserError("convert: give --from, or --vision and --llm")
+    changes = override("convert", stage_config(preset_of(preset)).lock(), overrides)
+    options = {"format": format, "dtype": dtype, "tokenizer": tokenizer, "seed": seed, "lora": lora, "base": base}
+    model = {"preset": preset, "overrides": changes}
+    sources = [path for path in (vision, llm) if path]
+    if source:  # a name may have a comma
+        sources = [source] if Path(source).exists() else listed(source)
+    checks = {"media": video, "query": query} if verify else None
+    convert_and_verify(sources, to, options, model, checks)
+
+
+def convert_and_verify(
+    sources: list[str], target: str, options: dict[str, Any], model: dict[str, Any], checks: dict[str, Any] | None
+) -> None:
+    """Convert by `options` and `model`; with `checks` (of `verify_all`) compare each source with the target.
+
+    With `checks` a target that exists is not written again. Raises UserError.
+    """
+    from kangaroo_jax.conversion.convert import convert as convert_files
+
+    if checks is not None:
+        from kangaroo_jax.conversion.files import import_torch
+        from kangaroo_jax.conversion.lora import layout_of
+
+        if options["lora"] or any(layout_of(source) for source in sources):
+            raise UserError(
+                "--verify compares models that are the same: convert with --lora first, then --from=THAT --verify"
+            )
+        import_torch("the comparison is run in torch")
+    if checks is None or not Path(target).exists():
+        convert_files(sources, target, **options, **model)
+    if checks is not None:
+        from kangaroo_jax.conversion.verify import QUESTION, verify_all
+
+        verify_all(sources, target, media=checks["media"], query=checks["query"] or QUESTION, **model)
+
+
+COMMANDS = {"": convert}
