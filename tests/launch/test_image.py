@@ -75,7 +75,7 @@ def test_the_shell_lines_of_the_image_are_shell(tmp_path):
 def test_the_image_runs_kangaroo_as_a_user_without_rights():
     last = dict(instructions())
     assert last["USER"] == "kangaroo" and last["ENTRYPOINT"] == '["kangaroo"]' and last["CMD"] == '["--help"]'
-    assert "kangaroo = kangaroo_jax.cli.main:start" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert "kangaroo = kangaroo_jax.__main__:main" in (ROOT / "setup.py").read_text(encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "kangaroo_jax", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout
     for name in ("train.sh", "curate.yaml"):  # whose volumes that user writes
