@@ -103,6 +103,7 @@ setup(
     packages=[*PACKAGES, "kangaroo_jax.configs", "kangaroo_jax.configs.tiny"],
     package_dir={"kangaroo_jax.configs": "configs", "kangaroo_jax.configs.tiny": "configs/tiny"},
     package_data={
+        "kangaroo_jax": ["py.typed"],
         "kangaroo_jax.curation.annotate": ["prompts/*.txt"],
         "kangaroo_jax.curation.instruct": ["prompts/*.txt", "schema.json"],
     },

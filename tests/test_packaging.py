@@ -16,7 +16,7 @@ import kangaroo_jax
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["launch/quickstart.sh", "launch/smoke.sh", "launch/test.sh", ".ci/run"]
-SHIPPED = (".py", ".txt", ".json")
+SHIPPED = (".py", ".txt", ".json", ".typed")
 MODULES = {  # distribution -> module, where the names differ; aiohttp, gcsfs, s3fs and jinja2 work behind others
     "opencv-python-headless": "cv2",
     "scenedetect-headless": "scenedetect",

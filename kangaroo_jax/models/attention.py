@@ -213,8 +213,9 @@ def _backward(by_index, residuals, d_output):
         statistics,
     )
     sums, d_query = plan.run(chunk, zeros, parts)
+    zero = jnp.zeros((), jnp.float32)
     d_key, d_value = (
-        sum(jnp.pad(part, [(0, 0)] * 3 + [(0, key.shape[1] - part.shape[3])]) for part in stripes)
+        sum((jnp.pad(part, [(0, 0)] * 3 + [(0, key.shape[1] - part.shape[3])]) for part in stripes), zero)
         for stripes in zip(*sums, strict=True)
     )
     d_key, d_value = (x.transpose(0, 3, 1, 2).astype(key.dtype) for x in (d_key, d_value))
