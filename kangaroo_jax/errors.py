@@ -24,3 +24,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         """The message as one line, whatever names stand in it (`printable`)."""
         return printable(super().__str__())
+
+
+class EndsTogether:
+    """Of an exception that every process raises after the same step: none of them is lost."""

@@ -5,9 +5,10 @@ the compiler cannot be trusted to cut by itself (attention kernels, the loss, th
 `per_device`, where a function sees the piece of one device and talks to the others by logical axis.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -259,3 +260,21 @@ def exchange(x: jax.Array, axis: str | None, *, split: int, join: int) -> jax.Ar
 def permute(x: jax.Array, axis: str, pairs: Sequence[tuple[int, int]]) -> jax.Array:
     """Send x from the first piece's device to the second's, for each pair."""
     return jax.lax.ppermute(x, mesh_axes(axis), pairs)
+
+
+@contextlib.contextmanager
+def mesh_scope(mesh: Mesh) -> Iterator[None]:
+    """Activations are constrained over `mesh` inside; on one device there is nothing to constrain."""
+    if mesh.size == 1:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """`1 cpu device` or the mesh's sizes."""
+    kind = mesh.devices.flat[0].platform
+    if mesh.size == 1:
+        return f"1 {kind} device"
+    return f"{mesh.size} {kind} devices, " + ", ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -19,8 +19,8 @@ FLOORS = (
     ("data",),  # the tokenizer
     ("data.batches",),
     ("data.audit",),
-    ("training",),
-    ("inference",),
+    ("checkpoints",),
+    ("training", "inference"),
     ("conversion.torch_model",),
     ("conversion", "llm_client", "evaluation", "planning"),
     ("curation.stages",),

@@ -273,9 +273,9 @@ class _Sparse:
 
 
 def _open_ours(folder: Path, model: ConfigDict | None) -> Adapter:
-    from kangaroo_jax.training import checkpoint
+    from kangaroo_jax.checkpoints import reading
 
-    stored = checkpoint.load_config(folder)
+    stored = reading.load_config(folder)
     config = _lists(stored.to_dict())
     if not {"lora", "model", "adapted"} <= set(config):
         raise UserError(f"{folder / 'config'}: is not the config of an adapter (lora, model, adapted)")

@@ -71,15 +71,15 @@ class InJax:
 
     def __init__(self, source: Source) -> None:
         """Reads every weight. Raises UserError."""
-        from kangaroo_jax.training import checkpoint as checkpoints
+        from kangaroo_jax.checkpoints import reading
 
         self.source = source
         self.config = ConfigDict(source.config.to_dict())
         self.config.model.update(dtype="float32", attention="auto")
         _shrink(self.config.model, {path.split("/")[0] for path in source.weights.specs})
-        binding = checkpoints.abstract_model(self.config.model)
+        binding = reading.abstract_model(self.config.model)
         if source.layout == "orbax":
-            params = checkpoints.load_params(source.path, binding)
+            params = reading.load_params(source.path, binding)
         else:
             params = {path: _array(source, path, shape) for path, shape in binding.shapes.items()}
         self.model = binding.bind(params)

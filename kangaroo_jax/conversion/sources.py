@@ -126,7 +126,7 @@ def _said(path: Path) -> dict[str, Any]:
 
 def is_ours(path: Path) -> bool:
     """Whether training, or a conversion to `orbax`, wrote this folder."""
-    from kangaroo_jax.training.checkpoint import find
+    from kangaroo_jax.checkpoints.reading import find
 
     try:
         find(path)
@@ -136,18 +136,18 @@ def is_ours(path: Path) -> bool:
 
 
 def _open_ours(path: Path) -> Source:
-    from kangaroo_jax.training import checkpoint
-    from kangaroo_jax.training.frozen import weight_folders
+    from kangaroo_jax.checkpoints import reading
+    from kangaroo_jax.checkpoints.frozen import weight_folders
 
-    folder = checkpoint.find(path)
-    config = ConfigDict(checkpoint.load_config(folder).to_dict())
+    folder = reading.find(path)
+    config = ConfigDict(reading.load_config(folder).to_dict())
     default = stage_config("kangaroo_8b").model.llm.rope_scaling
     config.model.llm.rope_scaling = config.model.llm.get("rope_scaling", default)
     folders = weight_folders(folder)
     weights = Stored(*folders)
-    checkpoint.check_shapes(weights.specs, model_shapes(config.model), folder)
+    reading.check_shapes(weights.specs, model_shapes(config.model), folder)
     try:
-        tokenizer: Path | None = checkpoint.find_tokenizer(folder)
+        tokenizer: Path | None = reading.find_tokenizer(folder)
     except UserError:
         tokenizer = None
     files = tuple(sorted(f for part in folders for f in part.rglob("*") if f.is_file()))
@@ -163,7 +163,7 @@ def model_shapes(model: ConfigDict) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _model_shapes(model: str) -> dict[str, Any]:
     """Tracing a model takes a second; a conversion wants its shapes several times."""
-    from kangaroo_jax.training.checkpoint import abstract_model
+    from kangaroo_jax.checkpoints.reading import abstract_model
 
     config = ConfigDict(_tuples(json.loads(model)))
     try:

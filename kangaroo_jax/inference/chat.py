@@ -61,7 +61,7 @@ class Kangaroo:
         Raises:
             UserError: there is no checkpoint or tokenizer, or it is of another model than its config.
         """
-        from kangaroo_jax.training.checkpoint import load_for_inference
+        from kangaroo_jax.checkpoints.reading import load_for_inference
 
         model, config, tokenizer = load_for_inference(path)
         return cls(model, config, load_tokenizer(tokenizer))

@@ -105,6 +105,6 @@ def _load(checkpoint: str) -> Any:
 
 def _folder_of(checkpoint: str) -> Path:
     """The folder of the one step that a curriculum's, stage's or step's folder stands for. Raises UserError."""
-    from kangaroo_jax.training.checkpoint import find
+    from kangaroo_jax.checkpoints.reading import find
 
     return Path(find(checkpoint)).resolve()

@@ -118,8 +118,8 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
     """The train step of a resolved config (see `training.placement`), lowered for `devices`."""
     import jax
 
+    from kangaroo_jax.checkpoints.reading import abstract_model
     from kangaroo_jax.sharding import make_mesh
-    from kangaroo_jax.training.checkpoint import abstract_model
     from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
     from kangaroo_jax.training.state import abstract_state, shardings_of
     from kangaroo_jax.training.step import make_train_step

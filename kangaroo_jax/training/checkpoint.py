@@ -8,35 +8,20 @@ all in `params`. `digests` are sums over the bits of all arrays, compared when t
 """
 
 import base64
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.sharding import Mesh
 
-from kangaroo_jax.config import PRESETS, stage_config
+from kangaroo_jax.checkpoints.digests import Digests, digests
+from kangaroo_jax.checkpoints.frozen import FOLDER, name_of, weight_folders
+from kangaroo_jax.checkpoints.reading import ITEMS, NotFinite, check_digests, damaged, named_if_damaged, restore_arrays
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.models.parameters import Binding, Params
-from kangaroo_jax.sharding import sharding
-from kangaroo_jax.system.files import write_bytes
 from kangaroo_jax.training.array_writing import array_handler
-from kangaroo_jax.training.digests import Digests, changed, digests
-from kangaroo_jax.training.distributed import EndsTogether
-from kangaroo_jax.training.frozen import FOLDER, FrozenWriter, name_of, weight_folders
+from kangaroo_jax.training.frozen import FrozenWriter
 from kangaroo_jax.training.step import TrainState
-
-ITEMS = ("params", "optimizer", "data", "config")
-
-
-class NotFinite(EndsTogether, UserError):
-    """A loss, a gradient or a state is not finite; of several processes every one finds it at the same step."""
 
 
 class Checkpoints:
@@ -79,7 +64,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         missing = [item for item in ITEMS if not (folder / item).is_dir()]
         if missing:
-            raise _damaged(folder, f"{', '.join(missing)} missing")
+            raise damaged(folder, f"{', '.join(missing)} missing")
         weight_folders(folder)
         return folder
 
@@ -157,7 +142,7 @@ class Checkpoints:
         check_digests(folder, {"params": restored["params"], "optimizer": restored["optimizer"]})
         params = dict(restored["params"])
         if apart:
-            params |= _restore(folder, FOLDER, apart[0], abstract.frozen)
+            params |= restore_arrays(folder, FOLDER, apart[0], abstract.frozen)
         new = TrainState(
             step=restored["optimizer"]["step"],
             params={k: params[k] for k in state.params},
@@ -176,269 +161,3 @@ class Checkpoints:
         self._frozen.close()
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _damaged(folder: Path, reason: str) -> UserError:
-    """The error of a checkpoint that cannot be read as it was written; says which one can be taken in its place."""
-    if folder.parent.name == FOLDER:
-        return UserError(
-            f"{folder}: these frozen weights are damaged ({reason}), which the checkpoints beside them need; copy them "
-            "again from where they are whole, or begin anew in another workdir"
-        )
-    number = int(folder.name) if folder.name.isdigit() else 0
-    older = [
-        p
-        for p in folder.parent.iterdir()
-        if p.name.isdigit() and int(p.name) < number and all((p / item).is_dir() for item in ITEMS)
-    ]
-    if older:
-        before = max(older, key=lambda p: int(p.name))
-        advice = f"move {folder} away to go on from the one before it, {before}"
-    elif number:
-        advice = f"there is none before it: move {folder} away to begin anew"
-    else:
-        advice = "write it again"
-    return UserError(f"{folder}: this checkpoint is damaged ({reason}); {advice}")
-
-
-@contextlib.contextmanager
-def named_if_damaged(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong inside comes of a checkpoint that is damaged: one line says so. Raises UserError."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # Orbax, tensorstore and JSON have no common class for what cannot be read
-        if "RESOURCE_EXHAUSTED" in str(error):  # a device's memory is too small: no fault of the files
-            raise
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise _damaged(folder, f"{type(error).__name__}: {first[:160]}") from error
-
-
-def _restore(checkpoint: Path, item: str, folder: Path, target: Mapping[str, Any]) -> Params:
-    """The weights in one of the folders of a checkpoint, compared with their digests. Raises UserError."""
-    with named_if_damaged(_holder(folder)):
-        params = ocp.StandardCheckpointer().restore(folder, dict(target))
-    check_digests(checkpoint, {item: params})
-    return params
-
-
-def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
-    """Raise UserError where arrays read from `folder` are not those that were saved, or are not finite."""
-    with named_if_damaged(folder):
-        saved = _read_json(folder / "digests") if (folder / "digests").is_dir() else {}
-        for item, tree in items.items():
-            wrong, not_finite = changed(tree, saved.get(item, {}))
-            if wrong:
-                where = weight_folders(folder)[1] if item == FOLDER else folder
-                raise _damaged(where, f"{item}: {len(wrong)} arrays are not as they were saved, first {wrong[0]}")
-            if not_finite:
-                raise NotFinite(
-                    f"{folder}: {item}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays: it "
-                    "can be neither trained nor used; take an earlier checkpoint"
-                )
-
-
-def find(path: str | Path) -> Path:
-    """The folder of one whole checkpoint: `path` is it, or a stage (or curriculum) that holds some.
-
-    Of a stage the last step is taken; of a curriculum the last stage that has one. Raises UserError.
-    """
-    path = Path(path).resolve()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint folder; give a folder that kangaroo train or curriculum wrote")
-    if (path / "params").is_dir():
-        return path
-    for candidate in (path, path / "checkpoints"):
-        steps = (
-            [p for p in candidate.iterdir() if p.name.isdigit() and (p / "params").is_dir()]
-            if candidate.is_dir()
-            else []
-        )
-        if steps:
-            return max(steps, key=lambda p: int(p.name))
-    stages = sorted(p.parent for p in path.glob("stage*/checkpoints"))
-    for stage in reversed(stages):
-        if any(p.name.isdigit() for p in (stage / "checkpoints").iterdir()):
-            return find(stage)
-    if any(path.glob("*.safetensors")):
-        hint = f"kangaroo convert --from={path} --to=DIR makes a checkpoint of it"
-        raise UserError(f"{path}: weights in the layout of Hugging Face; {hint}")
-    raise UserError(f"{path}: holds no finished checkpoint (looked for STEP/params, checkpoints/STEP and stage*/)")
-
-
-def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], where: Path) -> None:
-    """Raise UserError that names the first tensor (in order of name) that is missing, surplus or of another shape."""
-    for name in sorted({*found, *wanted}):
-        if name not in found:
-            raise UserError(
-                f"{where}: tensor {name} is missing; the checkpoint is of another model, check config.model"
-            )
-        if name not in wanted:
-            raise UserError(f"{where}: tensor {name} is not of this model; check config.model")
-        if tuple(found[name].shape) != tuple(wanted[name].shape):
-            raise UserError(
-                f"{where}: tensor {name} has shape {tuple(found[name].shape)}, the config wants "
-                f"{tuple(wanted[name].shape)}; check config.model"
-            )
-
-
-# What decides which angle a position has: no shape shows it, and weights of another setting give another model.
-ROPE_SETTINGS = ("vision.rope_theta", "vision.rope_reference_grid", "tpe.theta", "llm.rope_theta", "llm.rope_scaling")
-
-
-def check_rope(path: str | Path, model: ml_collections.ConfigDict) -> None:
-    """Raise UserError that names the first rope setting in which a checkpoint's config differs from `model`.
-
-    `llm.rope_scaling` with factor 1 is none, whatever the rest of it says, as is none at all (older checkpoints).
-    """
-    folder = find(path)
-    found, wanted = load_config(folder).model, model
-    for name in ROPE_SETTINGS:
-        part, key = name.split(".")
-        before, now = found[part].get(key), wanted[part].get(key)
-        if key == "rope_scaling":
-            before, now = ({} if not x or x["factor"] == 1.0 else x.to_dict() for x in (before, now))
-        if before != now:
-            raise UserError(
-                f"{folder}: config.model.{name} of the checkpoint is {before or 'none'}, of this config "
-                f"{now or 'none'}; its weights were trained with the former: set --config.model.{name}, or "
-                "--config.init_other_rope=True to change it on purpose"
-            )
-
-
-def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) -> Params:
-    """The weights of a checkpoint for the model of `binding`, sharded over `mesh` where one is given.
-
-    Raises UserError for a missing folder or a checkpoint of another model, naming the first wrong tensor.
-    """
-    checkpoint = find(path)
-    folders = weight_folders(checkpoint)
-    stored = [_stored(folder) for folder in folders]
-    found = {name: leaf for tree in stored for name, leaf in tree.items()}
-    check_shapes(found, binding.shapes, checkpoint)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype,
-            sharding=sharding(mesh, binding.axes[name], leaf.shape) if mesh else device,
-        )
-        for name, leaf in found.items()
-    }
-    params: Params = {}
-    for item, folder, tree in zip(("params", FOLDER), folders, stored, strict=False):
-        params |= _restore(checkpoint, item, folder, {name: target[name] for name in tree})
-    return {name: params[name] for name in binding.shapes}
-
-
-def _stored(folder: Path) -> Mapping[str, Any]:
-    """Name -> shape and dtype of every array in a folder of weights. Raises UserError."""
-    with named_if_damaged(_holder(folder)):
-        return ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns: one item is no whole step
-
-
-def _holder(weights: Path) -> Path:
-    """What is damaged where this folder of weights is: its checkpoint, or itself."""
-    return weights if weights.parent.name == FOLDER else weights.parent
-
-
-def load_config(path: str | Path) -> ml_collections.ConfigDict:
-    """The config that a checkpoint was trained with; what it lacks is as its preset has it.
-
-    Raises UserError where it is damaged, or its model has a setting that this version does not know.
-    """
-    folder = find(path)
-    with named_if_damaged(folder):
-        plain = _tuples(_read_json(folder / "config"))
-    if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in ("model", "data")):
-        raise _damaged(folder, "config: its model or data is no section")
-    if "model" not in plain:
-        raise _damaged(folder, "config: it has no model")
-    preset = plain["model"].get("preset")
-    known = stage_config(preset if preset in PRESETS else PRESETS[0]).to_dict()
-    for name in unknown_keys(plain["model"], known["model"]):
-        raise UserError(
-            f"{folder}: config.model.{name} of the checkpoint is a setting that this version does not know; use the "
-            "version that wrote it, or a later one"
-        )
-    return ml_collections.ConfigDict(_filled(plain, known)).lock()
-
-
-def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of `found` that `known` has not, with dots between their levels."""
-    for key, value in found.items():
-        if key not in known:
-            yield key
-        elif isinstance(value, Mapping) and isinstance(known[key], Mapping):
-            yield from (f"{key}.{inner}" for inner in unknown_keys(value, known[key]))
-
-
-def _filled(found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """`found` with the keys of `known` that it lacks."""
-    both = {key: _filled(value, known[key]) for key, value in found.items() if _is_section(value, known.get(key))}
-    return {**known, **found, **both}
-
-
-def _is_section(value: Any, known: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(known, Mapping)
-
-
-def _read_json(folder: Path) -> Any:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(folder)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON knows lists only; every sequence of a config is a tuple."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def abstract_model(config: ml_collections.ConfigDict) -> Binding:
-    """The structure of the model of `config.model`, with nothing allocated."""
-    return Binding(nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0))))
-
-
-def load_for_inference(path: str | Path) -> tuple[Kangaroo, ml_collections.ConfigDict, Path]:
-    """(model, config, tokenizer file) of a checkpoint, stage or curriculum folder. Raises UserError."""
-    folder = find(path)
-    config = load_config(folder)
-    binding = abstract_model(config.model)
-    model = binding.bind(load_params(folder, binding))
-    return model, config, find_tokenizer(folder)
-
-
-def find_tokenizer(folder: Path) -> Path:
-    """The tokenizer file kept beside the checkpoints of a stage. Raises UserError."""
-    for parent in (folder, *folder.parents[:2]):
-        files = sorted(parent.glob("tokenizer.*"))
-        if files:
-            return files[0]
-    raise UserError(
-        f"{folder}: no tokenizer.* beside the checkpoint; copy the one it was trained with to {folder.parent}"
-    )
-
-
-def keep_tokenizer(source: str | Path, stage_dir: Path) -> None:
-    """Copy the tokenizer's file beside the checkpoints, in place of another that is there."""
-    source = tokenizer_file(source)
-    target, data = stage_dir / f"tokenizer{source.suffix}", source.read_bytes()
-    if not target.exists() or target.read_bytes() != data:
-        write_bytes(target, data)
-    for other in stage_dir.glob("tokenizer.*"):
-        if other != target:
-            other.unlink()
-
-
-def tokenizer_file(path: str | Path) -> Path:
-    """The file that `load_tokenizer` reads: `path`, or the one in that folder."""
-    path = Path(path)
-    names = ("tokenizer.json", "tokenizer.model")
-    return next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
-
-
-def zeros_like(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Arrays of the given shapes, for tests and templates."""
-    return {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}

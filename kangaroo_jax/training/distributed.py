@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.system.files import write_json
 
 LOST = 75  # exit code (EX_TEMPFAIL of sysexits.h): try again
@@ -228,10 +228,6 @@ def key_value_set(key: str, value: str) -> None:
 def key_value_keys(folder: str) -> set[str]:
     """The keys that were set under `folder`, which ends in a slash, without it."""
     return {key.rsplit("/", 1)[-1] for key, _ in _joined().client.key_value_dir_get(f"kangaroo/{folder}")}
-
-
-class EndsTogether:
-    """Of an exception that every process raises after the same step: none of them is lost."""
 
 
 class Preempted(EndsTogether, SystemExit):

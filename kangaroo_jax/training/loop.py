@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.chips import Chip, find_chip
 from kangaroo_jax.config import PRESETS, frames_per_group, model_config, to_plain, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
@@ -20,22 +19,22 @@ from kangaroo_jax.data.batches.loader import Loader, make_loader
 from kangaroo_jax.data.batches.preview import batch_tree, save_picture
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.models.parameters import Binding
-from kangaroo_jax.sharding import make_mesh, sharding
+from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.memory import keep_freed_memory
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.host_rows import HostRows, whole_data_state
+from kangaroo_jax.training.initial import initial_state
 from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, number, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.reporting import Pending, Reporter, of_host
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
-from kangaroo_jax.training.state import abstract_state, make_state, shardings_of, state_shardings
+from kangaroo_jax.training.state import abstract_state, shardings_of
 from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
 from kangaroo_jax.training.stopping import Preemption, SaveClock, explained_disk, locked, unbroken
 
@@ -83,7 +82,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
     Raises:
         UserError: for missing files, values that cannot be meant, a tokenizer or checkpoint that does not fit, another
-            run in `workdir`, a full disk, or (`checkpoint.NotFinite`) a loss that is not finite.
+            run in `workdir`, a full disk, or (`reading.NotFinite`) a loss that is not finite.
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process may end with the code it has.
     """
     check_config(config)
@@ -119,7 +118,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     if devices[0].platform == "cpu":
         keep_freed_memory()
     # ----------------------------------------------------------------- model and tokenizer
-    binding = checkpoint.abstract_model(config.model)
+    binding = reading.abstract_model(config.model)
     check_trainable(config, binding.shapes)
     state: TrainState = abstract_state(config, binding, mesh)
     barrier(f"{config.stage} opens")
@@ -155,7 +154,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
     # ------------------------------------------------------------------------------ records
     if is_main():
-        checkpoint.keep_tokenizer(config.data.tokenizer, workdir)
+        reading.keep_tokenizer(config.data.tokenizer, workdir)
         write_json(workdir / "config.json", plain)
     log = MetricLog(
         workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
@@ -190,7 +189,7 @@ def changes(
     if saved is not None:
         yield from check_resume(saved, ConfigDict(plain), binding.shapes)
     elif config.init_from:
-        saved = checkpoint.find(config.init_from)
+        saved = reading.find(config.init_from)
     if saved is not None and (line := check_tokenizer(saved, config, tokenizer)):
         yield line
 
@@ -267,7 +266,7 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
                 save()
                 aside, owed = time.perf_counter() - saving, False
         if owed:
-            raise checkpoint.NotFinite(
+            raise reading.NotFinite(
                 f"{config.stage}: step {config.train.steps}, the last, was skipped: nothing shows that the weights are "
                 "sound, and they are not saved; run again with --config.train.steps="
                 f"{config.train.steps + 1} to go on from the last checkpoint and end with other samples"
@@ -344,43 +343,6 @@ def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: 
         ledger=ledger,
         rows=rows,
     )
-
-
-def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
-    """Weights of `config.init_from`, or fresh ones, split into trained and frozen; zeros in the optimiser."""
-
-    def fresh() -> dict[str, jax.Array]:
-        return binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed)))
-
-    places = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
-    if config.init_from:
-        if not config.init_other_rope:
-            checkpoint.check_rope(config.init_from, config.model)
-        params = checkpoint.load_params(config.init_from, binding, mesh)
-    else:
-        params = jax.jit(fresh, out_shardings=places)()
-    with mesh_scope(mesh):
-        make = functools.partial(make_state, config)
-        where = state_shardings(jax.eval_shape(make, params), binding, mesh)
-        return jax.jit(make, out_shardings=where)(params)
-
-
-@contextlib.contextmanager
-def mesh_scope(mesh: Mesh) -> Iterator[None]:
-    """Activations are constrained over `mesh` inside; on one device there is nothing to constrain."""
-    if mesh.size == 1:
-        yield
-    else:
-        with jax.set_mesh(mesh):
-            yield
-
-
-def mesh_text(mesh: Mesh) -> str:
-    """`1 cpu device` or the mesh's sizes."""
-    kind = mesh.devices.flat[0].platform
-    if mesh.size == 1:
-        return f"1 {kind} device"
-    return f"{mesh.size} {kind} devices, " + ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
 
 
 def show_first_batch(batch: PackedBatch, tokenizer: Tokenizer, workdir: Path, tell: Tell) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.data.batches.stream import LoaderStats
-from kangaroo_jax.training.checkpoint import NotFinite
 from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog
 from kangaroo_jax.training.observe import Observer
 

@@ -9,13 +9,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.layers import rotary_2d
-from kangaroo_jax.training import checkpoint as checkpoints
 from tests.models import from_fixtures
 
 VISION = dict(patch_size=14, width=64, depth=3, heads=2, mlp_width=170, rope_reference_grid=16)
@@ -47,15 +47,15 @@ def assembled(parts, tmp_path_factory) -> Path:
 
 
 def restored(folder: Path) -> dict[str, np.ndarray]:
-    binding = checkpoints.abstract_model(checkpoints.load_config(folder).model)
-    return {path: np.asarray(value) for path, value in checkpoints.load_params(folder, binding).items()}
+    binding = reading.abstract_model(reading.load_config(folder).model)
+    return {path: np.asarray(value) for path, value in reading.load_params(folder, binding).items()}
 
 
 def test_an_assembled_encoder_gives_timms_outputs(assembled):
     _, cases = from_fixtures.eva()
-    config = checkpoints.load_config(assembled).model
-    binding = checkpoints.abstract_model(config)
-    model = binding.bind(checkpoints.load_params(assembled, binding))
+    config = reading.load_config(assembled).model
+    binding = reading.abstract_model(config)
+    model = binding.bind(reading.load_params(assembled, binding))
     np.testing.assert_allclose(
         model.vision.position_embedding[...][None], cases["case112.pos_embed_resized"], atol=2e-5
     )
@@ -65,7 +65,7 @@ def test_an_assembled_encoder_gives_timms_outputs(assembled):
 
 
 def test_an_assembled_model_starts_as_it_should(assembled, parts, tmp_path):
-    params, config = restored(assembled), checkpoints.load_config(assembled)
+    params, config = restored(assembled), reading.load_config(assembled)
     assert (config.model.llm.rope_theta, config.model.llm.width) == (500_000.0, 64)
     np.testing.assert_array_equal(params["patchify/kernel"], np.full((2, 2, 2, 64), 0.125))
     assert not params["patchify/bias"].any() and not params["projector/first/bias"].any()

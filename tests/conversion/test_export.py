@@ -143,17 +143,17 @@ def test_processor_and_generate_without_chat(exported, theirs, video):
 
 def test_saved_by_transformers_and_converted_back(theirs, checkpoint, tmp_path):
     """A user fine-tunes in PyTorch, saves, and comes back: every weight and the rope's settings are there."""
-    from kangaroo_jax.training import checkpoint as checkpoints
+    from kangaroo_jax.checkpoints import reading
 
     model, tokenizer = theirs
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     convert([tmp_path / "saved"], tmp_path / "back", preset="tiny", tell=lambda line: None)
-    config, expected = (checkpoints.load_config(folder) for folder in (tmp_path / "back", checkpoint))
+    config, expected = (reading.load_config(folder) for folder in (tmp_path / "back", checkpoint))
     assert config.model.llm.to_dict() == expected.model.llm.to_dict()
     assert config.data.max_frames == expected.data.max_frames == 24
-    binding = checkpoints.abstract_model(config.model)
-    params, wanted = (checkpoints.load_params(folder, binding) for folder in (tmp_path / "back", checkpoint))
+    binding = reading.abstract_model(config.model)
+    params, wanted = (reading.load_params(folder, binding) for folder in (tmp_path / "back", checkpoint))
     for path in set(wanted) - {"llm/embedding"}:
         np.testing.assert_array_equal(params[path], wanted[path], err_msg=path)
 

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors import safe_open
 
+from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
-from kangaroo_jax.training import checkpoint as checkpoints
 
 MODEL_FLAGS = {  # what an encoder's file does not say
     f"model.vision.{key}": value
@@ -29,8 +29,8 @@ def quiet(*args, **kwargs) -> Path:
 
 def restored(folder: Path) -> dict[str, np.ndarray]:
     """The parameters as Orbax restores them for training."""
-    config = checkpoints.load_config(folder)
-    params = checkpoints.load_params(folder, checkpoints.abstract_model(config.model))
+    config = reading.load_config(folder)
+    params = reading.load_params(folder, reading.abstract_model(config.model))
     return {path: np.asarray(value) for path, value in params.items()}
 
 
@@ -68,9 +68,9 @@ def test_checkpoint_to_hugging_face_and_back(make_checkpoint, dtype, tmp_path):
     quiet([checkpoint], tmp_path / "hf")
     quiet([tmp_path / "hf"], tmp_path / "again")
     assert_same(restored(checkpoint), restored(tmp_path / "again"))
-    config = checkpoints.load_config(checkpoint)
-    assert checkpoints.load_config(tmp_path / "again").to_dict() == config.to_dict()
-    assert checkpoints.find_tokenizer(tmp_path / "again").read_bytes() == (checkpoint / "tokenizer.model").read_bytes()
+    config = reading.load_config(checkpoint)
+    assert reading.load_config(tmp_path / "again").to_dict() == config.to_dict()
+    assert reading.find_tokenizer(tmp_path / "again").read_bytes() == (checkpoint / "tokenizer.model").read_bytes()
     quiet([tmp_path / "again"], tmp_path / "hf2", shard_bytes=40_000)
     assert len(list((tmp_path / "hf2").glob("model-*-of-*.safetensors"))) > 2
     assert_same(tensors(tmp_path / "hf"), tensors(tmp_path / "hf2"))
@@ -133,8 +133,8 @@ def test_our_conversion_is_what_training_restores_on_a_mesh(checkpoint, tmp_path
     quiet([checkpoint], tmp_path / "hf")
     quiet([tmp_path / "hf"], tmp_path / "again")
     mesh = make_mesh((1, 2, 1, 1), jax.devices()[:2])
-    binding = checkpoints.abstract_model(checkpoints.load_config(tmp_path / "again").model)
-    params = checkpoints.load_params(tmp_path / "again", binding, mesh)
+    binding = reading.abstract_model(reading.load_config(tmp_path / "again").model)
+    params = reading.load_params(tmp_path / "again", binding, mesh)
     assert len(params["llm/layers/mlp/gate/kernel"].sharding.device_set) == 2
     assert_same({path: np.asarray(value) for path, value in params.items()}, restored(checkpoint))
 
@@ -261,7 +261,7 @@ def test_a_stage_starts_from_a_conversion(checkpoint, tmp_path):
     """What training loads of `init_from` is what was converted."""
     quiet([checkpoint], tmp_path / "hf")
     quiet([tmp_path / "hf"], tmp_path / "start")
-    config = ConfigDict(checkpoints.load_config(tmp_path / "start").to_dict())
-    binding = checkpoints.abstract_model(config.model)
-    assert checkpoints.find(tmp_path / "start") == tmp_path / "start"
-    assert set(checkpoints.load_params(tmp_path / "start", binding)) == set(binding.shapes)
+    config = ConfigDict(reading.load_config(tmp_path / "start").to_dict())
+    binding = reading.abstract_model(config.model)
+    assert reading.find(tmp_path / "start") == tmp_path / "start"
+    assert set(reading.load_params(tmp_path / "start", binding)) == set(binding.shapes)

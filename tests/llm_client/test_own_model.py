@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kangaroo_jax.checkpoints.reading import abstract_model, keep_tokenizer
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.run import annotate_clips
@@ -16,7 +17,7 @@ from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.llm_client.own_model import OwnModel
-from kangaroo_jax.training.checkpoint import Checkpoints, abstract_model, keep_tokenizer
+from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 
 WORDS = ["A red square moves to the left.", "This frame was taken seconds into a video.", "一个红色的方块。"]

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
+from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.config import STAGES
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.check import check_config, check_trainable
-from kangaroo_jax.training.checkpoint import abstract_model
 
 BAD = [
     ("train.steps", 0, "config.train.steps is 0: must be at least 1"),

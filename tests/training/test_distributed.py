@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.training import checkpoint, distributed
+from kangaroo_jax.training import distributed
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.metrics import read_metrics, read_samples
 
@@ -140,7 +141,7 @@ def test_sigterm_to_a_single_process_saves_and_ends_with_code_0(corpus, tmp_path
     wait_for_step(workdir, 2)
     process.send_signal(signal.SIGTERM)
     assert wait([process], 120) == [0], output(workdir, 0)
-    saved = int(checkpoint.find(workdir).name)
+    saved = int(reading.find(workdir).name)
     assert 2 <= saved < STEPS, "it did not stop, but went on to the end"
     assert output(workdir, 0).rstrip().endswith(f"asked to stop; saved after step {saved}")
 
@@ -162,10 +163,10 @@ def test_a_save_that_is_killed_is_never_taken_for_whole(corpus, alone, tmp_path)
         process.kill()
         process.wait()
         if saves.exists() and any(path.name.isdigit() for path in saves.iterdir()):
-            folder = checkpoint.find(workdir)
-            assert checkpoint.load_config(folder).stage == "stage4_instruct"
-            binding = checkpoint.abstract_model(checkpoint.load_config(folder).model)
-            assert all(np.isfinite(np.asarray(x)).all() for x in checkpoint.load_params(folder, binding).values())
+            folder = reading.find(workdir)
+            assert reading.load_config(folder).stage == "stage4_instruct"
+            binding = reading.abstract_model(reading.load_config(folder).model)
+            assert all(np.isfinite(np.asarray(x)).all() for x in reading.load_params(folder, binding).values())
     assert wait(start(corpus, workdir, 1), 600) == [0], output(workdir, 0)[-3000:]
     (losses, samples), (expected, expected_samples) = history(workdir), history(alone)
     assert losses == expected and samples == expected_samples

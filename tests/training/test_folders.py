@@ -9,19 +9,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
+from kangaroo_jax.checkpoints.reading import check_rope, check_shapes, find, find_tokenizer, keep_tokenizer, load_config
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.sharding import make_mesh
+from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.training import loop
-from kangaroo_jax.training.checkpoint import (
-    Checkpoints,
-    check_rope,
-    check_shapes,
-    find,
-    find_tokenizer,
-    keep_tokenizer,
-    load_config,
-)
+from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, read_metrics
 from kangaroo_jax.training.step import TrainState
 
@@ -130,15 +123,15 @@ def test_every_setting_that_turns_angles_is_compared(saved, key, value):
 
 
 def test_what_a_stage_runs_on_is_said_in_words():
-    assert loop.mesh_text(make_mesh((1, 1, 1, 1), jax.devices()[:1])) == "1 cpu device"
+    assert mesh_text(make_mesh((1, 1, 1, 1), jax.devices()[:1])) == "1 cpu device"
     expected = "8 cpu devices, data 1, fsdp 2, context 2, tensor 2"
-    assert loop.mesh_text(make_mesh((1, 2, 2, 2), jax.devices()[:8])) == expected
+    assert mesh_text(make_mesh((1, 2, 2, 2), jax.devices()[:8])) == expected
 
 
 def test_on_several_devices_their_mesh_is_set_and_on_one_there_is_none():
     for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
         mesh = make_mesh(shape, jax.devices()[: math.prod(shape)])
-        with loop.mesh_scope(mesh):
+        with mesh_scope(mesh):
             assert jax.sharding.get_abstract_mesh().empty == (shape == (1, 1, 1, 1))
 
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.checkpoints.digests import changed, digests
+from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.training import checkpoint, loop
-from kangaroo_jax.training.checkpoint import Checkpoints, NotFinite
-from kangaroo_jax.training.digests import changed, digests
+from kangaroo_jax.training import loop
+from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics, read_samples
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
@@ -60,13 +62,13 @@ REFUSED = {
 
 
 def test_what_cannot_change_is_named_and_what_may_is_said(trained, corpus):
-    folder = checkpoint.find(trained / "run")
-    shapes = checkpoint.abstract_model(config_of(trained, corpus).model).shapes
+    folder = reading.find(trained / "run")
+    shapes = reading.abstract_model(config_of(trained, corpus).model).shapes
     assert check_resume(folder, config_of(trained, corpus), shapes) == []
     for key, (value, message) in REFUSED.items():
         config = config_of(trained, corpus, **{key: value})
         with pytest.raises(UserError, match=message) as error:
-            check_resume(folder, config, checkpoint.abstract_model(config.model).shapes)
+            check_resume(folder, config, reading.abstract_model(config.model).shapes)
         assert "\n" not in str(error.value)
     config = config_of(trained, corpus, **{"optimizer.learning_rate": 3e-3, "data.fps": 2.0, "train.steps": 8})
     config.optimizer.trainable = (("llm/.*", 0.5), (".*", 1.0))  # the same weights train
@@ -104,7 +106,7 @@ def test_a_refused_resume_leaves_the_folder_and_an_edited_source_is_said(trained
 def test_another_tokenizer_is_refused_on_resume_and_as_a_start(trained, corpus, tmp_path):
     texts = ["a red square", "what time is it", "seconds and hours", "blue, green, yellow", "colour of the long video"]
     train_sentencepiece(texts * 3, tmp_path / "other.model", vocab_size=300)
-    folder = checkpoint.find(trained / "run")
+    folder = reading.find(trained / "run")
     config = config_of(trained, corpus, **{"data.tokenizer": str(tmp_path / "other.model"), "train.steps": 5})
     for changes in ({}, {"init_from": str(trained / "run")}):
         run = tmp_path / "new" if changes else trained / "run"
@@ -113,8 +115,8 @@ def test_another_tokenizer_is_refused_on_resume_and_as_a_start(trained, corpus, 
             train(config, run, tell=lambda _: None)
     config.allow_changes = ("data.tokenizer",)
     assert "is another tokenizer" in check_tokenizer(folder, config, loop.open_tokenizer(config))
-    checkpoint.keep_tokenizer(config.data.tokenizer, tmp_path)
-    assert checkpoint.find_tokenizer(tmp_path).read_bytes() == (tmp_path / "other.model").read_bytes()
+    reading.keep_tokenizer(config.data.tokenizer, tmp_path)
+    assert reading.find_tokenizer(tmp_path).read_bytes() == (tmp_path / "other.model").read_bytes()
 
 
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
@@ -238,9 +240,9 @@ def test_a_config_without_keys_of_today_is_filled_and_one_of_tomorrow_is_refused
     config["model"]["llm"]["mixture"] = 8
     checkpoints.save(small_state(2), b"", config)
     checkpoints.close()
-    assert checkpoint.load_config(tmp_path / "checkpoints" / "1").to_dict() == to_plain(config_of(trained, corpus))
+    assert reading.load_config(tmp_path / "checkpoints" / "1").to_dict() == to_plain(config_of(trained, corpus))
     with pytest.raises(UserError, match="config.model.llm.mixture of the checkpoint is a setting that this version"):
-        checkpoint.load_config(tmp_path)
+        reading.load_config(tmp_path)
 
 
 def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path):

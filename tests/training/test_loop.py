@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.training import checkpoint, curriculum
-from kangaroo_jax.training.loop import initial_state, train
+from kangaroo_jax.training import curriculum
+from kangaroo_jax.training.initial import initial_state
+from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics, read_samples
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.step import make_train_step
@@ -55,7 +57,7 @@ def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
     for name in ("config.json", "first_batch.txt", "first_batch.png", "tokenizer.model"):
         assert (tmp_path / name).stat().st_size > 0, name
     assert any("tok/s" in line and "ETA" in line for line in lines)
-    model, loaded, tokenizer = checkpoint.load_for_inference(tmp_path)
+    model, loaded, tokenizer = reading.load_for_inference(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert tokenizer == tmp_path / "tokenizer.model"
 
@@ -63,7 +65,7 @@ def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
 def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, tmp_path):
     config = small_stage("stage1_image_pretrain", corpus, 3)
     config.optimizer.trainable = load_config("stage1_image_pretrain:kangaroo_8b").optimizer.trainable
-    binding = checkpoint.abstract_model(config.model)
+    binding = reading.abstract_model(config.model)
     with jax.sharding.Mesh(
         np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "context", "tensor")
     ) as mesh:
@@ -76,7 +78,7 @@ def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, t
     frozen = {k: np.asarray(v) for k, v in before.frozen.items()}
     params = {k: np.asarray(v) for k, v in before.params.items()}
     train(config, tmp_path, tell=lambda _: None)
-    after = checkpoint.load_params(tmp_path, binding)
+    after = reading.load_params(tmp_path, binding)
     for name, value in frozen.items():
         np.testing.assert_array_equal(np.asarray(after[name]), value, err_msg=name)
     moved = [name for name, value in params.items() if not np.array_equal(np.asarray(after[name]), value)]
@@ -89,7 +91,7 @@ def test_gradients_of_frozen_parts_are_not_computed(corpus):
     frozen = small_stage("stage5_long_video", corpus, 3, **{"data.long_max_frames": 16, "data.long_min_frames": 16})
     flops = []
     for config in (everything, frozen):
-        binding = checkpoint.abstract_model(config.model)
+        binding = reading.abstract_model(config.model)
         config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=16)
         config.train.mesh = (1, 1, 1, 1)
         from kangaroo_jax.training import loop
@@ -213,12 +215,12 @@ def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus,
     # Rope settings, which no shape shows: the first that differs is named.
     faster = small_stage("stage5_long_video", corpus, 2, init_from=str(tmp_path / "small"))
     faster.model.llm.rope_scaling.low_freq_factor = 2.0  # means nothing where the factor is 1
-    checkpoint.check_rope(tmp_path / "small", faster.model)
+    reading.check_rope(tmp_path / "small", faster.model)
     for name, value in (("llm.rope_scaling", 8.0), ("llm.rope_theta", 5e5), ("vision.rope_reference_grid", 16)):
         key = f"{name}.factor" if "scaling" in name else name  # each comes before the last in order
         faster.update_from_flattened_dict({f"model.{key}": value})
         with pytest.raises(UserError, match=f"small.*: config.model.{name} of the checkpoint is") as error:
-            checkpoint.check_rope(tmp_path / "small", faster.model)
+            reading.check_rope(tmp_path / "small", faster.model)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="rope_reference_grid of the checkpoint is 4, of this config 16"):
         train(faster, tmp_path / "b", tell=lambda _: None)

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.sharding import make_mesh, sharding
-from kangaroo_jax.training.checkpoint import abstract_model
+from kangaroo_jax.sharding import make_mesh, mesh_scope, sharding
 from kangaroo_jax.training.host_rows import HostRows
-from kangaroo_jax.training.loop import mesh_scope
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
 from kangaroo_jax.training.step import gradient, make_train_step

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.config import model_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
 from kangaroo_jax.models.parameters import Binding, multiplier, split_trainable
 from kangaroo_jax.sharding import RULES
-from kangaroo_jax.training.checkpoint import abstract_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from kangaroo_jax.training import checkpoint, loop
+from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.training import loop
 from kangaroo_jax.training.distributed import Preempted
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics
@@ -47,7 +48,7 @@ def cut_off(straight, tmp_path) -> Path:
     shutil.copytree(straight, workdir)
     for step in range(EVERY + 1, STEPS + 1):
         shutil.rmtree(workdir / "checkpoints" / str(step), ignore_errors=True)
-    assert checkpoint.find(workdir).name == str(EVERY)
+    assert reading.find(workdir).name == str(EVERY)
     return workdir
 
 
@@ -74,7 +75,7 @@ def test_what_was_cut_off_and_then_asked_to_stop_comes_out_bit_for_bit_as_if_not
     finally:
         signal.signal(signal.SIGTERM, before)
     assert f"stage4_instruct: goes on after step {EVERY}" in lines
-    saved = int(checkpoint.find(cut_off).name)
+    saved = int(reading.find(cut_off).name)
     assert EVERY < saved < STEPS and lines[-1] == f"stage4_instruct: asked to stop; saved after step {saved}"
     assert stopped.value.code == 0 and history(cut_off) == history(straight)[:saved]
     train(config, cut_off, tell=lines.append)

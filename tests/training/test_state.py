@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.sharding import make_mesh
-from kangaroo_jax.training.checkpoint import abstract_model
 from kangaroo_jax.training.state import abstract_state, make_state, shardings_of, state_shardings
 
 

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pytest
 
+from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.training import checkpoint, loop, observe, stopping
-from kangaroo_jax.training.checkpoint import NotFinite
+from kangaroo_jax.training import loop, observe, stopping
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.loop import train
@@ -59,7 +60,7 @@ def test_a_nan_stops_the_run_and_is_skipped_on_purpose(corpus, tmp_path, poison)
     with pytest.raises(NotFinite, match=r"step 4: loss nan, gradient norm nan; samples '.*on_nonfinite=skip") as error:
         train(config, tmp_path, tell=lambda _: None)
     assert isinstance(error.value, UserError) and "\n" not in str(error.value)
-    assert checkpoint.find(tmp_path).name == "2"
+    assert reading.find(tmp_path).name == "2"
     ids = read_samples(tmp_path / "samples.jsonl")[4]
     assert all(repr(name) in str(error.value) for name in ids[:8])
 
@@ -81,12 +82,12 @@ def test_no_checkpoint_replaces_another_while_steps_are_skipped(corpus, tmp_path
     poison(4)
     with pytest.raises(NotFinite, match=r"step 4, the last, was skipped.*--config.train.steps=5 "):
         train(config, tmp_path, tell=lambda _: None)
-    assert checkpoint.find(tmp_path).name == "2"
+    assert reading.find(tmp_path).name == "2"
     config.train.steps = 6
     poison(2, 4)  # steps 4 and 6
     with pytest.raises(NotFinite, match="step 6, the last"):
         train(config, tmp_path, tell=lambda _: None)
-    assert checkpoint.find(tmp_path).name == "5"
+    assert reading.find(tmp_path).name == "5"
 
 
 def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, monkeypatch):
@@ -96,7 +97,7 @@ def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, m
     lines: list[str] = []
     with pytest.raises(SystemExit):
         train(config, tmp_path, tell=lines.append)
-    assert checkpoint.find(tmp_path).name == "6" and "saved after step 6" in lines[-1]
+    assert reading.find(tmp_path).name == "6" and "saved after step 6" in lines[-1]
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(corpus, tmp_path):

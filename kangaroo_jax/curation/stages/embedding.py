@@ -56,7 +56,7 @@ def with_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError: there is no such checkpoint.
     """
-    from kangaroo_jax.training.checkpoint import find
+    from kangaroo_jax.checkpoints.reading import find
 
     folder = find(settings["checkpoint"])
     return {**settings, "checkpoint": str(folder), "changed": folder.stat().st_mtime_ns}
@@ -67,7 +67,7 @@ def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np
     """The side of the frames, and uint8[n, S, S, 3] -> float32[n, D] of unit length; once in a process."""
     import jax
 
-    from kangaroo_jax.training.checkpoint import load_config
+    from kangaroo_jax.checkpoints.reading import load_config
 
     config = load_config(checkpoint)
     binding, params = load_encoder(checkpoint, config.model)
@@ -92,10 +92,10 @@ def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
     import orbax.checkpoint as ocp
     from flax import nnx
 
+    from kangaroo_jax.checkpoints.frozen import weight_folders
+    from kangaroo_jax.checkpoints.reading import check_shapes, find
     from kangaroo_jax.models.eva_clip import EvaClip
     from kangaroo_jax.models.parameters import Binding
-    from kangaroo_jax.training.checkpoint import check_shapes, find
-    from kangaroo_jax.training.frozen import weight_folders
 
     options = {key: config[key] for key in ("dtype", "scan", "attention")}
     binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))

@@ -1,0 +1,41 @@
+"""Where frozen weights lie: once in a stage, named by every checkpoint (`training.frozen` writes them)."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from kangaroo_jax.checkpoints.digests import Digests
+from kangaroo_jax.errors import UserError
+
+FOLDER = "frozen"  # beside the checkpoints; in a checkpoint the item that names which one is its
+
+
+def weight_folders(checkpoint: Path) -> list[Path]:
+    """The folders that hold the weights of a checkpoint: its own `params`, and where some are frozen, theirs.
+
+    Checkpoints of older versions, and those of `kangaroo convert`, hold all in `params`. Raises UserError where the
+    frozen weights are not beside it.
+    """
+    params, reference = checkpoint / "params", checkpoint / FOLDER
+    if not reference.is_dir():
+        return [params]
+    try:
+        name = json.loads((reference / "metadata").read_text(encoding="utf-8"))["folder"]
+        known = bool(re.fullmatch("[0-9a-f]{16}", name))
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{reference}: does not say which frozen weights are the checkpoint's; copy it again")
+    frozen = checkpoint.parent / FOLDER / name
+    if not frozen.is_dir():
+        raise UserError(
+            f"{checkpoint}: its frozen weights are missing, {frozen}; copy that folder from beside the checkpoints "
+            "where it was trained"
+        )
+    return [params, frozen]
+
+
+def name_of(sums: Digests) -> str:
+    """The name of the folder of frozen weights with these sums."""
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,34 @@
+"""The state that a stage begins with: weights of another checkpoint, or fresh ones."""
+
+import functools
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import Binding
+from kangaroo_jax.sharding import mesh_scope, sharding
+from kangaroo_jax.training.state import make_state, state_shardings
+from kangaroo_jax.training.step import TrainState
+
+
+def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
+    """Weights of `config.init_from`, or fresh ones, split into trained and frozen; zeros in the optimiser."""
+
+    def fresh() -> dict[str, jax.Array]:
+        return binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed)))
+
+    places = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
+    if config.init_from:
+        if not config.init_other_rope:
+            reading.check_rope(config.init_from, config.model)
+        params = reading.load_params(config.init_from, binding, mesh)
+    else:
+        params = jax.jit(fresh, out_shardings=places)()
+    with mesh_scope(mesh):
+        make = functools.partial(make_state, config)
+        where = state_shardings(jax.eval_shape(make, params), binding, mesh)
+        return jax.jit(make, out_shardings=where)(params)
