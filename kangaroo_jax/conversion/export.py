@@ -81,7 +81,7 @@ def write_beside_llama(
         folder: the target.
         tell: prints a line.
     """
-    from kangaroo_jax.conversion.tokenizers import write_tokenizer
+    from kangaroo_jax.conversion.tokenizers import carry_settings, write_tokenizer
 
     tokens: dict[str, Any] = {}
     if tokenizer is not None:
@@ -89,7 +89,9 @@ def write_beside_llama(
             tokens = write_tokenizer(tokenizer, config, folder)
         except UserError as error:  # a bare Llama may have a tokenizer that no Kangaroo has
             shutil.copyfile(tokenizer, folder / tokenizer.name)
-            tell(f"{error}; copied as it is, with no tokenizer_config.json")
+            tell(f"{error}; copied as it is")
+        if not carry_settings(tokenizer, folder):
+            tell(f"{tokenizer}: there is no tokenizer.json, which transformers reads")
     elif "eos_token_id" not in said:
         tell("no tokenizer beside the source: nothing says which token ends an answer; give one by --tokenizer")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

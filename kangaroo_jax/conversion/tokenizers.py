@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kangaroo_jax.conversion.files import read_json
 from kangaroo_jax.data.tokenizer import (
     LLAMA3_OFFSETS,
     LLAMA3_PATTERN,
@@ -79,6 +80,49 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return _token_keys(tokenizer)
+
+
+# Of a tokenizer_config.json: the rest names classes and code, which differ between versions of transformers.
+_CARRIED = (
+    *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+    *("additional_special_tokens", "chat_template", "clean_up_tokenization_spaces", "model_max_length"),
+    *("model_input_names", "padding_side", "truncation_side"),
+)
+
+
+def carry_settings(source: Path, folder: Path) -> bool:
+    """Write to the tokenizer in `folder` what stands beside the tokenizer `source`: its tokens and its chat template.
+
+    Any version of transformers reads the result. A tokenizer.json that is not in `folder` yet is copied. Returns
+    whether there is one, without which nothing is written. Raises UserError for settings that are no JSON object.
+    """
+    beside, target = source.parent, folder / "tokenizer_config.json"
+    if not (folder / "tokenizer.json").is_file():
+        if not (beside / "tokenizer.json").is_file():
+            return False
+        shutil.copyfile(beside / "tokenizer.json", folder / "tokenizer.json")
+    theirs: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (beside / name).is_file():
+            theirs |= read_json(beside / name)
+    if isinstance(more := theirs.get("extra_special_tokens"), list):  # transformers 5's name; a mapping to 4
+        theirs.setdefault("additional_special_tokens", more)
+    if (beside / "chat_template.jinja").is_file():
+        theirs["chat_template"] = (beside / "chat_template.jinja").read_text(encoding="utf-8")
+    carried = {key: _content(theirs[key]) for key in _CARRIED if theirs.get(key) is not None}
+    ours = read_json(target) if target.is_file() else {"clean_up_tokenization_spaces": False}
+    settings = {**ours, **carried, "tokenizer_class": "PreTrainedTokenizerFast"}
+    target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if isinstance(template := settings.get("chat_template"), str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return True
+
+
+def _content(value: Any) -> Any:
+    """A token that is described by more than its text (`AddedToken`) as its text."""
+    if isinstance(value, list):
+        return [_content(item) for item in value]
+    return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def _copy_json(source: Path, target: Path) -> None:

@@ -161,6 +161,70 @@ def test_what_a_llama_says_of_itself_is_carried_on(folder, tmp_path):
     assert (raw["max_position_embeddings"], raw["eos_token_id"], raw["bos_token_id"]) == (131_072, [309, 5], 7)
 
 
+TOKEN = {"content": "<|over|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+TEMPLATE = "{{ messages[0].content }}"
+SETTINGS_OF = {
+    "transformers 4": {
+        "special_tokens_map.json": {"eos_token": TOKEN, "pad_token": "<|over|>"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizerFast",
+            "eos_token": "<|over|>",
+            "additional_special_tokens": ["<|a|>", {**TOKEN, "content": "<|b|>"}],
+            "chat_template": TEMPLATE,
+        },
+    },
+    "transformers 5": {
+        "tokenizer_config.json": {
+            "tokenizer_class": "TokenizersBackend",
+            "backend": "tokenizers",
+            "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]},
+            "eos_token": "<|over|>",
+            "pad_token": "<|over|>",
+            "extra_special_tokens": ["<|a|>", "<|b|>"],
+        },
+        "chat_template.jinja": TEMPLATE,
+    },
+}
+
+
+@pytest.mark.parametrize("files", SETTINGS_OF.values(), ids=SETTINGS_OF)
+def test_the_tokenizer_of_another_llama_keeps_its_tokens_and_template(files, folder, tmp_path):
+    """One that no Kangaroo has, written by one version of transformers, is read by any."""
+    marks = [{"id": i, "content": name, "special": True} for i, name in enumerate(("<|over|>", "<|a|>", "<|b|>"))]
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    vocabulary = {mark["content"]: mark["id"] for mark in marks}
+    spec = {"version": "1.0", "added_tokens": [{**mark, **usual} for mark in marks]}
+    spec["model"] = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    target = convert([folder], tmp_path / "again", format="llama", preset="tiny", tell=lambda line: None)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    assert settings == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|over|>",
+        "pad_token": "<|over|>",
+        "additional_special_tokens": ["<|a|>", "<|b|>"],
+        "chat_template": TEMPLATE,
+    }
+    assert (target / "chat_template.jinja").read_text() == TEMPLATE
+    assert json.loads((target / "tokenizer.json").read_text()) == spec
+
+
+def test_a_tokenizer_that_transformers_does_not_read_is_said(folder, tmp_path):
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "tokenizer.model").write_bytes(b"of another kind")
+    told: list[str] = []
+    target = convert([folder], tmp_path / "again", format="llama", preset="tiny", tell=told.append)
+    assert any("there is no tokenizer.json, which transformers reads" in line for line in told)
+    assert (target / "tokenizer.model").is_file() and not (target / "tokenizer_config.json").exists()
+
+
 def test_what_a_format_has_no_place_for_is_said(checkpoint, tmp_path):
     told: list[str] = []
     convert([checkpoint], tmp_path / "llama", format="llama", tell=told.append)
