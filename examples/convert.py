@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kangaroo_jax import convert
 from kangaroo_jax.checkpoints.reading import abstract_model, load_config, load_params
-from kangaroo_jax.conversion.convert import convert
 
 
 def main() -> None:

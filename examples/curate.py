@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clips import write_clip
 
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax import load_config
 from kangaroo_jax.curation.curate import Options, curate
 
 

@@ -7,8 +7,8 @@ For TPUs (`--topology=v5e:4x8`) each stage's step is compiled, a minute or two e
 
 import argparse
 
+from kangaroo_jax import load_config
 from kangaroo_jax.chips import parse_topology
-from kangaroo_jax.config_files import load_config
 from kangaroo_jax.planning.plan import make_plan
 from kangaroo_jax.training.curriculum import STAGES
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from clips import write_clips
 
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax import load_config, train
 from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.data.tokenizer import train_sentencepiece
-from kangaroo_jax.training.loop import train
 
 
 def main() -> None:

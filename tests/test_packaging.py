@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -30,14 +31,33 @@ MODULES = {  # distribution -> module, where the names differ; aiohttp, gcsfs, s
 
 
 def test_public_names():
-    from kangaroo_jax.data.media.video import load_video
+    from kangaroo_jax.config_files import load_config
+    from kangaroo_jax.conversion.convert import convert
+    from kangaroo_jax.data.media.video import load_video, sample_times
     from kangaroo_jax.inference.chat import Kangaroo
+    from kangaroo_jax.training.loop import train
 
-    assert kangaroo_jax.Kangaroo is Kangaroo and kangaroo_jax.load_video is load_video
-    assert callable(kangaroo_jax.sample_frames)
-    assert set(kangaroo_jax.__all__) <= set(dir(kangaroo_jax))
+    public = {one.__name__: one for one in (Kangaroo, convert, load_config, load_video, sample_times, train)}
+    assert {*public, "__version__"} == set(kangaroo_jax.__all__) <= set(dir(kangaroo_jax))
+    for name, one in public.items():
+        assert getattr(kangaroo_jax, name) is one
+    with pytest.warns(DeprecationWarning, match="sample_frames is now sample_times"):
+        assert kangaroo_jax.sample_frames is sample_times
     with pytest.raises(AttributeError, match="has no attribute 'Kangeroo'"):
         _ = kangaroo_jax.Kangeroo
+
+
+def test_the_python_of_the_readme_calls_what_there_is(monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    called = []
+    for name in ("train", "convert"):
+        fake = create_autospec(getattr(kangaroo_jax, name), side_effect=lambda *args, name=name: called.append(name))
+        monkeypatch.setattr(kangaroo_jax, name, fake)
+    model = create_autospec(kangaroo_jax.Kangaroo)
+    model.load.return_value.chat.return_value = "red", []
+    monkeypatch.setattr(kangaroo_jax, "Kangaroo", model)
+    exec(block, {})
+    assert called == ["train", "convert"] and model.load.return_value.chat.call_count == 2
 
 
 def test_training_and_chat_import_no_other_framework():

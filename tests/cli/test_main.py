@@ -130,7 +130,8 @@ def test_help_begins_with_a_command_that_can_be_run_and_the_flags_that_matter(jo
     assert call.command is command
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
     described = arguments.arguments_of(command, described=True)
-    assert listed[: len(described)] == [argument.name.replace("--id", "ID") for argument in described]
+    shown = [word for word in listed if word.startswith("--") or word.isupper()]
+    assert shown == [argument.name.replace("--id", "ID").replace("--number", "NUMBER") for argument in described]
     assert all(argument.parameter.help for argument in described)
     assert "_" not in "".join(flag for flag in listed if flag.startswith("--"))
     head = out.partition("\nmore flags:")[0] if len(described) > 5 else out
