@@ -87,7 +87,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
         (loss, weight), grads = gradient(binding, state.params, state.frozen, batch, accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
