@@ -71,6 +71,9 @@ def choose(job: str, commands: Mapping[str, Command], words: Sequence[str]) -> t
 
         there = f"{nearest(words[0], named)}; there are {', '.join(named)}"
         raise UserError(f"{job}: no job {words[0]!r}{there}: kangaroo {job} --help lists them")
+    for before, word in zip(words, words[1:], strict=False):
+        if word in named and (not before.startswith("--") or "=" in before):  # no value of a flag
+            raise UserError(f"{job}: {word} stands first: kangaroo {job} {word} {before} ...")
     if "" not in commands:
         raise UserError(f"{job}: name a job of it, one of {', '.join(named)}: kangaroo {job} --help lists them")
     return job, commands[""], list(words)
@@ -166,7 +169,8 @@ def _told(error: CycloptsError, title: str, command: Command, arguments: Sequenc
     if isinstance(error, CoercionError) and error.token is not None:
         flag = f"{error.token.keyword}=" if error.token.keyword else ""
         choices = ("true", "false") if error.target_type is bool else get_args(error.target_type)
-        return f"{flag}{error.token.value}: {error.msg or 'is none of ' + ', '.join(choices)}"
+        value = error.token.value if len(error.token.value) < 100 else error.token.value[:100] + "..."
+        return f"{flag}{value}: {error.msg or 'is none of ' + ', '.join(choices)}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"what is {error.unused_tokens[0]!r}? flags are written --name=value"
     if isinstance(error, UnknownOptionError):

@@ -272,6 +272,8 @@ BAD = {
     (*TRAIN, "--workdir=W", "--nostrict"): "no flag --nostrict; did you mean --no-strict?",
     (*TRAIN, "--workdir=W", "--config.train.tensorboard", "on"): "what is 'on'?",
     ("curate", "selct", "--output=W"): "curate: no job 'selct' (did you mean 'select'?); there are select, explain,",
+    ("curate", "--output=W", "select"): "curate: select stands first: kangaroo curate select --output=W",
+    ("chat", "--checkpoint=W", "--seed=" + "9" * 5000): "9...: is no whole number of 0 or more",
     ("curate", "--output=W", "--input=,"): "curate: --input is missing",
     ("curate", "select", "--output=W", "--engine=ray"): "curate select: no flag --engine; ",
     ("curate", "explain", "--output=W"): "curate explain: ID is missing",
@@ -291,7 +293,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+@pytest.mark.parametrize("arguments", BAD, ids=lambda words: " ".join(words)[:100])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("F").write_text("text")
