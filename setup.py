@@ -17,7 +17,7 @@ JINJA = "jinja2>=3.1.6"  # CVE-2025-27516; torch and fsspec bring it
 CORE = [
     "absl-py",
     "av>=17,<20",  # 14 to 16 have no index of a stream and give wrong colours of BT.709 and of full range
-    "cyclopts>=5.5,<6",  # what it raises for bad input is read by us, and may change
+    "cyclopts>=5,<6",  # what it raises for bad input is read by us, and may change
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
     "jax>=0.10,<0.13",
