@@ -84,6 +84,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         UserError: for missing files, values that cannot be meant, a tokenizer or checkpoint that does not fit, another
             run in `workdir`, a full disk, or (`reading.NotFinite`) a loss that is not finite.
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process may end with the code it has.
+            Where it came in the last step the stage is done as well: run again, it has no step left to do.
     """
     check_config(config)
     mesh_devices()  # where there are none nothing is read or written
@@ -102,6 +103,9 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
     used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
     places = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
+    if preemption.reached(config.train.steps + 1):
+        tell(f"{config.stage}: asked to stop; saved after step {config.train.steps}, the last")
+        raise preemption.saved()
     return Result(workdir, config.train.steps, seconds, used / places)
 
 
@@ -213,7 +217,7 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
     clock = SaveClock(config.train.checkpoint_minutes)
     pending: Pending | None = None
     aside = 0.0  # seconds since the step before was begun that went into saving
-    asked, owed = False, False  # to stop; a checkpoint, which waits for a step whose loss is finite
+    owed = False  # a checkpoint, which waits for a step whose loss is finite
 
     def finish() -> None:
         """Report the step that the device is at, when it is done."""
@@ -236,7 +240,7 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
         stack.enter_context(mesh_scope(stage.mesh))
         preemption.stepping()
         for step in range(stage.first + 1, config.train.steps + 1):
-            asked = preemption.reached(step) or asked
+            asked = preemption.reached(step)
             if asked:
                 finish()
             if asked and reporter.finite:

@@ -35,10 +35,13 @@ class Preemption:
     step begins the others end it at once, too. A signal that this process was started to ignore (nohup) is ignored.
     """
 
+    _last_asked = 0  # JAX compares numbers, which must go on growing where a process runs one stage after another
+
     def __init__(self, tell: Tell = print) -> None:
         """Listens from now on, in the main thread. Of several processes JAX agrees on the step after which all stop."""
         self._asked, self._told, self._interrupts = "", False, 0
-        self._stepping = self._done = False
+        self._stepping = self._done = self._agreed = False
+        self._steps_before = Preemption._last_asked
         self._many = jax.process_count() > 1
         self._tell = tell
         self._before: dict[int, Any] = {}
@@ -98,12 +101,17 @@ class Preemption:
         self._done = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop before `step` begins. To be asked by every process before every step."""
+        """Whether to save and stop before `step` begins; once it is so, it stays so.
+
+        To be asked by every process before every step, and once more after the last one.
+        """
         if not self._many:
             return bool(self._asked)
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        Preemption._last_asked = self._steps_before + step
+        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(Preemption._last_asked)
+        return self._agreed
 
     def saved(self) -> Preempted:
         """What to raise once the state is saved."""

@@ -20,7 +20,8 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.training import loop, observe, stopping
+from kangaroo_jax.training import curriculum, loop, observe, stopping
+from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.loop import train
@@ -92,7 +93,7 @@ def test_no_checkpoint_replaces_another_while_steps_are_skipped(corpus, tmp_path
 
 def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, monkeypatch):
     config = small_stage("stage4_instruct", corpus, 9, **{"train.on_nonfinite": "skip"})
-    monkeypatch.setattr(stopping.Preemption, "reached", lambda self, step: step == 6)
+    monkeypatch.setattr(stopping.Preemption, "reached", lambda self, step: step >= 6)
     poison(4, 5)
     lines: list[str] = []
     with pytest.raises(SystemExit):
@@ -147,10 +148,18 @@ def test_a_preempted_run_saves_before_the_next_step_begins(corpus, tmp_path, mon
     aside: list[float] = []
     met: list[str] = []
     shown: list[bool] = []
-    step = Observer.step
+    took: list[float] = []
+    step, save = Observer.step, Checkpoints.save
     monkeypatch.setattr(Watchdog, "step", lambda self, step: done.append(step))
     monkeypatch.setattr(Observer, "step", lambda self, *given: aside.append(given[2]) or step(self, *given))
     monkeypatch.setattr(loop, "barrier", met.append)
+
+    def timed(self, *given):
+        began = time.perf_counter()
+        save(self, *given)
+        took.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(Checkpoints, "save", timed)
 
     def third(self, batch):
         number = next(seen)
@@ -171,8 +180,41 @@ def test_a_preempted_run_saves_before_the_next_step_begins(corpus, tmp_path, mon
     assert "asked to stop; saved after step 3" in lines[-1]
     assert done == [1, 2, 3] and shown == [True]
     assert met == [f"stage4_instruct {what}" for what in ("opens", "begins", "is prepared")]
-    assert 0 <= aside[0] < aside[1] < time.perf_counter() - began  # what the save took after the first step
+    assert aside[0] >= 0 and took[0] <= aside[1] < time.perf_counter() - began  # with the save after the first step
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_the_last_step_lets_no_stage_follow(corpus, tmp_path, monkeypatch):
+    """The stage is done, to its last checkpoint; the next is begun when the command is run again."""
+    put, begun = HostRows.put, []
+
+    def third(self, batch):
+        begun.append(batch)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # for the thread that listens
+        return put(self, batch)
+
+    monkeypatch.setattr(HostRows, "put", third)
+    lines: list[str] = []
+
+    def stages(*names: str) -> list[dict]:
+        small = {name: small_stage(name, corpus, 3) for name in names}
+        return curriculum.run(
+            "tiny",
+            tmp_path,
+            data=corpus,
+            tokenizer=corpus / "tokenizer.model",
+            stages=names,
+            adjust=lambda name, config: config.update(small[name].to_dict() | {"init_from": config.init_from}),
+            tell=lines.append,
+        )
+
+    with pytest.raises(stopping.Preempted) as stopped:
+        stages("stage4_instruct", "stage5_long_video")
+    assert stopped.value.code == 130 and len(begun) == 3 and not (tmp_path / "stage5_long_video").exists()
+    assert ": done in " in lines[-2] and lines[-1] == "stage4_instruct: asked to stop; saved after step 3, the last"
+    assert stages("stage4_instruct")[0]["steps"] == len(begun) == 3
 
 
 LISTENER = """

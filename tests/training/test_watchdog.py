@@ -195,12 +195,18 @@ def test_a_signal_is_noticed_and_the_handler_before_it_comes_back():
 def test_of_several_processes_jax_says_when_all_stop(two, monkeypatch):
     from jax.experimental import multihost_utils
 
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
+    numbers: list[int] = []
+    asked = lambda number: numbers.append(number) or len(numbers) == 3  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked)
     before = signal.getsignal(signal.SIGTERM)
-    preemption = Preemption()
+    first = Preemption()
     assert signal.getsignal(signal.SIGTERM) is before  # JAX's own handler stays
-    assert [preemption.reached(step) for step in (4, 5)] == [False, True]
-    preemption.close()
+    assert not first.reached(1) and not first.reached(2)
+    first.close()
+    second = Preemption()  # of the next stage: JAX compares its steps with a number that the first may have led to
+    assert [second.reached(step) for step in (1, 2)] == [True, True]
+    second.close()
+    assert [number - numbers[0] for number in numbers] == [0, 1, 2]
     assert Preempted().code == 0
 
 
