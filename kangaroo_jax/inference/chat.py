@@ -31,6 +31,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.models import kangaroo as models
+from kangaroo_jax.system.cpus import usable_cpus
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -51,7 +52,7 @@ class Kangaroo:
         self._generator = Generator(model)
         self._frames_per_group = frames_per_group(config.model)
         self._tokens_per_group = tokens_per_group(config.model, config.data.image_size)
-        self._decoder = ThreadDecoder(os.cpu_count() or 1)
+        self._decoder = ThreadDecoder(usable_cpus())
         self._seen: collections.OrderedDict[Any, jax.Array] = collections.OrderedDict()
 
     @classmethod
@@ -148,7 +149,7 @@ class Kangaroo:
         Raises:
             UserError: a file cannot be read; the message names it.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             recipes = list(pool.map(self.recipe, conversations))
         order = sorted(range(len(recipes)), key=lambda i: _size(recipes[i]))
         groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -9,7 +9,6 @@ Every part leaves a marker in the workdir; running it again continues where it s
 import contextlib
 import importlib.util
 import json
-import os
 import platform
 import resource
 import shlex
@@ -31,6 +30,7 @@ from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
 from kangaroo_jax.quickstart.report import write_quickstart_report
+from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.training import curriculum
@@ -234,7 +234,7 @@ def environment() -> dict[str, str]:
     """What the figures were measured on."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "av")
     return {
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(usable_cpus()),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},

@@ -1,6 +1,7 @@
 """The pipeline as a whole: exact resume, the same batches however they are made, bad samples in the ledger."""
 
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,11 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.data.annotations.sources import read_conversations
+from kangaroo_jax.data.batches import loader as loader_module
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, LoaderStats, batch_from_recipes, make_loader
 from kangaroo_jax.data.batches.sample import make_recipe
+from kangaroo_jax.data.media.decode import Decoder, make_decoder
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from tests.data.media import read_number, write_video
@@ -143,6 +146,29 @@ def test_the_same_batches_however_they_are_made(
     for a, b in zip(expected, take(loader, 8), strict=True):
         assert_same(a, b)
     loader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to CPUs")
+def test_as_many_threads_decode_as_the_process_has_cpus(
+    config: ConfigDict, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as many as the machine has, nor at most 8."""
+    asked: list[int] = []
+
+    def make(*, num_threads: int, **options: Any) -> Decoder:
+        asked.append(num_threads)
+        return make_decoder(num_threads=num_threads, **options)
+
+    monkeypatch.setattr(loader_module, "make_decoder", make)
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        open_loader(config, tokenizer, num_threads=None).close()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(20)))
+    open_loader(config, tokenizer, num_threads=None).close()
+    assert asked == [1, 20]
 
 
 def test_hosts_share_the_samples(config: ConfigDict, tokenizer: Tokenizer) -> None:

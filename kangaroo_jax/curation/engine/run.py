@@ -18,6 +18,7 @@ from kangaroo_jax.curation.engine.ray_workers import Actors, ray_task
 from kangaroo_jax.curation.engine.run_shard import Plan, is_done, run_shard
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.guard import Guard, Stopped
 from kangaroo_jax.system.installing import install_line
 
@@ -86,7 +87,7 @@ def run_local(shards: Sequence[Shard], plan: Plan, workers: int = 0) -> None:
     line: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     for shard in todo:
         line.put(shard)
-    guards = [plan.guard() for _ in range(min(len(todo), workers or os.cpu_count() or 1))]
+    guards = [plan.guard() for _ in range(min(len(todo), workers or usable_cpus()))]
     errors: list[BaseException] = []
 
     def work(guard: Guard) -> None:

@@ -12,7 +12,6 @@ that the old one would have given, whatever the number of threads, processes or 
 import dataclasses
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from kangaroo_jax.data.media.storage import MediaCache, default_cache, use_cache
 from kangaroo_jax.data.media.video import Clip
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.cpus import usable_cpus
 
 _PREFETCHED_BATCHES = 2
 
@@ -60,15 +60,15 @@ def make_loader(
         ledger: where samples that cannot be used are entered.
         rows: of every batch, those that this host needs; None is all of them. Each row's samples are the same
             whichever host reads it, and two hosts may read the same row.
-        num_threads: that decode, and that make recipes; by default the CPU's cores, at most 8. 0 does all
-            in the prefetching thread.
+        num_threads: that decode, and that make recipes; by default one for each CPU that this process may
+            use. 0 does all in the prefetching thread.
 
     Raises:
         UserError: an annotation file is missing or has a mistake, or sizes do not fit each other.
     """
     _check(config, frames_per_group)
     if num_threads is None:
-        num_threads = min(8, os.cpu_count() or 1)
+        num_threads = usable_cpus()
     cache = _media_cache(config)
     use_cache(cache)  # annotations may be fetched, too
     sources = open_sources(config.train, config.media_root, config.registry, config.weights)
