@@ -18,6 +18,7 @@ import pytest
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.initial import initial_state
 from kangaroo_jax.training.loop import train
@@ -66,10 +67,7 @@ def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, t
     config = small_stage("stage1_image_pretrain", corpus, 3)
     config.optimizer.trainable = load_config("stage1_image_pretrain:kangaroo_8b").optimizer.trainable
     binding = reading.abstract_model(config.model)
-    with jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "context", "tensor")
-    ) as mesh:
-        before = initial_state(config, binding, mesh)
+    before = initial_state(config, binding, make_mesh((1, 1, 1, 1), jax.devices()[:1]))
     assert all(v.dtype == jnp.bfloat16 for v in before.frozen.values())
     assert all(v.dtype == jnp.float32 for v in before.params.values())
     assert {k.split("/")[0] for k in before.params} == {"vision", "projector", "special_embedding"}
