@@ -110,12 +110,14 @@ def split_mesh() -> Any:
 
 def platform() -> str:
     """`cpu`, `gpu` or `tpu`: what is compiled for."""
-    return _device().platform
+    name: str = _device().platform
+    return name
 
 
 def device_kind() -> str:
     """JAX's name of what is compiled for, such as "TPU v5 lite"."""
-    return _device().device_kind
+    kind: str = _device().device_kind
+    return kind
 
 
 def _device() -> Any:
@@ -167,7 +169,8 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     mesh = split_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
+    return constrained
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -242,14 +245,16 @@ def gather(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
     """The pieces of `dimension`, cut over a logical axis, joined. In `per_device`; elsewhere x."""
     if shards(axis) == 1:
         return x
-    return jax.lax.all_gather(x, mesh_axes(axis), axis=dimension, tiled=True)
+    whole: jax.Array = jax.lax.all_gather(x, mesh_axes(axis), axis=dimension, tiled=True)
+    return whole
 
 
-def sum_scatter(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+def sum_scatter(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
     """The sum over devices, of which each keeps its piece of `dimension`: the inverse of `gather`."""
     if shards(axis) == 1:
         return x
-    return jax.lax.psum_scatter(x, mesh_axes(axis), scatter_dimension=dimension, tiled=True)
+    piece: jax.Array = jax.lax.psum_scatter(x, mesh_axes(axis), scatter_dimension=dimension, tiled=True)
+    return piece
 
 
 def exchange(x: jax.Array, axis: str | None, *, split: int, join: int) -> jax.Array:
@@ -259,7 +264,8 @@ def exchange(x: jax.Array, axis: str | None, *, split: int, join: int) -> jax.Ar
 
 def permute(x: jax.Array, axis: str, pairs: Sequence[tuple[int, int]]) -> jax.Array:
     """Send x from the first piece's device to the second's, for each pair."""
-    return jax.lax.ppermute(x, mesh_axes(axis), pairs)
+    received: jax.Array = jax.lax.ppermute(x, mesh_axes(axis), pairs)
+    return received
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def changed(tree: Any, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _differs(now: tuple[int, str], saved: Any) -> bool:
-    return saved[1] == now[1] and saved[0] != now[0]
+    return bool(saved[1] == now[1] and saved[0] != now[0])
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -70,7 +70,7 @@ def named_if_damaged(folder: Path) -> Iterator[None]:
 def restore_arrays(checkpoint: Path, item: str, folder: Path, target: Mapping[str, Any]) -> Params:
     """The weights in one of the folders of a checkpoint, compared with their digests. Raises UserError."""
     with named_if_damaged(_holder(folder)):
-        params = ocp.StandardCheckpointer().restore(folder, dict(target))
+        params: Params = ocp.StandardCheckpointer().restore(folder, dict(target))
     check_digests(checkpoint, {item: params})
     return params
 
@@ -187,7 +187,9 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
 def _stored(folder: Path) -> Mapping[str, Any]:
     """Name -> shape and dtype of every array in a folder of weights. Raises UserError."""
     with named_if_damaged(_holder(folder)):
-        return ocp.StandardCheckpointHandler().metadata(folder).tree  # a checkpointer warns: one item is no whole step
+        # The handler, as a checkpointer warns that one item is no whole step.
+        tree: Mapping[str, Any] = ocp.StandardCheckpointHandler().metadata(folder).tree
+        return tree
 
 
 def _holder(weights: Path) -> Path:

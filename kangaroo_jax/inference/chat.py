@@ -21,10 +21,11 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags
 from kangaroo_jax.data.batches.sample import Recipe, render_prompt
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.image import opened_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
-from kangaroo_jax.data.media.storage import MEMBER, join, short
+from kangaroo_jax.data.media.storage import MEMBER, join
 from kangaroo_jax.data.media.video import MediaRef, folder_of_frames, probe_cached
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError

@@ -8,6 +8,7 @@ alone and among others.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ PATCHES_AT_A_TIME, FRAMES_AT_A_TIME = 16_384, 64
 # may be 24,576. On a CPU they should also fit its cache (1024 tokens, 16 rows, tiny: 2.1 s, and 3.3 s with 512).
 TOKENS_AT_A_TIME, TOKENS_AT_A_TIME_CPU = 512, 128
 NO_TOKEN = -1
+
+Graph = nnx.GraphDef[Kangaroo]
+Weights = Any  # nnx.State of it
 
 
 @jax.tree_util.register_dataclass
@@ -188,8 +192,9 @@ def bucket(size: int, *, smallest: int = 128) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graph: nnx.GraphDef, weights: nnx.State, frames: jax.Array, times: jax.Array) -> jax.Array:
-    return nnx.merge(graph, weights).encode(frames[None], times[None])[0]
+def _encode(graph: Graph, weights: Weights, frames: jax.Array, times: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, weights)
+    return model.encode(frames[None], times[None])[0]
 
 
 @jax.jit
@@ -200,8 +205,8 @@ def _place(vision: jax.Array, index: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _prefill(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
+    graph: Graph,
+    weights: Weights,
     prompts: Prompts,
     vision: jax.Array | None,
     choice: Choice,
@@ -256,7 +261,7 @@ def _chunk(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(graph: nnx.GraphDef, weights: nnx.State, decoding: Decoding, until: jax.Array, choice: Choice) -> Decoding:
+def _decode(graph: Graph, weights: Weights, decoding: Decoding, until: jax.Array, choice: Choice) -> Decoding:
     """Go on until every answer has ended or has `until` tokens."""
     model: Kangaroo = nnx.merge(graph, weights)
     capacity = decoding.cache.positions.shape[1]

@@ -47,7 +47,8 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array | float, t
     def likeliest() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    return jax.lax.cond(jnp.asarray(temperature) < GREEDY_BELOW, likeliest, draw)
+    tokens: jax.Array = jax.lax.cond(jnp.asarray(temperature) < GREEDY_BELOW, likeliest, draw)
+    return tokens
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,9 @@ LAYOUTS: dict[str, tuple[str, str | None, str | None]] = {
 }
 
 
+Pair = tuple[jax.Array, jax.Array]  # of the queries and of the keys, or of keys and values
+
+
 class Labels(NamedTuple):
     """What tells who sees whom, int32[B, T] for queries and int32[B, S] for keys; None where it plays no part."""
 
@@ -34,14 +38,18 @@ class Labels(NamedTuple):
     positions: jax.Array | None
 
 
+# What the backward pass needs: query, key, value, labels of queries and keys, output, log of the softmax's sums.
+Residuals = tuple[jax.Array, jax.Array, jax.Array, Labels, Labels, jax.Array, jax.Array]
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     *,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    segment_ids: Pair | None,
     causal: bool,
-    positions: tuple[jax.Array, jax.Array] | None = None,
+    positions: Pair | None = None,
     implementation: str = "auto",
     layout: str = "text",
 ) -> jax.Array:
@@ -93,7 +101,7 @@ def _local(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
+    segments: Pair | None,
     causal: bool,
     places: jax.Array | None = None,
 ) -> jax.Array:
@@ -120,7 +128,7 @@ def _on_mesh(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
+    segments: Pair | None,
     causal: bool,
     layout: tuple[str, str | None, str | None],
 ) -> jax.Array:
@@ -137,7 +145,7 @@ def _on_mesh(
         return _local(chosen, query, key, value, segments, causal)
     cut = causal and layout[1] is not None and shards(layout[1]) > 1
 
-    def run(query, key, value, segments):
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, segments: Pair | None) -> jax.Array:
         if not cut:
             return _local(chosen, query, key, value, segments, causal)
         from kangaroo_jax.models.attention_context import context_parallel
@@ -148,7 +156,8 @@ def _on_mesh(
         )
 
     ids = None if segments is None else (layout[:2], layout[:2])
-    return per_device(run, (axes, axes, axes, ids), axes)(query, key, value, segments)
+    output: jax.Array = per_device(run, (axes, axes, axes, ids), axes)(query, key, value, segments)
+    return output
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -164,12 +173,14 @@ def xla_chunked(
     return _forward(query, key, value, queries, keys, by_index)[0]
 
 
-def _forward(query, key, value, queries, keys, by_index):
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, queries: Labels, keys: Labels, by_index: bool
+) -> tuple[jax.Array, Residuals]:
     plan = _Plan(query.shape, key.shape, by_index)
     scale = query.shape[-1] ** -0.5
     key_bkhs, value_bksh = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
-    def chunk(end, _, part):
+    def chunk(end: int, _: None, part: tuple[jax.Array, Labels]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         query, labels = part
         scores = plan.scores(query, key_bkhs[..., :end], labels, plan.key_labels(keys, end))
         largest = jnp.max(scores, axis=-1, keepdims=True)
@@ -184,13 +195,15 @@ def _forward(query, key, value, queries, keys, by_index):
     return output, (query, key, value, queries, keys, output, statistics)
 
 
-def _backward(by_index, residuals, d_output):
+def _backward(
+    by_index: bool, residuals: Residuals, d_output: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     query, key, value, queries, keys, output, statistics = residuals
     plan = _Plan(query.shape, key.shape, by_index)
     scale = query.shape[-1] ** -0.5
     key_bksh, key_bkhs, value_bkhs = key.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
 
-    def chunk(end, sums, part):
+    def chunk(end: int, sums: Pair, part: Any) -> tuple[Pair, jax.Array]:
         query, labels, output, d_output, statistics = part
         scores = plan.scores(query, key_bkhs[..., :end], labels, plan.key_labels(keys, end))
         weights = jnp.exp(scores - statistics[..., None])
@@ -204,7 +217,9 @@ def _backward(by_index, residuals, d_output):
         )
         return (sums[0] + d_key, sums[1] + d_value), d_query
 
-    zeros = lambda end: (jnp.zeros((*key_bkhs.shape[:3], end), jnp.float32),) * 2  # noqa: E731
+    def zeros(end: int) -> Pair:
+        return (jnp.zeros((*key_bkhs.shape[:3], end), jnp.float32),) * 2
+
     parts = (
         plan.split(query * scale),
         plan.split_labels(queries),
@@ -228,7 +243,7 @@ xla_chunked.defvjp(_forward, _backward)
 class _Plan:
     """How the queries are cut: into chunks c of t queries, and stripes of chunks that share a range of keys."""
 
-    def __init__(self, query_shape, key_shape, by_index):
+    def __init__(self, query_shape: tuple[int, ...], key_shape: tuple[int, ...], by_index: bool) -> None:
         self.batch, self.length, self.heads, self.width = query_shape
         self.keys, self.kv_heads = key_shape[1:3]
         self.count = -(-self.length // CHUNK)
@@ -237,47 +252,49 @@ class _Plan:
         step = -(-self.count // STRIPES) if by_index else self.count
         self.stripes = [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
-    def split(self, x):
+    def split(self, x: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [c, B, K, t, N / K, H], padded with zeros at the end."""
         x = jnp.pad(x, [(0, 0), (0, self.count * self.chunk - self.length), (0, 0), (0, 0)])
         x = x.reshape(self.batch, self.count, self.chunk, self.kv_heads, -1, self.width)
         return x.transpose(1, 0, 3, 2, 4, 5)
 
-    def join(self, x):
+    def join(self, x: jax.Array) -> jax.Array:
         """The inverse of `split`."""
         x = x.transpose(1, 0, 3, 2, 4, 5).reshape(self.batch, -1, self.heads, self.width)
         return x[:, : self.length]
 
-    def split_labels(self, labels):
+    def split_labels(self, labels: Labels) -> Labels:
         """Labels of the queries, each [c, B or 1, t]."""
         positions = labels.positions
         if self.by_index:
             positions = jnp.arange(self.length, dtype=jnp.int32)[None]
         return Labels(*(self._split_row(x) for x in (labels.segments, positions)))
 
-    def _split_row(self, x):
+    def _split_row(self, x: jax.Array | None) -> jax.Array | None:
         if x is None:
             return None
         x = jnp.pad(x, [(0, 0), (0, self.count * self.chunk - self.length)])
         return x.reshape(x.shape[0], self.count, self.chunk).swapaxes(0, 1)
 
-    def key_labels(self, labels, end):
+    def key_labels(self, labels: Labels, end: int) -> Labels:
         """Labels of the first `end` keys, each [B or 1, s]."""
         positions = jnp.arange(self.keys, dtype=jnp.int32)[None] if self.by_index else labels.positions
         return Labels(*(None if x is None else x[:, :end] for x in (labels.segments, positions)))
 
-    def scores(self, query, key, queries, keys):
+    def scores(self, query: jax.Array, key: jax.Array, queries: Labels, keys: Labels) -> jax.Array:
         """query [B, K, t, g, H], key [B, K, H, s] -> float32[B, K, t, g, s], MASKED where the key is not seen."""
         scores = jnp.einsum("bktgh,bkhs->bktgs", query, key, preferred_element_type=jnp.float32)
         seen = None
-        if queries.segments is not None:
+        if queries.segments is not None and keys.segments is not None:
             seen = queries.segments[:, :, None] == keys.segments[:, None, :]
-        if queries.positions is not None:
+        if queries.positions is not None and keys.positions is not None:
             earlier = keys.positions[:, None, :] <= queries.positions[:, :, None]
             seen = earlier if seen is None else seen & earlier
         return scores if seen is None else jnp.where(seen[:, None, :, None, :], scores, MASKED)
 
-    def run(self, chunk, initial, parts):
+    def run(
+        self, chunk: Callable[[int, Any, Any], tuple[Any, Any]], initial: Callable[[int], Any], parts: Any
+    ) -> tuple[list[Any], Any]:
         """chunk(end, carry, part) -> (carry, result) over the chunks of each stripe.
 
         Returns the last carry of every stripe and the results, [c, ...].

@@ -92,8 +92,9 @@ def splash(
         kernel = _piece_of(kernel, index_on("tokens"), pieces)
     ids = None if segments is None else kernels.SegmentIds(*segments)
     with jax.named_scope("splash_causal" if causal else "splash_full"):
-        output: Any = jax.vmap(kernel)(query, key, value, ids)
-    return output.swapaxes(1, 2)[:, :length]
+        output: Any = jax.vmap(kernel)(query, key, value, ids)  # an array, as no residuals are asked for
+    context: jax.Array = output.swapaxes(1, 2)[:, :length]
+    return context
 
 
 @functools.cache

@@ -34,5 +34,5 @@ def triton(
     query, key, value = (jnp.pad(x, [(0, 0), (0, -length % BLOCK), (0, 0), (0, 0)]) for x in (query, key, value))
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     scale = query.shape[-1] ** -0.5
-    y = kernels.mha(query, key, value, segment_ids=ids, sm_scale=scale, causal=causal, interpret=interpret)
+    y: jax.Array = kernels.mha(query, key, value, segment_ids=ids, sm_scale=scale, causal=causal, interpret=interpret)
     return y[:, :length]

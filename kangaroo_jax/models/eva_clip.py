@@ -168,7 +168,8 @@ class EvaClip(nnx.Module):
 def normalise(frames: jax.Array) -> jax.Array:
     """frames uint8[..., 3] in RGB -> float32, with CLIP's mean and deviation."""
     scale, offset = 1 / (255 * np.asarray(PIXEL_STD)), np.asarray(PIXEL_MEAN) / np.asarray(PIXEL_STD)
-    return frames.astype(jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)
+    normalised: jax.Array = frames.astype(jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)
+    return normalised
 
 
 @functools.cache
@@ -186,4 +187,4 @@ def resize_matrix(source: int, target: int) -> np.ndarray:
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4.0 * distance + 2.0
     weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
     weights /= weights.sum(axis=1, keepdims=True)
-    return np.kron(weights, weights).astype(np.float32)
+    return np.asarray(np.kron(weights, weights), np.float32)

@@ -40,7 +40,7 @@ def constant(value: float) -> jax.nn.initializers.Initializer:
 
 def parameter(
     init: Callable[..., jax.Array], shape: Sequence[int], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike
-) -> nnx.Param:
+) -> nnx.Param[jax.Array]:
     """A weight with a logical name for every dimension; ValueError where their numbers differ."""
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} logical axes, not {axes}")
@@ -94,11 +94,13 @@ def _product(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     return jnp.tensordot(x, kernel, contracted)
 
 
-def _product_forward(x, kernel, contracted):
+def _product_forward(x: jax.Array, kernel: jax.Array, contracted: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.tensordot(x, kernel, contracted), (x, kernel)  # itself, so that a remat policy sees the product
 
 
-def _product_backward(contracted, residuals, d_y):
+def _product_backward(
+    contracted: int, residuals: tuple[jax.Array, jax.Array], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     rows, outputs = list(range(x.ndim - contracted)), list(range(contracted, kernel.ndim))
     d_x = jnp.tensordot(d_y, kernel, (list(range(len(rows), d_y.ndim)), outputs))
@@ -129,7 +131,8 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         part = exchange(sum_over(part, vocab), embed, split=0, join=1)
         return part.reshape(*tokens.shape, -1)
 
-    return per_device(local, ((vocab, embed), token_axes), (*token_axes, None))(table, tokens)
+    rows: jax.Array = per_device(local, ((vocab, embed), token_axes), (*token_axes, None))(table, tokens)
+    return rows
 
 
 class LayerNorm(nnx.Module):

@@ -69,7 +69,14 @@ class Attention(nnx.Module):
         self.out = Linear((n, h), (d,), ("heads", "head_dim", "embed"), scale=scale, **options)
         self.implementation = implementation
 
-    def __call__(self, x, rotary, segment_ids, memory, index):
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array,
+        memory: Memory | None,
+        index: jax.Array,
+    ) -> tuple[jax.Array, Memory | None]:
         """x [B, T, D] -> ([B, T, D], memory with the new keys and values of layer `index`)."""
         x = constrain(x, INPUT)
         query = keep(constrain(rotate_half(self.query(x), *rotary), QUERY), "query")
@@ -125,7 +132,14 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, **norm)
         self.mlp = MLP(config, rngs=rngs, param_dtype=param_dtype)
 
-    def __call__(self, x, rotary, segment_ids, memory, index):
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array,
+        memory: Memory | None,
+        index: jax.Array,
+    ) -> tuple[jax.Array, Memory | None]:
         """x [B, T, D] -> ([B, T, D], memory)."""
         y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory, index)
         x = constrain(x + y, RESIDUAL)

@@ -1,12 +1,15 @@
 """Cross-entropy over a large vocabulary without ever holding all the logits."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kangaroo_jax.sharding import fitting, gather, index_on, max_over, per_device, shards, sum_over, sum_scatter
+
+Gradients = tuple[jax.Array | None, jax.Array | None]  # by the hidden states, by the head
 
 
 def chunked_cross_entropy(
@@ -25,18 +28,19 @@ def chunked_cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _weighted_loss(hidden, head, targets, weights, chunk):
+def _weighted_loss(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
     return _run(hidden, head, targets, weights, chunk, False, False)[0]
 
 
-def _forward(hidden, head, targets, weights, chunk):
+def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> tuple[jax.Array, Gradients]:
+    """The arguments are CustomVJPPrimal, which say whether a gradient is asked for."""
     total, d_hidden, d_head = _run(
         hidden.value, head.value, targets.value, weights.value, chunk, hidden.perturbed, head.perturbed
     )
     return total, (d_hidden, d_head)
 
 
-def _backward(_, gradients, d_total):
+def _backward(_: int, gradients: Gradients, d_total: Any) -> tuple[jax.Array | None, ...]:
     d_hidden, d_head = (None if g is None else (g * d_total).astype(g.dtype) for g in gradients)
     return d_hidden, d_head, None, None
 
@@ -47,15 +51,35 @@ _weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 HIDDEN, TOKENS, HEAD = ("batch", "tokens", None), ("batch", "tokens"), ("embed", "activation_vocab")
 
 
-def _run(hidden, head, targets, weights, chunk, with_hidden, with_head):
+def _run(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    with_hidden: bool,
+    with_head: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """(loss, its gradient by hidden or None, by head or None)."""
     axes = fitting(head.shape, HEAD)
     local = functools.partial(_run_local, axes=axes, chunk=chunk, with_hidden=with_hidden, with_head=with_head)
     gradients = (HIDDEN if with_hidden else None, axes if with_head else None)
-    return per_device(local, (HIDDEN, axes, TOKENS, TOKENS), ((), *gradients))(hidden, head, targets, weights)
+    run = per_device(local, (HIDDEN, axes, TOKENS, TOKENS), ((), *gradients))
+    loss, d_hidden, d_head = run(hidden, head, targets, weights)
+    return loss, d_hidden, d_head
 
 
-def _run_local(hidden, head, targets, weights, *, axes, chunk, with_hidden, with_head):
+def _run_local(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    axes: tuple[str | None, ...],
+    chunk: int,
+    with_hidden: bool,
+    with_head: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """`_run` on what one device has: its tokens, and its part of the head, cut over `axes`."""
     batch, length, width = hidden.shape
     embed, vocab = axes
@@ -75,7 +99,7 @@ def _run_local(hidden, head, targets, weights, *, axes, chunk, with_hidden, with
     if with_head:
         state["head"] = jnp.zeros(kernel.shape, jnp.float32)
 
-    def step(index, state):
+    def step(index: jax.Array, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
         target, weight = cut(targets) - first, cut(weights)
         x = jnp.take_along_axis(hidden, cut(order)[..., None], axis=1)
@@ -109,7 +133,7 @@ def _run_local(hidden, head, targets, weights, *, axes, chunk, with_hidden, with
     return sum_over(sum_over(state["loss"], "batch"), "tokens"), d_hidden, d_head
 
 
-def _normaliser_and_true(logits, target, vocab):
+def _normaliser_and_true(logits: jax.Array, target: jax.Array, vocab: str | None) -> tuple[jax.Array, jax.Array]:
     """log sum exp of logits [B, t, V] over the whole vocabulary, and the target's logit; target may lie elsewhere."""
     if shards(vocab) == 1:
         true = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]

@@ -37,7 +37,8 @@ def keep(x: jax.Array, name: str) -> jax.Array:
     """Mark an activation that the remat policy `minimal` keeps. Raises ValueError for a name not in KEPT_NAMES."""
     if name not in KEPT_NAMES:
         raise ValueError(f"activation {name!r}: one of {', '.join(KEPT_NAMES)}")
-    return checkpoint_name(x, name)
+    marked: jax.Array = checkpoint_name(x, name)
+    return marked
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, *, rngs: nnx.Rngs) -> Layer:
@@ -67,7 +68,7 @@ def run_layers(
     graph, weights = nnx.split(layers)
     depth = jax.tree.leaves(weights)[0].shape[0]
 
-    def body(carry: Carry, layer: tuple[nnx.State, jax.Array]) -> tuple[Carry, None]:
+    def body(carry: Carry, layer: tuple[Any, jax.Array]) -> tuple[Carry, None]:
         weights, index = layer
         return step(nnx.merge(graph, weights), carry, index), None
 
@@ -80,7 +81,7 @@ def run_layers(
     return carry
 
 
-def _unstack(weights: nnx.State, depth: int) -> list[nnx.State]:
+def _unstack(weights: Any, depth: int) -> list[Any]:
     """The weights of each layer; `split`, unlike indexing, has one concatenation as its gradient."""
     leaves, structure = jax.tree.flatten(weights)
     layers = zip(*(jax.lax.split(leaf, (1,) * depth) for leaf in leaves), strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import tokens_per_group
+from kangaroo_jax.config import STAGES, tokens_per_group
 from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.system.files import write_json
@@ -54,9 +54,9 @@ def without_curriculum(config: ConfigDict) -> None:
 
 
 VARIANTS = (
-    Variant("without temporal position encoding", curriculum.STAGES[1:], curriculum.STAGES[0], without_times),
-    Variant("without patchify", curriculum.STAGES[2:], curriculum.STAGES[1], without_patchify),
-    Variant("without curriculum", curriculum.STAGES[4:], "stage0_text_warmup", without_curriculum),
+    Variant("without temporal position encoding", STAGES[1:], STAGES[0], without_times),
+    Variant("without patchify", STAGES[2:], STAGES[1], without_patchify),
+    Variant("without curriculum", STAGES[4:], "stage0_text_warmup", without_curriculum),
 )
 
 
@@ -68,10 +68,10 @@ def run(
     `data` is the folder of stage files that the complete run read. A row has `name`, `steps` and `metrics`; that of
     packing has samples and steps a minute. Variants that are done are not run again.
     """
-    rows = [row("complete", workdir / curriculum.STAGES[-1], steps_of(workdir, curriculum.STAGES))]
+    rows = [row("complete", workdir / STAGES[-1], steps_of(workdir, STAGES))]
     for variant in VARIANTS:
         folder = workdir / "ablations" / variant.name.replace(" ", "_")
-        total = steps_of(workdir, curriculum.STAGES)
+        total = steps_of(workdir, STAGES)
 
         def adjust(name: str, config: ConfigDict, variant: Variant = variant, total: int = total) -> None:
             done = json.loads((workdir / name / "done.json").read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def packing_rows(workdir: Path, data: Path, tokenizer: Path, tell: Tell) -> list
     for name, bins in (("with packing", None), ("without packing", 0)):
         folder = workdir / "ablations" / name.replace(" ", "_")
         config = curriculum.stage(
-            curriculum.STAGES[3],
+            STAGES[3],
             PRESET,
             data=data,
             tokenizer=tokenizer,

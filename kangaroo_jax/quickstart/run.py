@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from kangaroo_jax.config import STAGES as OF_THE_PAPER
 from kangaroo_jax.corpus.make import Corpus, make_corpus
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
@@ -37,7 +38,7 @@ from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.loop import Tell
 
 WARMUP = "stage0_text_warmup"
-STAGES = (WARMUP, *curriculum.STAGES)
+STAGES = (WARMUP, *OF_THE_PAPER)
 PRESET = "tiny"
 TORCH_QUESTIONS = 100  # that the exported model answers in PyTorch
 
@@ -182,7 +183,7 @@ def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]
     path = workdir / "chat.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    model = Kangaroo.load(workdir / curriculum.STAGES[-1])
+    model = Kangaroo.load(workdir / OF_THE_PAPER[-1])
     chats = []
     for title, video, questions in corpus.chat_examples():
         history, turns = None, []
@@ -205,7 +206,7 @@ def compare_with_torch(workdir: Path, corpus: Corpus, tell: Tell) -> dict[str, i
         from kangaroo_jax.quickstart.torch_answers import compare_chats
 
         asked = corpus.questions("short")[:TORCH_QUESTIONS]
-        same = compare_chats(workdir / curriculum.STAGES[-1], asked, tell=tell)
+        same = compare_chats(workdir / OF_THE_PAPER[-1], asked, tell=tell)
         write_json(path, {"asked": len(asked), "same": same})
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -54,7 +54,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None where there is none."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     def latest_folder(self) -> Path | None:
         """The last checkpoint's folder, None where there is none. Raises UserError where a part of it is missing."""

@@ -45,7 +45,7 @@ def initialize(timeout: float = 300.0) -> int:
     come, the coordinator's port is in use) the process ends with one line and code LOST.
     """
     if jax.distributed.is_initialized():
-        return jax.process_count()
+        return int(jax.process_count())
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
     options: dict[str, Any] = {}
     where = "the launcher's coordinator"
@@ -72,7 +72,7 @@ def initialize(timeout: float = 300.0) -> int:
         raise UserError(f"the processes did not come together at {where}: {text}") from None
     if not is_main():
         _name_a_lost_coordinator()
-    return jax.process_count()
+    return int(jax.process_count())
 
 
 def _addresses(given: dict[str, str]) -> dict[str, Any]:
@@ -177,13 +177,15 @@ _libc.signal.restype, _libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ct
 _before: int | None = None  # the handler of SIGABRT that was there before ours; None is the default
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _on_abort(number: int) -> None:
+def _abort(number: int) -> None:
     _libc.alarm(15)  # an abort for another reason may leave nothing here working: then this ends it
     if not _coordinator_answers():
         stop_process("host 0, the coordinator, has died or cannot be reached")
     _libc.signal(number, _before)
     getattr(_libc, "raise")(number)  # comes when this returns
+
+
+_on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(_abort)
 
 
 def _name_a_lost_coordinator() -> None:

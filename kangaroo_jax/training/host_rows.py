@@ -28,7 +28,8 @@ class HostRows:
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """Numpy arrays of `numbers` rows as global arrays of B rows, cut over the mesh as `batch_axes` says."""
-        return jax.tree.map(self._put, batch, batch_axes())
+        placed: PackedBatch = jax.tree.map(self._put, batch, batch_axes())
+        return placed
 
     def _put(self, x: np.ndarray, axes: Axes) -> jax.Array:
         shape = (self._packs, *x.shape[1:])

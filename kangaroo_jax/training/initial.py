@@ -31,4 +31,5 @@ def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainStat
     with mesh_scope(mesh):
         make = functools.partial(make_state, config)
         where = state_shardings(jax.eval_shape(make, params), binding, mesh)
-        return jax.jit(make, out_shardings=where)(params)
+        state: TrainState = jax.jit(make, out_shardings=where)(params)
+        return state

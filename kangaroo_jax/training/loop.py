@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -56,7 +57,7 @@ class Stage:
     """A stage that is ready to go on after step `first`."""
 
     config: ConfigDict  # resolved for these chips
-    plain: dict  # as given: another run of it may be on other chips
+    plain: dict[str, Any]  # as given: another run of it may be on other chips
     chip: Chip | None  # None where its peak is not known
     mesh: Mesh
     tokenizer: Tokenizer
@@ -187,7 +188,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
 
 
 def changes(
-    config: ConfigDict, plain: dict, saved: Path | None, binding: Binding, tokenizer: Tokenizer
+    config: ConfigDict, plain: dict[str, Any], saved: Path | None, binding: Binding, tokenizer: Tokenizer
 ) -> Iterator[str]:
     """Lines that say what is no longer as in the checkpoint that the stage goes on or starts from. Raises UserError."""
     if saved is not None:

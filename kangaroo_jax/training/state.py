@@ -27,7 +27,7 @@ def state_shardings(state: Any, binding: Binding, mesh: Mesh) -> Any:
     it; what has another shape (counts, factored moments) stays whole.
     """
 
-    def place(path: tuple, x: Any) -> NamedSharding:
+    def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
         for key in reversed(path):
             name = getattr(key, "key", None)
             if name in binding.axes and x.shape == binding.shapes[name].shape:
@@ -41,7 +41,10 @@ def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainSta
     """`make_state` without a single array: shapes, dtypes and shardings."""
     state = jax.eval_shape(lambda params: make_state(config, params), dict(binding.shapes))
     places = state_shardings(state, binding, mesh)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    placed: TrainState = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
+    return placed
 
 
 def shardings_of(tree: Any) -> Any:

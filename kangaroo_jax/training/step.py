@@ -24,6 +24,7 @@ class TrainState:
 
 
 Metrics = dict[str, jax.Array]
+Sums = tuple[jax.Array, jax.Array, Params]  # of losses, of weights, of gradients
 TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 
 
@@ -52,9 +53,10 @@ def gradient(
         return constrain(parts, (None, *axes))
 
     def loss_sum(params: Params, part: PackedBatch) -> tuple[jax.Array, jax.Array]:
-        return binding.bind({**params, **frozen}).loss(part)
+        loss, weight = binding.bind({**params, **frozen}).loss(part)
+        return loss, weight
 
-    def add(total: tuple, part: PackedBatch) -> tuple[tuple, None]:
+    def add(total: Sums, part: PackedBatch) -> tuple[Sums, None]:
         (loss, weight), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, part)
         grads = _like_weights(binding, grads)
         return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
