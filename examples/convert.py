@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from kangaroo_jax import convert
-from kangaroo_jax.checkpoints.reading import abstract_model, load_config, load_params
+from kangaroo_jax.checkpoints.reading import load_config, load_params
+from kangaroo_jax.models.parameters import abstract_model
 
 
 def main() -> None:

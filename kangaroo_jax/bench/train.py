@@ -17,13 +17,11 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.models.parameters import Binding
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.training.flops import step_flops
-from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.placement import resolve
-from kangaroo_jax.training.state import make_state
-from kangaroo_jax.training.step import make_train_step
+from kangaroo_jax.training.state import build_step, make_state
 
 
 def bench_config(spec: str, packs: int = 0, moment_dtype: str = "") -> ConfigDict:
@@ -182,12 +180,10 @@ class JaxTrainer:
     """The real train step of a config on one batch, again and again."""
 
     def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
-        binding = Binding(nnx.eval_shape(lambda: Kangaroo(config.model, rngs=nnx.Rngs(0))))
+        binding = abstract_model(config.model)
         make = lambda: make_state(config, binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
         self.state = jax.jit(make)()  # in one program: what is frozen never exists in float32
-        optimizer = make_optimizer(config.optimizer, config.train.steps, self.state.params)
-        schedule = make_schedule(config.optimizer, config.train.steps)
-        self._step = make_train_step(binding, optimizer, schedule, max(1, config.train.accumulate))
+        self._step = build_step(config, binding, self.state)
         self._batch = jax.device_put(batch)
 
     def step(self) -> float:
@@ -202,5 +198,5 @@ def torch_config() -> ConfigDict:
     config = stage_config("base_100m")
     config.model.update(dtype="float32", scan=False)
     config.data.update(image_size=224, packs_per_batch=2, tokens_per_pack=512, frames_per_pack=4)
-    config.train.steps = 100
+    config.train.update(steps=100, accumulate=1)
     return config

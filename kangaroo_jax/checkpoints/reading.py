@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.sharding import Mesh
 
 from kangaroo_jax.checkpoints.digests import changed
@@ -19,7 +18,7 @@ from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.config import PRESETS, stage_config
 from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.models.parameters import Binding, Params
+from kangaroo_jax.models.parameters import Binding, Params, abstract_model
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.system.files import write_bytes
 
@@ -248,11 +247,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def abstract_model(config: ml_collections.ConfigDict) -> Binding:
-    """The structure of the model of `config.model`, with nothing allocated."""
-    return Binding(nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0))))
 
 
 def load_for_inference(path: str | Path) -> tuple[Kangaroo, ml_collections.ConfigDict, Path]:

@@ -72,12 +72,13 @@ class InJax:
     def __init__(self, source: Source) -> None:
         """Reads every weight. Raises UserError."""
         from kangaroo_jax.checkpoints import reading
+        from kangaroo_jax.models.parameters import abstract_model
 
         self.source = source
         self.config = ConfigDict(source.config.to_dict())
         self.config.model.update(dtype="float32", attention="auto")
         _shrink(self.config.model, {path.split("/")[0] for path in source.weights.specs})
-        binding = reading.abstract_model(self.config.model)
+        binding = abstract_model(self.config.model)
         if source.layout == "orbax":
             params = reading.load_params(source.path, binding)
         else:

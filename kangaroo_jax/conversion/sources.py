@@ -163,7 +163,7 @@ def model_shapes(model: ConfigDict) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _model_shapes(model: str) -> dict[str, Any]:
     """Tracing a model takes a second; a conversion wants its shapes several times."""
-    from kangaroo_jax.checkpoints.reading import abstract_model
+    from kangaroo_jax.models.parameters import abstract_model
 
     config = ConfigDict(_tuples(json.loads(model)))
     try:

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.kangaroo import Kangaroo
 
 Params = dict[str, jax.Array]  # "llm/layers/attention/q/kernel" -> array
 
@@ -64,3 +66,8 @@ def split_trainable(
     trainable = {k: v.astype(jnp.float32) for k, v in params.items() if multiplier(k, rules) is not None}
     frozen = {k: v.astype(frozen_dtype) for k, v in params.items() if k not in trainable}
     return trainable, frozen
+
+
+def abstract_model(config: ml_collections.ConfigDict) -> Binding:
+    """The structure of the model of `config.model`, with nothing allocated."""
+    return Binding(nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0))))

@@ -118,18 +118,14 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
     """The train step of a resolved config (see `training.placement`), lowered for `devices`."""
     import jax
 
-    from kangaroo_jax.checkpoints.reading import abstract_model
+    from kangaroo_jax.models.parameters import abstract_model
     from kangaroo_jax.sharding import make_mesh
-    from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
-    from kangaroo_jax.training.state import abstract_state, shardings_of
-    from kangaroo_jax.training.step import make_train_step
+    from kangaroo_jax.training.state import abstract_state, build_step
 
     mesh = make_mesh(config.train.mesh, devices)
     binding = abstract_model(config.model)
     state = abstract_state(config, binding, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    step = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state))
+    step = build_step(config, binding, state)
     with jax.set_mesh(mesh):
         return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
 

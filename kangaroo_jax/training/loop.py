@@ -20,7 +20,7 @@ from kangaroo_jax.data.batches.loader import Loader, make_loader
 from kangaroo_jax.data.batches.preview import batch_tree, save_picture
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.parameters import Binding
+from kangaroo_jax.models.parameters import Binding, abstract_model
 from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.memory import keep_freed_memory
@@ -31,12 +31,12 @@ from kangaroo_jax.training.host_rows import HostRows, whole_data_state
 from kangaroo_jax.training.initial import initial_state
 from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, number, read_metrics
 from kangaroo_jax.training.observe import Observer
-from kangaroo_jax.training.optimizer import count, make_optimizer, make_schedule
+from kangaroo_jax.training.optimizer import count
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.reporting import Pending, Reporter, of_host
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
-from kangaroo_jax.training.state import abstract_state, shardings_of
-from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
+from kangaroo_jax.training.state import abstract_state, build_step
+from kangaroo_jax.training.step import TrainState, TrainStep
 from kangaroo_jax.training.stopping import Preemption, SaveClock, explained_disk, locked, unbroken
 
 Tell = Callable[[str], None]
@@ -123,7 +123,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     if devices[0].platform == "cpu":
         keep_freed_memory()
     # ----------------------------------------------------------------- model and tokenizer
-    binding = reading.abstract_model(config.model)
+    binding = abstract_model(config.model)
     check_trainable(config, binding.shapes)
     state: TrainState = abstract_state(config, binding, mesh)
     barrier(f"{config.stage} opens")
@@ -151,10 +151,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     else:
         state = initial_state(config, binding, mesh)
     checkpoints.keep_frozen(state)  # written while the step compiles
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
-    skip = config.train.on_nonfinite == "skip"
-    step_fn = make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state), skip)
+    step_fn = build_step(config, binding, state)
     trained, frozen = count(state.params), count(state.frozen)
     tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
     # ------------------------------------------------------------------------------ records

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kangaroo_jax.checkpoints.reading import abstract_model, find_tokenizer, load_config, tokenizer_file
+from kangaroo_jax.checkpoints.reading import find_tokenizer, load_config, tokenizer_file
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.parameters import multiplier
+from kangaroo_jax.models.parameters import abstract_model, multiplier
 
 # How the same model is computed: results differ by rounding at most. Any other setting of it makes another model.
 _COMPUTATION = ("preset", "dtype", "scan", "attention", "vision.remat", "llm.remat", "llm.loss_chunk")

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.models.parameters import Binding, Params, split_trainable
 from kangaroo_jax.sharding import sharding
-from kangaroo_jax.training.optimizer import make_optimizer
-from kangaroo_jax.training.step import TrainState
+from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
+from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
 
 
 def make_state(config: ConfigDict, params: Params) -> TrainState:
@@ -45,6 +45,14 @@ def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainSta
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
     return placed
+
+
+def build_step(config: ConfigDict, binding: Binding, state: TrainState) -> TrainStep:
+    """The train step of a resolved config (`placement.resolve`) for a state, which may be abstract."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    skip = config.train.on_nonfinite == "skip"
+    return make_train_step(binding, optimizer, schedule, config.train.accumulate, shardings_of(state), skip)
 
 
 def shardings_of(tree: Any) -> Any:

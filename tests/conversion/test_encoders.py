@@ -16,6 +16,7 @@ from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.layers import rotary_2d
+from kangaroo_jax.models.parameters import abstract_model
 from tests.models import from_fixtures
 
 VISION = dict(patch_size=14, width=64, depth=3, heads=2, mlp_width=170, rope_reference_grid=16)
@@ -47,14 +48,14 @@ def assembled(parts, tmp_path_factory) -> Path:
 
 
 def restored(folder: Path) -> dict[str, np.ndarray]:
-    binding = reading.abstract_model(reading.load_config(folder).model)
+    binding = abstract_model(reading.load_config(folder).model)
     return {path: np.asarray(value) for path, value in reading.load_params(folder, binding).items()}
 
 
 def test_an_assembled_encoder_gives_timms_outputs(assembled):
     _, cases = from_fixtures.eva()
     config = reading.load_config(assembled).model
-    binding = reading.abstract_model(config)
+    binding = abstract_model(config)
     model = binding.bind(reading.load_params(assembled, binding))
     np.testing.assert_allclose(
         model.vision.position_embedding[...][None], cases["case112.pos_embed_resized"], atol=2e-5

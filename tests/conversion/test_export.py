@@ -144,6 +144,7 @@ def test_processor_and_generate_without_chat(exported, theirs, video):
 def test_saved_by_transformers_and_converted_back(theirs, checkpoint, tmp_path):
     """A user fine-tunes in PyTorch, saves, and comes back: every weight and the rope's settings are there."""
     from kangaroo_jax.checkpoints import reading
+    from kangaroo_jax.models.parameters import abstract_model
 
     model, tokenizer = theirs
     model.save_pretrained(tmp_path / "saved")
@@ -152,7 +153,7 @@ def test_saved_by_transformers_and_converted_back(theirs, checkpoint, tmp_path):
     config, expected = (reading.load_config(folder) for folder in (tmp_path / "back", checkpoint))
     assert config.model.llm.to_dict() == expected.model.llm.to_dict()
     assert config.data.max_frames == expected.data.max_frames == 24
-    binding = reading.abstract_model(config.model)
+    binding = abstract_model(config.model)
     params, wanted = (reading.load_params(folder, binding) for folder in (tmp_path / "back", checkpoint))
     for path in set(wanted) - {"llm/embedding"}:
         np.testing.assert_array_equal(params[path], wanted[path], err_msg=path)

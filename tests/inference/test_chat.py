@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from kangaroo_jax.checkpoints.reading import abstract_model, keep_tokenizer
+from kangaroo_jax.checkpoints.reading import keep_tokenizer
 from kangaroo_jax.cli.chat import chat, talk, typed
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
@@ -24,6 +24,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import chat as chat_module
 from kangaroo_jax.inference.chat import Kangaroo, ask, conversation
 from kangaroo_jax.inference.sampling import Sampling
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 

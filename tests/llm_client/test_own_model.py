@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kangaroo_jax.checkpoints.reading import abstract_model, keep_tokenizer
+from kangaroo_jax.checkpoints.reading import keep_tokenizer
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.run import annotate_clips
@@ -17,6 +17,7 @@ from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.llm_client.own_model import OwnModel
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 

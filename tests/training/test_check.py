@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.config import STAGES
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.check import check_config, check_trainable
 
 BAD = [

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kangaroo_jax.checkpoints.reading import abstract_model, load_params
+from kangaroo_jax.checkpoints.reading import load_params
 from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 

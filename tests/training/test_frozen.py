@@ -13,11 +13,12 @@ from flax import nnx
 
 from kangaroo_jax.checkpoints.digests import digests
 from kangaroo_jax.checkpoints.frozen import weight_folders
-from kangaroo_jax.checkpoints.reading import abstract_model, find, load_params
+from kangaroo_jax.checkpoints.reading import find, load_params
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.curation.stages.embedding import load_encoder
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 

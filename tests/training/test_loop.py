@@ -18,6 +18,7 @@ import pytest
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.initial import initial_state
@@ -66,7 +67,7 @@ def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
 def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, tmp_path):
     config = small_stage("stage1_image_pretrain", corpus, 3)
     config.optimizer.trainable = load_config("stage1_image_pretrain:kangaroo_8b").optimizer.trainable
-    binding = reading.abstract_model(config.model)
+    binding = abstract_model(config.model)
     before = initial_state(config, binding, make_mesh((1, 1, 1, 1), jax.devices()[:1]))
     assert all(v.dtype == jnp.bfloat16 for v in before.frozen.values())
     assert all(v.dtype == jnp.float32 for v in before.params.values())
@@ -89,7 +90,7 @@ def test_gradients_of_frozen_parts_are_not_computed(corpus):
     frozen = small_stage("stage5_long_video", corpus, 3, **{"data.long_max_frames": 16, "data.long_min_frames": 16})
     flops = []
     for config in (everything, frozen):
-        binding = reading.abstract_model(config.model)
+        binding = abstract_model(config.model)
         config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=16)
         config.train.mesh = (1, 1, 1, 1)
         from kangaroo_jax.training import loop

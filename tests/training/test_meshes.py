@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.sharding import make_mesh, mesh_scope, sharding
 from kangaroo_jax.training.host_rows import HostRows
-from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
-from kangaroo_jax.training.state import make_state, shardings_of, state_shardings
-from kangaroo_jax.training.step import gradient, make_train_step
+from kangaroo_jax.training.state import build_step, make_state, state_shardings
+from kangaroo_jax.training.step import gradient
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 1, 2), (1, 2, 4, 1)]
 STEPS = 20
@@ -66,14 +65,13 @@ def first_params(config) -> dict[str, jax.Array]:
 def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[float]:
     """The losses of `steps` real steps on one batch over a mesh of `shape`."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+    config = config.copy_and_resolve_references()
+    config.train.update(steps=STEPS, accumulate=accumulate)
     binding = abstract_model(config.model)
     with mesh_scope(mesh):
         make = functools.partial(make_state, config)
         state = jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, params), binding, mesh))(params)
-        optimizer = make_optimizer(config.optimizer, STEPS, state.params)
-        step = make_train_step(
-            binding, optimizer, make_schedule(config.optimizer, STEPS), accumulate, shardings_of(state)
-        )
+        step = build_step(config, binding, state)
         with jax.transfer_guard("disallow"):  # as in the training loop
             on_mesh, found = HostRows(mesh, len(batch.tokens)).put(batch), []
         for _ in range(steps):

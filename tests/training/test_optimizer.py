@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.config import model_config, stage_config
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
 
 

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.config import model_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import Kangaroo
-from kangaroo_jax.models.parameters import Binding, multiplier, split_trainable
+from kangaroo_jax.models.parameters import Binding, abstract_model, multiplier, split_trainable
 from kangaroo_jax.sharding import RULES
 
 

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kangaroo_jax.checkpoints.reading import abstract_model
+from kangaroo_jax.config import PRESETS, STAGES
+from kangaroo_jax.config_files import load_config
+from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.planning.compile import abstract_batch
 from kangaroo_jax.sharding import make_mesh
-from kangaroo_jax.training.state import abstract_state, make_state, shardings_of, state_shardings
+from kangaroo_jax.training.placement import resolve
+from kangaroo_jax.training.state import abstract_state, build_step, make_state, shardings_of, state_shardings
 
 
 @pytest.fixture
@@ -61,3 +65,17 @@ def test_a_factored_moment_of_another_shape_stays_whole(config):
         if "llm/layers/mlp/up/kernel" in str(path) and x.ndim < 3
     }
     assert places == {PartitionSpec()}
+
+
+STEPS = [(name, preset) for name in (*STAGES, "hour_video") for preset in PRESETS] + [("stage0_text_warmup", "tiny")]
+
+
+@pytest.mark.parametrize(("name", "preset"), STEPS, ids=[f"{name}:{preset}" for name, preset in STEPS])
+def test_the_step_of_every_stage_and_preset_is_traced(name, preset):
+    """Frames, patches, packs and heads of every stage file go together with every preset; nothing is allocated."""
+    config = resolve(load_config(f"{name}:{preset}"), None, 1)
+    mesh, binding = make_mesh((1, 1, 1, 1), jax.devices()[:1]), abstract_model(config.model)
+    state = abstract_state(config, binding, mesh)
+    after, metrics = jax.eval_shape(build_step(config, binding, state), state, abstract_batch(config, mesh))
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    assert [x.shape for x in jax.tree.leaves(after)] == [x.shape for x in jax.tree.leaves(state)]

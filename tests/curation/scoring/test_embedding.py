@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.checkpoints.reading import abstract_model
 from kangaroo_jax.config import to_plain
 from kangaroo_jax.curation import duplicates
 from kangaroo_jax.curation.curate import Options, curate, plain_config, select_again
@@ -20,6 +19,7 @@ from kangaroo_jax.curation.stages import BY_NAME, enabled
 from kangaroo_jax.curation.stages.embedding import packed, unpacked, with_identity
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 from tests.curation.scoring.clips import breaking_batch_job
