@@ -184,11 +184,14 @@ def _placed(medium: Media, places: _Places, root: Path, how: str) -> Media:
     if how == "keyframes":
         frames = tuple(str(root / frame["path"]) for frame in entry["keyframes"])
         rate = len(frames) / (row["end"] - row["start"])
-        return dataclasses.replace(medium, path=frames[0], frames=frames, sample_fps=rate, start=None, end=None)
+        return dataclasses.replace(
+            medium, path=frames[0], frames=frames, sample_fps=rate, start=None, end=None, duration=None
+        )
     if medium.start is None:
         return medium
     path, offset = cut_clip(row["path"], row["start"], row["end"], root, row["id"])
-    return dataclasses.replace(medium, path=str(path), start=row["start"] - offset or None, end=row["end"] - offset)
+    begin, end = row["start"] - offset or None, row["end"] - offset
+    return dataclasses.replace(medium, path=str(path), start=begin, end=end, duration=None)
 
 
 def _llava(conversation: Conversation) -> Row:

@@ -133,6 +133,12 @@ def test_check_names_all_wrong_records_and_goes_on(data: Path, capsys: pytest.Ca
     (data / "late.jsonl").write_text(json.dumps(good | {"id": "late", "start": 30, "end": 40}))
     assert run("check", data / "late.jsonl", "--report", report) == 1
     assert "sample 'late'" in (out := capsys.readouterr().out) and "no video between start 30 s and end 40 s" in out
+    (data / "long.jsonl").write_text(
+        "".join(json.dumps(good | {"duration": seconds}) + "\n" for seconds in (5.2, 8, 6))
+    )
+    assert run("check", data / "long.jsonl", "--report", report) == 1
+    out = capsys.readouterr().out
+    assert out.count("'duration' is") == 2 and "'duration' is 8 s, but" in out and "a.mp4 is 5" in out
 
 
 def test_names_and_texts_that_utf8_cannot_hold(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.annotations.formats import parse_record
 from kangaroo_jax.data.batches.sample import make_recipe, plan_media, render_prompt, video_block_length
-from kangaroo_jax.data.media.video import FramePolicy
+from kangaroo_jax.data.media.video import FramePolicy, MediaInfo
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from tests.data.media import write_video
@@ -169,6 +170,36 @@ def test_planning_of_media(media: Path) -> None:
         plan_media([Media("video", str(media / "no.mp4"))], policy, 2)
     with pytest.raises(UserError, match="no video between"):
         plan_media([Media("video", path, start=30.0)], policy, 2)
+
+
+def test_a_duration_in_the_record_is_believed_and_the_file_not_opened(media: Path) -> None:
+    policy, asked = FramePolicy(min_frames=4, max_frames=8, multiple=2), []
+
+    def prober(path: str, kind: str) -> MediaInfo:
+        asked.append(path)
+        return MediaInfo("video", 64, 48, 10.0, 8.0, "h264")
+
+    def times(**options: float) -> tuple[float, ...]:
+        return plan_media([Media("video", "a.mp4", **options)], policy, 2, prober)[0].times
+
+    assert times(duration=6.0) == tuple(i + 0.5 for i in range(6)) and not asked
+    assert times(duration=20.0, start=4.0, end=8.0) == (0.5, 1.5, 2.5, 3.5) and not asked
+    assert times(duration=4.0, start=4.0, end=8.0) == (0.5, 1.5, 2.5, 3.5) and asked == ["a.mp4"]  # that of a clip
+    assert len(times()) == 8 and len(asked) == 2
+
+
+DURATIONS = [(6, 6.0), ([6.5], 6.5), ("PT6S", None), (0, None), ([1, 2], None), (-1, None)]
+
+
+@pytest.mark.parametrize(("value", "seconds"), DURATIONS)
+def test_a_duration_that_is_no_number_of_seconds_is_passed_over(value: object, seconds: float | None) -> None:
+    record = {"id": "1", "video": "a.mp4", "duration": value}
+    record["conversations"] = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "!"}]
+    assert parse_record(record, "line 1", "").conversation.media[0].duration == seconds
+    part = {"type": "video", "video": "a.mp4", "duration": value}
+    turns = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, {"role": "assistant", "content": "!"}]
+    if not isinstance(value, list):
+        assert parse_record({"messages": turns}, "line 1", "").conversation.media[0].duration == seconds
 
 
 def test_prompt_is_the_beginning_of_the_sample(tokenizer: Tokenizer, data_config: ConfigDict, media: Path) -> None:

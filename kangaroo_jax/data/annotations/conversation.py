@@ -44,10 +44,11 @@ class Media:
     min_frames: int | None = None
     nframes: int | None = None  # frames to sample, in place of fps and the range
     sample_fps: float | None = None  # frames a second at which `frames` (or a folder of them) were taken
+    duration: float | None = None  # seconds that the whole file lasts, as annotated: it need not be opened to know
     frames: tuple[str, ...] = ()
 
 
-CLIP_KEYS = ("start", "end", "fps", "max_frames", "min_frames", "nframes", "sample_fps")
+CLIP_KEYS = ("start", "end", "fps", "max_frames", "min_frames", "nframes", "sample_fps", "duration")
 
 
 @dataclasses.dataclass(frozen=True)

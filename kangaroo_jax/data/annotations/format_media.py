@@ -158,13 +158,21 @@ def option_rows(item: dict, count: int, where: str) -> list[dict[str, Any]]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value] * count
-        if len(values) != count:
+        if key == "duration":  # a fact that many data sets have in many forms: what is none is passed over
+            values = [seconds_of(one) for one in values] if len(values) == count else [None] * count
+        elif len(values) != count:
             raise UserError(f"{where}: '{key}' has {len(values)} values for {count} videos")
         for clip, wanted in zip(clips, values, strict=True):
             clip[key] = None if wanted is None else number(wanted, key, where)
     for clip in clips:
         check_clip(clip, where)
     return clips
+
+
+def seconds_of(value: Any) -> float | None:
+    """A duration in seconds, None where the value is no such number."""
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e15
+    return float(value) if right else None
 
 
 def check_clip(clip: dict[str, Any], where: str) -> None:

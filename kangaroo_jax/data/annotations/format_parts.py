@@ -13,6 +13,7 @@ from kangaroo_jax.data.annotations.format_media import (
     option_rows,
     plain_path,
     record_media,
+    seconds_of,
     shown,
 )
 from kangaroo_jax.data.annotations.format_turns import Keys, alternate, loss_of, role_of
@@ -133,7 +134,8 @@ def _part_clip(part: dict, kind: str, where: str) -> tuple[dict[str, Any], set[s
     clip: dict[str, Any] = {}
     for key, value in part.items():
         if kind == "video" and key in _PART_KEYS and value is not None:
-            clip[_PART_KEYS[key]] = number(value, _PART_KEYS[key], where)
+            option = _PART_KEYS[key]
+            clip[option] = seconds_of(value) if option == "duration" else number(value, option, where)
     check_clip(clip, where)
     known = _NAMES | _PART_KEYS.keys()
     return clip, {str(key) for key, value in part.items() if key not in known and value is not None}

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
+from kangaroo_jax.data.batches.sample import annotated_seconds
 from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import clip_range
 from kangaroo_jax.errors import UserError
 
+_WRONG_DURATION = 0.1  # share of a file's length
 SHOWN = 20  # wrong records that are printed, of each kind of mistake
 Tell = Callable[[str], None]
 
@@ -24,6 +26,7 @@ class _Clip:
     path: str
     start: float | None
     end: float | None
+    duration: float | None  # of the whole file, where training believes the record
 
 
 class Records:
@@ -43,9 +46,10 @@ class Records:
                     self._bad(str(found))
                     continue
                 for medium in found.media:
-                    if medium.kind == "video" and not medium.frames and (medium.start or medium.end):
+                    duration = annotated_seconds(medium)
+                    if medium.kind == "video" and not medium.frames and (medium.start or medium.end or duration):
                         where = f"{short(source.file.path)}, sample {found.id!r}"
-                        self._clips.append(_Clip(where, medium.path, medium.start, medium.end))
+                        self._clips.append(_Clip(where, medium.path, medium.start, medium.end, duration))
                 yield found
 
     def _bad(self, reason: str) -> None:
@@ -54,7 +58,10 @@ class Records:
             self._tell(f"BAD {reason}")
 
     def check_clips(self, report: Path) -> None:
-        """Count the records whose `start` and `end` leave nothing of a video; a report of the media has its length."""
+        """Count the records whose `start` and `end` leave nothing of a video, or whose `duration` is not the file's.
+
+        A report of the media has its length.
+        """
         if not self._clips:
             return
         seconds = {}
@@ -65,6 +72,10 @@ class Records:
                     seconds[row["path"]] = row["stated_seconds"] or row["seconds"]
         for clip in self._clips:
             if clip.path in seconds:
+                true = seconds[clip.path]
+                if clip.duration is not None and abs(clip.duration - true) > _WRONG_DURATION * true:
+                    name = short(clip.path)
+                    self._bad(f"{clip.where}: 'duration' is {clip.duration:g} s, but {name} is {true:g} s long")
                 try:
                     clip_range(short(clip.path), seconds[clip.path], clip.start, clip.end)
                 except UserError as error:

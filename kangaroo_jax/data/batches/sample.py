@@ -179,7 +179,8 @@ def plan_media(
 ) -> tuple[MediaRef, ...]:
     """Choose the moments to decode; an odd count repeats its last frame, and that frame's time.
 
-    A video given as images takes all of them, or as many as the policy allows, evenly chosen.
+    A video given as images takes all of them, or as many as the policy allows, evenly chosen. A video whose record says
+    its duration is not opened.
 
     Raises:
         UserError: a video cannot be opened, or has nothing between its start and end.
@@ -194,7 +195,7 @@ def plan_media(
         elif medium.frames or os.path.isdir(medium.path):
             frames, times = _plan_frames(medium, policy)
         else:
-            seconds = probe_media(medium.path, medium.kind).seconds
+            seconds = annotated_seconds(medium) or probe_media(medium.path, medium.kind).seconds
             begin, end = clip_range(medium.path, seconds, medium.start, medium.end)
             wanted = policy.narrowed(medium.fps, medium.max_frames, medium.min_frames, medium.nframes)
             times = sample_times(end - begin, wanted).tolist()
@@ -202,6 +203,12 @@ def plan_media(
         times += times[-1:] * missing
         refs.append(MediaRef(medium.kind, medium.path, tuple(times), medium.start, frames + frames[-1:] * missing))
     return tuple(refs)
+
+
+def annotated_seconds(medium: Media) -> float | None:
+    """How long a video is, as its record says; None where it does not, or where the clip lies beyond that."""
+    inside = medium.duration is not None and max(medium.start or 0.0, medium.end or 0.0) <= medium.duration
+    return medium.duration if inside else None
 
 
 def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], list[float]]:
