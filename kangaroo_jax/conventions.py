@@ -32,11 +32,10 @@ class Field:
         return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in self.letters.split())
 
 
-def _array(letters: str, dtype: str, padding: int = 0) -> Any:
-    """A field of PackedBatch. Pixels, by far the largest, are cut by frames too; of tokens a device has whole rows."""
-    first = ("batch", "pack_frames") if letters == "B F S S 3" else ("batch",)
-    axes = (*first, *[None] * (len(letters.split()) - len(first)))
-    return dataclasses.field(metadata={"field": Field(letters, dtype, axes, padding)})
+def _array(letters: str, dtype: str, *, axes: tuple[str, ...] = ("batch",), padding: int = 0) -> Any:
+    """A field of PackedBatch; `axes` are the logical axes of its first letters, the others stay whole."""
+    whole = (None,) * (len(letters.split()) - len(axes))
+    return dataclasses.field(metadata={"field": Field(letters, dtype, (*axes, *whole), padding)})
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +53,8 @@ class PackedBatch:
     positions: Array = _array("B T", "int32")  # restart at 0 in each segment
     targets: Array = _array("B T", "int32")  # the next token
     weights: Array = _array("B T", "float32")  # what that target counts in the loss
-    frames: Array = _array("B F S S 3", "uint8")  # RGB as decoded, padded square
+    # RGB as decoded, padded square; by far the largest, and so cut by frames too.
+    frames: Array = _array("B F S S 3", "uint8", axes=("batch", "pack_frames"))
     frame_times: Array = _array("B F", "float32")  # seconds; 0 for images and padding
     frame_groups: Array = _array("B F", "int32")  # 1 + the group of the frame, 0 for padding
     vision_index: Array = _array("B T", "int32", padding=-1)  # the vision row that stands here, -1 for text
