@@ -1,7 +1,6 @@
 """`kangaroo chat`: one answer, or a conversation that is typed."""
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -93,7 +92,7 @@ def _typed_addresses() -> Iterator[None]:
     from kangaroo_jax.data.media.storage import current_cache, use_cache
 
     cache = current_cache()
-    use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
+    use_cache(cache.with_private())
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """`kangaroo data check|stats|build|show`: look at data, and build a dataset of it, before training on it."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,8 +174,7 @@ def _allow(private: bool) -> None:
     from kangaroo_jax.data.media.storage import current_cache, use_cache
 
     if private:
-        cache = current_cache()
-        use_cache(dataclasses.replace(cache, limits=dataclasses.replace(cache.limits, allow_private=True)))
+        use_cache(current_cache().with_private())
 
 
 def _open(sources: Sequence[str], media_root: str) -> "list[Source]":

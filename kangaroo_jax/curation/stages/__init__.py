@@ -1,6 +1,5 @@
 """The stages in their order, and what calls one of them in a process of its own."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,10 +70,9 @@ def run_stage_anywhere(name: str, row: Row | list[Row], settings: Settings, root
 
 def allow_private() -> None:
     """Let this process read addresses of this machine and of private networks."""
-    from kangaroo_jax.data.media.download import Limits
     from kangaroo_jax.data.media.storage import default_cache, use_cache
 
-    use_cache(dataclasses.replace(default_cache(), limits=Limits(allow_private=True)))
+    use_cache(default_cache().with_private())
 
 
 def enabled(config: Settings) -> tuple[Stage, ...]:

@@ -80,6 +80,10 @@ class MediaCache:
     limit: int
     limits: Limits = Limits()  # of each address
 
+    def with_private(self) -> "MediaCache":
+        """The same cache, whose addresses may also lead to this machine and to private networks."""
+        return dataclasses.replace(self, limits=dataclasses.replace(self.limits, allow_private=True))
+
     def fetch(self, address: str) -> Path:
         """The local copy of an address, fetched if it is not there. Raises UserError."""
         check_scheme(address)
