@@ -16,7 +16,7 @@ from kangaroo_jax.config import frames_per_group, stage_config, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.training.flops import step_flops
@@ -105,7 +105,7 @@ def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float
 
     Returns ms_per_call, frames_per_second, device and, where the chip's peak is known, mfu.
     """
-    graph, weights = nnx.split(Kangaroo(config.model, rngs=nnx.Rngs(config.seed), param_dtype=config.model.dtype))
+    graph, weights = nnx.split(KangarooModel(config.model, rngs=nnx.Rngs(config.seed), param_dtype=config.model.dtype))
     side, random = config.data.image_size, np.random.default_rng(0)
     pixels = jax.device_put(random.integers(0, 256, (1, frames, side, side, 3), np.uint8))
     times = jax.device_put(np.arange(frames, dtype=np.float32)[None])
@@ -181,7 +181,7 @@ class JaxTrainer:
 
     def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
         binding = abstract_model(config.model)
-        make = lambda: make_state(config, binding.flatten(Kangaroo(config.model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
+        make = lambda: make_state(config, binding.flatten(KangarooModel(config.model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
         self.state = jax.jit(make)()  # in one program: what is frozen never exists in float32
         self._step = build_step(config, binding, self.state)
         self._batch = jax.device_put(batch)

@@ -17,7 +17,7 @@ from kangaroo_jax.checkpoints.digests import changed
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.config import PRESETS, stage_config
 from kangaroo_jax.errors import EndsTogether, UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding, Params, abstract_model
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.system.files import write_bytes
@@ -249,7 +249,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def load_for_inference(path: str | Path) -> tuple[Kangaroo, ml_collections.ConfigDict, Path]:
+def load_for_inference(path: str | Path) -> tuple[KangarooModel, ml_collections.ConfigDict, Path]:
     """(model, config, tokenizer file) of a checkpoint, stage or curriculum folder. Raises UserError."""
     folder = find(path)
     config = load_config(folder)

@@ -24,7 +24,7 @@ from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo, ask
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
-from kangaroo_jax.models.kangaroo import Kangaroo as Model
+from kangaroo_jax.models.kangaroo import KangarooModel as Model
 from kangaroo_jax.system.installing import install_line
 
 GREEDY = 32  # tokens of the answers that are compared, whatever ends them

@@ -46,7 +46,7 @@ VIDEOS_REMEMBERED = 4  # whose vision tokens stay on the device for the next rou
 class Kangaroo:
     """A model, its tokenizer and the frame sampling that it was trained with."""
 
-    def __init__(self, model: models.Kangaroo, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: models.KangarooModel, config: ConfigDict, tokenizer: Tokenizer) -> None:
         """`config` is that of the stage which trained the model; see `load`."""
         self.config = config
         self.tokenizer = tokenizer

@@ -18,7 +18,7 @@ from flax import nnx
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.data.batches.sample import Recipe
 from kangaroo_jax.inference.sampling import Sampling, sample
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.llama import Cache
 
 # The ViT sees as many frames at a time as have this many patches, but no more than that many frames.
@@ -28,7 +28,7 @@ PATCHES_AT_A_TIME, FRAMES_AT_A_TIME = 16_384, 64
 TOKENS_AT_A_TIME, TOKENS_AT_A_TIME_CPU = 512, 128
 NO_TOKEN = -1
 
-Graph = nnx.GraphDef[Kangaroo]
+Graph = nnx.GraphDef[KangarooModel]
 Weights = Any  # nnx.State of it
 
 
@@ -92,7 +92,7 @@ class Choice:
 class Generator:
     """Generates with one model. Two generators of equal structure share their compiled functions."""
 
-    def __init__(self, model: Kangaroo) -> None:
+    def __init__(self, model: KangarooModel) -> None:
         """Splits the model, once."""
         self._graph, self._weights = nnx.split(model)
         self._patch_size = model.vision.patch_size
@@ -216,7 +216,7 @@ def _prefill(
 
     vision [B, T, D]: what `_place` put where a prompt wants vision tokens.
     """
-    model: Kangaroo = nnx.merge(graph, weights)
+    model: KangarooModel = nnx.merge(graph, weights)
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     rows, length = tokens.shape
     capacity, chunk = length + room, _chunk(length)
@@ -263,7 +263,7 @@ def _chunk(length: int) -> int:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(graph: Graph, weights: Weights, decoding: Decoding, until: jax.Array, choice: Choice) -> Decoding:
     """Go on until every answer has ended or has `until` tokens."""
-    model: Kangaroo = nnx.merge(graph, weights)
+    model: KangarooModel = nnx.merge(graph, weights)
     capacity = decoding.cache.positions.shape[1]
 
     def goes_on(decoding: Decoding) -> jax.Array:

@@ -26,7 +26,7 @@ MARKS = ("vi_start", "eof", "eov", "vi_end")  # rows of special_embedding, in th
 
 def count_parameters(config: Any) -> dict[str, int]:
     """Parameters of each part of the model (and their `total`), counted without allocating any."""
-    model = nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0)))
     counts: dict[str, int] = {}
     for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         part = str(path[0])
@@ -34,7 +34,7 @@ def count_parameters(config: Any) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-class Kangaroo(nnx.Module):
+class KangarooModel(nnx.Module):
     """Vision encoder, temporal position encoding, patchify, projector and decoder; `config` is `config.model`.
 
     Weights are `param_dtype`; the computation runs in `config.dtype`, to which weights are cast where used.

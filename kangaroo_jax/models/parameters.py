@@ -10,7 +10,7 @@ import ml_collections
 from flax import nnx
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 
 Params = dict[str, jax.Array]  # "llm/layers/attention/q/kernel" -> array
 
@@ -70,4 +70,4 @@ def split_trainable(
 
 def abstract_model(config: ml_collections.ConfigDict) -> Binding:
     """The structure of the model of `config.model`, with nothing allocated."""
-    return Binding(nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0))))
+    return Binding(nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0))))

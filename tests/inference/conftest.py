@@ -45,7 +45,7 @@ def media(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_model(make_micro_config, make_random_model) -> models.Kangaroo:
+def random_model(make_micro_config, make_random_model) -> models.KangarooModel:
     """The model of `kangaroo`."""
     config = make_micro_config()
     config.model.llm.vocab_size = 300

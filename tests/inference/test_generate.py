@@ -13,7 +13,7 @@ from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.inference import generate
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
 from kangaroo_jax.inference.sampling import Sampling
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 
 NO_STOP = (400,)  # no token of the vocabulary
 T, F = 40, 6
@@ -25,7 +25,7 @@ def config(make_micro_config):
 
 
 @pytest.fixture(scope="module")
-def model(config, make_random_model) -> Kangaroo:
+def model(config, make_random_model) -> KangarooModel:
     return make_random_model(config.model)
 
 
@@ -64,7 +64,7 @@ def all_logits(graph, weights, batch):
     return nnx.merge(graph, weights).logits(batch)
 
 
-def plain_greedy(model: Kangaroo, batch: PackedBatch, row: int, steps: int) -> list[int]:
+def plain_greedy(model: KangarooModel, batch: PackedBatch, row: int, steps: int) -> list[int]:
     """The likeliest token of the whole model, run anew for each."""
     batch = jax.tree.map(lambda x: np.array(x[row : row + 1]), batch)
     answer = []

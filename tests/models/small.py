@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import model_config
 from kangaroo_jax.conventions import PackedBatch
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 
 VOCABULARY, SIDE, GROUP_FRAMES, GROUP_TOKENS = 67, 16, 2, 4  # 16 pixels, patches of 4: a grid of 4 x 4
 
@@ -27,11 +27,11 @@ def small_config(**changes) -> ConfigDict:
 
 @functools.cache
 def _parts(**changes) -> tuple[nnx.GraphDef, nnx.State]:
-    make = lambda: nnx.split(Kangaroo(small_config(**changes), rngs=nnx.Rngs(0)))  # noqa: E731
+    make = lambda: nnx.split(KangarooModel(small_config(**changes), rngs=nnx.Rngs(0)))  # noqa: E731
     return nnx.eval_shape(make)[0], jax.jit(lambda: make()[1])()
 
 
-def small_model(**changes) -> Kangaroo:
+def small_model(**changes) -> KangarooModel:
     """A model of `small_config`, always with the same weights."""
     return nnx.merge(*_parts(**changes), copy=True)  # what a test does to it stays its own
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding
 from tests.models.small import small_config
 
@@ -19,7 +19,7 @@ def weights() -> dict[str, np.ndarray]:
         vision__width=64, vision__heads=4, vision__mlp_width=96, vision__depth=3, vision__pos_embed_grid=6
     )
     config.llm.update(width=80, heads=6, kv_heads=2, head_dim=16, mlp_width=112, vocab_size=200)
-    make = lambda: Kangaroo(config, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: KangarooModel(config, rngs=nnx.Rngs(0))  # noqa: E731
     binding = Binding(nnx.eval_shape(make))
     return {path: np.asarray(x) for path, x in jax.jit(lambda: binding.flatten(make()))().items()}
 

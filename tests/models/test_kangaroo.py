@@ -8,7 +8,7 @@ from flax import nnx
 
 from kangaroo_jax.config import frames_per_group, model_config, tokens_per_group
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo, count_parameters
+from kangaroo_jax.models.kangaroo import KangarooModel, count_parameters
 from kangaroo_jax.sharding import make_mesh
 from tests.models.small import (
     assert_trees_close,
@@ -160,14 +160,14 @@ def test_a_patchify_that_is_no_cube():
     config = small_config(patchify__kernel=(2, 1, 4))
     assert (frames_per_group(config), tokens_per_group(config, 16)) == (2, 4 * 1)
     frames, times = np.zeros((1, 4, 16, 16, 3), np.uint8), np.zeros((1, 4), np.float32)
-    model = nnx.eval_shape(lambda: Kangaroo(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0)))
     assert jax.eval_shape(lambda model: model.encode(frames, times), model).shape == (1, 2 * 4, 24)
 
 
 @pytest.mark.parametrize("part", ["vision", "llm"])
 def test_each_part_uses_the_attention_that_is_set(part):
     """An implementation that refuses to run here is refused by both."""
-    model = nnx.eval_shape(lambda: Kangaroo(small_config(attention="splash"), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: KangarooModel(small_config(attention="splash"), rngs=nnx.Rngs(0)))
     ids = np.zeros((1, 4), np.int32)
     run = {
         "vision": lambda model: model.vision(jnp.zeros((1, 16, 16, 3), jnp.uint8)),
@@ -185,7 +185,7 @@ def test_logits_give_the_loss():
 
 
 def test_every_weight_has_an_axis_name_for_every_dimension_and_no_value_is_needed():
-    model = nnx.eval_shape(lambda: Kangaroo(small_config(), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: KangarooModel(small_config(), rngs=nnx.Rngs(0)))
     for path, weight in nnx.to_flat_state(nnx.state(model)):
         assert len(weight.axes) == len(weight.shape), path
         assert ("layers" in weight.axes) == any(part in ("layers", "blocks") for part in path)

@@ -17,7 +17,7 @@ from kangaroo_jax.checkpoints.reading import find, load_params
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.curation.stages.embedding import load_encoder
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_holds_all_goes_on_as_one_that_does_not(tmp_path):
 
 def test_every_reader_of_weights_has_both(tmp_path, micro_config):
     binding = abstract_model(micro_config.model)
-    params = binding.flatten(Kangaroo(micro_config.model, rngs=nnx.Rngs(0)))
+    params = binding.flatten(KangarooModel(micro_config.model, rngs=nnx.Rngs(0)))
     frozen = {k: v for k, v in params.items() if k.startswith("llm/") or k.endswith("bias")}
     folder = save(tmp_path, state_of(1, {k: v for k, v in params.items() if k not in frozen}, frozen))
     found, stored = load_params(tmp_path, binding), Stored(*weight_folders(folder / "1"))

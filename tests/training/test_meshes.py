@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.conventions import PackedBatch
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.sharding import make_mesh, mesh_scope, sharding
 from kangaroo_jax.training.host_rows import HostRows
@@ -58,7 +58,7 @@ def batch(config) -> PackedBatch:
 
 
 def first_params(config) -> dict[str, jax.Array]:
-    model = Kangaroo(config.model, rngs=nnx.Rngs(0))
+    model = KangarooModel(config.model, rngs=nnx.Rngs(0))
     return {k: np.asarray(v) for k, v in abstract_model(config.model).flatten(model).items()}
 
 

@@ -7,14 +7,14 @@ from flax import nnx
 
 from kangaroo_jax.config import model_config
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import Kangaroo
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding, abstract_model, multiplier, split_trainable
 from kangaroo_jax.sharding import RULES
 
 
 @pytest.fixture(scope="module")
-def model() -> Kangaroo:
-    return Kangaroo(model_config("tiny"), rngs=nnx.Rngs(0))
+def model() -> KangarooModel:
+    return KangarooModel(model_config("tiny"), rngs=nnx.Rngs(0))
 
 
 def test_flatten_and_bind_are_inverse(model):
