@@ -26,19 +26,34 @@ ROOMS: dict[str, dict[str, list[str]]] = {
     "training": {
         f"kangaroo_jax/training/{name}.py": _of(_TRAINING, tests)
         for name, tests in {
-            "checkpoint": "checkpoint folders parameters going_on resume loop",
+            "array_writing": "checkpoint frozen",
+            "check": "check",
+            "checkpoint": "checkpoint frozen folders going_on resume stopping",
             "curriculum": "curriculum loop",
             "distributed": "watchdog stopping distributed",
             "flops": "observe",
+            "frozen": "frozen checkpoint",
             "host_rows": "host_rows meshes",
+            "initial": "loop going_on frozen",
             "loop": "folders loop stopping going_on meshes resume",
             "metrics": "metrics",
             "observe": "observe",
             "optimizer": "optimizer",
             "placement": "placement",
+            "reporting": "stopping loop going_on",
+            "resume": "going_on",
             "state": "state meshes",
             "step": "step",
+            "stopping": "stopping watchdog folders going_on",
         }.items()
+    },
+    "checkpoints": {
+        "kangaroo_jax/checkpoints/digests.py": _of(_TRAINING, "going_on frozen"),
+        "kangaroo_jax/checkpoints/frozen.py": _of(_TRAINING, "frozen"),
+        "kangaroo_jax/checkpoints/reading.py": [
+            *_of(_TRAINING, "checkpoint folders going_on frozen"),
+            "tests/inference/test_chat.py",
+        ],
     },
     "packing": {"kangaroo_jax/data/batches/packing.py": _of("tests/data/", "packing resume")},
     "mixture": {"kangaroo_jax/data/batches/mixture.py": _of("tests/data/", "mixture shuffle")},

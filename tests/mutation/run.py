@@ -91,6 +91,14 @@ def run_tests(tree: Path, tests: list[str], log: Path, cpu_seconds: int, slow: b
         time.sleep(0.2)
 
 
+def check_sound(tree: Path, tests: list[str], log: Path, cpu_seconds: int, slow: bool) -> None:
+    """End where the tests fail without a mutant: each would seem killed."""
+    code, cpu = run_tests(tree, tests, log, cpu_seconds, slow)
+    if code != 0:
+        said = log.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{said}\nwithout a mutant: code {code} after {cpu:.0f} s of {cpu_seconds}: {' '.join(tests)}")
+
+
 def run_one(tree: Path, mutant: Mutant, tests: list[str], log: Path, cpu_seconds: int, slow: bool) -> dict[str, Any]:
     """The result of one mutant; the copy is as it was afterwards."""
     file = tree / mutant.path
@@ -180,6 +188,7 @@ def main() -> None:
         tree = copy_tree(options.work)
         for name in IMPORTED:
             importlib.import_module(name)
+        sound: list[list[str]] = []
         for room in options.rooms:
             for mutant in sample_of(room, tree, options.sample, options.seed):
                 known = read_results(results_file).get(mutant.name)
@@ -188,6 +197,9 @@ def main() -> None:
                 if known and not (options.again and known["result"] == "survived" and mutant.name not in EQUIVALENT):
                     continue
                 tests = [test for test in ROOMS[room][mutant.path] if (tree / test).exists()]
+                if tests not in sound:
+                    check_sound(tree, tests, options.work / "log", options.cpu_seconds, options.slow)
+                    sound.append(tests)
                 result = run_one(tree, mutant, tests, options.work / "log", options.cpu_seconds, options.slow)
                 with results_file.open("a") as file:
                     file.write(json.dumps(result) + "\n")
