@@ -10,7 +10,10 @@ Names are imported when they are first used, so that `import kangaroo_jax` costs
 
 import importlib
 import warnings
-from typing import Any
+
+TYPE_CHECKING = False  # an import of typing takes longer than all else until the command line answers Ctrl-C
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Kangaroo", "__version__", "convert", "load_config", "load_video", "sample_times", "train"]
@@ -26,7 +29,7 @@ _PUBLIC = {
 _RENAMED = {"sample_frames": "sample_times"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _RENAMED:
         warnings.warn(f"kangaroo_jax.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(__name__), _RENAMED[name])

@@ -1,12 +1,12 @@
 """`python -m kangaroo_jax JOB` is `kangaroo JOB`."""
 
-import signal
+import _signal  # of which `signal` makes enums: Ctrl-C would print a traceback in these milliseconds
 import sys
 
 
 def main() -> int:
     """The command; returns its exit code. Ctrl-C waits until it can be answered in one line."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGINT})
 
     from kangaroo_jax.cli.main import start
 

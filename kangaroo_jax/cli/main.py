@@ -4,6 +4,7 @@ Bad input, a full disk and a place that may not be written are one line on stder
 code 130.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -36,16 +37,28 @@ def start() -> int:
         from kangaroo_jax.system.memory import ensure_huge_pages
 
         ensure_huge_pages()
-    return main(interrupted=_end, pressed=_watch_interrupts())
+    code = main(interrupted=_end, pressed=_watch_interrupts())
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: _end())  # what libraries do at the end meets no exception either
+    return code
 
 
 def _end() -> NoReturn:
-    """End this process as interrupted, now.
+    """End this process as interrupted, now, whatever it is in: also within a write to stderr.
 
     What a compilation of XLA leaves in the frames of the interruption crashes the process where they are freed.
     """
-    print("kangaroo: interrupted", file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"kangaroo: interrupted\n")
     os._exit(130)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether `frame` is part of an import."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _watch_interrupts() -> Callable[[], bool]:
@@ -53,8 +66,9 @@ def _watch_interrupts() -> Callable[[], bool]:
 
     The first is an exception that Python raises when a library's call returns, which may be minutes later, and that
     closes what is open. Whoever presses it again does not want to wait for either. Where Python drops that exception
-    (in a callback of its garbage collector, in `__del__`) or C code prints it (numpy while it is imported) it ends the
-    process, too: the run would go on.
+    (in a callback of its garbage collector, in `__del__`) or C code prints it it ends the process, too: the run would
+    go on. So does one that comes during an import: modules in C++ (jaxlib's, by nanobind) abort the process where an
+    exception of Python meets them half imported.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -64,6 +78,8 @@ def _watch_interrupts() -> Callable[[], bool]:
     def raised(number: int, frame: FrameType | None) -> NoReturn:
         nonlocal pressed
         pressed = True
+        if _imports(frame):
+            _end()
         signal.default_int_handler(number, frame)
 
     def watch() -> None:

@@ -359,7 +359,8 @@ def test_a_disk_that_cannot_be_written_is_one_line(error, line, capsys, tmp_path
 
 
 INTERRUPTED = """
-import os, sys, time, types
+import atexit, os, sys, time, types
+from importlib.machinery import ModuleSpec
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.cli.jobs import Job
 
@@ -408,7 +409,31 @@ def collects():
     Collected()
     print("goes on", flush=True)
 
-for job in (compile, close, imports, prints, collects):
+def aborts():
+    try:
+        print("compiles", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        os.abort()  # as C++ does with an exception of Python
+
+class InCpp:
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name == "in_cpp" else None
+
+    def create_module(self, spec):
+        pass
+
+    def exec_module(self, module):
+        aborts()
+
+def half_imported():
+    sys.meta_path.insert(0, InCpp())
+    import in_cpp
+
+def ends():
+    atexit.register(aborts)
+
+for job in (compile, close, imports, prints, collects, half_imported, ends):
     cli.JOBS[job.__name__] = Job("")
     sys.modules[f"{cli.__package__}.{job.__name__}"] = types.SimpleNamespace(COMMANDS={"": job})
 sys.exit(cli.start())
@@ -423,10 +448,12 @@ sys.exit(cli.start())
         ("imports", ["compiles\n"]),
         ("prints", ["compiles\n"]),
         ("collects", ["compiles\n"]),
+        ("half_imported", ["compiles\n"]),
+        ("ends", ["compiles\n"]),
     ],
 )
 def test_an_interruption_ends_a_process_that_compiles_and_the_second_one_that_closes(job, lines):
-    """One that a library turns into an error of its own, or Python drops, ends the process as well."""
+    """One that a library turns into an error of its own, or Python drops, or that C++ would meet, ends it as well."""
     command = [sys.executable, "-c", INTERRUPTED, job]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -447,6 +474,12 @@ def test_an_interruption_before_the_command_can_answer_waits_until_it_can():
     command = [sys.executable, "-c", begin + press + "sys.exit(main())", "train"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "kangaroo: interrupted\n")
+
+
+def test_no_slow_import_comes_before_an_interruption_waits():
+    code = "import sys, kangaroo_jax.__main__; print(*{'enum', 're', 'typing'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "\n"
 
 
 @pytest.mark.parametrize(
