@@ -123,8 +123,11 @@ class Tokenizer:
 
         Special tokens are left out, and so are ids that a model has rows for and the tokenizer no token.
         """
-        known = (i for i in map(int, ids) if 0 <= i < self.vocab_size)
-        return self._decode([i for i in known if i not in self._special])
+        return self._decode([i for i in map(int, ids) if self.shows(i)])
+
+    def shows(self, token: int) -> bool:
+        """Whether `decode` has text for a token: it has none for special ones, and those that it does not know."""
+        return 0 <= token < self.vocab_size and token not in self._special
 
     def name(self, token: int) -> str | None:
         """The name of a special token, None for an ordinary one."""
