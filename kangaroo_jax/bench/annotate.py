@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.endpoint import Endpoint
 from kangaroo_jax.llm_client.requests import Reply, Request
@@ -59,7 +59,7 @@ def bench_annotate(
         image.write_bytes(b"\xff\xd8" + random.Random(0).randbytes(image_bytes))
         asked = [Request("bench@1", f"Describe picture {i}.", images=(str(image),)) for i in range(requests)]
         limits = Limits(concurrency=in_flight, first_wait=0.1)
-        cache = Cache(Path(name) / "cache.sqlite")
+        cache = ReplyCache(Path(name) / "cache.sqlite")
         first: list[Reply] = []
         second: list[Reply] = []
         for replies in (first, second):
@@ -79,7 +79,7 @@ def bench_annotate(
 
 
 async def _ask_all(
-    url: str, asked: Sequence[Request], limits: Limits, cache: Cache, replies: list[Reply], timeout: float
+    url: str, asked: Sequence[Request], limits: Limits, cache: ReplyCache, replies: list[Reply], timeout: float
 ) -> tuple[Client, float, float]:
     """Ask everything; returns the client, and the wall and CPU seconds of the asking alone."""
     client = Client(Endpoint("bench", url, "stub", timeout=timeout), limits, cache)

@@ -18,7 +18,7 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.curation.curate import plain_config
 from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import Item, read_inputs
-from kangaroo_jax.curation.engine.run_shard import Plan, run_shard
+from kangaroo_jax.curation.engine.run_shard import ShardPlan, run_shard
 from kangaroo_jax.curation.engine.shards import Shard, make_shards
 from kangaroo_jax.curation.stages import enabled
 from kangaroo_jax.errors import UserError
@@ -26,7 +26,7 @@ from kangaroo_jax.errors import UserError
 
 def bench_stages(items: Sequence[Item], config: dict[str, Any], root: Path) -> dict[str, dict[str, float]]:
     """CPU seconds of each stage, by file; the first file is scored twice and counted once, with models loaded."""
-    plan = Plan(root, enabled(config), config)
+    plan = ShardPlan(root, enabled(config), config)
     guard = plan.guard()
     found: dict[str, dict[str, float]] = {}
     try:
@@ -54,7 +54,7 @@ def bench_workers(items: Sequence[Item], config: dict[str, Any], root: Path, rou
     for number in range(rounds):
         seconds, own, theirs = [], [], []
         for workers in (1, 2):
-            plan = Plan(root / f"{number}-{workers}", stages, config)
+            plan = ShardPlan(root / f"{number}-{workers}", stages, config)
             begin, before = time.perf_counter(), os.times()
             engine.run_local(shards, plan, workers)
             after = os.times()

@@ -111,7 +111,7 @@ def build(
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
     """
-    from kangaroo_jax.data.annotations.dataset import Plan, fingerprint_of, write_dataset
+    from kangaroo_jax.data.annotations.dataset import DatasetPlan, fingerprint_of, write_dataset
     from kangaroo_jax.data.audit.samples import Samples
 
     if not name.isidentifier():
@@ -119,7 +119,7 @@ def build(
     _allow(allow_private)
     opened = _open(sources, media_root)
     fingerprint = fingerprint_of([Path(source.file.path) for source in opened if Path(source.file.path).is_file()])
-    plan = Plan(name, Path(out), embed == "true", shard_samples)
+    plan = DatasetPlan(name, Path(out), embed == "true", shard_samples)
     folder = write_dataset(plan, Samples(opened, finished=True), fingerprint)
     print(f"{folder}: tfds.data_source({name!r}, data_dir={out!r}), or config.data.train")
 

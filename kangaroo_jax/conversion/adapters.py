@@ -11,7 +11,7 @@ from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import export
 from kangaroo_jax.conversion.building import Building, Progress, Tell
 from kangaroo_jax.conversion.lora import SETTINGS, Adapter, kernels, layout_of, module, open_adapter
-from kangaroo_jax.conversion.names import Row
+from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
 from kangaroo_jax.conversion.sources import fingerprint, open_source
 from kangaroo_jax.conversion.store import write_config, write_params
@@ -93,7 +93,7 @@ def _settings(adapter: Adapter) -> Mapping[str, Any]:
     return {**usual, "target_modules": modules, **adapter.settings}
 
 
-def _check_zeros(adapter: Adapter, rows: list[Row]) -> None:
+def _check_zeros(adapter: Adapter, rows: list[NameRow]) -> None:
     """Raise UserError where a layer that the config calls not adapted has an adapter, which would be lost."""
     kept = {(row.ours, row.layer) for row in rows}
     for path, spec in adapter.weights.specs.items():

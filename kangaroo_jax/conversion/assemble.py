@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion.names import SPECIAL
-from kangaroo_jax.conversion.sources import Source, shapes_of
+from kangaroo_jax.conversion.sources import WeightSource, shapes_of
 from kangaroo_jax.conversion.weights import Arrays, Box, Joined, Spec, Weights, boxes
 from kangaroo_jax.errors import UserError
 
@@ -39,7 +39,7 @@ class Resized:
 
 
 def combine(
-    sources: Sequence[Source], preset: str, overrides: Mapping[str, Any], seed: int
+    sources: Sequence[WeightSource], preset: str, overrides: Mapping[str, Any], seed: int
 ) -> tuple[Weights, ConfigDict, list[str]]:
     """(weights, a stage's config, what was initialised) of one source, or of several that make a model together.
 
@@ -50,7 +50,7 @@ def combine(
         return sources[0].weights, sources[0].config, []
     config = ConfigDict(stage_config(preset).to_dict())
     config.stage = "assembled"
-    parts: dict[str, Source] = {}
+    parts: dict[str, WeightSource] = {}
     for source in sources:
         for part in sorted({path.split("/")[0] for path in source.weights.specs}):
             if part in parts:

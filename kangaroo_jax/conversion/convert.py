@@ -19,9 +19,9 @@ from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building, Progress, Tell
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
-from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, Row
+from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, NameRow
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
-from kangaroo_jax.conversion.sources import Source, fingerprint, open_source, shapes_of, special_ids, table_for
+from kangaroo_jax.conversion.sources import WeightSource, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
 from kangaroo_jax.errors import UserError
@@ -106,7 +106,7 @@ def convert(
 
 
 def _joined(
-    opened: Sequence[Source], preset: str, overrides: Mapping[str, Any], seed: int, tell: Tell
+    opened: Sequence[WeightSource], preset: str, overrides: Mapping[str, Any], seed: int, tell: Tell
 ) -> tuple[Weights, ConfigDict]:
     """The sources as one, and said what they are; see `combine`."""
     for source in opened:
@@ -198,7 +198,7 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
 
 
 def _write_config_there(
-    format: str, model: Model, weights: Weights, rows: Sequence[Row], building: Building, tell: Tell
+    format: str, model: Model, weights: Weights, rows: Sequence[NameRow], building: Building, tell: Tell
 ) -> None:
     """config.json or params.json, first, so that what cannot be said there is found at once."""
     llm, folder = model.config.model.llm, building.folder

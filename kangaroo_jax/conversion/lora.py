@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.files import Tensor, files_of, open_tensors, read_json
-from kangaroo_jax.conversion.names import STACKED, Arrangement, Row
+from kangaroo_jax.conversion.names import STACKED, Arrangement, NameRow
 from kangaroo_jax.conversion.sources import shapes_of, table_for
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.weights import Box, Mapped, Spec, Weights, check_finite
@@ -68,7 +68,7 @@ class Adapter:
         return self.settings["lora_alpha"] / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[NameRow]:
         """The table of its factors."""
         return factor_rows(kernels(self.model), self.adapted, self.settings["r"])
 
@@ -111,16 +111,16 @@ def open_adapter(path: str | Path, model: ConfigDict | None) -> Adapter:
 # ------------------------------------------------------------------------------------- the table
 
 
-def kernels(model: ConfigDict) -> dict[str, list[Row]]:
+def kernels(model: ConfigDict) -> dict[str, list[NameRow]]:
     """path -> the rows of every linear map that may have an adapter."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[NameRow]] = {}
     for row in table_for("kangaroo", model):
         if row.ours.endswith("/kernel") and len(row.arrangement.shape) == 2:
             found.setdefault(row.ours, []).append(row)
     return found
 
 
-def module(row: Row) -> str:
+def module(row: NameRow) -> str:
     """The name of a linear map in PyTorch."""
     return row.theirs.removesuffix(".weight")
 
@@ -130,9 +130,9 @@ def beside(path: str, factor: str) -> str:
     return f"{path.removesuffix('kernel')}{factor}"
 
 
-def factor_rows(kernels: Mapping[str, Sequence[Row]], adapted: Layers, rank: int) -> list[Row]:
+def factor_rows(kernels: Mapping[str, Sequence[NameRow]], adapted: Layers, rank: int) -> list[NameRow]:
     """Two rows, A and B, for every adapted linear map; they follow from the row of its weight."""
-    rows: list[Row] = []
+    rows: list[NameRow] = []
     for path, layers in adapted.items():
         for row in kernels[path]:
             if row.layer in layers:
@@ -140,7 +140,7 @@ def factor_rows(kernels: Mapping[str, Sequence[Row]], adapted: Layers, rank: int
     return rows
 
 
-def _factors(row: Row, rank: int) -> tuple[Row, Row]:
+def _factors(row: NameRow, rank: int) -> tuple[NameRow, NameRow]:
     (there_out, there_in), split = row.arrangement.shape, row.arrangement.split
     cut = next(n for n in range(1, len(split)) if np.prod(split[:n]) == there_out)
     out, ins = split[:cut], split[cut:]
@@ -148,8 +148,8 @@ def _factors(row: Row, rank: int) -> tuple[Row, Row]:
     b = Arrangement((there_out, rank), (*out, rank), (len(out), *range(len(out))))
     name = f"base_model.model.{module(row)}"
     return (
-        Row(beside(row.ours, "lora_a"), row.layer, f"{name}.lora_A.weight", (*ins, rank), a),
-        Row(beside(row.ours, "lora_b"), row.layer, f"{name}.lora_B.weight", (rank, *out), b),
+        NameRow(beside(row.ours, "lora_a"), row.layer, f"{name}.lora_A.weight", (*ins, rank), a),
+        NameRow(beside(row.ours, "lora_b"), row.layer, f"{name}.lora_B.weight", (rank, *out), b),
     )
 
 

@@ -57,7 +57,7 @@ def _patches(s: Shape, p: int) -> Arrangement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class NameRow:
     """One parameter (of one layer) here and there."""
 
     ours: str  # path, as in `training.parameters`
@@ -210,7 +210,7 @@ def entries(layout: str, *, projector: str = "mlp2x_gelu", patchify: str = "patc
     return [*entries("llama"), *vision, *joint, *PROJECTORS[projector]] if LAYOUTS[layout] else []
 
 
-def table(layout: str, shapes: Mapping[str, Shape], special_ids: Sequence[int] = (), **options: str) -> list[Row]:
+def table(layout: str, shapes: Mapping[str, Shape], special_ids: Sequence[int] = (), **options: str) -> list[NameRow]:
     """Every row of a layout for a model whose parameters have `shapes` here.
 
     Args:
@@ -232,18 +232,18 @@ def table(layout: str, shapes: Mapping[str, Shape], special_ids: Sequence[int] =
         shape = tuple(shapes[ours][1:] if stacked else shapes[ours])
         for layer in range(shapes[ours][0]) if stacked else (None,):
             name = theirs.replace("{i}", str(layer))
-            rows.append(Row(ours, layer, name, shape, LAID_OUT[how](shape)))
+            rows.append(NameRow(ours, layer, name, shape, LAID_OUT[how](shape)))
     if SPECIAL in covered:
         covered.discard(SPECIAL)
         shape = tuple(shapes[SPECIAL])
         embedding = next(theirs for ours, _, theirs in entries(layout, **options) if ours == "llm/embedding")
-        rows.append(Row(SPECIAL, None, embedding, shape, LAID_OUT["same"](shape), tuple(special_ids)))
+        rows.append(NameRow(SPECIAL, None, embedding, shape, LAID_OUT["same"](shape), tuple(special_ids)))
     if covered:
         raise UserError(f"layout {layout}: no name for {', '.join(sorted(covered))}")
     return rows
 
 
-def match(rows: Iterable[Row], found: Mapping[str, Shape], where: str, known: Iterable[str] = ()) -> None:
+def match(rows: Iterable[NameRow], found: Mapping[str, Shape], where: str, known: Iterable[str] = ()) -> None:
     """Check that the tensors of a file are those of the table, each once.
 
     Args:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, read_json, unwrapped
-from kangaroo_jax.conversion.sources import Source, table_for
+from kangaroo_jax.conversion.sources import WeightSource, table_for
 from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.errors import UserError
@@ -69,7 +69,7 @@ class InJax:
     What the source lacks is small and zero, and is never run.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: WeightSource) -> None:
         """Reads every weight. Raises UserError."""
         from kangaroo_jax.checkpoints import reading
         from kangaroo_jax.models.parameters import abstract_model
@@ -130,7 +130,7 @@ def _shrink(model: ConfigDict, parts: set[str]) -> None:
         model.llm.update(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
 
 
-def _array(source: Source, path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+def _array(source: WeightSource, path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
     if path not in source.weights.specs:
         return jnp.zeros(shape.shape, jnp.float32)
     return jnp.asarray(source.weights.read(path, whole(shape.shape)))
@@ -153,7 +153,7 @@ def _features(graph: Any, weights: Any, frames: jax.Array) -> jax.Array:
 class InTorch:
     """A model with a decoder in PyTorch, in float32: a Kangaroo by our model file, a Llama by transformers."""
 
-    def __init__(self, source: Source, scratch: Path) -> None:
+    def __init__(self, source: WeightSource, scratch: Path) -> None:
         """Reads every weight; `scratch` is an empty folder. Raises UserError."""
         self._torch = import_torch("the comparison is run in torch")
         try:
@@ -207,7 +207,7 @@ class InTorch:
 Loaded = tuple[Any, Mapping[str, Any], Any]  # a model, what was not loaded, a tokenizer or None
 
 
-def _llama(source: Source, folder: Path, scratch: Path) -> Loaded:
+def _llama(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
     from transformers import LlamaForCausalLM
 
     model, report = _filled(LlamaForCausalLM, _llama_config(folder), _state(source))
@@ -227,7 +227,7 @@ def _llama_config(folder: Path) -> Any:
     return config
 
 
-def _kangaroo(source: Source, folder: Path, scratch: Path) -> Loaded:
+def _kangaroo(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
     """Weights in the release's names, run by our modelling file.
 
     The config.json of an export says all; of another's the decoder's keys are handed on as they stand there, and
@@ -252,7 +252,7 @@ def _kangaroo(source: Source, folder: Path, scratch: Path) -> Loaded:
     return *_filled(KangarooForCausalLM, config, _state(source)), tokenizer
 
 
-def _state(source: Source) -> dict[str, Any]:
+def _state(source: WeightSource) -> dict[str, Any]:
     """The weights of a source by the names that the libraries' models use."""
     given = read_json((source.path if source.path.is_dir() else source.path.parent) / "config.json")
     convolution = ""
@@ -298,7 +298,7 @@ def _own_tokenizer(folder: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(file))
 
 
-def code_of(source: Source) -> str:
+def code_of(source: WeightSource) -> str:
     """Whose code PyTorch runs for a source, in words."""
     if source.layout == "llama":
         return "transformers' LlamaForCausalLM"
@@ -311,7 +311,7 @@ def code_of(source: Source) -> str:
     return f"{mine} (the folder's own code is {'the same' if same else 'another, which was not run'})"
 
 
-def _rows(source: Source) -> list[names.Row]:
+def _rows(source: WeightSource) -> list[names.NameRow]:
     return table_for(source.layout, source.config.model, open_model(source.path))
 
 
@@ -335,7 +335,7 @@ def _as_torch(torch: Any, array: np.ndarray) -> Any:
     return torch.from_numpy(np.array(array, np.float32))
 
 
-def torch_features(source: Source, frames: np.ndarray, scratch: Path) -> np.ndarray:
+def torch_features(source: WeightSource, frames: np.ndarray, scratch: Path) -> np.ndarray:
     """frames uint8[F, S, S, 3] -> patch tokens float32[F, P, D] of a bare encoder, or of a Kangaroo's, in PyTorch.
 
     Raises UserError.

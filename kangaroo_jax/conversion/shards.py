@@ -15,21 +15,21 @@ import numpy as np
 
 from kangaroo_jax.conversion.building import Building, Progress, ahead
 from kangaroo_jax.conversion.files import NAMES, import_torch
-from kangaroo_jax.conversion.names import Row
+from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.weights import Box, Weights, boxes, contiguous
 
 SHARD_BYTES = 4_000_000_000  # of a file, unless one tensor is larger
-Piece = tuple[Row, Box]
+Piece = tuple[NameRow, Box]
 
 
-def nbytes_there(row: Row, weights: Weights) -> int:
+def nbytes_there(row: NameRow, weights: Weights) -> int:
     """Bytes of a row's tensor there."""
     return math.prod(row.shape_there) * weights.specs[row.ours].dtype.itemsize
 
 
-def plan_shards(rows: Sequence[Row], weights: Weights, limit: int = SHARD_BYTES) -> list[list[Row]]:
+def plan_shards(rows: Sequence[NameRow], weights: Weights, limit: int = SHARD_BYTES) -> list[list[NameRow]]:
     """The rows, in their order, in shards of at most `limit` bytes; in a shard the widest types come first."""
-    shards: list[list[Row]] = [[]]
+    shards: list[list[NameRow]] = [[]]
     size = 0
     for row in rows:
         nbytes = nbytes_there(row, weights)
@@ -43,7 +43,7 @@ def plan_shards(rows: Sequence[Row], weights: Weights, limit: int = SHARD_BYTES)
 
 def write_safetensors(
     weights: Weights,
-    rows: Sequence[Row],
+    rows: Sequence[NameRow],
     building: Building,
     progress: Progress,
     *,
@@ -74,7 +74,7 @@ def write_safetensors(
         (building.folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _header(shard: Sequence[Row], weights: Weights) -> bytes:
+def _header(shard: Sequence[NameRow], weights: Weights) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for row in shard:
@@ -87,7 +87,7 @@ def _header(shard: Sequence[Row], weights: Weights) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _pieces(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[Piece, np.ndarray]]:
+def _pieces(rows: Sequence[NameRow], weights: Weights) -> Iterator[tuple[Piece, np.ndarray]]:
     """Every tensor there, whole or in ranges of its first axis, in order."""
     work: list[Piece] = []
     for row in rows:
@@ -105,7 +105,7 @@ def _pieces(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[Piece, np.n
 # ------------------------------------------------------------------------------------- torch
 
 
-def write_torch(weights: Weights, rows: Sequence[Row], building: Building, progress: Progress, name: str) -> None:
+def write_torch(weights: Weights, rows: Sequence[NameRow], building: Building, progress: Progress, name: str) -> None:
     """Write one torch file (zip) with a dictionary of all tensors, one after another.
 
     `torch.save` wants the whole dictionary in memory; the format is a zip of the pickled dictionary, in
@@ -161,7 +161,7 @@ class _Pickler(pickle.Pickler):
         return value.key if isinstance(value, _Storage) else None
 
 
-def _pickled(torch: Any, rows: Sequence[Row], weights: Weights) -> bytes:
+def _pickled(torch: Any, rows: Sequence[NameRow], weights: Weights) -> bytes:
     kinds = {
         "float32": torch.FloatStorage,
         "bfloat16": torch.BFloat16Storage,

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors, read_json
-from kangaroo_jax.conversion.names import Row
+from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights, whole
 from kangaroo_jax.errors import UserError
@@ -33,7 +33,7 @@ SIGNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights under our names, and what else is known of the model.
 
     Attributes:
@@ -57,7 +57,9 @@ class Source:
     said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mapping[str, Any] | None = None) -> Source:
+def open_source(
+    path: str | Path, preset: str = "kangaroo_8b", overrides: Mapping[str, Any] | None = None
+) -> WeightSource:
     """Find out what `path` holds and open it, reading no weight yet.
 
     Args:
@@ -88,7 +90,7 @@ def open_source(path: str | Path, preset: str = "kangaroo_8b", overrides: Mappin
     words = [left_out, *_taken_for_granted(path, layout, files_of(tensors))]
     files = tuple(files_of(tensors))
     said = _said(path) if layout == "llama" else {}
-    return Source(path, layout, weights, config, _tokenizer(path), files, "; ".join(filter(None, words)), said)
+    return WeightSource(path, layout, weights, config, _tokenizer(path), files, "; ".join(filter(None, words)), said)
 
 
 def _check_head(path: Path, tensors: Tensors) -> None:
@@ -135,7 +137,7 @@ def is_ours(path: Path) -> bool:
     return True
 
 
-def _open_ours(path: Path) -> Source:
+def _open_ours(path: Path) -> WeightSource:
     from kangaroo_jax.checkpoints import reading
     from kangaroo_jax.checkpoints.frozen import weight_folders
 
@@ -152,7 +154,7 @@ def _open_ours(path: Path) -> Source:
         tokenizer = None
     files = tuple(sorted(f for part in folders for f in part.rglob("*") if f.is_file()))
     length = formats.longest(config.model.llm, config.data.tokens_per_pack)
-    return Source(path, "orbax", weights, config, tokenizer, files, said={"max_position_embeddings": length})
+    return WeightSource(path, "orbax", weights, config, tokenizer, files, said={"max_position_embeddings": length})
 
 
 def model_shapes(model: ConfigDict) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def _mapped(path: Path, layout: str, tensors: Tensors, config: ConfigDict) -> tu
     return weights, f"{len(left)} tensors are left out: {', '.join(sorted(set(left)))}" if left else ""
 
 
-def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None = None) -> list[Row]:
+def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None = None) -> list[NameRow]:
     """The rows of a layout for `config.model`, with the names that the files at hand use where those may differ."""
     tensors = tensors or {}
     options = {"projector": model.projector}

@@ -19,7 +19,7 @@ from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.names import LAYOUTS
 from kangaroo_jax.conversion.runners import InJax, InTorch, code_of, torch_features, turn
-from kangaroo_jax.conversion.sources import Source, open_source, special_ids
+from kangaroo_jax.conversion.sources import WeightSource, open_source, special_ids
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import conversation
@@ -34,7 +34,7 @@ RUN_BY_TORCH = {"": ("kangaroo",), "llm/": ("llama", "kangaroo"), "vision/": ("e
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Comparison:
     """How far apart two models are on one prompt, or two encoders on some frames."""
 
     tokens: int  # of the prompt, vision included
@@ -76,7 +76,7 @@ def verify(
     preset: str = "kangaroo_8b",
     overrides: Mapping[str, Any] | None = None,
     tell: Tell = print,
-) -> Report:
+) -> Comparison:
     """Compare what two paths hold in common, in float32: whole models on a prompt of at least 600 tokens with a
     video, decoders on one of text, encoders on frames. One after the other is in memory.
 
@@ -110,12 +110,12 @@ def verify(
     return report
 
 
-def verify_all(sources: Sequence[str | Path], target: str | Path, **options: Any) -> list[Report]:
+def verify_all(sources: Sequence[str | Path], target: str | Path, **options: Any) -> list[Comparison]:
     """`verify` of every source with the target. Raises UserError, see there."""
     return [verify(source, target, **options) for source in sources]
 
 
-def sides(sources: Sequence[Source]) -> tuple[str, Source, Source]:
+def sides(sources: Sequence[WeightSource]) -> tuple[str, WeightSource, WeightSource]:
     """(what both have: "", "llm/" or "vision/", what JAX runs, what PyTorch runs). Raises UserError."""
     first, second = sources
     parts = {LAYOUTS.get(source.layout, ("",))[0] for source in sources} - {""}
@@ -132,7 +132,7 @@ def sides(sources: Sequence[Source]) -> tuple[str, Source, Source]:
     )
 
 
-def _compare_chat(ours: Source, theirs: Source, media: Path, query: str, scratch: Path) -> Report:
+def _compare_chat(ours: WeightSource, theirs: WeightSource, media: Path, query: str, scratch: Path) -> Comparison:
     here = InJax(ours)
     kangaroo = here.chat()
     while len((recipe := kangaroo.recipe(conversation([turn(media, query)]))).tokens) < LEAST_TOKENS:
@@ -146,7 +146,7 @@ def _compare_chat(ours: Source, theirs: Source, media: Path, query: str, scratch
     return _compare(logits, there, answer, answer_there, int(recipe.is_vision.sum()))
 
 
-def _compare_decoders(ours: Source, theirs: Source, query: str, scratch: Path) -> Report:
+def _compare_decoders(ours: WeightSource, theirs: WeightSource, query: str, scratch: Path) -> Comparison:
     ids, text = _text(ours, theirs, query)
     here = InJax(ours)
     logits, answer = here.continue_text(ids)
@@ -161,7 +161,7 @@ def _compare_decoders(ours: Source, theirs: Source, query: str, scratch: Path) -
     return _compare(logits, there, answer, answer_there, 0)
 
 
-def _text(ours: Source, theirs: Source, query: str) -> tuple[list[int], str]:
+def _text(ours: WeightSource, theirs: WeightSource, query: str) -> tuple[list[int], str]:
     """(ids of a prompt of text, the text); random ids and no text where no tokenizer is beside the weights."""
     file = ours.tokenizer or theirs.tokenizer
     model = ours.config.model
@@ -176,7 +176,7 @@ def _text(ours: Source, theirs: Source, query: str) -> tuple[list[int], str]:
     return [tokenizer.bos, *ids], query
 
 
-def _compare_encoders(ours: Source, theirs: Source, media: Path, scratch: Path) -> Report:
+def _compare_encoders(ours: WeightSource, theirs: WeightSource, media: Path, scratch: Path) -> Comparison:
     """Of an assembled model PyTorch resizes the position embedding that the file has, as JAX did before."""
     vision = ours.config.model.vision
     frames = _frames(media, vision.pos_embed_grid * vision.patch_size)
@@ -184,7 +184,7 @@ def _compare_encoders(ours: Source, theirs: Source, media: Path, scratch: Path) 
     gc.collect()
     there = torch_features(theirs, frames, scratch).astype(np.float64)
     tokens = here.shape[0] * here.shape[1]
-    return Report(tokens, tokens, float(np.abs(here - there).max()), float(np.abs(here).max()))
+    return Comparison(tokens, tokens, float(np.abs(here - there).max()), float(np.abs(here).max()))
 
 
 def _frames(media: Path, side: int) -> np.ndarray:
@@ -198,14 +198,14 @@ def _frames(media: Path, side: int) -> np.ndarray:
 
 def _compare(
     here: np.ndarray, there: np.ndarray, answer_here: list[int], answer_there: list[int], vision: int
-) -> Report:
+) -> Comparison:
     """Logits float32[T, V] of both, and both answers."""
     a, b = here.astype(np.float64), there.astype(np.float64)
     log_a = a - np.logaddexp.reduce(a, axis=-1, keepdims=True)
     log_b = b - np.logaddexp.reduce(b, axis=-1, keepdims=True)
     same = next((i for i, (x, y) in enumerate(zip(answer_here, answer_there, strict=False)) if x != y), None)
     longest = max(len(answer_here), len(answer_there))
-    return Report(
+    return Comparison(
         tokens=len(a),
         vision_tokens=vision,
         largest_difference=float(np.abs(a - b).max()),

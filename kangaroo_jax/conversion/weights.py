@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from kangaroo_jax.conversion.files import Tensors
-from kangaroo_jax.conversion.names import SPECIAL, STACKED, Row
+from kangaroo_jax.conversion.names import SPECIAL, STACKED, NameRow
 from kangaroo_jax.errors import UserError
 
 Box = tuple[slice, ...]  # a range of every dimension
@@ -94,7 +94,7 @@ def check_finite(array: np.ndarray, name: str, where: object) -> None:
 class Mapped:
     """Files of another layout, seen under our names."""
 
-    def __init__(self, tensors: Tensors, rows: Sequence[Row]) -> None:
+    def __init__(self, tensors: Tensors, rows: Sequence[NameRow]) -> None:
         """The tensors must be those of the rows (see `names.match`). Raises UserError for layers of several types."""
         self._tensors, self._rows = tensors, {(row.ours, row.layer): row for row in rows}
         self.specs: dict[str, Spec] = {}
@@ -110,7 +110,7 @@ class Mapped:
                 )
             self.specs[row.ours] = Spec(shape, tensor.dtype)
 
-    def row(self, path: str, layer: int | None) -> Row:
+    def row(self, path: str, layer: int | None) -> NameRow:
         """The row of a parameter's layer."""
         return self._rows[path, layer]
 
@@ -121,7 +121,7 @@ class Mapped:
         layers = range(*box[0].indices(self.specs[path].shape[0]))
         return np.stack([self._read(self._rows[path, layer], box[1:]) for layer in layers])
 
-    def _read(self, row: Row, box: Box) -> np.ndarray:
+    def _read(self, row: NameRow, box: Box) -> np.ndarray:
         tensor = self._tensors[row.theirs]
         if row.rows:
             array = np.concatenate([tensor.read(i, i + 1) for i in row.rows])[box]

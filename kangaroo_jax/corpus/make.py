@@ -42,7 +42,7 @@ FORMAT = 5  # of the files; raise it when the same settings begin to give other 
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class CorpusMixture:
     """How much of what. Counts are for scale 1; shares are from 0 to 1; kinds have relative weights."""
 
     # Media
@@ -85,7 +85,7 @@ class Mixture:
     eval_short: tuple[int, int] = (400, 200)
     eval_long: tuple[int, int] = (160, 80)
 
-    def scaled(self, scale: float) -> "Mixture":
+    def scaled(self, scale: float) -> "CorpusMixture":
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
         records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again")
@@ -175,7 +175,7 @@ def scenes_of(folder: Path) -> dict[str, Scene]:
     settings = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"]
     if settings["format"] != FORMAT:
         raise UserError(f"{folder}: a corpus of format {settings['format']}, and this is format {FORMAT}; make it anew")
-    plan = _plan_media(Mixture(**settings["mixture"]), settings["seed"])
+    plan = _plan_media(CorpusMixture(**settings["mixture"]), settings["seed"])
     return {media_name(name, i): scene for name, scenes in plan.items() for i, scene in enumerate(scenes)}
 
 
@@ -184,7 +184,7 @@ def make_corpus(
     seed: int = 0,
     scale: float = 1.0,
     *,
-    mixture: Mixture | None = None,
+    mixture: CorpusMixture | None = None,
     processes: int = 2,
     tell: Callable[[str], None] = print,
 ) -> Corpus:
@@ -194,7 +194,7 @@ def make_corpus(
     stand in a temporary folder until all are written. Raises UserError where `folder` holds a corpus of other
     settings, or other files.
     """
-    plan = (mixture or Mixture()).scaled(scale)
+    plan = (mixture or CorpusMixture()).scaled(scale)
     settings = dict(format=FORMAT, seed=seed, mixture=json.loads(json.dumps(dataclasses.asdict(plan))))
     folder = Path(folder)
     manifest = folder / "manifest.json"
@@ -224,7 +224,7 @@ def make_corpus(
 # ---------------------------------------------------------------------------------------------- media
 
 
-def _plan_media(plan: Mixture, seed: int) -> dict[str, list[Scene]]:
+def _plan_media(plan: CorpusMixture, seed: int) -> dict[str, list[Scene]]:
     """Scenes of each folder of media; the number of a scene is the name of its file."""
     scans = split_scans()
     folders = {
@@ -257,7 +257,7 @@ def _draw_all(
     media: dict[str, list[Scene]],
     root: Path,
     processes: int,
-    plan: Mixture,
+    plan: CorpusMixture,
     meanwhile: Callable[[], None],
     tell: Callable[[str], None],
 ) -> None:
@@ -296,7 +296,7 @@ def _start(job: Callable[[], None]) -> subprocess.Popen:
 # ---------------------------------------------------------------------------------------------- records
 
 
-def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -> list[tuple[str, str]]:
+def _questions(scene: Scene, language: str, plan: CorpusMixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
     chosen = some_facts(scene, plan.long_rounds if scene.kind == "long" else plan.rounds, rng)
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
@@ -306,7 +306,7 @@ def _questions(scene: Scene, language: str, plan: Mixture, rng: random.Random) -
     return turns
 
 
-def _warmup_records(plan: Mixture, seed: int) -> Iterator[dict]:
+def _warmup_records(plan: CorpusMixture, seed: int) -> Iterator[dict]:
     """Text-only conversations, in the order in which they are to be read."""
     rng = random.Random(f"{seed}/warmup")
     maker = _text_maker(rng)
@@ -327,7 +327,7 @@ def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterat
 
 
 def _instructions(
-    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: Mixture, rng: random.Random
+    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: CorpusMixture, rng: random.Random
 ) -> Iterator[dict]:
     """`each` conversations on each of the first `count` media of a folder; languages take turns."""
     for i, scene in enumerate(media[folder][:count]):
@@ -337,7 +337,7 @@ def _instructions(
             yield record_of(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
 
 
-def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
+def _write_records(plan: CorpusMixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
     rng = random.Random(f"{seed}/records")
     captions, dense, long_dense = (
         list(_captions(media, folder, dense)) for folder, dense in (("images", False), ("short", True), ("long", True))
@@ -374,7 +374,7 @@ def _write_records(plan: Mixture, seed: int, media: dict[str, list[Scene]], root
 
 
 def _with_others(
-    records: list[dict], media: dict[str, list[Scene]], images: int, plan: Mixture, rng: random.Random
+    records: list[dict], media: dict[str, list[Scene]], images: int, plan: CorpusMixture, rng: random.Random
 ) -> list[dict]:
     """Records of a stage, conversations on `images` images, and some without media, so that neither is forgotten."""
     texts = lesson(-1, plan.some_text, _text_maker(rng), rng, plan.short_kinds)

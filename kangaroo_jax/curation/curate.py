@@ -13,7 +13,7 @@ from kangaroo_jax.curation import select
 from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.engine.manifest import read_inputs
-from kangaroo_jax.curation.engine.run_shard import Plan, is_done
+from kangaroo_jax.curation.engine.run_shard import ShardPlan, is_done
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages import STAGES, allow_private, enabled, run_stage, run_stage_anywhere
 from kangaroo_jax.errors import UserError
@@ -49,7 +49,7 @@ def curate(options: Options, config: ConfigDict) -> None:
         from kangaroo_jax.curation.stages.embedding import with_identity
 
         plain["embedding"] = with_identity(plain["embedding"])
-    plan = Plan(root, enabled(plain), plain, run_stage_anywhere if plain["input"]["allow_private"] else run_stage)
+    plan = ShardPlan(root, enabled(plain), plain, run_stage_anywhere if plain["input"]["allow_private"] else run_stage)
     items = read_inputs(options.inputs, plain["input"]["media_root"], plain["input"]["fetch"], root)
     with shards.claimed(root):
         parts = shards.make_shards(items, plain["engine"]["shard_items"])
@@ -61,7 +61,7 @@ def curate(options: Options, config: ConfigDict) -> None:
         _choose(options, plain["select"])
 
 
-def tell_replaced(root: Path, parts: Sequence[Shard], plan: Plan) -> None:
+def tell_replaced(root: Path, parts: Sequence[Shard], plan: ShardPlan) -> None:
     """Say how many items of earlier runs are no longer in the input.
 
     Raises UserError: none of them is, so that the input is another.
@@ -164,7 +164,7 @@ def export(options: Options, config: ConfigDict) -> None:
         print(write(options.root, plain_config(config) | {"select": settings}, options.name, options.annotations))
 
 
-def score(parts: Sequence[Shard], plan: Plan, options: Options) -> None:
+def score(parts: Sequence[Shard], plan: ShardPlan, options: Options) -> None:
     """Run the engine."""
     workers = plan.config["engine"]["workers"]
     if options.engine == "ray":

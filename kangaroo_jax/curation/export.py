@@ -28,7 +28,7 @@ from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.stages import STAGES
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.data.annotations.conversation import Conversation, Media
-from kangaroo_jax.data.annotations.dataset import Plan, write_dataset
+from kangaroo_jax.data.annotations.dataset import DatasetPlan, write_dataset
 from kangaroo_jax.data.annotations.formats import caption_record
 from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.media.addresses import is_remote, short
@@ -72,7 +72,7 @@ def export(
     folder = root / "export"
     listed = shards.lines(map(_llava, conversations))
     fingerprint = hashlib.sha256(listed).hexdigest()[:16]
-    plan = Plan(name, folder, settings["media"] == "embed", settings["shard_samples"])
+    plan = DatasetPlan(name, folder, settings["media"] == "embed", settings["shard_samples"])
     written = write_dataset(plan, conversations, fingerprint)  # refuses a folder with other conversations
     shards.put(root, folder / f"{name}.jsonl", listed)
     card = data_card(root, config, name, entries, conversations, source)

@@ -36,7 +36,7 @@ _COLUMNS = (
 )
 
 
-class Cache:
+class ReplyCache:
     """Replies by `requests.key_of`. A kill of the process loses none that `put` returned for.
 
     For one process: give each shard of a large set its own file.

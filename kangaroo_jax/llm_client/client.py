@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.requests import Backend, Completion, Failure, Reply, Request, key_of
 from kangaroo_jax.llm_client.schemas import json_of, mistake, writable
 from kangaroo_jax.llm_client.text import is_refusal
@@ -60,7 +60,7 @@ class Client:
     A request that is under way is not sent a second time: who asks the same waits for the one answer.
     """
 
-    def __init__(self, backend: Backend, limits: Limits, cache: Cache | None = None) -> None:
+    def __init__(self, backend: Backend, limits: Limits, cache: ReplyCache | None = None) -> None:
         """Without a cache nothing is kept."""
         self.backend, self.limits = backend, limits
         self._cache = cache if backend.cached else None

@@ -10,15 +10,15 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config_files import nearest
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.requests import Backend
 
 
-class Team:
+class Clients:
     """Clients by the names of `config.backends`, one each, made when the team is."""
 
-    def __init__(self, backends: ConfigDict, names: Iterable[str], cache: Cache | None = None) -> None:
+    def __init__(self, backends: ConfigDict, names: Iterable[str], cache: ReplyCache | None = None) -> None:
         """Only the backends that `names` names are made. Raises UserError for a name or setting that is wrong."""
         self.clients: dict[str, Client] = {}
         self._configs: dict[str, ConfigDict] = {}

@@ -29,8 +29,8 @@ SHAPES = {
 }
 
 
-def row(how: str) -> names.Row:
-    return names.Row("a/b", None, "a.b", SHAPES[how], names.LAID_OUT[how](SHAPES[how]))
+def row(how: str) -> names.NameRow:
+    return names.NameRow("a/b", None, "a.b", SHAPES[how], names.LAID_OUT[how](SHAPES[how]))
 
 
 @pytest.mark.parametrize("how", names.LAID_OUT)
@@ -68,7 +68,7 @@ def test_meta_rotates_neighbours_where_we_rotate_halves():
 
     rng, positions, heads, width = np.random.default_rng(0), np.asarray([[0, 3, 640]], np.int32), 2, 8
     x = rng.standard_normal((1, 3, 5)).astype(np.float32)
-    one = names.Row("q", None, "wq", (5, heads, width), names.LAID_OUT["to_rotary_heads"]((5, heads, width)))
+    one = names.NameRow("q", None, "wq", (5, heads, width), names.LAID_OUT["to_rotary_heads"]((5, heads, width)))
     weights = [rng.standard_normal((heads * width, 5)).astype(np.float32) for _ in range(2)]
     angles = positions[0][:, None] * 10_000.0 ** -(np.arange(0, width, 2) / width)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.corpus.draw import RGB, Painter, load_scans, split_scans
-from kangaroo_jax.corpus.make import Mixture, make_corpus, read_records
+from kangaroo_jax.corpus.make import CorpusMixture, make_corpus, read_records
 from kangaroo_jax.corpus.scenes import (
     CANVAS,
     COLOURS,
@@ -31,7 +31,7 @@ from kangaroo_jax.quickstart.report import FRAMES_SHOWN, pictures
 KINDS = ("image", "image_aside", "image_count", "still", "count", "move", "order")
 KINDS += ("recolour", "transform", "appear", "disappear", "long")
 TINY = dataclasses.replace(
-    Mixture(),
+    CorpusMixture(),
     images=16,
     shorts=13,
     longs=2,

@@ -9,7 +9,7 @@ import pytest
 
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.corpus.make import Corpus, Mixture, make_corpus, scenes_of
+from kangaroo_jax.corpus.make import Corpus, CorpusMixture, make_corpus, scenes_of
 from kangaroo_jax.corpus.records import media_name
 from kangaroo_jax.corpus.text import dense_caption
 from kangaroo_jax.data.annotations.sources import AnnotationFile
@@ -18,7 +18,7 @@ from kangaroo_jax.data.batches.loader import make_loader
 from kangaroo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 
 SHORTS = 12
-TINY = Mixture(
+TINY = CorpusMixture(
     **dict.fromkeys(("images", "longs", "held_images", "held_shorts", "held_longs"), 1),
     **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again"), 1),
     shorts=SHORTS,

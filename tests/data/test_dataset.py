@@ -8,7 +8,7 @@ import pytest
 
 from kangaroo_jax.data.annotations import dataset
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
-from kangaroo_jax.data.annotations.dataset import Plan, write_dataset
+from kangaroo_jax.data.annotations.dataset import DatasetPlan, write_dataset
 from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import load_video, probe
@@ -38,7 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_embedded_media_are_read_back(tmp_path: Path, conversations: list[Conversation]) -> None:
     lines: list[str] = []
-    folder = write_dataset(Plan("set", tmp_path, True, 4), conversations, "x", tell=lines.append)
+    folder = write_dataset(DatasetPlan("set", tmp_path, True, 4), conversations, "x", tell=lines.append)
     assert len(lines) == 3 and "ETA" in lines[0]
     file = AnnotationFile(folder)
     assert len(file) == 9 and "kangaroo data build" in file.describe()
@@ -56,7 +56,7 @@ def test_embedded_media_are_read_back(tmp_path: Path, conversations: list[Conver
 def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, conversations: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = write_dataset(Plan("set", tmp_path / "a", False, 2), conversations, "x", tell=lambda _: None)
+    whole = write_dataset(DatasetPlan("set", tmp_path / "a", False, 2), conversations, "x", tell=lambda _: None)
     original, calls = dataset.encode, []
 
     def fails_once(*args: object) -> bytes:
@@ -65,7 +65,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
             raise KeyboardInterrupt
         return original(*args)
 
-    plan = Plan("set", tmp_path / "b", False, 2)
+    plan = DatasetPlan("set", tmp_path / "b", False, 2)
     monkeypatch.setattr(dataset, "encode", fails_once)
     with pytest.raises(KeyboardInterrupt):
         write_dataset(plan, conversations, "x", tell=lambda _: None)
@@ -91,7 +91,7 @@ assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 
 
 def test_tfds_finds_it_by_name_without_tensorflow(tmp_path: Path, conversations: list[Conversation]) -> None:
-    write_dataset(Plan("set", tmp_path, False, 4), conversations, "x", tell=lambda _: None)
+    write_dataset(DatasetPlan("set", tmp_path, False, 4), conversations, "x", tell=lambda _: None)
     subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, timeout=120)
 
 

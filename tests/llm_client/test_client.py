@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.client import Client, Limits, Rate
 from kangaroo_jax.llm_client.endpoint import Endpoint, data_uri
 from kangaroo_jax.llm_client.requests import Completion, Failure, Reply, Request
@@ -178,18 +178,18 @@ async def _all(client: Client, requests: Sequence[Request]) -> list[Reply]:
 
 def test_concurrency_joining_and_the_cache(tmp_path):
     requests = [Request("p@1", f"{i % 10}") for i in range(30)]
-    cache, backend = Cache(tmp_path / "c.sqlite"), Counting()
+    cache, backend = ReplyCache(tmp_path / "c.sqlite"), Counting()
     replies = asyncio.run(_all(Client(backend, Limits(concurrency=4), cache), requests))
     assert [reply.text for reply in replies] == [request.text for request in requests]
     assert (backend.calls, backend.most, len(cache)) == (10, 4, 10)
     cache.close()
-    again = Client(backend, Limits(), Cache(tmp_path / "c.sqlite"))
+    again = Client(backend, Limits(), ReplyCache(tmp_path / "c.sqlite"))
     assert [reply.text for reply in asyncio.run(_all(again, requests))] == [request.text for request in requests]
     assert backend.calls == 10 and again.counts["from_cache"] == 30
 
 
 def test_the_cache_knows_model_settings_prompt_and_bytes_of_images(tmp_path):
-    image, cache = tmp_path / "a.jpg", Cache(tmp_path / "c.sqlite")
+    image, cache = tmp_path / "a.jpg", ReplyCache(tmp_path / "c.sqlite")
     image.write_bytes(b"\xff\xd81")
     backend = Counting(lambda request: '{"answer": "x"}')
     request = Request("p@1", "Q", images=(str(image),), schema=SCHEMA)
@@ -218,7 +218,7 @@ def test_errors_are_not_kept_and_missing_images_are_errors(tmp_path):
             self.calls += 1
             raise Failure("broken", transient=False)
 
-    cache, backend = Cache(tmp_path / "c.sqlite"), Failing()
+    cache, backend = ReplyCache(tmp_path / "c.sqlite"), Failing()
     request, missing = Request("p@1", "Q"), Request("p@1", "Q", images=(str(tmp_path / "none.jpg"),))
     replies = asyncio.run(_all(Client(backend, QUICK, cache), [request, missing]))
     assert [reply.outcome for reply in replies] == ["error", "error"] and "none.jpg" in replies[1].reason
@@ -238,4 +238,4 @@ def test_the_rate_is_kept():
 def test_a_cache_that_is_none_is_one_line(tmp_path):
     (tmp_path / "c.sqlite").write_text("something else " * 100)
     with pytest.raises(UserError, match="cannot be used as cache"):
-        Cache(tmp_path / "c.sqlite")
+        ReplyCache(tmp_path / "c.sqlite")

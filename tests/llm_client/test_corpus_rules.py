@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.corpus.make import Mixture, make_corpus, read_records, scenes_of
+from kangaroo_jax.corpus.make import CorpusMixture, make_corpus, read_records, scenes_of
 from kangaroo_jax.corpus.text import caption, dense_caption, facts
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.corpus_rules import SceneRules, part_of
 
-TINY = Mixture(
+TINY = CorpusMixture(
     **dict.fromkeys(("images", "longs", "held_images", "held_shorts", "held_longs"), 1),
     **dict.fromkeys(("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again"), 1),
     shorts=8,

@@ -9,11 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate import refine
-from kangaroo_jax.curation.annotate.files import Clip, relative
+from kangaroo_jax.curation.annotate.files import ClipRecord, relative
 from kangaroo_jax.llm_client.prompts import load_prompt, prompt_folder
 from kangaroo_jax.llm_client.requests import Reply, Request
 from kangaroo_jax.llm_client.schemas import object_schema, text_schema
-from kangaroo_jax.llm_client.team import Team
+from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.llm_client.text import joined, language_share, sentences
 
 CAPTION_SCHEMA = object_schema(short=text_schema(400), detailed=text_schema())
@@ -45,7 +45,7 @@ def usable(reply: Reply) -> str:
 class Captioner:
     """Writes the captions of clips with a team, as a config says."""
 
-    def __init__(self, config: ConfigDict, team: Team | None = None) -> None:
+    def __init__(self, config: ConfigDict, team: Clients | None = None) -> None:
         """`config` is `config.annotation_config`. Without a team it can only make requests. Raises UserError."""
         self.config, self.team = config, team
         folder = prompt_folder(__file__, config.prompts)
@@ -62,7 +62,7 @@ class Captioner:
             made[f"hint_{language}"] = self._hint[language].version
         return made
 
-    def frame_requests(self, clip: Clip) -> list[Request]:
+    def frame_requests(self, clip: ClipRecord) -> list[Request]:
         """One request for each key frame."""
         requests = []
         for frame in clip.keyframes:
@@ -73,7 +73,7 @@ class Captioner:
             requests.append(Request(self._frame.version, text, system, (frame.path,), None, tokens, task))
         return requests
 
-    def video_request(self, clip: Clip, frames: Sequence[FrameCaptions], language: str) -> Request:
+    def video_request(self, clip: ClipRecord, frames: Sequence[FrameCaptions], language: str) -> Request:
         """The request to write one caption out of those of the frames."""
         lines = []
         for frame in frames:
@@ -87,7 +87,7 @@ class Captioner:
         version = self._video[language].version
         return Request(version, text, system, (), CAPTION_SCHEMA, self.config.caption_tokens, task)
 
-    async def annotate(self, clip: Clip, folder: Path) -> list[dict[str, Any]]:
+    async def annotate(self, clip: ClipRecord, folder: Path) -> list[dict[str, Any]]:
         """The objects of captions.jsonl for a clip, one a language; paths in them are relative to `folder`."""
         frames = await self._frames(clip)
         described = sum(1 for frame in frames if frame.texts)
@@ -104,7 +104,7 @@ class Captioner:
             replies = list(await asyncio.gather(*(writer.ask(request) for request in requests)))
         return self._rows(clip, frames, replies, folder)
 
-    async def _frames(self, clip: Clip) -> list[FrameCaptions]:
+    async def _frames(self, clip: ClipRecord) -> list[FrameCaptions]:
         assert self.team is not None
         requests = self.frame_requests(clip)
         clients = [self.team[name] for name in self.config.captioners]
@@ -116,7 +116,7 @@ class Captioner:
         ]
 
     def _rows(
-        self, clip: Clip, frames: Sequence[FrameCaptions], replies: Sequence[Reply], folder: Path
+        self, clip: ClipRecord, frames: Sequence[FrameCaptions], replies: Sequence[Reply], folder: Path
     ) -> list[dict[str, Any]]:
         """Refine and score. Where no frame caption is in a caption's language, support is its sibling's."""
         rules, texts = self.config.refine, [frame.texts for frame in frames]
@@ -144,7 +144,7 @@ class Captioner:
             rows.append(row | self._trace(clip, frames, reply, language, folder))
         return rows
 
-    def _head(self, clip: Clip, language: str, folder: Path) -> dict[str, Any]:
+    def _head(self, clip: ClipRecord, language: str, folder: Path) -> dict[str, Any]:
         return {
             "id": f"{clip.id}-{language}",
             "clip": clip.id,
@@ -159,7 +159,7 @@ class Captioner:
         }
 
     def _trace(
-        self, clip: Clip, frames: Sequence[FrameCaptions], reply: Reply, language: str, folder: Path
+        self, clip: ClipRecord, frames: Sequence[FrameCaptions], reply: Reply, language: str, folder: Path
     ) -> dict[str, Any]:
         """Where a caption comes from: frame captions, models, prompts, tokens of the answers."""
         assert self.team is not None
@@ -185,7 +185,7 @@ class Captioner:
         }
 
 
-def _task(clip: Clip, name: str, language: str) -> dict[str, Any]:
+def _task(clip: ClipRecord, name: str, language: str) -> dict[str, Any]:
     return {"name": name, "media": clip.media, "start": clip.start, "end": clip.end, "language": language}
 
 

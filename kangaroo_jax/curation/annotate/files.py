@@ -23,7 +23,7 @@ class KeyFrame:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class ClipRecord:
     """A part of a video, or an image. Paths are absolute or addresses; `start` and `end` are in seconds.
 
     `row` is the object that it was read from.
@@ -87,7 +87,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def read_clips(path: Path) -> list[Clip]:
+def read_clips(path: Path) -> list[ClipRecord]:
     """The clips that curation selected. Paths are relative to the file's folder.
 
     Raises:
@@ -115,7 +115,7 @@ def relative(path: str, folder: Path) -> str:
     return path if is_remote(path) else os.path.relpath(path, folder.resolve())
 
 
-def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
+def _clip(row: dict[str, Any], where: str, folder: Path) -> ClipRecord:
     texts = {}
     for key in ("id", "media", "category", "language", "caption", "source", "licence"):
         value = row.get(key)
@@ -131,7 +131,7 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
     start, end = (_seconds(row.get(key), key, where) for key in ("start", "end"))
     if start is not None and end is not None and start >= end:
         raise UserError(f"{where}: 'start' {start:g} is not before 'end' {end:g}")
-    return Clip(
+    return ClipRecord(
         keyframes=tuple(_keyframe(frame, where, folder) for frame in frames), start=start, end=end, row=row, **texts
     )
 

@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.captioning import Captioner, FrameCaptions
 from kangaroo_jax.curation.annotate.choose import choose, rule_size
-from kangaroo_jax.curation.annotate.files import Clip, read_clips, read_lines, write_lines
+from kangaroo_jax.curation.annotate.files import ClipRecord, read_clips, read_lines, write_lines
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.estimate import Estimate, told
 from kangaroo_jax.llm_client.ordered import Progress, in_order
 from kangaroo_jax.llm_client.prompts import check_language
 from kangaroo_jax.llm_client.requests import Reply, canonical, key_of
-from kangaroo_jax.llm_client.team import Team
+from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
 
 Tell = Callable[[str], None]
@@ -49,15 +49,17 @@ def annotate_clips(
     if dry_run:
         tell(told(estimate(clips, output, config)))
         return
-    cache = Cache(output / "cache.sqlite")
+    cache = ReplyCache(output / "cache.sqlite")
     try:
         asyncio.run(_annotate(clips, output, config, cache, tell))
     finally:
         cache.close()
 
 
-async def _annotate(clips: Sequence[Clip], output: Path, config: ConfigDict, cache: Cache, tell: Tell) -> None:
-    team = Team(config.backends, (*config.captioners, config.writer), cache)
+async def _annotate(
+    clips: Sequence[ClipRecord], output: Path, config: ConfigDict, cache: ReplyCache, tell: Tell
+) -> None:
+    team = Clients(config.backends, (*config.captioners, config.writer), cache)
     captioner = Captioner(config, team)
     try:
         parts = _plan(clips, output, captioner)
@@ -112,7 +114,7 @@ def _advice(missing: int) -> str:
     )
 
 
-def _plan(clips: Sequence[Clip], output: Path, captioner: Captioner) -> list[tuple[Path, Sequence[Clip]]]:
+def _plan(clips: Sequence[ClipRecord], output: Path, captioner: Captioner) -> list[tuple[Path, Sequence[ClipRecord]]]:
     """Parts and their files, whose names change with all that decides what is in them."""
     assert captioner.team is not None
     config = captioner.config
@@ -150,7 +152,7 @@ def _finished(output: Path, mark: str) -> dict[str, Any] | None:
 
 
 async def _parts(
-    parts: Sequence[tuple[Path, Sequence[Clip]]], captioner: Captioner, output: Path, tell: Tell, clips: int
+    parts: Sequence[tuple[Path, Sequence[ClipRecord]]], captioner: Captioner, output: Path, tell: Tell, clips: int
 ) -> tuple[list[Path | list[dict[str, Any]]], int]:
     """Annotate the parts that are not there yet. Returns files (or rows, where some may be asked again) in order.
 
@@ -242,7 +244,7 @@ def _last_line(summary: dict[str, Any], output: Path) -> str:
 # --------------------------------------------------------------------------------- estimate
 
 
-def estimate(clips: Sequence[Clip], output: Path, config: ConfigDict) -> dict[str, Any]:
+def estimate(clips: Sequence[ClipRecord], output: Path, config: ConfigDict) -> dict[str, Any]:
     """Requests, calls that the cache does not save, tokens and cost, per backend and together.
 
     What the writer reads is not known yet: its prompts are taken with frame captions of the usual length, and
@@ -265,9 +267,9 @@ def _kept(config: ConfigDict, output: Path) -> Callable[[str, Any], bool]:
     path = output / "cache.sqlite"
     if not path.is_file():
         return lambda name, request: False
-    cache = Cache(path)
+    cache = ReplyCache(path)
     names = [name for name in config.captioners if config.backends[name].kind == "endpoint"]
-    team = Team(config.backends, names)
+    team = Clients(config.backends, names)
 
     def kept(name: str, request: Any) -> bool:
         if name not in team.clients:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.curation.engine.run_shard import Plan, run_shard, run_stages
+from kangaroo_jax.curation.engine.run_shard import ShardPlan, run_shard, run_stages
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages.base import Settings, Stage
 from kangaroo_jax.errors import UserError
@@ -21,7 +21,7 @@ Calls = list[tuple[str, str, float]]  # what progress is told
 _guards: dict[Path, Guard] = {}  # of a Ray worker, kept from task to task
 
 
-def ray_task(shard: Shard, plan: Plan, actors: bool) -> Calls:
+def ray_task(shard: Shard, plan: ShardPlan, actors: bool) -> Calls:
     """One shard, without the stages of actors where there are some; returns what progress is told of it."""
     calls: Calls = []
     guard = _guards.setdefault(plan.root, plan.guard())
@@ -48,7 +48,7 @@ def task_stages(stages: Sequence[Stage], of_actors: Sequence[str]) -> list[Stage
 class Actor:
     """Runs what tasks left of shards. Its guarded process, and the models in it, last as long as it does."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ShardPlan) -> None:
         """`plan` of all shards."""
         self._plan, self._guard = plan, plan.guard()
 
@@ -62,7 +62,7 @@ class Actor:
 class Actors:
     """A pool of actors, which may be empty, and the shards that wait for one."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ShardPlan) -> None:
         """Raises UserError: Ray has not what the config asks for."""
         engine = plan.config["engine"]
         if engine["actors"]:
@@ -118,7 +118,7 @@ def _check_resources(engine: Settings) -> None:
         )
 
 
-def _started(plan: Plan) -> list[Any]:
+def _started(plan: ShardPlan) -> list[Any]:
     """The actors that the config asks for."""
     import ray
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kangaroo_jax.curation.engine.ray_workers import Actors, ray_task
-from kangaroo_jax.curation.engine.run_shard import Plan, is_done, run_shard
+from kangaroo_jax.curation.engine.run_shard import ShardPlan, is_done, run_shard
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.cpus import usable_cpus
@@ -68,7 +68,7 @@ class Progress:
         self._tell(f"curate: {self._done}/{self._shards} shards{eta}{failed}; {rates}")
 
 
-def unfinished(shards: Sequence[Shard], plan: Plan) -> list[Shard]:
+def unfinished(shards: Sequence[Shard], plan: ShardPlan) -> list[Shard]:
     """Shards that are not done, those with most bytes to read first: a long one at the end would be waited for."""
 
     def size(shard: Shard) -> int:
@@ -77,7 +77,7 @@ def unfinished(shards: Sequence[Shard], plan: Plan) -> list[Shard]:
     return sorted((shard for shard in shards if not is_done(shard, plan)), key=lambda shard: (-size(shard), shard.name))
 
 
-def run_local(shards: Sequence[Shard], plan: Plan, workers: int = 0) -> None:
+def run_local(shards: Sequence[Shard], plan: ShardPlan, workers: int = 0) -> None:
     """Score the shards with `workers` processes (0: one a core).
 
     Ctrl-C ends them at once; what is finished stays, and the next run goes on from there. Raises UserError.
@@ -122,7 +122,7 @@ def run_local(shards: Sequence[Shard], plan: Plan, workers: int = 0) -> None:
 # ------------------------------------------------------------------------------------- Ray
 
 
-def run_ray(shards: Sequence[Shard], plan: Plan, address: str = "", workers: int = 0) -> None:
+def run_ray(shards: Sequence[Shard], plan: ShardPlan, address: str = "", workers: int = 0) -> None:
     """Score the shards as Ray tasks, of one core each.
 
     Args:
@@ -172,7 +172,7 @@ def _connect(address: str, workers: int) -> None:
         raise UserError(f"--ray-address={address}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _ray_loop(todo: Sequence[Shard], plan: Plan, progress: Progress) -> None:
+def _ray_loop(todo: Sequence[Shard], plan: ShardPlan, progress: Progress) -> None:
     """Shards as tasks, and then their other stages by actors, where the config has some."""
     import ray
 

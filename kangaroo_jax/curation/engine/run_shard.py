@@ -20,7 +20,7 @@ Tell = Callable[[str, str, float], None]  # stage, "" or why it failed, CPU seco
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """What is done to all shards. `job` is what a process runs: (stage's name, row, settings, root)."""
 
     root: Path
@@ -34,13 +34,13 @@ class Plan:
         return Guard(self.job, seconds=engine["item_seconds"], memory_mib=engine["memory_mib"])
 
 
-def is_done(shard: Shard, plan: Plan) -> bool:
+def is_done(shard: Shard, plan: ShardPlan) -> bool:
     """Whether the shard's scores are those that `run_shard` would write."""
     found = shards.done(shards.score_file(plan.root, shard.name))
     return found is not None and found["keys"] == shards.stage_keys(shard, plan.stages, plan.config)
 
 
-def run_shard(shard: Shard, plan: Plan, guard: Guard, tell: Tell) -> Row:
+def run_shard(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell) -> Row:
     """Score a shard, stage by stage; returns its marker: counts of rows and of failures.
 
     Raises Stopped if the guard is closed; what was finished before stays.
@@ -56,7 +56,7 @@ def run_shard(shard: Shard, plan: Plan, guard: Guard, tell: Tell) -> Row:
     return done
 
 
-def run_stages(shard: Shard, plan: Plan, guard: Guard, tell: Tell, stages: Sequence[Stage]) -> list[Row]:
+def run_stages(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell, stages: Sequence[Stage]) -> list[Row]:
     """Run some of the plan's stages, with those that they follow; returns the rows with what they found."""
     keys = shards.stage_keys(shard, plan.stages, plan.config)
     rows = [dict(item) for item in shard.items]
@@ -65,7 +65,7 @@ def run_stages(shard: Shard, plan: Plan, guard: Guard, tell: Tell, stages: Seque
         todo = [stage for stage, file in files.items() if shards.done(file) is None]
         for stage in todo:
             _remove_others(files[stage])
-        spent = {stage: Spent(tell) for stage in todo}
+        spent = {stage: StageSeconds(tell) for stage in todo}
         for stage, found in _all_scored(rows, plan, guard, spent).items():
             failed = sum("failure" in one for one in found)
             shards.put_rows(plan.root, files[stage], found, {"rows": len(found), "failed": failed})
@@ -90,7 +90,7 @@ def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
     return groups
 
 
-class Spent:
+class StageSeconds:
     """CPU seconds of a stage in a shard; passes on to another what it is told."""
 
     def __init__(self, tell: Tell) -> None:
@@ -116,7 +116,9 @@ def _applies(stage: Stage, row: Row) -> bool:
     return row["kind"] in stage.kinds and all(name in row for name in stage.after)
 
 
-def _all_scored(rows: Sequence[Row], plan: Plan, guard: Guard, spent: Mapping[Stage, Spent]) -> dict[Stage, list[Row]]:
+def _all_scored(
+    rows: Sequence[Row], plan: ShardPlan, guard: Guard, spent: Mapping[Stage, StageSeconds]
+) -> dict[Stage, list[Row]]:
     """What each stage says of the rows: all of them of a row before the next row."""
     found: dict[Stage, list[Row]] = {stage: [] for stage in spent}
     for stage in spent:
@@ -131,7 +133,7 @@ def _all_scored(rows: Sequence[Row], plan: Plan, guard: Guard, spent: Mapping[St
     return found
 
 
-def _scored_together(rows: Sequence[Row], stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> list[Row]:
+def _scored_together(rows: Sequence[Row], stage: Stage, plan: ShardPlan, guard: Guard, tell: StageSeconds) -> list[Row]:
     """What the stage says of the rows: several at a time, each alone where that fails."""
     settings = plan.config[stage.name]
     found: list[Row] = []
@@ -151,7 +153,7 @@ def _scored_together(rows: Sequence[Row], stage: Stage, plan: Plan, guard: Guard
     return found
 
 
-def _scored(row: Row, stage: Stage, plan: Plan, guard: Guard, tell: Spent) -> Row:
+def _scored(row: Row, stage: Stage, plan: ShardPlan, guard: Guard, tell: StageSeconds) -> Row:
     """What the stage says of a row, or why it cannot say anything; key frames are written here."""
     settings = plan.config.get(stage.name, {})
     try:

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.files import absolute
 from kangaroo_jax.curation.instruct.checks import flaw_of_options, flaw_of_question, says_the_same
-from kangaroo_jax.curation.instruct.plan import Slot
+from kangaroo_jax.curation.instruct.plan import PlannedConversation
 from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS, TYPES
 from kangaroo_jax.llm_client.prompts import Prompt, load_prompt, prompt_folder
 from kangaroo_jax.llm_client.requests import Reply, Request
 from kangaroo_jax.llm_client.schemas import object_schema
-from kangaroo_jax.llm_client.team import Team
+from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.llm_client.text import LANGUAGES
 
 LETTERS = "ABCDEFGH"
@@ -25,13 +25,13 @@ _TEXT = {"type": "string", "maxLength": 2000}
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class MakingResult:
     """What came of a slot: (question, answer) rounds and, of multiple choice, the wrong options; or why nothing did.
 
     `checks` say how it was tested. `transient` marks an error that another run may not have.
     """
 
-    slot: Slot
+    slot: PlannedConversation
     rounds: tuple[tuple[str, str], ...] = ()
     distractors: tuple[str, ...] = ()
     reason: str = ""
@@ -44,7 +44,7 @@ class Made:
 class Maker:
     """Makes conversations with a team, as a config says."""
 
-    def __init__(self, config: ConfigDict, folder: Path, team: Team | None = None) -> None:
+    def __init__(self, config: ConfigDict, folder: Path, team: Clients | None = None) -> None:
         """`config` is `config.instruct_config`; media in the rows are relative to `folder`. Raises UserError."""
         self.config, self.team, self._folder = config, team, folder
         prompts = prompt_folder(__file__, config.prompts)
@@ -59,7 +59,7 @@ class Maker:
         """Of all prompts."""
         return sorted(prompt.version for prompt in self._prompts.values())
 
-    async def make(self, slot: Slot) -> Made:
+    async def make(self, slot: PlannedConversation) -> MakingResult:
         """One conversation."""
         if slot.task in CAPTION_TASKS:
             return self._caption(slot)
@@ -67,9 +67,11 @@ class Maker:
         request = self.question_request(slot)
         reply = await self.team[self.config.generator].ask(request)
         if reply.outcome != "ok":
-            return Made(slot, reason=f"generator {reply.outcome}", detail=reply.reason, transient=reply.transient)
+            return MakingResult(
+                slot, reason=f"generator {reply.outcome}", detail=reply.reason, transient=reply.transient
+            )
         if not reply.data["fits"]:
-            return Made(slot, reason="type does not fit", detail=" ".join(slot.types))
+            return MakingResult(slot, reason="type does not fit", detail=" ".join(slot.types))
         made = self._checked(slot, reply, request.prompt)
         if made.reason:
             return made
@@ -78,17 +80,17 @@ class Maker:
         made = await self._blind(made) if self.config.blind else made
         return await self._verified(made) if self.config.verifier and not made.reason else made
 
-    def _caption(self, slot: Slot) -> Made:
+    def _caption(self, slot: PlannedConversation) -> MakingResult:
         """A request in one of the usual wordings, answered by the caption itself."""
         name = "ask_short" if slot.task == "short_caption" else "ask_detailed"
         prompt = self.prompt(name, slot.language)
         asked = random.Random(slot.seed).choice(prompt.text.splitlines())
         answer = slot.row["short" if slot.task == "short_caption" else "caption"]
         if not answer.strip():
-            return Made(slot, reason="empty")
-        return Made(slot, ((asked, answer),), prompt=prompt.version)
+            return MakingResult(slot, reason="empty")
+        return MakingResult(slot, ((asked, answer),), prompt=prompt.version)
 
-    def question_request(self, slot: Slot) -> Request:
+    def question_request(self, slot: PlannedConversation) -> Request:
         """What the generator is asked."""
         prompt = self.prompt(slot.task, slot.language)
         kinds = ("；" if slot.language == "zh" else "; ").join(TYPES[key].told(slot.language) for key in slot.types)
@@ -102,7 +104,7 @@ class Maker:
         task = self._task(slot, "question") | {"types": slot.types, "shape": shape, "seed": slot.seed}
         return Request(prompt.version, text, system, (), self._schema(slot.task), self.config.answer_tokens, task)
 
-    def _task(self, slot: Slot, name: str) -> dict[str, Any]:
+    def _task(self, slot: PlannedConversation, name: str) -> dict[str, Any]:
         row = slot.row
         media = absolute(row["media"], self._folder)
         times = {"start": row.get("start"), "end": row.get("end")}
@@ -119,13 +121,13 @@ class Maker:
             return object_schema(fits=fits, question=_TEXT, answer=_TEXT, distractors=options)
         return object_schema(fits=fits, question=_TEXT, answer=_TEXT)
 
-    def _checked(self, slot: Slot, reply: Reply, prompt: str) -> Made:
+    def _checked(self, slot: PlannedConversation, reply: Reply, prompt: str) -> MakingResult:
         """The generator's answer, if its words are fit."""
         data = reply.data
         rounds = data["rounds"] if slot.task == "multi" else [data]
         pairs = tuple((one["question"].strip(), one["answer"].strip()) for one in rounds)
         distractors = tuple(" ".join(option.split()) for option in data.get("distractors", ()))
-        made = Made(slot, pairs, distractors, prompt=prompt)
+        made = MakingResult(slot, pairs, distractors, prompt=prompt)
         for question, answer in pairs:
             if flaw := flaw_of_question(question, answer, slot.language):
                 return dataclasses.replace(made, reason=flaw, detail=question)
@@ -137,7 +139,7 @@ class Maker:
 
     # ------------------------------------------------------------------------------- asked again
 
-    def choice_requests(self, made: Made) -> list[Request]:
+    def choice_requests(self, made: MakingResult) -> list[Request]:
         """The question without the video, its options in orders of which each puts the answer in another place."""
         slot, (question, answer) = made.slot, made.rounds[0]
         options = [answer, *made.distractors]
@@ -146,7 +148,7 @@ class Maker:
         return [self._choice("choose", slot, question, turn) for turn in turns]
 
     def _choice(
-        self, name: str, slot: Slot, question: str, options: Sequence[str], truth: str | None = None
+        self, name: str, slot: PlannedConversation, question: str, options: Sequence[str], truth: str | None = None
     ) -> Request:
         prompt = self.prompt(name, slot.language)
         values = {"question": question, "options": option_lines(options, slot.language)}
@@ -157,7 +159,7 @@ class Maker:
         task = self._task(slot, "choose") | {"question": question, "options": list(options), "truth": truth}
         return Request(prompt.version, text, system, (), schema, 32, task)
 
-    async def _blind(self, made: Made) -> Made:
+    async def _blind(self, made: MakingResult) -> MakingResult:
         """Drop a question that is answered without the video more often than by guessing."""
         assert self.team is not None
         client = self.team[self.config.blind]
@@ -171,7 +173,7 @@ class Maker:
         reason = "answered blind" if right > self.config.blind_max_right else ""
         return dataclasses.replace(made, reason=reason, detail=made.rounds[0][0] if reason else "", checks=checks)
 
-    async def _verified(self, made: Made) -> Made:
+    async def _verified(self, made: MakingResult) -> MakingResult:
         """Drop a question whose answer does not follow from the caption that it was made of."""
         assert self.team is not None
         question, answer = made.rounds[0]
@@ -185,7 +187,7 @@ class Maker:
         reason = "" if checks["verified"] else "caption says otherwise"
         return dataclasses.replace(made, reason=reason, detail=question if reason else "", checks=checks)
 
-    async def _open_blind(self, made: Made) -> Made:
+    async def _open_blind(self, made: MakingResult) -> MakingResult:
         """Drop rounds that are answered without the video; of several rounds enough must be left."""
         assert self.team is not None
         client, slot = self.team[self.config.blind], made.slot
@@ -218,7 +220,7 @@ def _picked(request: Request, reply: Reply) -> str:
     return request.task["options"][LETTERS.index(reply.data["answer"])]
 
 
-def _failed(made: Made, replies: Sequence[Reply], who: str) -> Made | None:
+def _failed(made: MakingResult, replies: Sequence[Reply], who: str) -> MakingResult | None:
     """The sample as dropped, where a check could not be made."""
     bad = next((reply for reply in replies if reply.outcome != "ok"), None)
     if bad is None:

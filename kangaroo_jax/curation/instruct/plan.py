@@ -13,18 +13,18 @@ from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS, TASKS, TYPES
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.text import LANGUAGES
 
-Row = Mapping[str, Any]  # an object of captions.jsonl
+CaptionRow = Mapping[str, Any]  # an object of captions.jsonl
 Cell = tuple[str, str]  # task, language
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class PlannedConversation:
     """A conversation to be made: `number` counts those of a task and language, `types` are keys of `TYPES`."""
 
     task: str
     language: str
     number: int
-    row: Row = dataclasses.field(hash=False)
+    row: CaptionRow = dataclasses.field(hash=False)
     types: tuple[str, ...] = ()
     seed: int = 0
 
@@ -69,7 +69,7 @@ def types_of(config: ConfigDict) -> tuple[str, ...]:
     return tuple(config.types) or tuple(TYPES)
 
 
-def slots(cell: Cell, rows: Sequence[Row], config: ConfigDict) -> Iterator[Slot]:
+def slots(cell: Cell, rows: Sequence[CaptionRow], config: ConfigDict) -> Iterator[PlannedConversation]:
     """All conversations that can be made of the captions of one language, in the order in which they are tried.
 
     Every caption has its turn before one has a second, which is of another question type; the types take turns.
@@ -89,7 +89,7 @@ def slots(cell: Cell, rows: Sequence[Row], config: ConfigDict) -> Iterator[Slot]
                 if task == "multi":
                     count = random.Random(seed).randint(config.min_rounds, config.max_rounds)
                 asked = tuple(types[(place + turn + i) % len(types)] for i in range(min(count, len(types))))
-            yield Slot(task, language, number, row, asked, seed)
+            yield PlannedConversation(task, language, number, row, asked, seed)
 
 
 def letters(count: int, options: int, seed: int) -> list[str]:

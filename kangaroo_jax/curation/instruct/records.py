@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.curation.annotate.files import absolute, relative
-from kangaroo_jax.curation.instruct.making import LETTERS, Made, Maker, option_lines
+from kangaroo_jax.curation.instruct.making import LETTERS, Maker, MakingResult, option_lines
 from kangaroo_jax.curation.instruct.plan import letters
 from kangaroo_jax.llm_client.schemas import mistake
 
@@ -27,7 +27,9 @@ def is_image(row: Any) -> bool:
     return row["media"].lower().endswith(IMAGE_SUFFIXES)
 
 
-def to_records(made: Sequence[Made], maker: Maker, folder: Path, output: Path, generator: str) -> list[dict[str, Any]]:
+def to_records(
+    made: Sequence[MakingResult], maker: Maker, folder: Path, output: Path, generator: str
+) -> list[dict[str, Any]]:
     """The records of all conversations, in an order drawn by the config's seed.
 
     Answer letters are dealt out over the multiple-choice questions of a language so that each comes equally
@@ -54,7 +56,9 @@ def to_records(made: Sequence[Made], maker: Maker, folder: Path, output: Path, g
     return sorted(records, key=lambda record: hashlib.sha256(f"{config.seed}/{record['id']}".encode()).hexdigest())
 
 
-def _record(made: Made, letter: str, maker: Maker, folder: Path, output: Path, generator: str) -> dict[str, Any]:
+def _record(
+    made: MakingResult, letter: str, maker: Maker, folder: Path, output: Path, generator: str
+) -> dict[str, Any]:
     slot, row = made.slot, made.slot.row
     kind = "image" if is_image(row) else "video"
     rounds = list(made.rounds)
@@ -84,7 +88,7 @@ def _of_image(question: str) -> str:
     return question.replace("video", "image").replace("视频", "图片")
 
 
-def _source(made: Made, generator: str) -> dict[str, Any]:
+def _source(made: MakingResult, generator: str) -> dict[str, Any]:
     """Where a conversation comes from, down to the caption's models."""
     row = made.slot.row
     return {
@@ -115,6 +119,6 @@ def _check(record: dict[str, Any]) -> None:
         raise RuntimeError(f"record {record['id']}: {problem}")
 
 
-def sound(records: Iterable[Made]) -> list[Made]:
+def sound(records: Iterable[MakingResult]) -> list[MakingResult]:
     """Conversations whose texts hold no tags of media, which would stand for media that are not there."""
     return [one for one in records if not any("<video>" in t or "<image>" in t for pair in one.rounds for t in pair)]

@@ -14,16 +14,16 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.files import read_lines, write_lines
 from kangaroo_jax.curation.instruct.checks import normal
-from kangaroo_jax.curation.instruct.making import Made, Maker
-from kangaroo_jax.curation.instruct.plan import Cell, Row, Slot, cells_of, slots, targets
+from kangaroo_jax.curation.instruct.making import Maker, MakingResult
+from kangaroo_jax.curation.instruct.plan import CaptionRow, Cell, PlannedConversation, cells_of, slots, targets
 from kangaroo_jax.curation.instruct.records import is_image, schema, sound, to_records
 from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.llm_client.cache import Cache
+from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.estimate import Estimate, told
 from kangaroo_jax.llm_client.ordered import Progress, in_order
 from kangaroo_jax.llm_client.requests import canonical
-from kangaroo_jax.llm_client.team import Team
+from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
 
 Tell = Callable[[str], None]
@@ -56,16 +56,16 @@ def make_instructions(
     if dry_run:
         tell(told(estimate(rows, cells, source.parent, config)))
         return
-    cache = Cache(output / "cache.sqlite")
+    cache = ReplyCache(output / "cache.sqlite")
     try:
         asyncio.run(_instruct(rows, cells, source, output, config, cache, tell))
     finally:
         cache.close()
 
 
-def read_captions(source: Path, config: ConfigDict) -> list[Row]:
+def read_captions(source: Path, config: ConfigDict) -> list[CaptionRow]:
     """Captions that are ok and good enough. Raises UserError, also where there are none."""
-    rows: list[Row] = []
+    rows: list[CaptionRow] = []
     for where, row in read_lines(source):
         if not all(isinstance(row.get(key), str) for key in ("id", "clip", "language", "media", "outcome")):
             raise UserError(f"{where}: no object of captions.jsonl (id, clip, language, media, outcome)")
@@ -76,7 +76,7 @@ def read_captions(source: Path, config: ConfigDict) -> list[Row]:
     return rows
 
 
-def _score(row: Row, where: str) -> float:
+def _score(row: CaptionRow, where: str) -> float:
     """The score of a caption that is ok. Raises UserError where it is no such caption."""
     scores = row.get("scores")
     score = scores.get("score") if isinstance(scores, dict) else None
@@ -86,16 +86,16 @@ def _score(row: Row, where: str) -> float:
 
 
 async def _instruct(
-    rows: Sequence[Row],
+    rows: Sequence[CaptionRow],
     cells: Mapping[Cell, float],
     source: Path,
     output: Path,
     config: ConfigDict,
-    cache: Cache,
+    cache: ReplyCache,
     tell: Tell,
 ) -> None:
     asks = [name for name in (config.generator, config.blind, config.verifier) if name]
-    team = Team(config.backends, asks if any(task not in CAPTION_TASKS for task, _ in cells) else [], cache)
+    team = Clients(config.backends, asks if any(task not in CAPTION_TASKS for task, _ in cells) else [], cache)
     maker = Maker(config, source.parent, team)
     try:
         mark = _mark(source, output, config, maker, team)
@@ -126,7 +126,7 @@ async def _instruct(
         tell(may_pass)
 
 
-def _why_none(dropped: Sequence[Made], cells: Mapping[Cell, float]) -> str:
+def _why_none(dropped: Sequence[MakingResult], cells: Mapping[Cell, float]) -> str:
     """Why there is nothing: a task that got none ends all where shares are kept, and most were dropped for a reason."""
     got = {(one.slot.task, one.slot.language) for one in dropped if one.reason == FULL}
     without = ", ".join(f"{task}_{language}" for task, language in cells if (task, language) not in got)
@@ -138,7 +138,7 @@ def _why_none(dropped: Sequence[Made], cells: Mapping[Cell, float]) -> str:
     return common or ": the captions are in none of the languages of config.shares"
 
 
-def _mark(source: Path, output: Path, config: ConfigDict, maker: Maker, team: Team) -> str:
+def _mark(source: Path, output: Path, config: ConfigDict, maker: Maker, team: Clients) -> str:
     """A hash of all that decides the output."""
     settings = config.to_dict()
     settings.pop("backends")
@@ -160,8 +160,8 @@ def _finished(output: Path, mark: str) -> bool:
 
 
 async def build(
-    rows: Sequence[Row], cells: Mapping[Cell, float], maker: Maker, tell: Tell
-) -> tuple[list[Made], list[Made]]:
+    rows: Sequence[CaptionRow], cells: Mapping[Cell, float], maker: Maker, tell: Tell
+) -> tuple[list[MakingResult], list[MakingResult]]:
     """Make conversations until every share is filled or its captions are used up. Returns (kept, dropped).
 
     It goes in rounds: what a round drops is made up for by the next captions in the plan, so that the result
@@ -170,8 +170,8 @@ async def build(
     config = maker.config
     wanted = targets(cells, config.samples)
     plans = {cell: _fitting(slots(cell, rows, config)) for cell in cells}
-    kept: dict[Cell, list[Made]] = {cell: [] for cell in cells}
-    dropped: list[Made] = []
+    kept: dict[Cell, list[MakingResult]] = {cell: [] for cell in cells}
+    dropped: list[MakingResult] = []
     asked: set[tuple[str, str, str]] = set()
     progress = Progress(0, "conversations", tell, maker.team.line if maker.team else str)
     while True:
@@ -191,12 +191,12 @@ async def build(
     return [made for of_cell in kept.values() for made in of_cell], dropped + cut
 
 
-def _fitting(plan: Iterator[Slot]) -> Iterator[Slot]:
+def _fitting(plan: Iterator[PlannedConversation]) -> Iterator[PlannedConversation]:
     """Images have captions alone: the questions are about videos."""
     return (slot for slot in plan if slot.task in CAPTION_TASKS or not is_image(slot.row))
 
 
-def _not_twice(found: Sequence[Made], asked: set[tuple[str, str, str]]) -> Iterator[Made]:
+def _not_twice(found: Sequence[MakingResult], asked: set[tuple[str, str, str]]) -> Iterator[MakingResult]:
     """Each, dropped where its first question was asked of the clip before or its text holds tags of media."""
     for made in found:
         if made.reason or made.slot.task in CAPTION_TASKS:
@@ -211,7 +211,7 @@ def _not_twice(found: Sequence[Made], asked: set[tuple[str, str, str]]) -> Itera
         yield made
 
 
-def _same_shares(kept: dict[Cell, list[Made]], wanted: Mapping[Cell, int]) -> list[Made]:
+def _same_shares(kept: dict[Cell, list[MakingResult]], wanted: Mapping[Cell, int]) -> list[MakingResult]:
     """Cut every task to the share of its target that the poorest one reached; returns what is cut."""
     reached = min((len(kept[cell]) / count for cell, count in wanted.items() if count), default=1.0)
     cut = []
@@ -222,14 +222,16 @@ def _same_shares(kept: dict[Cell, list[Made]], wanted: Mapping[Cell, int]) -> li
     return cut
 
 
-def _dropped(made: Made) -> dict[str, Any]:
+def _dropped(made: MakingResult) -> dict[str, Any]:
     slot = made.slot
     found = {"id": slot.id, "caption": slot.row["id"], "task": slot.task, "language": slot.language}
     found |= {"types": list(slot.types), "reason": made.reason, "detail": made.detail}
     return found | {"rounds": [list(pair) for pair in made.rounds], "checks": dict(made.checks)}
 
 
-def counts_of(records: Sequence[Mapping[str, Any]], dropped: Sequence[Made], cells: Mapping[Cell, float]) -> dict:
+def counts_of(
+    records: Sequence[Mapping[str, Any]], dropped: Sequence[MakingResult], cells: Mapping[Cell, float]
+) -> dict:
     """Counts by task, language, type and letter; shares beside their targets; reasons of what was dropped."""
     made = collections.Counter((record["task"], record["language"]) for record in records)
     total, of_target = max(len(records), 1), sum(cells.values())
@@ -259,7 +261,9 @@ def _last_line(summary: Mapping[str, Any], output: Path) -> str:
 # --------------------------------------------------------------------------------- estimate
 
 
-def estimate(rows: Sequence[Row], cells: Mapping[Cell, float], folder: Path, config: ConfigDict) -> dict[str, Any]:
+def estimate(
+    rows: Sequence[CaptionRow], cells: Mapping[Cell, float], folder: Path, config: ConfigDict
+) -> dict[str, Any]:
     """Requests, tokens and cost of the first round, in which nothing is dropped; cached answers are not looked for."""
     maker, sums = Maker(config, folder), Estimate(config.backends)
     for cell, count in targets(cells, config.samples).items():
@@ -268,7 +272,7 @@ def estimate(rows: Sequence[Row], cells: Mapping[Cell, float], folder: Path, con
         for slot in itertools.islice(_fitting(slots(cell, rows, config)), count):
             sums.add(config.generator, [maker.question_request(slot)])
             usual = ("word " * 12, "word " * 4)
-            made = Made(slot, (usual,) * max(len(slot.types), 1), ("word " * 4,) * (config.options - 1))
+            made = MakingResult(slot, (usual,) * max(len(slot.types), 1), ("word " * 4,) * (config.options - 1))
             if cell[0] == "mcq":
                 checks = maker.choice_requests(made)
                 if config.blind:

@@ -34,7 +34,7 @@ Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class DatasetPlan:
     """What is written: conversations in the order given, a shard's worth at a time."""
 
     name: str
@@ -52,7 +52,9 @@ class Plan:
         return self.folder / f"{self.name}-{SPLIT}.array_record-{number:05d}-of-{count:05d}"
 
 
-def write_dataset(plan: Plan, conversations: Sequence[Conversation], fingerprint: str, *, tell: Tell = print) -> Path:
+def write_dataset(
+    plan: DatasetPlan, conversations: Sequence[Conversation], fingerprint: str, *, tell: Tell = print
+) -> Path:
     """Write the shards that are not there yet, then the metadata.
 
     Args:
@@ -159,7 +161,7 @@ def write_records(path: Path, records: Iterator[bytes]) -> None:
         raise
 
 
-def _claim(plan: Plan, fingerprint: str, samples: int) -> None:
+def _claim(plan: DatasetPlan, fingerprint: str, samples: int) -> None:
     """Note what is written here, or check that it is the same. Raises UserError."""
     mine = {"source": fingerprint, "samples": samples, "embed": plan.embed, "shard_samples": plan.shard_samples}
     path = plan.folder / "build.json"
@@ -171,7 +173,7 @@ def _claim(plan: Plan, fingerprint: str, samples: int) -> None:
         raise UserError(f"{plan.folder}: was begun with another {different}; give another --name, or remove it")
 
 
-def _write_metadata(plan: Plan, encoder: Any, count: int, samples: int) -> None:
+def _write_metadata(plan: DatasetPlan, encoder: Any, count: int, samples: int) -> None:
     import tensorflow_datasets as tfds
 
     lengths = [min(plan.shard_samples, samples - n * plan.shard_samples) for n in range(count)]
@@ -213,7 +215,7 @@ class BuiltDataset:
         folder = Path(folder)
         info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
         lengths = [int(n) for split in info["splits"] if split["name"] == SPLIT for n in split["shardLengths"]]
-        plan = Plan(info["name"], folder.parent.parent, False, 0)
+        plan = DatasetPlan(info["name"], folder.parent.parent, False, 0)
         self.files = [folder / plan.shard(n, len(lengths)).name for n in range(len(lengths))]
         missing = [file for file in self.files if not file.exists()]
         if missing:

@@ -39,7 +39,7 @@ _ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".m
 
 
 @dataclasses.dataclass
-class Report:
+class MediumReport:
     """One medium. `frames` and `seconds` are as decoded; `stated_seconds` is what the header says."""
 
     path: str
@@ -134,7 +134,7 @@ def check_media(
             for number, (path, kind, sample, future) in enumerate(futures, start=1):
                 found = future.result()
                 if isinstance(found, UserError):
-                    found = Report(path, kind, problems=[str(found)])
+                    found = MediumReport(path, kind, problems=[str(found)])
                 found.sample = sample
                 total[kind] += 1
                 total["frames"] += found.frames
@@ -163,9 +163,9 @@ def check_media(
     return bad
 
 
-def check_one(path: str, kind: str) -> Report:
+def check_one(path: str, kind: str) -> MediumReport:
     """Decode one medium whole. Problems are in the report; nothing is raised."""
-    report = Report(path, kind)
+    report = MediumReport(path, kind)
     try:
         if kind == "image":
             info = probe(path, "image")
@@ -189,7 +189,7 @@ def check_one(path: str, kind: str) -> Report:
     return report
 
 
-def _check_video(path: str, report: Report) -> None:
+def _check_video(path: str, report: MediumReport) -> None:
     with open_video(path) as (container, stream):
         codec = stream.codec_context
         report.container, report.codec = container.format.name, codec.name
@@ -235,7 +235,7 @@ def _kinds_of_picture(frame: Any) -> Iterable[str]:
         yield "transparent: laid on white"
 
 
-def _judge(report: Report, stamps: np.ndarray, errors: int) -> None:
+def _judge(report: MediumReport, stamps: np.ndarray, errors: int) -> None:
     """What the frames say of the file."""
     steps = np.diff(stamps)
     back = int((steps <= 0).sum())

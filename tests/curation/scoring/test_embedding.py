@@ -13,7 +13,7 @@ from kangaroo_jax.curation import duplicates
 from kangaroo_jax.curation.curate import Options, curate, plain_config, select_again
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.curation.engine.run import run_local
-from kangaroo_jax.curation.engine.run_shard import Plan
+from kangaroo_jax.curation.engine.run_shard import ShardPlan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME, enabled
 from kangaroo_jax.curation.stages.embedding import packed, unpacked, with_identity
@@ -80,7 +80,7 @@ def test_a_clip_that_ends_the_process_costs_its_batch_nothing(clips, config, che
     plain = plain_config(config)
     plain["embedding"] = with_identity(plain["embedding"])
     stages = tuple(BY_NAME[name] for name in ("probe", "cuts", "keyframes", "embedding"))
-    plan = Plan(tmp_path / "out", stages, plain, breaking_batch_job)
+    plan = ShardPlan(tmp_path / "out", stages, plain, breaking_batch_job)
     run_local(make_shards(read_inputs([str(folder)]), 64), plan, workers=1)
     failed = {row["id"]: row["failures"] for row in all_scores(plan.root) if row["failures"]}
     assert [(name[:4], failure) for name, failure in failed.items()] == [("segv", {"embedding": "crashed (SIGSEGV)"})]

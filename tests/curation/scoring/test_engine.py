@@ -15,7 +15,7 @@ import pytest
 from kangaroo_jax.curation.curate import Options, curate, select_again
 from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import read_inputs
-from kangaroo_jax.curation.engine.run_shard import Plan
+from kangaroo_jax.curation.engine.run_shard import ShardPlan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME
 from kangaroo_jax.errors import UserError
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(clips, whole, tmp_path, tree):
 
 def test_a_finished_run_computes_nothing_and_thresholds_recompute_no_score(clips, whole, config, monkeypatch, capsys):
     stamps = {file: file.stat().st_mtime_ns for file in (whole / "stages").rglob("*.jsonl")}
-    monkeypatch.setattr(Plan, "guard", lambda self: pytest.fail("a process was started"))
+    monkeypatch.setattr(ShardPlan, "guard", lambda self: pytest.fail("a process was started"))
     curate(Options(str(whole), (str(clips),)), config)
     assert "kept 6 clips" in capsys.readouterr().out
     config.select.min_motion = 50.0
@@ -111,7 +111,7 @@ def test_faults_cost_their_own_file_only(clips, config, tmp_path):
     config.engine.update(item_seconds=6.0, memory_mib=700, shard_items=3)
     plain = json.loads(json.dumps(config.to_dict()))
     stages = tuple(BY_NAME[name] for name in ("probe", "cuts", "motion"))
-    plan = Plan(tmp_path / "out", stages, plain, job=breaking_job)
+    plan = ShardPlan(tmp_path / "out", stages, plain, job=breaking_job)
     shards = make_shards(read_inputs([str(media)]), 3)
     begin = time.monotonic()
     engine.run_local(shards, plan, workers=1)
@@ -171,7 +171,7 @@ def test_mistakes_are_named(clips, config, tmp_path):
 
 def test_a_ray_that_is_started_here_asks_for_a_token(clips, config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # it reads its environment when it is imported
-    plan = Plan(tmp_path / "out", (BY_NAME["probe"],), json.loads(json.dumps(config.to_dict())))
+    plan = ShardPlan(tmp_path / "out", (BY_NAME["probe"],), json.loads(json.dumps(config.to_dict())))
     for address, mode in (("", "token"), ("auto", None)):
         for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
             monkeypatch.setenv(name, "")

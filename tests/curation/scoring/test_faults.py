@@ -8,7 +8,7 @@ import pytest
 
 from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import read_inputs
-from kangaroo_jax.curation.engine.run_shard import Plan
+from kangaroo_jax.curation.engine.run_shard import ShardPlan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.select import judge
 from kangaroo_jax.curation.stages import BY_NAME
@@ -56,7 +56,7 @@ def test_exactly_the_bad_ones_are_given_up(tmp_path, config):
     config.select.update(min_seconds=1.0, duplicates=False)
     plain = json.loads(json.dumps(config.to_dict()))
     stages = tuple(BY_NAME[name] for name in ("probe", "cuts", "keyframes", "motion", "fingerprint"))
-    plan = Plan(tmp_path / "out", stages, plain, job=breaking_job)
+    plan = ShardPlan(tmp_path / "out", stages, plain, job=breaking_job)
     engine.run_local(make_shards(read_inputs([str(folder)]), 64), plan, workers=2)
     rows = list(all_scores(plan.root))
     assert len(rows) == len({row["id"] for row in rows}) == 120

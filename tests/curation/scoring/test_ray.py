@@ -9,7 +9,7 @@ import pytest
 from kangaroo_jax.curation.engine import run as engine
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.curation.engine.ray_workers import task_stages
-from kangaroo_jax.curation.engine.run_shard import Plan
+from kangaroo_jax.curation.engine.run_shard import ShardPlan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME
 from kangaroo_jax.errors import UserError
@@ -24,9 +24,9 @@ def test_a_node_that_is_lost_half_way_costs_nothing(clips, config, tmp_path, tre
 
     plain = json.loads(json.dumps(config.to_dict()))
     shards = make_shards(read_inputs([str(clips)]), 1)
-    alone = Plan(tmp_path / "local", STAGES, plain)
+    alone = ShardPlan(tmp_path / "local", STAGES, plain)
     engine.run_local(shards, alone, workers=1)
-    plan = Plan(tmp_path / "ray", STAGES, plain)
+    plan = ShardPlan(tmp_path / "ray", STAGES, plain)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         second = cluster.add_node(num_cpus=1)
@@ -58,7 +58,7 @@ def test_actors_of_this_process_give_the_same_bytes(clips, config, tmp_path, tre
     config.engine.update(actors=1, actor_stages=("motion",), actor_gpus=0.0)
     plain = json.loads(json.dumps(config.to_dict()))
     shards = make_shards(read_inputs([str(clips)]), 1)
-    alone, plan = (Plan(tmp_path / name, STAGES, plain) for name in ("local", "ray"))
+    alone, plan = (ShardPlan(tmp_path / name, STAGES, plain) for name in ("local", "ray"))
     engine.run_local(shards, alone, workers=1)
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
@@ -66,7 +66,7 @@ def test_actors_of_this_process_give_the_same_bytes(clips, config, tmp_path, tre
         assert tree(plan.root) == tree(alone.root)
         assert task_stages(STAGES, ("keyframes",)) == [BY_NAME["probe"], BY_NAME["cuts"], BY_NAME["motion"]]
         for wrong, message in (({"actors": 2}, "leave none"), ({"actor_gpus": 1.0}, "asks for 1 GPU")):
-            other = Plan(tmp_path / "more", STAGES, {**plain, "engine": plain["engine"] | wrong})
+            other = ShardPlan(tmp_path / "more", STAGES, {**plain, "engine": plain["engine"] | wrong})
             with pytest.raises(UserError, match=message):
                 engine.run_ray(shards, other)
     finally:
