@@ -219,7 +219,7 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
 
 
 def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of `found` that `known` has not, with dots between their levels."""
+    """Keys of `found` that `known` lacks, with dots between their levels."""
     for key, value in found.items():
         if key not in known:
             yield key

@@ -27,7 +27,7 @@ from kangaroo_jax.errors import UserError
 
 SETTINGS, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
-# Keys of adapter_config.json that change nothing of the sum above, or that are read here.
+# Keys of adapter_config.json that do not change the merged weights, or that are read here.
 UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"),

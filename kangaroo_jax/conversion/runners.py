@@ -1,4 +1,4 @@
-"""Models at hand, run so that they can be compared: in JAX all that the table reads, in PyTorch what its libraries run.
+"""Runs a checkpoint in JAX or PyTorch and returns what can be compared.
 
 The torch side reads the files by itself, by the names that stand there, and never runs code that came with them:
 models are those of transformers and of this package.

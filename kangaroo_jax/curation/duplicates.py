@@ -76,7 +76,7 @@ def _join(parents: list[int], a: int, b: int) -> None:
 
 
 def _hashes(rows: Sequence[Row], name: str) -> np.ndarray:
-    """uint64[clips, key frames, words]; all 0 where there is none (a hash that is 0 says as little)."""
+    """uint64[clips, key frames, words]; 0 means no hash; a true hash of 0 is ignored too."""
     values = [row.get("fingerprint", {}).get(name, []) for row in rows]
     frames = max((len(value) for value in values), default=0)
     words = max((len(text) // 16 for value in values for text in value), default=1) or 1

@@ -64,7 +64,7 @@ class Endpoint:
 
     @functools.cached_property
     def _clients(self) -> list[Any]:
-        """Made for the first call: a second is spent on them, and a run that finds all answers needs none.
+        """Made at the first call: it takes a second, and a run whose answers are all cached needs no client.
 
         Each has its own pool of connections, all of which it looks at for every request: one pool for 64 requests at a
         time takes twice the CPU time of eight.

@@ -53,9 +53,9 @@ class OwnModel:
         await asyncio.sleep(0)  # those who ask in this very moment come along
         while self._waiting:
             longest = self._waiting[0][1]
-            places = [i for i, item in enumerate(self._waiting) if item[1] == longest][: self._batch_size]
-            batch = [self._waiting[i] for i in places]
-            for i in reversed(places):
+            indices = [i for i, item in enumerate(self._waiting) if item[1] == longest][: self._batch_size]
+            batch = [self._waiting[i] for i in indices]
+            for i in reversed(indices):
                 del self._waiting[i]
             conversations = [item[0] for item in batch]
             try:

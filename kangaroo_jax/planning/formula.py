@@ -56,8 +56,8 @@ def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
         loss += 4.0 * llm.width * llm.vocab_size / tensor
 
     frames = data.packs_per_batch * data.frames_per_pack / devices / config.train.accumulate
-    places = (data.image_size // vision.patch_size) ** 2 + 1
-    seen = frames * places * vision.width * 2.0
+    tokens = (data.image_size // vision.patch_size) ** 2 + 1
+    seen = frames * tokens * vision.width * 2.0
     seen_kept = seen * vision.depth * (1 + KEPT_WIDTHS[vision.remat]) if part_trains("vision", config) else 0.0
     seen_working = seen * 14
     shape, mesh = (data.packs_per_batch, data.frames_per_pack), AbstractMesh(config.train.mesh, MESH_AXES)

@@ -136,7 +136,7 @@ def _convolution_depth(visit: Visit) -> float:
     """Products summed for one element of a convolution's result.
 
     TPU programs write matrix products as convolutions, batch dimensions as windows whose stride and padding
-    leave one valid place each: only places inside the input count.
+    leave one valid position each: only positions inside the input count.
     """
     operation = visit.operation
     labels = operation.attribute("dim_labels")
@@ -148,8 +148,8 @@ def _convolution_depth(visit: Visit) -> float:
     window = _window(operation, len(spatial))
     for i, label in enumerate(spatial):
         out = operation.shapes[0][1][result.index(label)]
-        places = _valid_places(left_shape[left.index(label)], kernel_shape[kernel.index(label)], out, *window[i])
-        depth *= places / out if out else 0.0
+        positions = _valid_positions(left_shape[left.index(label)], kernel_shape[kernel.index(label)], out, *window[i])
+        depth *= positions / out if out else 0.0
     return depth
 
 
@@ -166,13 +166,13 @@ def _window(operation: Operation, dimensions: int) -> list[tuple[int, int, int, 
     return [(rest[0][i], pads[i], rest[1][i], rest[2][i]) for i in range(dimensions)]
 
 
-def _valid_places(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
-    """Pairs (place of the result, place of the kernel) that fall on an element of the input, not on padding."""
+def _valid_positions(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
+    """Pairs (position of the result, position of the kernel) that fall on an element of the input, not on padding."""
     if kernel == 1 and low == 0 and dilate == 1:
         return out
     total, reach = 0, (size - 1) * dilate
-    for place in range(out):
-        first = place * stride - low
+    for position in range(out):
+        first = position * stride - low
         total += sum(
             1
             for k in range(kernel)

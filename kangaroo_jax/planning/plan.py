@@ -127,25 +127,25 @@ def over_model(compiled: Compiled | None, config: ConfigDict, target: Slices) ->
 
 
 def useful_share(config: ConfigDict) -> float:
-    """Share of token places that hold a sample's token, from packing made-up samples with the real packer.
+    """Share of tokens that hold a sample's token, from packing made-up samples with the real packer.
 
     Frames are uniform in the stage's ranges (half of the samples long ones), text in TEXT_TOKENS.
     """
-    from kangaroo_jax.data.batches.packing import Packer, Placed
+    from kangaroo_jax.data.batches.packing import Packer, PackItem
 
     data, random_ = config.data, random.Random(0)
     group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
     packer = Packer(data.tokens_per_pack, data.frames_per_pack, data.packing_bins)
     used = packs = 0
-    for place in range(SAMPLES):
+    for index in range(SAMPLES):
         low, high = (data.min_frames, data.max_frames)
-        if place % 2:
+        if index % 2:
             low, high = (data.long_min_frames, data.long_max_frames)
         frames = min(random_.randint(low, high) // group * group or group, data.frames_per_pack)
         vision = frames // group * (rows + 1) + 2 if frames else 0
         left = data.max_sample_tokens - vision
         text = random_.randint(min(TEXT_TOKENS[0], left), max(1, min(TEXT_TOKENS[1], left)))
-        closed = packer.add(Placed(place, _Lengths(f"sample {place}", range(vision + text), frames)))  # type: ignore[arg-type]
+        closed = packer.add(PackItem((0, index), _Lengths(f"sample {index}", range(vision + text), frames)))  # type: ignore[arg-type]
         if closed is not None:
             used, packs = used + sum(len(item.recipe.tokens) for item in closed), packs + 1
     return round(used / (packs * data.tokens_per_pack), 3) if packs else 0.0
@@ -175,20 +175,20 @@ def nearest_change(
     known = plan.peak_hbm_gib == plan.peak_hbm_gib  # not NaN
     correction = plan.peak_hbm_gib / base if known else 1.0  # the formula, corrected by what the compiler said
     tried = 0
-    for text, trial, place in _changes(config, target):
+    for text, trial, slices in _changes(config, target):
         try:
-            resolved = resolve(trial, place.chip, place.devices, place.slices)
+            resolved = resolve(trial, slices.chip, slices.devices, slices.slices)
         except UserError:
             continue
-        if plan_formula.peak_gib(resolved, counts) * max(correction, 1.0) > place.chip.gib:
+        if plan_formula.peak_gib(resolved, counts) * max(correction, 1.0) > slices.chip.gib:
             continue
-        if not place.chip.compiles_on_cpu:
+        if not slices.chip.compiles_on_cpu:
             return text
         if tried == SEARCHED:
             break
         tried += 1
         tell(f"does not fit; compiling with {text}")
-        if compile_step(resolved, place, cache).fits:
+        if compile_step(resolved, slices, cache).fits:
             return text
     return ""
 
@@ -306,7 +306,7 @@ def text(plan: Plan) -> str:
         "weights, state, batch": f"{plan.params_per_device_gib} GiB a device; {plan.params_b} B parameters",
         "mesh": f"{mesh}; {plan.accumulate} parts a batch",
         "remat": f"llm {plan.remat['llm']}, vision {plan.remat['vision']}",
-        "packing": f"{100 * plan.useful_token_share:.0f}% of the token places hold a sample's token",
+        "packing": f"{100 * plan.useful_token_share:.0f}% of the tokens hold a sample's token",
         "model work a step": f"{plan.model_tflops_causal:,} TFLOP causal, {plan.model_tflops_full:,} full{ratio}",
         "of it the ViT": f"{100 * plan.vit_share:.1f}%",
         "collectives, GiB": moved or "not known",

@@ -175,7 +175,7 @@ def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, par
 
 
 def _end_with_parent(parent: int) -> None:
-    """On Linux the kernel ends this process with the thread that started it, were it in the midst of a file."""
+    """On Linux the kernel kills this process when its parent thread dies, even in the middle of a file."""
     if sys.platform == "linux":
         import ctypes
 

@@ -45,9 +45,9 @@ def test_shares_repeats_and_parts(files: dict[str, str]) -> None:
     seen = [Counter(n for lane in lanes for s, n in lane if s == source) for source in range(3)]
     assert len(seen[0]) == 20 and len(seen[1]) == 10 and len(seen[2]) == 25
     # An epoch of c has ten of its samples twice, and every sample of an epoch comes before the next begins.
-    firsts = Counter(mixture.place(k % 4, 2, k // 4)[1] for k in range(35))
+    firsts = Counter(mixture.sample_index(k % 4, 2, k // 4)[1] for k in range(35))
     assert sorted(firsts.values()) == [1] * 15 + [2] * 10
-    again = Counter(mixture.place(k % 4, 2, k // 4)[1] for k in range(35, 70))
+    again = Counter(mixture.sample_index(k % 4, 2, k // 4)[1] for k in range(35, 70))
     assert again == firsts
     assert drawn(Mixture(sources, 5, 4), 256) == lanes != drawn(Mixture(sources, 6, 4), 256)
 
@@ -63,7 +63,7 @@ def test_without_weights_sources_are_drawn_by_size(files: dict[str, str]) -> Non
 def test_the_order_is_global(files: dict[str, str]) -> None:
     """No window: where a sample stands in the file says nothing of where it comes in the epoch."""
     mixture = Mixture(open_sources([files["a"]], ""), 1, 1)
-    order = [mixture.place(0, 0, k)[1] for k in range(40)]
+    order = [mixture.sample_index(0, 0, k)[1] for k in range(40)]
     assert sorted(order) == list(range(40)) and abs(np.corrcoef(order, range(40))[0, 1]) < 0.5
     assert max(abs(a - b) for a, b in enumerate(order)) > 20
 

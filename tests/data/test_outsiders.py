@@ -399,7 +399,7 @@ def test_sources_keep_the_names_of_a_saved_run(tmp_path: Path) -> None:
     after = Mixture(open_sources([front, first, second], ""), 3, 2)
     after.keep_names(before.identity())
     assert [source.name for source in after.sources] == ["ccc/train", "train", "bb/train"]
-    assert [after.place(1, i + 1, 5)[1] for i in range(2)] == [before.place(1, i, 5)[1] for i in range(2)]
+    assert [after.sample_index(1, i + 1, 5)[1] for i in range(2)] == [before.sample_index(1, i, 5)[1] for i in range(2)]
 
 
 def test_a_built_dataset_has_its_own_name_and_answers_to_the_old_one(tmp_path: Path) -> None:

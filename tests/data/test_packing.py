@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo_jax.conventions import PackedBatch
-from kangaroo_jax.data.batches.packing import Packer, Placed, Shape, assemble, empty_batch, write_sample
+from kangaroo_jax.data.batches.packing import Packer, PackItem, Shape, assemble, empty_batch, write_sample
 from kangaroo_jax.data.batches.sample import Recipe
 from kangaroo_jax.data.media.video import Clip, MediaRef
 from kangaroo_jax.errors import UserError
@@ -14,19 +14,19 @@ from kangaroo_jax.errors import UserError
 T, F, S, V = 40, 12, 2, 3
 
 
-def make(place: int, text: int, media: list[int], k: int) -> Placed:
+def make(index: int, text: int, media: list[int], k: int) -> PackItem:
     """A sample of `text` text tokens and media of so many groups; every number in it is its own."""
     groups = sum(media)
     is_vision = np.zeros(text + groups * V, bool)
     is_vision[1 : 1 + groups * V] = True
-    tokens = np.arange(len(is_vision), dtype=np.int32) + 1000 * (place + 1)
+    tokens = np.arange(len(is_vision), dtype=np.int32) + 1000 * (index + 1)
     weights = (~is_vision & (np.arange(len(tokens)) % 2 == 1)).astype(np.float32)
     refs, time = [], 0
     for number, size in enumerate(media):
-        times = tuple(float(place * 100 + time + i) for i in range(size * k))
-        refs.append(MediaRef("video", f"{place}/{number}", times))
+        times = tuple(float(index * 100 + time + i) for i in range(size * k))
+        refs.append(MediaRef("video", f"{index}/{number}", times))
         time += size * k
-    return Placed((0, place), Recipe(f"s{place}", tokens, weights, is_vision, tuple(refs), k, V))
+    return PackItem((0, index), Recipe(f"s{index}", tokens, weights, is_vision, tuple(refs), k, V))
 
 
 def decode(recipe: Recipe) -> list[Clip]:
@@ -38,15 +38,15 @@ def decode(recipe: Recipe) -> list[Clip]:
     return clips
 
 
-def pack(items: list[Placed], bins: int) -> tuple[list[list[Placed]], list[list[int]]]:
+def pack(items: list[PackItem], bins: int) -> tuple[list[list[PackItem]], list[list[int]]]:
     """All rows: those closed on the way and those still open."""
     packer = Packer(T, F, bins)
     rows = [row for item in items if (row := packer.add(item)) is not None]
     return rows, packer.state()
 
 
-def places_of(row: list[Placed] | None) -> list[int]:
-    return [item.place[1] for item in row or []]
+def indices_of(row: list[PackItem] | None) -> list[int]:
+    return [item.index[1] for item in row or []]
 
 
 samples = st.lists(st.tuples(st.integers(2, 12), st.lists(st.integers(1, 2), max_size=2)), min_size=1, max_size=40)
@@ -57,8 +57,8 @@ samples = st.lists(st.tuples(st.integers(2, 12), st.lists(st.integers(1, 2), max
 def test_rows_lose_nothing_and_keep_to_their_budgets(sizes: list, bins: int, k: int) -> None:
     items = [make(i, text, media, k) for i, (text, media) in enumerate(sizes)]
     rows, still_open = pack(items, bins)
-    places = [p for row in rows for p in places_of(row)] + [p for _, _, p in still_open]
-    assert sorted(places) == list(range(len(items)))
+    indices = [p for row in rows for p in indices_of(row)] + [p for _, _, p in still_open]
+    assert sorted(indices) == list(range(len(items)))
     waiting = [items[p].recipe for _, _, p in still_open]
     assert sum(len(recipe.tokens) for recipe in waiting) < max(bins * T, 1)
     assert sum(recipe.frames for recipe in waiting) < max(bins * F, 1)
@@ -66,9 +66,9 @@ def test_rows_lose_nothing_and_keep_to_their_budgets(sizes: list, bins: int, k: 
         assert len(row) > 0
         assert sum(len(item.recipe.tokens) for item in row) <= T
         assert sum(item.recipe.frames for item in row) <= F
-        assert places_of(row) == sorted(places_of(row))
+        assert indices_of(row) == sorted(indices_of(row))
     again, open_again = pack(items, bins)
-    assert [places_of(row) for row in again] == [places_of(row) for row in rows] and open_again == still_open
+    assert [indices_of(row) for row in again] == [indices_of(row) for row in rows] and open_again == still_open
 
 
 @settings(deadline=None)
@@ -78,9 +78,9 @@ def test_a_restored_packer_goes_on_the_same(sizes: list, bins: int, cut: int) ->
     first, second = Packer(T, F, bins), Packer(T, F, bins)
     for item in items[:cut]:
         first.add(item)
-    second.restore([(waited, items[place]) for waited, _, place in first.state()])
+    second.restore([(waited, items[index]) for waited, _, index in first.state()])
     for item in items[cut:]:
-        assert places_of(first.add(item)) == places_of(second.add(item))
+        assert indices_of(first.add(item)) == indices_of(second.add(item))
     assert first.state() == second.state()
 
 
@@ -154,9 +154,9 @@ def test_no_row_waits_for_ever() -> None:
     """One small sample in a row that nothing else fits: it leaves all the same."""
     packer = Packer(10, 0, 2)
     packer.add(make(0, 6, [], 1))
-    for place in range(1, 100):
-        row = packer.add(make(place, 9, [], 1))
-        if row and row[0].place[1] == 0:
+    for index in range(1, 100):
+        row = packer.add(make(index, 9, [], 1))
+        if row and row[0].index[1] == 0:
             return
     pytest.fail("the first sample never left")
 

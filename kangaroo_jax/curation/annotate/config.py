@@ -32,7 +32,7 @@ def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
     c.seed = 0
     c.concurrency = 64  # requests under way
     c.requests_per_minute = 0.0  # 0: no limit
-    c.tokens_per_minute = 0.0  # 0: no limit; asked for, not used
+    c.tokens_per_minute = 0.0  # limit on the tokens requested a minute; 0 is no limit
     c.retries = 6  # calls after the first that failed
     c.answer_retries = 4  # questions after the first answer that was truncated, refused or malformed
     c.first_wait = 0.5  # seconds before the second call, doubled for each further one

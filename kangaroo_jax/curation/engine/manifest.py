@@ -300,7 +300,7 @@ def _named(item: Item, path: str) -> Item:
         still = member_suffix(path) in IMAGE_SUFFIXES and member_suffix(path) != ".gif"
         item["kind"] = "image" if still else "video"
     stem = re.sub(r"[^A-Za-z0-9_]+", "-", os.path.splitext(os.path.basename(path))[0]).strip("-")[:40]
-    # The caption belongs to what is told apart: of one medium, a dataset may have several.
+    # The caption is part of the key: one file may have several captions.
     parts = (item["source"], path, str(item["start"]), str(item["end"]), item["source_id"], item["caption"])
     digest = hashlib.sha256(utf8("\0".join(parts))).hexdigest()[:12]
     return {"id": f"{stem}-{digest}" if stem else digest, **item}

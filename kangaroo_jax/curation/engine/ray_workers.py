@@ -34,7 +34,7 @@ def ray_task(shard: Shard, plan: ShardPlan, actors: bool) -> Calls:
 
 
 def task_stages(stages: Sequence[Stage], of_actors: Sequence[str]) -> list[Stage]:
-    """The stages that are not of actors and follow none that is."""
+    """Stages that run as tasks: those with no actor stage before them."""
     left: list[Stage] = []
     beyond = set(of_actors)
     for stage in stages:
@@ -63,7 +63,7 @@ class Actors:
     """A pool of actors, which may be empty, and the shards that wait for one."""
 
     def __init__(self, plan: ShardPlan) -> None:
-        """Raises UserError: Ray has not what the config asks for."""
+        """Raises UserError where the Ray cluster lacks the resources of config.engine."""
         engine = plan.config["engine"]
         if engine["actors"]:
             _check_resources(engine)
@@ -100,7 +100,7 @@ class Actors:
 
 
 def _check_resources(engine: Settings) -> None:
-    """Raises UserError: Ray has not what the config asks for."""
+    """Raises UserError where the Ray cluster lacks the resources of config.engine."""
     import ray
 
     need = {"CPU": engine["actor_cpus"], "GPU": engine["actor_gpus"], **dict(engine["actor_resources"])}

@@ -143,7 +143,7 @@ def _scored_together(rows: Sequence[Row], stage: Stage, plan: ShardPlan, guard: 
             outcomes, seconds, memory = guard.call(stage.name, part, settings, str(plan.root))
         except SetupError:
             raise
-        except (UserError, Lost):  # because of one of them: which, is seen now
+        except (UserError, Lost):  # the batch fails because of one row: score them one by one to find it
             found += [_scored(row, stage, plan, guard, tell) for row in part]
             continue
         for _ in part:

@@ -140,7 +140,7 @@ class Maker:
     # ------------------------------------------------------------------------------- asked again
 
     def choice_requests(self, made: MakingResult) -> list[Request]:
-        """The question without the video, its options in orders of which each puts the answer in another place."""
+        """The question without the video, its options rotated so that the answer takes each position once."""
         slot, (question, answer) = made.slot, made.rounds[0]
         options = [answer, *made.distractors]
         random.Random(slot.seed).shuffle(options)

@@ -32,5 +32,5 @@ class Stage:
 
 
 def rounded(value: SupportsFloat, digits: int = 5) -> float:
-    """For JSON: no more digits than mean something."""
+    """Rounded to the significant digits, for JSON."""
     return round(float(value), digits)

@@ -244,11 +244,11 @@ class BuiltDataset:
             language=_text(example["language"]),
         )
 
-    def _medium(self, row: dict[str, Any], place: str) -> Media:
+    def _medium(self, row: dict[str, Any], container: str) -> Media:
         path, options = _text(row["path"]), json.loads(_text(row["options"]))
         frames = tuple(json.loads(_text(row["frames"])))
         # The ending goes along: it tells images and animations from videos.
-        where = f"{place}{member_suffix(path)}" if len(row["data"]) else join(self._root, path)
+        where = f"{container}{member_suffix(path)}" if len(row["data"]) else join(self._root, path)
         return Media(_text(row["kind"]), where, frames=frames, **options)
 
 

@@ -106,10 +106,10 @@ def _literal(turn: Turn) -> Turn:
 
 
 def _mentions(turns: Sequence[Turn], item: dict) -> bool:
-    """Whether a record that has no key of media speaks of tags within its sentences, and places none."""
+    """Whether a record that has no key of media speaks of tags within its sentences, and has none."""
     texts = [turn.text.strip() for turn in turns if turn.role != "assistant" and TAG.search(turn.text)]
-    placed = any(TAG.match(text) or text.endswith(("<image>", "<video>")) for text in texts)
-    return bool(texts) and not placed and not {"image", "images", "video", "videos"} & item.keys()
+    standing = any(TAG.match(text) or text.endswith(("<image>", "<video>")) for text in texts)
+    return bool(texts) and not standing and not {"image", "images", "video", "videos"} & item.keys()
 
 
 def finished(

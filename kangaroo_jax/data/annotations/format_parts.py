@@ -54,20 +54,20 @@ class _Parts:
         self._ignored: set[str] = set()
         self._name = "hf"
 
-    def turn(self, place: int, message: Any) -> Turn:
-        """Turn `place`, from 1."""
-        role = role_of(message, Keys(), place, self._where)
+    def turn(self, number: int, message: Any) -> Turn:
+        """Turn `number`, from 1."""
+        role = role_of(message, Keys(), number, self._where)
         content = message.get("content")
         if not isinstance(content, (str, list)):
-            raise UserError(f"{self._where}: turn {place} needs a text or a list of parts 'content'")
+            raise UserError(f"{self._where}: turn {number} needs a text or a list of parts 'content'")
         text = ""
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind, value = _part(part, place, self._where)
+            kind, value = _part(part, number, self._where)
             if kind == "text":
                 text += value if role == "assistant" else escaped(value)
             elif role == "assistant":
                 raise UserError(
-                    f"{self._where}: turn {place} is the assistant's and holds a {kind}; it may only say text"
+                    f"{self._where}: turn {number} is the assistant's and holds a {kind}; it may only say text"
                 )
             else:
                 text += ("\n" if text.endswith("\\") else "") + f"<{kind}>"  # a tag after a backslash would be text
@@ -111,7 +111,7 @@ class _Parts:
         return finished(self._item, found, self._media, self._where, self._name, ignored=ignored)
 
 
-def _part(part: Any, place: int, where: str) -> tuple[str, Any]:
+def _part(part: Any, number: int, where: str) -> tuple[str, Any]:
     """("text", text) or (kind, path or list of paths, None where the part names none)."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
@@ -125,8 +125,8 @@ def _part(part: Any, place: int, where: str) -> tuple[str, Any]:
             paths = value if isinstance(value, list) and one == "video" else [value]
             if paths and all(isinstance(path, str) and path for path in paths):
                 return one, value
-            raise UserError(f"{where}: the {one} of turn {place} must be a path or address, found {shown(part)}")
-    raise UserError(f"{where}: turn {place} has a part of type {shown(kind)}; there are text, image and video")
+            raise UserError(f"{where}: the {one} of turn {number} must be a path or address, found {shown(part)}")
+    raise UserError(f"{where}: turn {number} has a part of type {shown(kind)}; there are text, image and video")
 
 
 def _part_clip(part: dict, kind: str, where: str) -> tuple[dict[str, Any], set[str]]:

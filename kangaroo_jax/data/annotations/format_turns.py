@@ -44,17 +44,17 @@ def read_turns(raw: Any, key: str, keys: Keys, where: str) -> tuple[Turn, ...]:
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{where}: '{key}' must be a list of turns, found {shown(raw)}")
     turns = []
-    for place, turn in enumerate(raw, start=1):
-        role = role_of(turn, keys, place, where)
+    for number, turn in enumerate(raw, start=1):
+        role = role_of(turn, keys, number, where)
         text = turn.get(keys.text)
         if not isinstance(text, str):
             needed = f"'{keys.role}' ({_known(keys)}) and a text '{keys.text}'"
-            raise UserError(f"{where}: turn {place} needs {needed}, found {shown(turn)}")
+            raise UserError(f"{where}: turn {number} needs {needed}, found {shown(turn)}")
         turns.append(Turn(role, text if role == "assistant" else spaced(text), loss_of(turn, where)))
     return alternate(turns, where)
 
 
-def role_of(turn: Any, keys: Keys, place: int, where: str) -> str:
+def role_of(turn: Any, keys: Keys, number: int, where: str) -> str:
     """Who speaks in a turn. Raises UserError."""
     found = turn.get(keys.role) if isinstance(turn, dict) else None
     role = keys.roles.get(str(found)) or keys.roles.get(str(found).lower())
@@ -62,7 +62,8 @@ def role_of(turn: Any, keys: Keys, place: int, where: str) -> str:
         tools = "; calls of tools are not read" if found in _TOOLS else ""
         shows = shown(turn if found is None else found)
         raise UserError(
-            f"{where}: turn {place} needs '{keys.role}' ({_known(keys)}) and a text '{keys.text}', found {shows}{tools}"
+            f"{where}: turn {number} needs '{keys.role}' ({_known(keys)}) and a text '{keys.text}', "
+            f"found {shows}{tools}"
         )
     return role
 

@@ -39,7 +39,7 @@ class ParquetRecords:
         return parse_record(item, where, self._root, self._columns)
 
     def _in_table(self, row: int, column: str, leaf: str, value: Any) -> Any:
-        """Media with bytes become the place of those bytes; others stay what the table says of them (a path)."""
+        """Media with bytes become the address of those bytes; others stay what the table says of them (a path)."""
         unknown = not leaf.endswith(".bytes") or self._beside(value)
         flags = self._table.has_bytes(row, leaf) if unknown else True
         if isinstance(value, list) or isinstance(flags, list):

@@ -151,22 +151,22 @@ class JsonList:
 
 def _one_after_another(data: bytes) -> list[Any] | None:
     """Objects that follow one another, each over several lines; None where something else does."""
-    values, place, decoder = [], 0, json.JSONDecoder()
+    values, offset, decoder = [], 0, json.JSONDecoder()
     with contextlib.suppress(ValueError, RecursionError):
         text = data.decode("utf-8-sig").strip()
-        while place < len(text):
-            value, place = decoder.raw_decode(text, place)
+        while offset < len(text):
+            value, offset = decoder.raw_decode(text, offset)
             if not isinstance(value, dict):
                 return None
             values.append(value)
-            while place < len(text) and text[place].isspace():
-                place += 1
+            while offset < len(text) and text[offset].isspace():
+                offset += 1
         return values if len(values) > 1 else None
     return None
 
 
 class JsonLines:
-    """A record a line, of which only the places are held in memory: 8 bytes a record."""
+    """A record a line, of which only the offsets are held in memory: 8 bytes a record."""
 
     name = "Jsonl"
 

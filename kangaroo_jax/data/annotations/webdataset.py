@@ -130,7 +130,7 @@ class WebDataset:
         kind = "video" if self._moves(shard, ending, members[ending], path) else "image"
         return caption_record(caption, kind, path, str(item.get("id", key)))
 
-    def _moves(self, shard: int, ending: str, span: Span, place: str) -> bool:
+    def _moves(self, shard: int, ending: str, span: Span, path: str) -> bool:
         """Whether a member is a video or an animation, which some endings do not say."""
         suffix = f".{ending}".lower()
         if not suffix.endswith(_EITHER):
@@ -138,14 +138,14 @@ class WebDataset:
         offset, size = span
         if kind_of(self._read(shard, (offset, min(size, HEAD)))) == "video":
             return True
-        with contextlib.suppress(Exception), opened_image(place) as image:
+        with contextlib.suppress(Exception), opened_image(path) as image:
             return bool(getattr(image, "is_animated", False))
         return False
 
     def _place_media(
         self, shard: int, item: dict[str, Any], key: str, members: dict[str, Span], media: dict[str, str]
     ) -> None:
-        """Replace, anywhere in a record, the names of members of its sample by their places, in place.
+        """Replace, anywhere in a record, the names of members of its sample by their paths, in place.
 
         A record that has tags and names no media means its sample's, in the order of the archive.
         """
@@ -160,16 +160,16 @@ class WebDataset:
         names = {name: path for ending, path in media.items() for name in (ending, f"{key}.{ending}")}
         names |= {os.path.basename(name): path for name, path in names.items()}
 
-        def placed(value: Any) -> Any:
+        def with_paths(value: Any) -> Any:
             if isinstance(value, str):
                 return names.get(value, value)
             if isinstance(value, list):
-                return [placed(one) for one in value]
+                return [with_paths(one) for one in value]
             if isinstance(value, dict):
-                return {k: one if _is_text(k, one) else placed(one) for k, one in value.items()}
+                return {k: one if _is_text(k, one) else with_paths(one) for k, one in value.items()}
             return value
 
-        item |= {field: placed(value) for field, value in item.items() if not _is_text(field, value)}
+        item |= {field: with_paths(value) for field, value in item.items() if not _is_text(field, value)}
 
 
 def _is_medium(ending: str) -> bool:

@@ -13,7 +13,7 @@ from kangaroo_jax.config import STAGES, frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
-from kangaroo_jax.data.batches.packing import Packer, Placed
+from kangaroo_jax.data.batches.packing import Packer, PackItem
 from kangaroo_jax.data.batches.sample import Recipe, make_recipe
 from kangaroo_jax.data.media.video import probe_cached
 from kangaroo_jax.data.tokenizer import Tokenizer
@@ -42,8 +42,8 @@ def write_stats(
     """
     total = sum(source.count for source in sources)
     chosen = np.unique(np.linspace(0, total - 1, min(limit, total)).round().astype(int))
-    places = [(source, n) for source in sources for n in range(source.count)]
-    found = [places[i][0].file.look_at(places[i][0].sample(places[i][1])) for i in chosen]
+    indices = [(source, n) for source in sources for n in range(source.count)]
+    found = [indices[i][0].file.look_at(indices[i][0].sample(indices[i][1])) for i in chosen]
     conversations = [one for one in found if not isinstance(one, UserError)]
     recipes, skipped = _recipes(conversations, config, tokenizer)
     skipped += len(found) - len(conversations)
@@ -144,7 +144,7 @@ def fullness(samples: Sequence[Measured], tokens: int, frames: int, bins: int, *
     packer, rows = Packer(tokens, frames, bins), []
     order = np.random.default_rng(0).integers(0, len(samples), max(again * len(samples), 2000))
     for i in order:
-        row = packer.add(Placed((0, int(i)), samples[i]))  # type: ignore[arg-type]
+        row = packer.add(PackItem((0, int(i)), samples[i]))  # type: ignore[arg-type]
         if row is not None:
             rows.append([sum(len(item.recipe.tokens) for item in row), sum(item.recipe.frames for item in row)])
     shares = np.array(rows).mean(0) / limits if rows else np.zeros(2)

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.data.batches.mixture import Lane, Mixture
-from kangaroo_jax.data.batches.packing import Packer, Place
+from kangaroo_jax.data.batches.packing import Packer, SampleIndex
 from kangaroo_jax.data.batches.sample import Recipe, make_recipe
 from kangaroo_jax.data.media.decode import Decoder
 from kangaroo_jax.data.media.storage import short
@@ -31,7 +31,7 @@ Made = Recipe | Unusable
 
 
 class RecipeMaker:
-    """The place of a sample to its recipe; those used last are kept, up to an eighth of `cache_mib`."""
+    """The index of a sample to its recipe; those used last are kept, up to an eighth of `cache_mib`."""
 
     def __init__(
         self,
@@ -47,28 +47,28 @@ class RecipeMaker:
         self._tokenizer, self._sizes = tokenizer, (frames_per_group, tokens_per_group)
         self._config = types.SimpleNamespace(**{key: config[key] for key in config})  # quicker to read
         self._probe: Callable[..., Any] = decoder.probe
-        self._kept: collections.OrderedDict[Place, Recipe] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[SampleIndex, Recipe] = collections.OrderedDict()
         self._room = config.cache_mib << 17
 
-    def kept(self, place: Place) -> Recipe | None:
+    def kept(self, index: SampleIndex) -> Recipe | None:
         """The recipe, if it is at hand. From one thread, as is `keep`."""
-        recipe = self._kept.get(place)
+        recipe = self._kept.get(index)
         if recipe is not None:
-            self._kept.move_to_end(place)
+            self._kept.move_to_end(index)
         return recipe
 
-    def keep(self, place: Place, recipe: Recipe) -> None:
+    def keep(self, index: SampleIndex, recipe: Recipe) -> None:
         """Keep a recipe, and forget old ones."""
-        if self._room <= 0 and not self._kept or place in self._kept:
+        if self._room <= 0 and not self._kept or index in self._kept:
             return
-        self._kept[place] = recipe
+        self._kept[index] = recipe
         self._room -= _bytes_of(recipe)
         while self._room < 0:
             self._room += _bytes_of(self._kept.popitem(last=False)[1])
 
-    def __call__(self, place: Place) -> Made:
+    def __call__(self, index: SampleIndex) -> Made:
         """From any thread. Whatever is wrong with a sample costs that sample alone: nothing is raised."""
-        source, number = place
+        source, number = index
         name = f"{self._files[source].path}#{number}"
         try:
             conversation = self._files[source][number]
@@ -108,25 +108,25 @@ class LaneFeed:
         """`ahead` recipes are under way in `pool`; without one they are made as they are taken."""
         self.lane, self.packer = lane, packer
         self._maker, self._pool, self._ahead = maker, pool, ahead if pool else 1
-        self._queue: collections.deque[tuple[Place, Future[Made] | Made]] = collections.deque()
+        self._queue: collections.deque[tuple[SampleIndex, Future[Made] | Made]] = collections.deque()
         self._asked = lane.next
 
-    def take(self) -> tuple[Place, Made]:
+    def take(self) -> tuple[SampleIndex, Made]:
         """The next sample."""
         while len(self._queue) < self._ahead:
-            place = self.lane.at(self._asked)
+            index = self.lane.at(self._asked)
             self._asked += 1
-            self._queue.append((place, self._start(place)))
-        place, made = self._queue.popleft()
+            self._queue.append((index, self._start(index)))
+        index, made = self._queue.popleft()
         self.lane.next += 1
         if isinstance(made, Future):
             made = made.result()
         if isinstance(made, Recipe):
-            self._maker.keep(place, made)
-        return place, made
+            self._maker.keep(index, made)
+        return index, made
 
-    def _start(self, place: Place) -> "Future[Made] | Made":
-        recipe = self._maker.kept(place)
+    def _start(self, index: SampleIndex) -> "Future[Made] | Made":
+        recipe = self._maker.kept(index)
         if recipe is not None:
             return recipe
-        return self._pool.submit(self._maker, place) if self._pool is not None else self._maker(place)
+        return self._pool.submit(self._maker, index) if self._pool is not None else self._maker(index)

@@ -48,22 +48,22 @@ class Ledger:
         """Samples entered, those of earlier runs with the same file included."""
         return len(self._seen) + len(self._seen_before)
 
-    def add(self, place: tuple[str, int], sample_id: str, path: str, reason: str, stage: str) -> bool:
+    def add(self, index: tuple[str, int], sample_id: str, path: str, reason: str, stage: str) -> bool:
         """Enter a sample unless it has been; returns whether it was new.
 
         Args:
-            place: name of its source, and its number there.
+            index: name of its source, and its number there.
             sample_id: the sample's id in its annotations.
             path: the file at fault, "" where none is.
             reason: one line.
             stage: "recipe" (read, probed, tokenised) or "decode".
         """
-        source, number = place
+        source, number = index
         entry = {"id": sample_id, "path": path, "reason": reason, "stage": stage, "time": time.time()}
         with self._lock:
-            if place in self._seen or (sample_id, path) in self._seen_before:
+            if index in self._seen or (sample_id, path) in self._seen_before:
                 return False
-            self._seen.add(place)
+            self._seen.add(index)
             if self.path is not None:
                 with self.path.open("ab") as file:
                     file.write(json_line(entry | {"source": source, "number": number}))

@@ -4,7 +4,7 @@
     -> recipe -> pack -> decode -> batch                       (PackedBatches below)
     -> prefetch in a thread                                    (grain)
 
-What is in a batch is a function of the seed and the mixture alone. The state is the place of every lane and
+What is in a batch is a function of the seed and the mixture alone. The state is the position of every lane and
 the samples that wait to be packed, so that it stays small, and a restored loader goes on with the very batch
 that the old one would have given, whatever the number of threads, processes or hosts.
 """

@@ -1,6 +1,6 @@
 """Which samples a row of the batch sees, and in which order: sources, their shares, and a global shuffle.
 
-The order is a function of the seed alone and any place in it costs microseconds, so that going on after n
+The order is a function of the seed alone and any position in it costs microseconds, so that going on after n
 samples costs the same for every n. Every row of the batch is a *lane* with an order of its own: lane v of V
 takes the numbers v, v + V, ... of each source's endless shuffle. Which host serves a lane changes nothing, so
 that a run may go on with another number of hosts.
@@ -9,7 +9,7 @@ that a run may go on with another number of hosts.
 
 Without the shuffle the lanes take turns on one list, all sources one after the other, again and again:
 
-    place k of lane v  ->  k * V + v, modulo the samples of all sources  ->  a source and a sample of it
+    position k of lane v  ->  k * V + v, modulo the samples of all sources  ->  a source and a sample of it
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ import numpy as np
 
 from kangaroo_jax.data.annotations.formats import Columns
 from kangaroo_jax.data.annotations.sources import AnnotationFile
-from kangaroo_jax.data.batches.packing import Place
+from kangaroo_jax.data.batches.packing import SampleIndex
 from kangaroo_jax.data.batches.shuffle import EndlessShuffle
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import parse_json, utf8
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")  # the folder that `kangaroo data build` writes into
 _SPEC = re.compile(r"^(.*?)(?:%(\d+(?:\.\d+)?))?$", re.DOTALL)
-_BLOCKS = (256, 4096, 65_536)  # places over which shares of sources are exact
+_BLOCKS = (256, 4096, 65_536)  # positions over which shares of sources are exact
 _SUBSET_SEED = 0x5B5E7  # of the samples that NAME%50 keeps, the same in every run
 
 
@@ -119,13 +119,13 @@ class Mixture:
         """Samples of all sources."""
         return int(self._ends[-1])
 
-    def place(self, lane: int, source: int, number: int) -> Place:
+    def sample_index(self, lane: int, source: int, number: int) -> SampleIndex:
         """The sample that is `number` of a lane in a source."""
         shuffled = self._shuffles[source][number * self.lanes + lane]
         return source, self.sources[source].sample(shuffled)
 
-    def in_order(self, lane: int, k: int) -> Place:
-        """The sample that is at place k of a lane where nothing is shuffled."""
+    def in_order(self, lane: int, k: int) -> SampleIndex:
+        """The sample that is at position k of a lane where nothing is shuffled."""
         number = k * self.lanes + lane
         if number == self.epoch:
             message = f"data.shuffle is False and all {number} samples were used: they begin again with the first"
@@ -140,35 +140,35 @@ class Mixture:
         return {"seed": self.seed} if self.shuffle else {"sources": [source.name for source in self.sources]}
 
     def identity(self) -> dict[str, list[int]]:
-        """What must be the same for a saved place to mean the same: samples and bytes of each source."""
+        """What must be the same for a saved position to mean the same: samples and bytes of each source."""
         return {source.name: [source.count, source.file.bytes] for source in self.sources}
 
 
 class Lane:
-    """The order of one row of the batch: an endless stream of places, with a state of a few numbers."""
+    """The order of one row of the batch: an endless stream of positions, with a state of a few numbers."""
 
     def __init__(self, mixture: Mixture, number: int) -> None:
         """At its beginning."""
         self._mixture, self._number = mixture, number
-        self.next = 0  # places since the shares were last changed
+        self.next = 0  # positions since the shares were last changed
         self.taken = [0] * len(mixture.sources)  # numbers of each source that were used up before that
         self._block, self._which, self._rank = -1, np.zeros(0, np.int64), np.zeros(0, np.int64)
 
-    def at(self, k: int) -> Place:
-        """The sample at place k since the shares were last changed."""
+    def at(self, k: int) -> SampleIndex:
+        """The sample at position k since the shares were last changed."""
         if not self._mixture.shuffle:
             return self._mixture.in_order(self._number, k)
         counts = self._mixture.counts
         if len(counts) == 1:
-            return self._mixture.place(self._number, 0, self.taken[0] + k)
+            return self._mixture.sample_index(self._number, 0, self.taken[0] + k)
         block, i = divmod(k, int(counts.sum()))
         self._load(block)
         source = int(self._which[i])
         number = self.taken[source] + block * int(counts[source]) + int(self._rank[i])
-        return self._mixture.place(self._number, source, number)
+        return self._mixture.sample_index(self._number, source, number)
 
     def used(self, k: int) -> list[int]:
-        """How many of each source's numbers come before place k."""
+        """How many of each source's numbers come before position k."""
         counts = self._mixture.counts
         block, i = divmod(k, int(counts.sum()))
         self._load(block)
@@ -176,7 +176,7 @@ class Lane:
         return [int(t + block * c + n) for t, c, n in zip(self.taken, counts, inside, strict=True)]
 
     def _load(self, block: int) -> None:
-        """The sources of a block's places in random order, and each place's rank among its source's."""
+        """The sources of a block's positions in random order, and each position's rank among its source's."""
         if block == self._block:
             return
         rng = np.random.Generator(np.random.Philox(key=[self._mixture.seed & (2**64 - 1), self._number << 40 | block]))
@@ -189,7 +189,7 @@ class Lane:
 
 
 def _apportion(shares: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Places of each source in a block, by largest remainders; a longer block where a short one is not exact."""
+    """Positions of each source in a block, by largest remainders; a longer block where a short one is not exact."""
     for size in _BLOCKS:
         exact = shares * size
         counts = np.floor(exact).astype(np.int64)

@@ -33,14 +33,14 @@ class Shape:
     tokens_per_group: int
 
 
-Place = tuple[int, int]  # of a sample: the number of its source, and its number there
+SampleIndex = tuple[int, int]  # of a sample: the number of its source, and its number there
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class PackItem:
     """A recipe and where it came from, from which it can be made again."""
 
-    place: Place
+    index: SampleIndex
     recipe: Recipe
 
 
@@ -59,13 +59,13 @@ class Packer:
         self._limits = np.array([tokens, frames], np.int64)
         self._shares = 1.0 / np.maximum(self._limits, 1)
         self._bins = bins
-        self._waiting: list[Placed] = []
+        self._waiting: list[PackItem] = []
         self._since: list[int] = []  # the row that was filled last when each began to wait
         self._needs = np.zeros((64, 2), np.int64)  # tokens and frames of the waiting, in order
         self._totals = np.zeros(2, np.int64)
         self._rows = 0
 
-    def add(self, item: Placed) -> list[Placed] | None:
+    def add(self, item: PackItem) -> list[PackItem] | None:
         """Let a sample wait; a row, if enough wait to fill one.
 
         Raises:
@@ -87,7 +87,7 @@ class Packer:
         """Whether enough samples wait for a row to be filled."""
         return bool((self._totals >= self._bins * self._limits)[self._limits > 0].any())
 
-    def _append(self, item: Placed, since: int) -> None:
+    def _append(self, item: PackItem, since: int) -> None:
         n = len(self._waiting)
         if n == len(self._needs):
             self._needs = np.concatenate([self._needs, np.zeros_like(self._needs)])
@@ -96,7 +96,7 @@ class Packer:
         self._waiting.append(item)
         self._since.append(since)
 
-    def _fill(self) -> list[Placed]:
+    def _fill(self) -> list[PackItem]:
         """Take out a row's samples."""
         needs = self._needs[: len(self._waiting)]
         sizes = (needs * self._shares).sum(1)
@@ -114,9 +114,9 @@ class Packer:
 
     def state(self) -> list[list[int]]:
         """The waiting samples, in order: for how many rows each has waited, its source and its number there."""
-        return [[self._rows - since, *item.place] for since, item in zip(self._since, self._waiting, strict=True)]
+        return [[self._rows - since, *item.index] for since, item in zip(self._since, self._waiting, strict=True)]
 
-    def restore(self, waiting: Sequence[tuple[int, Placed]]) -> None:
+    def restore(self, waiting: Sequence[tuple[int, PackItem]]) -> None:
         """Waiting samples as `state` gave them, made again."""
         self._waiting, self._since, self._rows = [], [], 0
         self._totals[:] = 0
@@ -245,7 +245,7 @@ def assemble(
 
     Args:
         rows: the samples of each row, in order.
-        clips: clips[b][i] are those of sample i of row b; None blanks the sample: its places stay padding
+        clips: clips[b][i] are those of sample i of row b; None blanks the sample: its indices stay padding
             (segment 0, weight 0, no frames), and nothing of its neighbours moves.
 
     Raises:

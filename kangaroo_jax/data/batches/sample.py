@@ -12,7 +12,7 @@ TEXT is stripped of white space at both ends. In it each `<video>` or `<image>` 
 
 of the vision tokens V of each temporal group (the frames that the patchify joins: two, or one where it is
 bypassed), `<eof>` between groups and `<eov>` after the last. With `g` groups of `v` tokens it takes
-g * v + g + 2 places.
+g * v + g + 2 positions.
 """
 
 import dataclasses

@@ -7,12 +7,12 @@ _MASK64 = (1 << 64) - 1
 
 
 class EndlessShuffle:
-    """Place 0, 1, 2, ... of a stream that sees all of 0..n-1 in each epoch, in another order every time.
+    """Position 0, 1, 2, ... of a stream that sees all of 0..n-1 in each epoch, in another order every time.
 
     A source for `grain.MapDataset`. Each order is a keyed permutation (a balanced Feistel network on the
     smallest even number of bits that holds n, walked until it falls below n: Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002), so that any place costs microseconds and no memory. Grain's own
-    shuffle is made for large n: it takes milliseconds a place where n is small.
+    with arbitrary finite domains", 2002), so that any position costs microseconds and no memory. Grain's own
+    shuffle is made for large n: it takes milliseconds a position where n is small.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -24,9 +24,9 @@ class EndlessShuffle:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, place: int) -> int:
-        """The index at a place of the stream."""
-        epoch, index = divmod(place, self._n)
+    def __getitem__(self, position: int) -> int:
+        """The index at a position of the stream."""
+        epoch, index = divmod(position, self._n)
         keys = _round_keys(self._seed, epoch)
         half, mask = self._half, (1 << self._half) - 1
         while True:

@@ -12,7 +12,7 @@ from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.feed import LaneFeed, Made, RecipeMaker, Unusable, path_in
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.mixture import Lane, Mixture, Source
-from kangaroo_jax.data.batches.packing import Packer, Place, Placed, Shape, assemble
+from kangaroo_jax.data.batches.packing import Packer, PackItem, SampleIndex, Shape, assemble
 from kangaroo_jax.data.batches.sample import Recipe
 from kangaroo_jax.data.media.decode import Decoder, Outcome
 from kangaroo_jax.data.media.video import Clip
@@ -94,7 +94,7 @@ class _Snapshot:
     """The state after a batch, as cheap to take as can be: it is taken after every one."""
 
     weights: dict[str, float]
-    lanes: dict[int, tuple[int, list[int], list[list[int]]]]  # next place, numbers used before, waiting samples
+    lanes: dict[int, tuple[int, list[int], list[list[int]]]]  # next position, numbers used before, waiting samples
     skipped: dict[int, int]
     names: list[str]
 
@@ -120,7 +120,7 @@ class _Begun:
     """A batch whose media are being decoded."""
 
     rows: list[list[Recipe]]
-    places: list[list[Place]]
+    indices: list[list[SampleIndex]]
     decoded: list[list[list["Future[Outcome]"]]]  # of each row, of each sample, of each medium
     snapshot: _Snapshot
 
@@ -136,7 +136,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         self._begin_anew({v: Lane(mixture, v) for v in settings.lanes}, {}, dict.fromkeys(settings.lanes, 0))
 
     def _begin_anew(
-        self, lanes: dict[int, Lane], waiting: dict[int, list[tuple[int, Placed]]], skipped: dict[int, int]
+        self, lanes: dict[int, Lane], waiting: dict[int, list[tuple[int, PackItem]]], skipped: dict[int, int]
     ) -> None:
         s = self._settings
         each = -(-_RECIPES_AHEAD // len(lanes))
@@ -166,17 +166,17 @@ class _PackedBatchIterator(grain.DatasetIterator):
             [[s.decoder.submit(ref, s.shape.image_size) for ref in item.recipe.media] for item in row] for row in rows
         ]
         recipes = [[item.recipe for item in row] for row in rows]
-        return _Begun(recipes, [[item.place for item in row] for row in rows], decoded, self._snapshot())
+        return _Begun(recipes, [[item.index for item in row] for row in rows], decoded, self._snapshot())
 
-    def _next_row(self, lane: int, feed: LaneFeed) -> list[Placed]:
+    def _next_row(self, lane: int, feed: LaneFeed) -> list[PackItem]:
         while True:
-            place, recipe = feed.take()
+            index, recipe = feed.take()
             if isinstance(recipe, Unusable):
                 self._skipped[lane] += 1
-                self._skip(place, recipe.id, recipe.path, recipe.reason, "recipe")
+                self._skip(index, recipe.id, recipe.path, recipe.reason, "recipe")
                 continue
             self._in_vain["recipe"] = 0
-            row = feed.packer.add(Placed(place, recipe))
+            row = feed.packer.add(PackItem(index, recipe))
             if row is not None:
                 return row
 
@@ -186,18 +186,18 @@ class _PackedBatchIterator(grain.DatasetIterator):
         clips: list[list[list[Clip] | None]] = []
         used: list[Recipe] = []
         sources: collections.Counter[tuple[str, str]] = collections.Counter()
-        for v, row, places, media in zip(s.lanes, begun.rows, begun.places, begun.decoded, strict=True):
+        for v, row, indices, media in zip(s.lanes, begun.rows, begun.indices, begun.decoded, strict=True):
             clips.append([])
-            for recipe, place, futures in zip(row, places, media, strict=True):
+            for recipe, index, futures in zip(row, indices, media, strict=True):
                 outcome = _clips_of([future.result() for future in futures])
                 if isinstance(outcome, UserError):
                     self._lost[v] += 1
-                    self._skip(place, recipe.id, path_in(str(outcome), recipe.media), str(outcome), "decode")
+                    self._skip(index, recipe.id, path_in(str(outcome), recipe.media), str(outcome), "decode")
                     clips[-1].append(None)
                     continue
                 self._in_vain["decode"] = 0
                 used.append(recipe)
-                sources[self._mixture.sources[place[0]].name, recipe.language] += 1
+                sources[self._mixture.sources[index[0]].name, recipe.language] += 1
                 clips[-1].append(outcome)
         skipped = {v: count + self._lost[v] for v, count in begun.snapshot.skipped.items()}
         self._state = dataclasses.replace(begun.snapshot, skipped=skipped)
@@ -215,9 +215,9 @@ class _PackedBatchIterator(grain.DatasetIterator):
         )
         return assemble(begun.rows, clips, s.shape), stats
 
-    def _skip(self, place: Place, sample_id: str, path: str, reason: str, stage: str) -> None:
+    def _skip(self, index: SampleIndex, sample_id: str, path: str, reason: str, stage: str) -> None:
         s = self._settings
-        s.ledger.add((self._mixture.sources[place[0]].name, place[1]), sample_id, path, reason, stage)
+        s.ledger.add((self._mixture.sources[index[0]].name, index[1]), sample_id, path, reason, stage)
         if s.strict:
             raise UserError(f"sample {sample_id!r}: {reason} (config.data.strict)")
         self._in_vain[stage] += 1
@@ -256,7 +256,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         self._begin_anew(lanes, self._made_again(waiting), skipped)
 
     def _restored_lane(self, v: int, saved: dict[str, Any], weights: dict[str, float]) -> Lane:
-        """A lane where it was; changed shares begin a new count of places, after all numbers used so far."""
+        """A lane where it was; changed shares begin a new count of positions, after all numbers used so far."""
         sources, shares = self._mixture.sources, self._mixture.shares
         lane = Lane(self._mixture, v)
         same = {source.name: share for source, share in zip(sources, shares.tolist(), strict=True)} == weights
@@ -271,18 +271,18 @@ class _PackedBatchIterator(grain.DatasetIterator):
         lane.taken = [used.get(source.name, 0) for source in sources]
         return lane
 
-    def _made_again(self, waiting: dict[int, list[list[Any]]]) -> dict[int, list[tuple[int, Placed]]]:
+    def _made_again(self, waiting: dict[int, list[list[Any]]]) -> dict[int, list[tuple[int, PackItem]]]:
         """Recipes of waiting samples; one that can no longer be read is skipped, as it would be later."""
         numbers = {source.name: i for i, source in enumerate(self._mixture.sources)}
-        places = [(v, w, (numbers[name], n)) for v, items in waiting.items() for w, name, n in items]
-        wanted = [place for _, _, place in places]
+        indices = [(v, w, (numbers[name], n)) for v, items in waiting.items() for w, name, n in items]
+        wanted = [index for _, _, index in indices]
         made: Iterator[Made] = self._pool.map(self._maker, wanted) if self._pool else map(self._maker, wanted)
-        again: dict[int, list[tuple[int, Placed]]] = {v: [] for v in waiting}
-        for (v, waited, place), recipe in zip(places, made, strict=True):
+        again: dict[int, list[tuple[int, PackItem]]] = {v: [] for v in waiting}
+        for (v, waited, index), recipe in zip(indices, made, strict=True):
             if isinstance(recipe, Unusable):
-                self._skip(place, recipe.id, recipe.path, recipe.reason, "recipe")
+                self._skip(index, recipe.id, recipe.path, recipe.reason, "recipe")
             else:
-                again[v].append((waited, Placed(place, recipe)))
+                again[v].append((waited, PackItem(index, recipe)))
         return again
 
     def close(self) -> None:
