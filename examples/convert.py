@@ -12,6 +12,7 @@ import numpy as np
 
 from kangaroo_jax import convert
 from kangaroo_jax.checkpoints.reading import load_config, load_params
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.models.parameters import abstract_model
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     exported = convert([arguments.checkpoint], arguments.to / "hf")
     back = convert([exported], arguments.to / "orbax")
 
-    binding = abstract_model(load_config(arguments.checkpoint).model)
+    binding = abstract_model(ModelConfig.from_config(load_config(arguments.checkpoint).model))
     before, after = load_params(arguments.checkpoint, binding), load_params(back, binding)
     assert before.keys() == after.keys()
     for name, weight in before.items():

@@ -1,15 +1,21 @@
 """The configuration: every key once, with its default, its unit and where it comes from.
 
-A stage file in `configs/` takes `stage_config(preset)` and changes what the stage changes. Facts that
-nobody outside the authors of Kangaroo knows ("inferred") are keys here, never constants in code.
+A dataclass is a section, its field a key. A stage file in `configs/` takes `stage_config(preset)`, a ConfigDict made
+of them, and changes what the stage changes; `from_config` makes a section of such a ConfigDict again, whose keys a
+type checker sees. Facts that nobody outside the authors of Kangaroo knows ("inferred") are keys here, never constants
+in code.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import ml_collections
 from ml_collections import ConfigDict
 
-PRESETS = ("kangaroo_8b", "base_100m", "tiny")
+from kangaroo_jax.config_files import nearest
+from kangaroo_jax.errors import UserError
+
 # The curriculum, in order: files of `configs/`.
 STAGES = (
     "stage1_image_pretrain",
@@ -20,156 +26,337 @@ STAGES = (
 )
 
 
-def model_config(preset: str) -> ConfigDict:
-    """The model of a preset: `kangaroo_8b` (published sizes), `base_100m` (benchmarks) or `tiny` (CPU).
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What the sections have in common."""
 
-    Raises ValueError for an unknown preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")
-    c = ConfigDict()
-    c.preset = preset
-    c.dtype = "bfloat16"  # of the computation; weights that train are float32
-    c.scan = True  # layers stacked and scanned; False unrolls them, for debugging
-    c.attention = "auto"  # splash, cudnn, xla_chunked or auto
+    PATH: ClassVar[str]  # where a stage's config has it
 
-    v = c.vision = ConfigDict()
-    v.patch_size = 14
-    v.width = 1024
-    v.depth = 24
-    v.heads = 16
-    v.mlp_width = 2730
-    v.pos_embed_grid = 32  # side of the stored position embedding; other grids are resized from it
-    v.rope_theta = 10_000.0
-    v.rope_reference_grid = 16  # rotary positions run from 0 to this, whatever the grid
-    v.norm_eps = 1e-6
-    v.output_norm = False  # inferred: the features before the final norm
-    v.remat = "auto"  # none, dots, minimal, full, offload (models/stack.py); auto is by stage and chip
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> Self:
+        """The section with the values of a ConfigDict.
 
-    t = c.tpe = ConfigDict()
-    t.enabled = True
-    t.theta = 10_000.0  # inferred
+        Raises UserError that names the first key which the section does not have, which is missing, or whose value is
+        of another type than its default. A whole number will do for a fraction, a list for a tuple.
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        for key in config:
+            if key not in fields:
+                raise UserError(f"{cls.PATH}: there is no key {key!r}{nearest(key, fields)}")
+        for key in fields:
+            if key not in config:
+                raise UserError(f"{cls.PATH}.{key} is missing; {cls.PATH} needs every key that kangaroo_jax.config has")
+        return cls(**{key: _read(config[key], default, f"{cls.PATH}.{key}") for key, default in fields.items()})
 
-    p = c.patchify = ConfigDict()
-    p.enabled = True  # stages 1 and 2 bypass it
-    p.kernel = (2, 2, 2)  # inferred: frames, rows, columns; the stride is the same
-    p.bias = True  # inferred
 
-    c.projector = "mlp2x_gelu"  # inferred: linear or mlp2x_gelu
+def _read(value: Any, default: Any, path: str) -> Any:
+    """`value` as the type of `default`. Raises UserError."""
+    if isinstance(default, Section) and isinstance(value, Mapping | ConfigDict):
+        return type(default).from_config(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, bool) == isinstance(default, bool):
+        if isinstance(default, float) and isinstance(value, int):
+            return float(value)
+        if isinstance(value, type(default)):
+            return value
+    raise UserError(f"{path} is {value!r}: must be {_KINDS.get(type(default), 'a section')}")
 
-    m = c.llm = ConfigDict()
-    m.vocab_size = 128_256
-    m.width = 4096
-    m.depth = 32
-    m.heads = 32
-    m.kv_heads = 8
-    m.head_dim = 128
-    m.mlp_width = 14_336
-    m.rope_theta = 500_000.0
-    # Of Llama 3.1 and later (factor 8); Llama 3 and Kangaroo have none (factor 1).
-    m.rope_scaling = ConfigDict(dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192))
-    m.norm_eps = 1e-5
-    m.remat = "auto"
-    m.loss_chunk = 1024  # tokens whose logits exist at a time
-    # Inferred: the four marks around a video are renamed reserved tokens; the last is only a placeholder.
-    c.special_ids = ConfigDict(dict(vi_start=128_002, eof=128_003, eov=128_004, vi_end=128_005, vision=128_011))
 
-    if preset == "base_100m":
-        v.update(width=512, depth=8, heads=8, mlp_width=1365, pos_embed_grid=16, remat="none")
-        m.update(vocab_size=32_000, width=768, depth=8, heads=12, kv_heads=4, head_dim=64, mlp_width=2048)
-        m.update(remat="none", loss_chunk=512)
-        c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
-    if preset == "tiny":
-        c.update(dtype="float32", scan=False)
-        v.update(patch_size=8, width=96, depth=4, heads=3, mlp_width=256, remat="none")
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
+
+
+# ---------------------------------------------------------------------------------- the model
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(Section):
+    """The ViT."""
+
+    PATH = "config.model.vision"
+
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_width: int = 2730
+    pos_embed_grid: int = 32  # side of the stored position embedding; other grids are resized from it
+    rope_theta: float = 10_000.0
+    rope_reference_grid: int = 16  # rotary positions run from 0 to this, whatever the grid
+    norm_eps: float = 1e-6
+    output_norm: bool = False  # inferred: the features before the final norm
+    remat: str = "auto"  # none, dots, minimal, full, offload (models/stack.py); auto is by stage and chip
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeConfig(Section):
+    """The temporal position encoding."""
+
+    PATH = "config.model.tpe"
+
+    enabled: bool = True
+    theta: float = 10_000.0  # inferred
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchifyConfig(Section):
+    """The 3D patchify."""
+
+    PATH = "config.model.patchify"
+
+    enabled: bool = True  # stages 1 and 2 bypass it
+    kernel: tuple[int, ...] = (2, 2, 2)  # inferred: frames, rows, columns; the stride is the same
+    bias: bool = True  # inferred
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling(Section):
+    """Of Llama 3.1 and later (factor 8); Llama 3 and Kangaroo have none (factor 1)."""
+
+    PATH = "config.model.llm.rope_scaling"
+
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(Section):
+    """The decoder."""
+
+    PATH = "config.model.llm"
+
+    vocab_size: int = 128_256
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    mlp_width: int = 14_336
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    norm_eps: float = 1e-5
+    remat: str = "auto"
+    loss_chunk: int = 1024  # tokens whose logits exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds(Section):
+    """Inferred: the four marks around a video are renamed reserved tokens; the last is only a placeholder."""
+
+    PATH = "config.model.special_ids"
+
+    vi_start: int = 128_002
+    eof: int = 128_003
+    eov: int = 128_004
+    vi_end: int = 128_005
+    vision: int = 128_011
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    """The model; the defaults are those of the published sizes."""
+
+    PATH = "config.model"
+
+    preset: str = "kangaroo_8b"
+    dtype: str = "bfloat16"  # of the computation; weights that train are float32
+    scan: bool = True  # layers stacked and scanned; False unrolls them, for debugging
+    attention: str = "auto"  # splash, cudnn, xla_chunked or auto
+    vision: VisionConfig = VisionConfig()
+    tpe: TimeConfig = TimeConfig()
+    patchify: PatchifyConfig = PatchifyConfig()
+    projector: str = "mlp2x_gelu"  # inferred: linear or mlp2x_gelu
+    llm: LlamaConfig = LlamaConfig()
+    special_ids: SpecialIds = SpecialIds()
+
+
+_SMALL_IDS = SpecialIds(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
+_BASE = ModelConfig(
+    preset="base_100m",
+    vision=VisionConfig(width=512, depth=8, heads=8, mlp_width=1365, pos_embed_grid=16, remat="none"),
+    llm=LlamaConfig(
+        vocab_size=32_000,
+        width=768,
+        depth=8,
+        heads=12,
+        kv_heads=4,
+        head_dim=64,
+        mlp_width=2048,
+        remat="none",
+        loss_chunk=512,
+    ),
+    special_ids=_SMALL_IDS,
+)
+_TINY = ModelConfig(
+    preset="tiny",
+    dtype="float32",
+    scan=False,
+    vision=VisionConfig(
+        patch_size=8,
+        width=96,
+        depth=4,
+        heads=3,
+        mlp_width=256,
+        remat="none",
+        pos_embed_grid=4,
+        rope_reference_grid=4,
         # Features of unit size, beside which the time encoding can be seen; those of a pretrained encoder can be
         # larger, because the decoder has seen more.
-        v.update(pos_embed_grid=4, rope_reference_grid=4, output_norm=True)
-        m.update(vocab_size=768, width=64, depth=4, heads=4, kv_heads=4, head_dim=16, mlp_width=192)
-        m.update(rope_theta=10_000.0, remat="none", loss_chunk=128)
-        c.special_ids.update(vi_start=6, eof=7, eov=8, vi_end=9, vision=10)
-    return c
+        output_norm=True,
+    ),
+    llm=LlamaConfig(
+        vocab_size=768,
+        width=64,
+        depth=4,
+        heads=4,
+        kv_heads=4,
+        head_dim=16,
+        mlp_width=192,
+        rope_theta=10_000.0,
+        remat="none",
+        loss_chunk=128,
+    ),
+    special_ids=_SMALL_IDS,
+)
+
+
+# ----------------------------------------------------------------------------------- a stage
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    """What a stage reads, and how it is packed."""
+
+    PATH = "config.data"
+
+    train: tuple[str, ...] = ()  # annotation files of any format (docs/data.md), or registry names; NAME%50 takes half
+    weights: tuple[float, ...] = ()  # one a source: how often it is drawn; () draws by size
+    registry: str = ""  # JSON file of named sources (Qwen's or LLaMA-Factory's dataset_info.json)
+    media_root: str = ""  # folder of the media they name; "" is each file's own folder
+    tokenizer: str = ""  # tokenizer.json, tokenizer.model (Llama 3) or a SentencePiece .model
+    shuffle: bool = True  # False takes the samples in the order of the files, one after the other, again and again
+    loss_on: str = "assistant"  # assistant: its turns alone; caption: the same with no user text in the prompt
+    image_size: int = 448  # S, pixels
+    fps: float = 1.0  # frames sampled a second, clipped to the ranges below
+    min_frames: int = 16
+    max_frames: int = 64
+    long_seconds: float = 64.0  # a video longer than this takes the long range
+    long_min_frames: int = 16
+    long_max_frames: int = 64
+    max_sample_tokens: int = 10_240  # a longer sample is cut at a turn, or goes to the ledger
+    tokens_per_pack: int = 10_240  # T
+    frames_per_pack: int = 64  # F
+    packs_per_batch: int = 128  # B, over all hosts
+    packing_bins: int = 16  # packs' worth of samples among which a row is filled; 0: one sample a row
+    num_workers: int = 0  # decoding processes; 0 decodes in threads of this process
+    decode_seconds: float = 120.0  # for one file; then it is given up, and its process replaced
+    media_cache: str = ""  # folder of media fetched from gs://, s3://, https://; "" is ~/.cache/kangaroo/media
+    media_cache_gib: int = 50
+    fetch_gib: float = 4.0  # of one address; a larger one goes to the ledger
+    fetch_seconds: float = 600.0  # for one address
+    allow_private: bool = False  # True: addresses may lead to this machine and to private networks
+    cache_mib: int = 0  # decoded clips kept in memory, for corpora small enough to be read again and again
+    strict: bool = False  # True raises at the first sample that cannot be read
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """What trains, and how."""
+
+    PATH = "config.optimizer"
+
+    learning_rate: float = 1e-4  # at the peak, where the multiplier is 1
+    # What trains, and at what rate: the first pattern that matches a parameter's path gives its
+    # multiplier of the learning rate; None freezes it.
+    trainable: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
+    warmup_fraction: float = 0.03  # inferred, as are the rest
+    final_fraction: float = 0.1  # cosine decay to this share of the peak
+    kind: str = "adamw"  # adafactor, whose state is a thousandth of the weights; muon, which learns more in a step
+    moment_dtype: str = "float32"  # of Adam's two moments: float32 or bfloat16
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # none on biases, norms and embeddings of position
+    clip_norm: float = 1.0  # of the gradient; 0 does not clip
+    frozen_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Section):
+    """Steps, checkpoints, and where the arrays lie."""
+
+    PATH = "config.train"
+
+    steps: int = 1000
+    log_every: int = 10
+    checkpoint_every: int = 500  # steps; the last step is always saved
+    checkpoint_minutes: float = 20.0  # and whenever the last save is so long ago; 0: by steps alone
+    keep_checkpoints: int = 2  # the last ones; 0 keeps all
+    keep_period: int = 0  # steps; a checkpoint of a multiple of it is saved and never deleted; 0: none
+    on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip what the step would change
+    nonfinite_in_a_row: int = 10  # so many skipped steps one after another stop the stage, too
+    tensorboard: bool = False
+    profile: tuple[int, ...] = ()  # (first, last) step to profile into workdir/profile
+    compile_cache: str = ""  # folder that keeps compiled programs between runs; "" is JAX's own default
+    lost_seconds: float = 30.0  # a host that is silent for so long is lost: the others stop, with exit code 75
+    mesh: tuple[int, ...] = ()  # data, fsdp, context, tensor; -1 takes what is left, () is by stage and chip
+    accumulate: int = 0  # parts of a batch computed one after another; 0 is by stage and chip
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig(Section):
+    """A training stage."""
+
+    PATH = "config"
+
+    stage: str = ""  # name of the stage; a folder of the curriculum's workdir
+    model: ModelConfig = ModelConfig()
+    init_from: str = ""  # checkpoint folder whose weights the stage starts from; "" is a fresh start
+    init_other_rope: bool = False  # True: the stage may change the rope settings of init_from, as for longer contexts
+    allow_changes: tuple[str, ...] = ()  # keys ("model.llm.rope_theta", ...) that may differ from the checkpoint's
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+_STAGES = {
+    "kangaroo_8b": StageConfig(),
+    "base_100m": StageConfig(model=_BASE),
+    "tiny": StageConfig(
+        model=_TINY,
+        data=DataConfig(
+            image_size=48,
+            max_sample_tokens=1024,
+            packing_bins=8,
+            tokens_per_pack=512,
+            frames_per_pack=48,
+            packs_per_batch=4,
+            cache_mib=512,
+        ),
+        optimizer=OptimizerConfig(kind="muon"),  # learns from scratch what the others have from pretraining
+        train=TrainConfig(log_every=10, checkpoint_every=100, mesh=(1, -1, 1, 1), accumulate=1),
+    ),
+}
+PRESETS = tuple(_STAGES)
 
 
 def stage_config(preset: str) -> ConfigDict:
-    """Defaults of a training stage, to be changed by its file in `configs/`."""
-    c = ConfigDict()
-    c.stage = ""  # name of the stage; a folder of the curriculum's workdir
-    c.model = model_config(preset)
-    c.init_from = ""  # checkpoint folder whose weights the stage starts from; "" is a fresh start
-    c.init_other_rope = False  # True: the stage may change the rope settings of init_from, as for longer contexts
-    c.allow_changes = ()  # keys ("model.llm.rope_theta", "data.tokenizer") that may differ from the checkpoint's
-    c.seed = 0
+    """Defaults of a training stage, to be changed by its file in `configs/`.
 
-    d = c.data = ConfigDict()
-    d.train = ()  # annotation files of any format (docs/data.md), or names of the registry; NAME%50 takes half
-    d.weights = ()  # one a source: how often it is drawn; () draws by size
-    d.registry = ""  # JSON file of named sources (Qwen's or LLaMA-Factory's dataset_info.json)
-    d.media_root = ""  # folder of the media they name; "" is each file's own folder
-    d.tokenizer = ""  # tokenizer.json, tokenizer.model (Llama 3) or a SentencePiece .model
-    d.shuffle = True  # False takes the samples in the order of the files, one after the other, again and again
-    d.loss_on = "assistant"  # assistant: its turns alone; caption: the same with no user text in the prompt
-    d.image_size = 448  # S, pixels
-    d.fps = 1.0  # frames sampled a second, clipped to the ranges below
-    d.min_frames = 16
-    d.max_frames = 64
-    d.long_seconds = 64.0  # a video longer than this takes the long range
-    d.long_min_frames = 16
-    d.long_max_frames = 64
-    d.max_sample_tokens = 10_240  # a longer sample is cut at a turn, or goes to the ledger
-    d.tokens_per_pack = 10_240  # T
-    d.frames_per_pack = 64  # F
-    d.packs_per_batch = 128  # B, over all hosts
-    d.packing_bins = 16  # packs' worth of samples among which a row is filled; 0: one sample a row
-    d.num_workers = 0  # decoding processes; 0 decodes in threads of this process
-    d.decode_seconds = 120.0  # for one file; then it is given up, and its process replaced
-    d.media_cache = ""  # folder of media fetched from gs://, s3://, https://; "" is ~/.cache/kangaroo/media
-    d.media_cache_gib = 50
-    d.fetch_gib = 4.0  # of one address; a larger one goes to the ledger
-    d.fetch_seconds = 600.0  # for one address
-    d.allow_private = False  # True: addresses may lead to this machine and to private networks
-    d.cache_mib = 0  # decoded clips kept in memory, for corpora small enough to be read again and again
-    d.strict = False  # True raises at the first sample that cannot be read
+    The presets are `kangaroo_8b` (published sizes), `base_100m` (benchmarks) and `tiny` (CPU). Raises ValueError for
+    another.
+    """
+    if preset not in _STAGES:
+        raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")
+    return ConfigDict(dataclasses.asdict(_STAGES[preset]))
 
-    o = c.optimizer = ConfigDict()
-    o.learning_rate = 1e-4  # at the peak, where the multiplier is 1
-    # What trains, and at what rate: the first pattern that matches a parameter's path gives its
-    # multiplier of the learning rate; None freezes it.
-    o.trainable = ((".*", 1.0),)
-    o.warmup_fraction = 0.03  # inferred, as are the rest
-    o.final_fraction = 0.1  # cosine decay to this share of the peak
-    o.kind = "adamw"  # adafactor, whose state is a thousandth of the weights; muon, which learns more in a step
-    o.moment_dtype = "float32"  # of Adam's two moments: float32 or bfloat16
-    o.b1 = 0.9
-    o.b2 = 0.95
-    o.eps = 1e-8
-    o.weight_decay = 0.1  # none on biases, norms and embeddings of position
-    o.clip_norm = 1.0  # of the gradient; 0 does not clip
-    o.frozen_dtype = "bfloat16"
-    if preset == "tiny":
-        o.kind = "muon"  # learns from scratch what the other presets have from pretraining
 
-    t = c.train = ConfigDict()
-    t.steps = 1000
-    t.log_every = 10
-    t.checkpoint_every = 500  # steps; the last step is always saved
-    t.checkpoint_minutes = 20.0  # and whenever the last save is so long ago; 0: by steps alone
-    t.keep_checkpoints = 2  # the last ones; 0 keeps all
-    t.keep_period = 0  # steps; a checkpoint of a multiple of it is saved and never deleted; 0: none
-    t.on_nonfinite = "stop"  # a loss or gradient that is not finite: stop, or skip what the step would change
-    t.nonfinite_in_a_row = 10  # so many skipped steps one after another stop the stage, too
-    t.tensorboard = False
-    t.profile = ()  # (first, last) step to profile into workdir/profile
-    t.compile_cache = ""  # folder that keeps compiled programs between runs; "" is JAX's own default
-    t.lost_seconds = 30.0  # a host that is silent for so long is lost: the others stop, with exit code 75
-    t.mesh = ()  # data, fsdp, context, tensor; -1 takes what is left, () is by stage and chip
-    t.accumulate = 0  # parts of a batch computed one after another; 0 is by stage and chip
-
-    if preset == "tiny":
-        d.update(image_size=48, max_sample_tokens=1024, packing_bins=8)
-        d.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=4, cache_mib=512)
-        t.update(log_every=10, checkpoint_every=100, mesh=(1, -1, 1, 1), accumulate=1)
-    return c
+def model_config(preset: str) -> ConfigDict:
+    """The model of a preset. Raises ValueError for an unknown one."""
+    return stage_config(preset).model
 
 
 def lock(config: ConfigDict) -> ConfigDict:
@@ -182,13 +369,13 @@ def to_plain(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
     return config.to_dict()
 
 
-def frames_per_group(config: Any) -> int:
+def frames_per_group(model: ModelConfig) -> int:
     """How many frames stand behind one group of vision tokens: what the patchify joins, 1 where it is bypassed."""
-    return config.patchify.kernel[0] if config.patchify.enabled else 1
+    return model.patchify.kernel[0] if model.patchify.enabled else 1
 
 
-def tokens_per_group(config: Any, image_size: int) -> int:
+def tokens_per_group(model: ModelConfig, image_size: int) -> int:
     """Vision tokens of one temporal group of frames of `image_size` pixels."""
-    grid = image_size // config.vision.patch_size
-    _, rows, columns = config.patchify.kernel if config.patchify.enabled else (1, 1, 1)
+    grid = image_size // model.vision.patch_size
+    _, rows, columns = model.patchify.kernel if model.patchify.enabled else (1, 1, 1)
     return (grid // rows) * (grid // columns)

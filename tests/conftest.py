@@ -26,7 +26,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import ModelConfig, stage_config
 from kangaroo_jax.models.kangaroo import KangarooModel
 
 
@@ -67,7 +67,9 @@ def make_random_model() -> Callable[[ConfigDict], nnx.Module]:
 
     def make(config: ConfigDict) -> nnx.Module:
         rng = np.random.default_rng(0)
-        graph, weights = nnx.split(nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0))))
+        graph, weights = nnx.split(
+            nnx.eval_shape(lambda: KangarooModel(ModelConfig.from_config(config), rngs=nnx.Rngs(0)))
+        )
 
         def draw(path: tuple, weight: jax.ShapeDtypeStruct) -> jax.Array:
             name = jax.tree_util.keystr(path)

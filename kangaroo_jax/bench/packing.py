@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.audit.stats import Sizes, fullness
 from kangaroo_jax.errors import UserError
@@ -29,7 +29,8 @@ def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[
     Text is cut to what `max_sample_tokens` leaves, as a trainer would.
     """
     data, rng = config.data, np.random.default_rng(seed)
-    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
+    model = ModelConfig.from_config(config.model)
+    group, rows = frames_per_group(model), tokens_per_group(model, data.image_size)
     two_ranges = (data.long_min_frames, data.long_max_frames) != (data.min_frames, data.max_frames)
     found = []
     for i in range(samples):

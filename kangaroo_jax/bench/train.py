@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import find_chip
-from kangaroo_jax.config import frames_per_group, stage_config, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, stage_config, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
@@ -43,7 +43,8 @@ def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBa
     """
     data, rng = config.data, np.random.default_rng(seed)
     b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
-    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
+    model = ModelConfig.from_config(config.model)
+    group, rows = frames_per_group(model), tokens_per_group(model, data.image_size)
     vision = min(f // group * rows, t - 16)
     index, length = np.arange(t, dtype=np.int32), -(-t // segments)
     tokens = rng.integers(16, config.model.llm.vocab_size, (b, t), np.int32)
@@ -105,7 +106,8 @@ def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float
 
     Returns ms_per_call, frames_per_second, device and, where the chip's peak is known, mfu.
     """
-    graph, weights = nnx.split(KangarooModel(config.model, rngs=nnx.Rngs(config.seed), param_dtype=config.model.dtype))
+    model = ModelConfig.from_config(config.model)
+    graph, weights = nnx.split(KangarooModel(model, rngs=nnx.Rngs(config.seed), param_dtype=model.dtype))
     side, random = config.data.image_size, np.random.default_rng(0)
     pixels = jax.device_put(random.integers(0, 256, (1, frames, side, side, 3), np.uint8))
     times = jax.device_put(np.arange(frames, dtype=np.float32)[None])
@@ -180,8 +182,9 @@ class JaxTrainer:
     """The real train step of a config on one batch, again and again."""
 
     def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
-        binding = abstract_model(config.model)
-        make = lambda: make_state(config, binding.flatten(KangarooModel(config.model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
+        model = ModelConfig.from_config(config.model)
+        binding = abstract_model(model)
+        make = lambda: make_state(config, binding.flatten(KangarooModel(model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
         self.state = jax.jit(make)()  # in one program: what is frozen never exists in float32
         self._step = build_step(config, binding, self.state)
         self._batch = jax.device_put(batch)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.checkpoints.digests import changed
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
-from kangaroo_jax.config import PRESETS, stage_config
+from kangaroo_jax.config import PRESETS, ModelConfig, stage_config
 from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding, Params, abstract_model
@@ -208,14 +208,23 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
         raise damaged(folder, "config: its model or data is no section")
     if "model" not in plain:
         raise damaged(folder, "config: it has no model")
+    return completed(plain, folder).lock()
+
+
+def completed(plain: Mapping[str, Any], where: Path) -> ml_collections.ConfigDict:
+    """The config that an earlier version kept in `where`; what it lacks is as its preset has it.
+
+    Keys that this version does not know are left out where they do not make the model. Raises UserError for a setting
+    of the model that it does not know.
+    """
     preset = plain["model"].get("preset")
     known = stage_config(preset if preset in PRESETS else PRESETS[0]).to_dict()
     for name in unknown_keys(plain["model"], known["model"]):
         raise UserError(
-            f"{folder}: config.model.{name} of the checkpoint is a setting that this version does not know; use the "
+            f"{where}: config.model.{name} of the checkpoint is a setting that this version does not know; use the "
             "version that wrote it, or a later one"
         )
-    return ml_collections.ConfigDict(_filled(plain, known)).lock()
+    return ml_collections.ConfigDict({**plain, **_filled(plain, known)})
 
 
 def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
@@ -228,13 +237,10 @@ def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator
 
 
 def _filled(found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """`found` with the keys of `known` that it lacks."""
-    both = {key: _filled(value, known[key]) for key, value in found.items() if _is_section(value, known.get(key))}
-    return {**known, **found, **both}
-
-
-def _is_section(value: Any, known: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(known, Mapping)
+    """The keys of `known`, with the values of `found` where it has them."""
+    filled = {key: found.get(key, value) for key, value in known.items()}
+    sections = [key for key, value in known.items() if isinstance(value, Mapping) and isinstance(filled[key], Mapping)]
+    return {**filled, **{key: _filled(filled[key], known[key]) for key in sections}}
 
 
 def _read_json(folder: Path) -> Any:
@@ -253,7 +259,7 @@ def load_for_inference(path: str | Path) -> tuple[KangarooModel, ml_collections.
     """(model, config, tokenizer file) of a checkpoint, stage or curriculum folder. Raises UserError."""
     folder = find(path)
     config = load_config(folder)
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     model = binding.bind(load_params(folder, binding))
     return model, config, find_tokenizer(folder)
 

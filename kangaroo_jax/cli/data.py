@@ -148,7 +148,7 @@ def show(
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
     """
-    from kangaroo_jax.config import frames_per_group, tokens_per_group
+    from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
     from kangaroo_jax.data.audit.samples import Samples
     from kangaroo_jax.data.batches.loader import batch_from_recipes
     from kangaroo_jax.data.batches.preview import batch_tree, save_picture
@@ -160,7 +160,8 @@ def show(
         raise UserError(f"data show: there is no sample {number}; there are {len(samples)}, from 0")
     settings, vocabulary = _config(config, tokenizer)
     side = settings.data.image_size
-    sizes = frames_per_group(settings.model), tokens_per_group(settings.model, side)
+    model = ModelConfig.from_config(settings.model)
+    sizes = frames_per_group(model), tokens_per_group(model, side)
     recipe = make_recipe(samples[number], vocabulary, settings.data, *sizes)
     batch = batch_from_recipes([recipe], tokens=len(recipe.tokens), frames=recipe.frames, image_size=side)
     size = f"{len(recipe.tokens)} tokens, {recipe.frames} frames"

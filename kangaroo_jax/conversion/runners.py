@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, read_json, unwrapped
@@ -78,7 +79,7 @@ class InJax:
         self.config = ConfigDict(source.config.to_dict())
         self.config.model.update(dtype="float32", attention="auto")
         _shrink(self.config.model, {path.split("/")[0] for path in source.weights.specs})
-        binding = abstract_model(self.config.model)
+        binding = abstract_model(ModelConfig.from_config(self.config.model))
         if source.layout == "orbax":
             params = reading.load_params(source.path, binding)
         else:

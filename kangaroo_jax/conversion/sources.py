@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import ModelConfig, RopeScaling, stage_config
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors, read_json
 from kangaroo_jax.conversion.names import NameRow
@@ -143,8 +143,6 @@ def _open_ours(path: Path) -> WeightSource:
 
     folder = reading.find(path)
     config = ConfigDict(reading.load_config(folder).to_dict())
-    default = stage_config("kangaroo_8b").model.llm.rope_scaling
-    config.model.llm.rope_scaling = config.model.llm.get("rope_scaling", default)
     folders = weight_folders(folder)
     weights = Stored(*folders)
     reading.check_shapes(weights.specs, model_shapes(config.model), folder)
@@ -159,17 +157,16 @@ def _open_ours(path: Path) -> WeightSource:
 
 def model_shapes(model: ConfigDict) -> dict[str, Any]:
     """path -> shape and dtype of every parameter of `config.model`."""
-    return dict(_model_shapes(model.to_json_best_effort(sort_keys=True)))
+    return dict(_model_shapes(ModelConfig.from_config(model)))
 
 
 @functools.lru_cache(maxsize=16)
-def _model_shapes(model: str) -> dict[str, Any]:
+def _model_shapes(model: ModelConfig) -> dict[str, Any]:
     """Tracing a model takes a second; a conversion wants its shapes several times."""
     from kangaroo_jax.models.parameters import abstract_model
 
-    config = ConfigDict(_tuples(json.loads(model)))
     try:
-        return dict(abstract_model(config).shapes)
+        return dict(abstract_model(model).shapes)
     except Exception as error:  # whatever sizes that fit nothing lead to
         why = (str(error).strip().splitlines() or [""])[0][:160]
         raise UserError(f"config.model makes no model: {type(error).__name__}: {why}; check its sizes") from None
@@ -195,9 +192,11 @@ def _config(path: Path, layout: str, tensors: Tensors, preset: str) -> ConfigDic
     config = ConfigDict(stage_config(preset).to_dict())
     if layout == "kangaroo" and (folder / SIDECAR).is_file():
         plain = read_json(folder / SIDECAR).get("config")
-        if not isinstance(plain, dict):
+        if not isinstance(plain, dict) or not isinstance(plain.get("model"), dict):
             raise UserError(f"{folder / SIDECAR}: holds no config; remove the file to go without it")
-        config = ConfigDict(_tuples(plain))
+        from kangaroo_jax.checkpoints.reading import completed
+
+        config = completed(_tuples(plain), folder / SIDECAR)
     if layout in ("kangaroo", "llama"):
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json beside the weights; it says what the shapes cannot (rope theta)")
@@ -306,11 +305,10 @@ def _vision_rope(name: str, tensor: Tensor, vision: ConfigDict) -> np.ndarray:
 
 
 def _llm_rope(layout: str, llm: ConfigDict) -> np.ndarray:
-    from kangaroo_jax.models.layers import RopeScaling
+    from kangaroo_jax.models.layers import NOT_SCALED, rotary_frequencies
 
-    frequencies = llm.rope_theta ** -(np.arange(0, llm.head_dim, 2) / llm.head_dim)
-    scaled = llm.rope_scaling.factor != 1.0 and layout != "meta"
-    return RopeScaling(**llm.rope_scaling).apply(frequencies) if scaled else frequencies
+    scaling = NOT_SCALED if layout == "meta" else RopeScaling.from_config(llm.rope_scaling)
+    return rotary_frequencies(llm.head_dim, llm.rope_theta, scaling)
 
 
 def _as_it_was(weights: Weights, folder: Path, model: ConfigDict) -> Weights:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags
 from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.addresses import short
@@ -51,8 +51,9 @@ class Kangaroo:
         self.config = config
         self.tokenizer = tokenizer
         self._generator = Generator(model)
-        self._frames_per_group = frames_per_group(config.model)
-        self._tokens_per_group = tokens_per_group(config.model, config.data.image_size)
+        sizes = ModelConfig.from_config(config.model)
+        self._frames_per_group = frames_per_group(sizes)
+        self._tokens_per_group = tokens_per_group(sizes, config.data.image_size)
         self._decoder = ThreadDecoder(usable_cpus())
         self._seen: collections.OrderedDict[Any, jax.Array] = collections.OrderedDict()
 

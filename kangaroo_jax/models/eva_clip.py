@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kangaroo_jax.config import VisionConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.layers import (
@@ -30,7 +31,7 @@ ACTIVATION = ("frames", None, "activation")
 class Attention(nnx.Module):
     """Full self-attention over a frame's patches and CLS, with a LayerNorm before the output projection."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: VisionConfig, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, n = config.width, config.heads
         h = d // n
         axes = ("vision_embed", "vision_heads", "head_dim")
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU with a LayerNorm on the hidden activations: down(norm(silu(gate(x)) * up(x)))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, i = config.width, config.mlp_width
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.gate = Linear((d,), (i,), ("vision_embed", "vision_mlp"), bias=True, **options)
@@ -73,7 +74,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm layer of the encoder."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: VisionConfig, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.attention_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
         self.attention = Attention(config, implementation=implementation, **options)
@@ -87,14 +88,14 @@ class Block(nnx.Module):
 
 
 class EvaClip(nnx.Module):
-    """The encoder for square frames whose side is a multiple of the patch. `config` is the model's `vision` section.
+    """The encoder for square frames whose side is a multiple of the patch.
 
     Raises ValueError for a width that its heads do not divide.
     """
 
     def __init__(
         self,
-        config: Any,
+        config: VisionConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,

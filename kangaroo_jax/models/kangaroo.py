@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.eva_clip import EvaClip
@@ -24,7 +25,7 @@ FRAMES = ("frames", None, "activation")
 MARKS = ("vi_start", "eof", "eov", "vi_end")  # rows of special_embedding, in this order
 
 
-def count_parameters(config: Any) -> dict[str, int]:
+def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters of each part of the model (and their `total`), counted without allocating any."""
     model = nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0)))
     counts: dict[str, int] = {}
@@ -35,12 +36,12 @@ def count_parameters(config: Any) -> dict[str, int]:
 
 
 class KangarooModel(nnx.Module):
-    """Vision encoder, temporal position encoding, patchify, projector and decoder; `config` is `config.model`.
+    """Vision encoder, temporal position encoding, patchify, projector and decoder.
 
     Weights are `param_dtype`; the computation runs in `config.dtype`, to which weights are cast where used.
     """
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         vision, llm = config.vision, config.llm
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         shared: dict[str, Any] = dict(dtype=config.dtype, scan=config.scan, attention=config.attention, **options)

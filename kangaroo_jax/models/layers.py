@@ -1,6 +1,5 @@
 """What more than one model uses: parameters, linear maps, norms and rotary position embeddings."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -11,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from kangaroo_jax.config import RopeScaling
 from kangaroo_jax.sharding import (
     divides,
     exchange,
@@ -26,6 +26,7 @@ from kangaroo_jax.sharding import (
 )
 
 Axes = tuple[str | None, ...]
+NOT_SCALED = RopeScaling()
 
 
 def truncated_normal(std: float) -> jax.nn.initializers.Initializer:
@@ -167,39 +168,31 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_1d(
-    positions: jax.Array, head_dim: int, theta: float, scaling: "RopeScaling | None" = None
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of Llama's rotary embedding (Su et al. 2021).
 
-    positions int32[B, T] -> two float32[B, T, H/2] arrays; the angle of pair i is position / theta^(2i / H),
-    slowed down by `scaling` where that is given.
+    positions int32[B, T] -> two float32[B, T, H/2] arrays; the angle of pair i is position * frequency i.
     """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    if scaling is not None:
-        frequencies = scaling.apply(frequencies)
+    frequencies = rotary_frequencies(head_dim, theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's rotary frequencies for contexts longer than it was first trained on (Dubey et al. 2024)."""
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED) -> np.ndarray:
+    """float[H/2]: theta^(-2i / H), slowed down as Llama 3.1 does for longer contexts (Dubey et al. 2024).
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int  # tokens
-
-    def apply(self, frequencies: np.ndarray) -> np.ndarray:
-        """float[H/2] -> float[H/2].
-
-        A pair that turns more than `high_freq_factor` times within `original_length` tokens keeps its
-        frequency, one that turns less than `low_freq_factor` times is slowed down by `factor`, and
-        between the two the frequency is interpolated.
-        """
-        turns = self.original_length * frequencies / (2 * np.pi)
-        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
-        return frequencies * (kept + (1 - kept) / self.factor)
+    A pair that turns more than `high_freq_factor` times within `original_length` tokens keeps its
+    frequency, one that turns less than `low_freq_factor` times is slowed down by `factor`, and
+    between the two the frequency is interpolated.
+    """
+    frequencies: np.ndarray = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if scaling.factor == 1.0:
+        return frequencies
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotary_2d(grid: int, head_dim: int, theta: float, reference_grid: int) -> tuple[np.ndarray, np.ndarray]:

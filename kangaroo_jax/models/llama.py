@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kangaroo_jax.config import LlamaConfig
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.layers import (
     Linear,
     RMSNorm,
-    RopeScaling,
     lookup,
     parameter,
     rotary_1d,
@@ -59,7 +59,7 @@ class Memory:
 class Attention(nnx.Module):
     """Causal self-attention with grouped key-value heads and rotary positions."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: LlamaConfig, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_dim
         options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
         self.query = Linear((d,), (n, h), ("embed", "heads", "head_dim"), **options)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         d, i = config.width, config.mlp_width
         options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
         self.gate = Linear((d,), (i,), ("embed", "mlp"), **options)
@@ -125,7 +125,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm layer of the decoder."""
 
-    def __init__(self, config: Any, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(self, config: LlamaConfig, *, implementation: str, rngs: nnx.Rngs, param_dtype: DTypeLike):
         norm: dict[str, Any] = dict(eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.attention_norm = RMSNorm(config.width, **norm)
         self.attention = Attention(config, implementation=implementation, rngs=rngs, param_dtype=param_dtype)
@@ -147,14 +147,14 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Token embedding, the layers, the final norm and an untied head. `config` is the model's `llm` section.
+    """Token embedding, the layers, the final norm and an untied head.
 
     Raises UserError, when called, for an attention implementation that does not run here.
     """
 
     def __init__(
         self,
-        config: Any,
+        config: LlamaConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
@@ -174,8 +174,7 @@ class Llama(nnx.Module):
         self.head = Linear((d,), (v,), ("embed", "vocab"), bias=False, rngs=rngs, param_dtype=param_dtype)
         self.depth, self.kv_heads, self.head_dim = config.depth, config.kv_heads, config.head_dim
         self.rope_theta, self.remat, self.loss_chunk = config.rope_theta, config.remat, config.loss_chunk
-        scaling = config.get("rope_scaling")  # a config older than this key has none
-        self.rope_scaling = RopeScaling(**scaling) if scaling and scaling["factor"] != 1.0 else None
+        self.rope_scaling = config.rope_scaling
         self.scan, self.dtype = scan, jnp.dtype(dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
 
@@ -68,6 +68,6 @@ def split_trainable(
     return trainable, frozen
 
 
-def abstract_model(config: ml_collections.ConfigDict) -> Binding:
-    """The structure of the model of `config.model`, with nothing allocated."""
+def abstract_model(config: ModelConfig) -> Binding:
+    """The structure of a model, with nothing allocated."""
     return Binding(nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0))))

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kangaroo_jax.config import PatchifyConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.layers import Linear, constant, parameter
 
@@ -30,10 +31,10 @@ def time_encoding(seconds: jax.Array, width: int, theta: float) -> jax.Array:
 class Patchify(nnx.Module):
     """A depthwise 3D convolution whose stride is its kernel: joins frames and neighbouring patches.
 
-    It starts as average pooling. `config` is the model's `patchify` section.
+    It starts as average pooling.
     """
 
-    def __init__(self, config: Any, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: PatchifyConfig, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.kernel_size = tuple(config.kernel)
         mean = 1.0 / float(np.prod(self.kernel_size))
         axes = (None, None, None, "vision_embed")

@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Slices
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.attention_splash import visited_share
@@ -123,7 +124,7 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
     from kangaroo_jax.training.state import abstract_state, build_step
 
     mesh = make_mesh(config.train.mesh, devices)
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     state = abstract_state(config, binding, mesh)
     step = build_step(config, binding, state)
     with jax.set_mesh(mesh):

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, Slices
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import MESH_AXES, sharding
 from kangaroo_jax.training.flops import part_trains, step_flops
@@ -37,7 +37,8 @@ def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float
 
 def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
     """Estimated memory a device, in GiB, of a resolved config (`training.placement.resolve`)."""
-    data, model, (_, fsdp, context, tensor) = config.data, config.model, config.train.mesh
+    data, model = config.data, ModelConfig.from_config(config.model)
+    _, fsdp, context, tensor = config.train.mesh
     llm, vision = model.llm, model.vision
     devices = config.train.mesh[0] * fsdp * context * tensor
     state, gradients = weights_and_state(config, counts)

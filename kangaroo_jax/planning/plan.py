@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Slices, parse_topology
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import formula as plan_formula
@@ -80,7 +80,7 @@ def make_plan(
     Raises UserError where the config does not fit the number of chips, or libtpu is missing.
     """
     config = resolve(config, target.chip, target.devices, target.slices)
-    counts = count_parameters(config.model)
+    counts = count_parameters(ModelConfig.from_config(config.model))
     compiled = compile_step(config, target, cache) if target.chip.compiles_on_cpu else None
     flops = step_flops(config)
     seconds = flops.causal / (target.devices * target.chip.tflops * 1e12 * mfu)
@@ -134,7 +134,8 @@ def useful_share(config: ConfigDict) -> float:
     from kangaroo_jax.data.batches.packing import Packer, PackItem
 
     data, random_ = config.data, random.Random(0)
-    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
+    model = ModelConfig.from_config(config.model)
+    group, rows = frames_per_group(model), tokens_per_group(model, data.image_size)
     packer = Packer(data.tokens_per_pack, data.frames_per_pack, data.packing_bins)
     used = packs = 0
     for index in range(SAMPLES):
@@ -170,7 +171,7 @@ def nearest_change(
 
     Changes cost ever more speed or money: remat, tensor and context axes, bfloat16 moments, a larger slice.
     """
-    counts = count_parameters(config.model)
+    counts = count_parameters(ModelConfig.from_config(config.model))
     base = plan_formula.peak_gib(resolve(config, target.chip, target.devices, target.slices), counts)
     known = plan.peak_hbm_gib == plan.peak_hbm_gib  # not NaN
     correction = plan.peak_hbm_gib / base if known else 1.0  # the formula, corrected by what the compiler said
@@ -230,7 +231,7 @@ def search(
     config: ConfigDict, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
 ) -> tuple[Plan, ConfigDict] | None:
     """The fastest mesh and remat policies that fit, in the formula's order; None if none does."""
-    counts = count_parameters(config.model)
+    counts = count_parameters(ModelConfig.from_config(config.model))
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
         if number == SEARCHED:
             break

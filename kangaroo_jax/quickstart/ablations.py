@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import STAGES, tokens_per_group
+from kangaroo_jax.config import STAGES, ModelConfig, tokens_per_group
 from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.system.files import write_json
@@ -42,7 +42,7 @@ def without_times(config: ConfigDict) -> None:
 def without_patchify(config: ConfigDict) -> None:
     """Every patch of every frame is a token; as many frames as then fit the same pack."""
     config.model.patchify.enabled = False
-    grid_tokens = tokens_per_group(config.model, config.data.image_size) + 1
+    grid_tokens = tokens_per_group(ModelConfig.from_config(config.model), config.data.image_size) + 1
     room = (config.data.tokens_per_pack - 200) // grid_tokens // 2 * 2  # 200 tokens stay for the text
     for key in ("min_frames", "max_frames", "long_min_frames", "long_max_frames", "frames_per_pack"):
         config.data[key] = min(config.data[key], room)

@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.models.parameters import multiplier
 
 _SOME_WEIGHT = {
@@ -54,7 +54,7 @@ def step_flops(config: ConfigDict, head_tokens: int | None = None) -> Flops:
 
     `head_tokens`: targets of weight over 0 in the batch, for which logits are computed; by default all.
     """
-    model, data = config.model, config.data
+    model, data = ModelConfig.from_config(config.model), config.data
     tokens, frames = data.packs_per_batch * data.tokens_per_pack, data.packs_per_batch * data.frames_per_pack
     vision, llm = model.vision, model.llm
     trains = {name: part_trains(name, config) for name in PARTS}

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.sharding import mesh_scope, sharding
@@ -19,7 +20,7 @@ def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainStat
     """Weights of `config.init_from`, or fresh ones, split into trained and frozen; zeros in the optimiser."""
 
     def fresh() -> dict[str, jax.Array]:
-        return binding.flatten(KangarooModel(config.model, rngs=nnx.Rngs(config.seed)))
+        return binding.flatten(KangarooModel(ModelConfig.from_config(config.model), rngs=nnx.Rngs(config.seed)))
 
     places = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
     if config.init_from:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.chips import Chip, find_chip
-from kangaroo_jax.config import PRESETS, frames_per_group, model_config, to_plain, tokens_per_group
+from kangaroo_jax.config import PRESETS, ModelConfig, frames_per_group, model_config, to_plain, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader
@@ -123,7 +123,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     if devices[0].platform == "cpu":
         keep_freed_memory()
     # ----------------------------------------------------------------- model and tokenizer
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     check_trainable(config, binding.shapes)
     state: TrainState = abstract_state(config, binding, mesh)
     barrier(f"{config.stage} opens")
@@ -336,11 +336,12 @@ def _preset_for(tokenizer: Tokenizer) -> str:
 
 def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
     """The stage's batches: `rows` of them, which this host needs. Raises UserError."""
+    model = ModelConfig.from_config(config.model)
     return make_loader(
         config.data,
         tokenizer,
-        frames_per_group=frames_per_group(config.model),
-        tokens_per_group=tokens_per_group(config.model, config.data.image_size),
+        frames_per_group=frames_per_group(model),
+        tokens_per_group=tokens_per_group(model, config.data.image_size),
         seed=config.seed,
         ledger=ledger,
         rows=rows,

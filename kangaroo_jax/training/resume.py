@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints.reading import find_tokenizer, load_config, tokenizer_file
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model, multiplier
@@ -31,7 +32,7 @@ def check_resume(folder: Path, config: ConfigDict, shapes: Mapping[str, jax.Shap
         differ = {key: values for key, values in differ.items() if not key.startswith(scaling)}  # is none
     for key, values in differ.items():
         if key.startswith("model.") and key.removeprefix("model.") not in _COMPUTATION:
-            if dict(abstract_model(saved.model).shapes) != dict(shapes):
+            if dict(abstract_model(ModelConfig.from_config(saved.model)).shapes) != dict(shapes):
                 raise _cannot(folder, key, *values)
             if key not in config.allow_changes:
                 raise _not_asked(f"{folder}: config.{key} was {values[0]!r} and is now {values[1]!r}", key)

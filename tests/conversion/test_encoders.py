@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.cli import main as cli
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
@@ -48,7 +49,7 @@ def assembled(parts, tmp_path_factory) -> Path:
 
 
 def restored(folder: Path) -> dict[str, np.ndarray]:
-    binding = abstract_model(reading.load_config(folder).model)
+    binding = abstract_model(ModelConfig.from_config(reading.load_config(folder).model))
     return {path: np.asarray(value) for path, value in reading.load_params(folder, binding).items()}
 
 

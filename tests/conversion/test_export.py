@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion import verify as verification
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.verify import verify
@@ -153,7 +154,7 @@ def test_saved_by_transformers_and_converted_back(theirs, checkpoint, tmp_path):
     config, expected = (reading.load_config(folder) for folder in (tmp_path / "back", checkpoint))
     assert config.model.llm.to_dict() == expected.model.llm.to_dict()
     assert config.data.max_frames == expected.data.max_frames == 24
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     params, wanted = (reading.load_params(folder, binding) for folder in (tmp_path / "back", checkpoint))
     for path in set(wanted) - {"llm/embedding"}:
         np.testing.assert_array_equal(params[path], wanted[path], err_msg=path)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.models.parameters import abstract_model
@@ -31,7 +32,7 @@ def quiet(*args, **kwargs) -> Path:
 def restored(folder: Path) -> dict[str, np.ndarray]:
     """The parameters as Orbax restores them for training."""
     config = reading.load_config(folder)
-    params = reading.load_params(folder, abstract_model(config.model))
+    params = reading.load_params(folder, abstract_model(ModelConfig.from_config(config.model)))
     return {path: np.asarray(value) for path, value in params.items()}
 
 
@@ -134,7 +135,7 @@ def test_our_conversion_is_what_training_restores_on_a_mesh(checkpoint, tmp_path
     quiet([checkpoint], tmp_path / "hf")
     quiet([tmp_path / "hf"], tmp_path / "again")
     mesh = make_mesh((1, 2, 1, 1), jax.devices()[:2])
-    binding = abstract_model(reading.load_config(tmp_path / "again").model)
+    binding = abstract_model(ModelConfig.from_config(reading.load_config(tmp_path / "again").model))
     params = reading.load_params(tmp_path / "again", binding, mesh)
     assert len(params["llm/layers/mlp/gate/kernel"].sharding.device_set) == 2
     assert_same({path: np.asarray(value) for path, value in params.items()}, restored(checkpoint))
@@ -263,6 +264,6 @@ def test_a_stage_starts_from_a_conversion(checkpoint, tmp_path):
     quiet([checkpoint], tmp_path / "hf")
     quiet([tmp_path / "hf"], tmp_path / "start")
     config = ConfigDict(reading.load_config(tmp_path / "start").to_dict())
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     assert reading.find(tmp_path / "start") == tmp_path / "start"
     assert set(reading.load_params(tmp_path / "start", binding)) == set(binding.shapes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.config import LlamaConfig
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
@@ -59,7 +60,7 @@ def our_llama(folder: Path) -> Llama:
     """The decoder of a folder of theirs, in JAX."""
     source = open_source(folder)
     weights = {path: source.weights.read(path, whole(spec.shape)) for path, spec in source.weights.specs.items()}
-    model = Llama(source.config.model.llm, rngs=nnx.Rngs(0))
+    model = Llama(LlamaConfig.from_config(source.config.model.llm), rngs=nnx.Rngs(0))
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parameter.set_value(jnp.asarray(weights.pop("llm/" + "/".join(map(str, path)))))
     assert not weights

@@ -16,7 +16,7 @@ from PIL import Image
 
 from kangaroo_jax.checkpoints.reading import keep_tokenizer
 from kangaroo_jax.cli.chat import chat, talk, typed
-from kangaroo_jax.config import to_plain
+from kangaroo_jax.config import ModelConfig, to_plain
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.media.storage import MediaCache, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames
@@ -237,7 +237,7 @@ def checkpoint(tmp_path_factory, make_micro_config, media, random_model):
     folder = tmp_path_factory.mktemp("stage5_long_video")
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    params = abstract_model(config.model).flatten(random_model)
+    params = abstract_model(ModelConfig.from_config(config.model)).flatten(random_model)
     state = TrainState(jnp.int32(7), params, {}, {})
     checkpoints = Checkpoints(folder, state)
     checkpoints.save(state, b"{}", to_plain(config))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.inference import generate
 from kangaroo_jax.inference.generate import Generator, Prompts, bucket
@@ -31,7 +31,8 @@ def model(config, make_random_model) -> KangarooModel:
 
 def make_batch(config, frame_counts: list[int], lengths: list[int], seed: int = 0) -> PackedBatch:
     """One prompt a row: vision tokens from the third place on, then text up to `lengths`."""
-    per_frame = tokens_per_group(config.model, config.data.image_size) // frames_per_group(config.model)
+    model = ModelConfig.from_config(config.model)
+    per_frame = tokens_per_group(model, config.data.image_size) // frames_per_group(model)
     rows, side = len(lengths), config.data.image_size
     tokens = np.zeros((rows, T), np.int32)
     vision_index = np.full((rows, T), -1, np.int32)
@@ -84,7 +85,8 @@ def answers_of(generator: Generator, config, batch: PackedBatch, steps: int, sto
 def prompts_of(generator: Generator, config, batch: PackedBatch):
     """Prompts whose vision rows are those of all rows of the batch, one after another; and these vision rows."""
     rows, count = batch.frames.shape[:2]
-    each = count // frames_per_group(config.model) * tokens_per_group(config.model, config.data.image_size)
+    model = ModelConfig.from_config(config.model)
+    each = count // frames_per_group(model) * tokens_per_group(model, config.data.image_size)
     index = np.where(batch.vision_index < 0, -1, batch.vision_index + each * np.arange(rows)[:, None]).astype(np.int32)
     prompts = Prompts(batch.tokens, index, np.count_nonzero(batch.segment_ids, axis=1).astype(np.int32))
     if not count:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.checkpoints.reading import keep_tokenizer
-from kangaroo_jax.config import to_plain
+from kangaroo_jax.config import ModelConfig, to_plain
 from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.run import annotate_clips
 from kangaroo_jax.data.tokenizer import train_sentencepiece
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory, make_micro_config, make_random_model) -> Path:
     folder = tmp_path_factory.mktemp("own") / "stage5_long_video"
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    params = abstract_model(config.model).flatten(make_random_model(config.model))
+    params = abstract_model(ModelConfig.from_config(config.model)).flatten(make_random_model(config.model))
     state = TrainState(jnp.int32(7), params, {}, {})
     checkpoints = Checkpoints(folder, state)
     checkpoints.save(state, b"{}", to_plain(config))

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from safetensors import safe_open
 
+from kangaroo_jax.config import LlamaConfig, PatchifyConfig, VisionConfig
 from kangaroo_jax.models.eva_clip import EvaClip
 from kangaroo_jax.models.llama import Llama
 from kangaroo_jax.models.patchify import Patchify, Projector
@@ -107,20 +107,18 @@ def torch_layout(path: str, array: np.ndarray) -> np.ndarray:
 def eva() -> tuple[EvaClip, dict[str, np.ndarray]]:
     """The fixture's vision encoder and its cases."""
     weights, cases, c = read("eva02_tiny")
-    config = ConfigDict(
-        dict(
-            patch_size=c["patch"],
-            width=c["embed_dim"],
-            depth=c["depth"],
-            heads=c["num_heads"],
-            mlp_width=c["mlp_hidden"],
-            pos_embed_grid=c["img"][0] // c["patch"],
-            rope_theta=10_000.0,
-            rope_reference_grid=c["ref_grid"],
-            norm_eps=1e-6,
-            output_norm=False,
-            remat="none",
-        )
+    config = VisionConfig(
+        patch_size=c["patch"],
+        width=c["embed_dim"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        mlp_width=c["mlp_hidden"],
+        pos_embed_grid=c["img"][0] // c["patch"],
+        rope_theta=10_000.0,
+        rope_reference_grid=c["ref_grid"],
+        norm_eps=1e-6,
+        output_norm=False,
+        remat="none",
     )
     model = EvaClip(config, rngs=nnx.Rngs(0))
     load(model, weights, EVA_NAMES)
@@ -130,20 +128,18 @@ def eva() -> tuple[EvaClip, dict[str, np.ndarray]]:
 def llama(**options) -> tuple[Llama, dict[str, np.ndarray]]:
     """The fixture's decoder and its cases."""
     weights, cases, c = read("llama_tiny")
-    config = ConfigDict(
-        dict(
-            vocab_size=c["vocab_size"],
-            width=c["hidden_size"],
-            depth=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            kv_heads=c["num_key_value_heads"],
-            head_dim=c["head_dim"],
-            mlp_width=c["intermediate_size"],
-            rope_theta=c["rope_parameters"]["rope_theta"],
-            norm_eps=c["rms_norm_eps"],
-            remat="none",
-            loss_chunk=16,
-        )
+    config = LlamaConfig(
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        heads=c["num_attention_heads"],
+        kv_heads=c["num_key_value_heads"],
+        head_dim=c["head_dim"],
+        mlp_width=c["intermediate_size"],
+        rope_theta=c["rope_parameters"]["rope_theta"],
+        norm_eps=c["rms_norm_eps"],
+        remat="none",
+        loss_chunk=16,
     )
     model = Llama(config, rngs=nnx.Rngs(0), **options)
     load(model, weights, LLAMA_NAMES)
@@ -154,7 +150,7 @@ def patchify_and_projector() -> tuple[Patchify, Projector, dict[str, np.ndarray]
     """The fixture's convolution and projector, and their case."""
     weights, cases, _ = read("patchify_projector_tiny")
     width, outputs = weights["patchify.bias"].size, weights["projector.0.bias"].size
-    patchify = Patchify(ConfigDict(dict(kernel=(2, 2, 2), bias=True)), width, rngs=nnx.Rngs(0))
+    patchify = Patchify(PatchifyConfig(), width, rngs=nnx.Rngs(0))
     projector = Projector("mlp2x_gelu", width, outputs, rngs=nnx.Rngs(0))
     load(patchify, {key: value for key, value in weights.items() if key.startswith("patchify")}, PATCHIFY_NAMES)
     load(projector, {key: value for key, value in weights.items() if key.startswith("projector")}, PROJECTOR_NAMES)

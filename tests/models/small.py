@@ -7,22 +7,21 @@ from dataclasses import fields
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
-from kangaroo_jax.config import model_config
+from kangaroo_jax.config import ModelConfig, model_config
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.kangaroo import KangarooModel
 
 VOCABULARY, SIDE, GROUP_FRAMES, GROUP_TOKENS = 67, 16, 2, 4  # 16 pixels, patches of 4: a grid of 4 x 4
 
 
-def small_config(**changes) -> ConfigDict:
+def small_config(**changes) -> ModelConfig:
     """Two layers each; `changes` are dotted keys of the model's configuration with __ for the dot."""
     c = model_config("tiny")
     c.vision.update(patch_size=4, width=16, depth=2, heads=2, mlp_width=24, pos_embed_grid=4, rope_reference_grid=4)
     c.llm.update(vocab_size=VOCABULARY, width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=40, loss_chunk=8)
     c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return c
+    return ModelConfig.from_config(c)
 
 
 @functools.cache

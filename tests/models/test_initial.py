@@ -16,9 +16,10 @@ DEPTH = {"llm": 2, "vision": 3}
 def weights() -> dict[str, np.ndarray]:
     """Of a model wide enough for a deviation to be seen."""
     config = small_config(
-        vision__width=64, vision__heads=4, vision__mlp_width=96, vision__depth=3, vision__pos_embed_grid=6
+        **dict(vision__width=64, vision__heads=4, vision__mlp_width=96, vision__depth=3, vision__pos_embed_grid=6),
+        **dict(llm__width=80, llm__heads=6, llm__kv_heads=2, llm__head_dim=16, llm__mlp_width=112),
+        llm__vocab_size=200,
     )
-    config.llm.update(width=80, heads=6, kv_heads=2, head_dim=16, mlp_width=112, vocab_size=200)
     make = lambda: KangarooModel(config, rngs=nnx.Rngs(0))  # noqa: E731
     binding = Binding(nnx.eval_shape(make))
     return {path: np.asarray(x) for path, x in jax.jit(lambda: binding.flatten(make()))().items()}

@@ -11,7 +11,7 @@ import pytest
 
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.config import STAGES
+from kangaroo_jax.config import STAGES, ModelConfig
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
@@ -67,7 +67,7 @@ def test_flops_of_llama_are_six_per_weight_and_token_and_frozen_parts_cost_less(
     config = load_config("stage4_instruct:kangaroo_8b")
     with config.unlocked():
         config.data.update(packs_per_batch=1)
-    flops, counts = step_flops(config), count_parameters(config.model)
+    flops, counts = step_flops(config), count_parameters(ModelConfig.from_config(config.model))
     tokens = config.data.tokens_per_pack
     in_products = counts["llm"] - config.model.llm.vocab_size * config.model.llm.width  # all but the embedding
     assert flops.llm_linear + flops.head == pytest.approx(6 * in_products * tokens, rel=1e-3)
@@ -158,7 +158,7 @@ def test_frozen_parts_add_no_gradient_collectives_and_logits_are_not_gathered(co
             if found and found[0] in ("all-reduce", "reduce-scatter"):
                 moved[name] += found[1] * visit.times
             assert not (found and found[0] == "all-gather" and plan_compile.is_logits(visit.operation, config))
-    counts = count_parameters(config.model)
+    counts = count_parameters(ModelConfig.from_config(config.model))
     assert moved["frozen"] < 4 * 1.2 * (counts["total"] - counts["llm"]) + 4096
     assert moved["trained"] > moved["frozen"] + 4 * 0.5 * counts["llm"]
 
@@ -203,7 +203,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 def test_the_nearest_change_fits_by_the_formula_that_said_no():
     config, target = load_config("stage5_long_video:kangaroo_8b"), parse_topology("V100:8")
-    counts = count_parameters(config.model)
+    counts = count_parameters(ModelConfig.from_config(config.model))
     before = plan.make_plan(config, target, mfu=0.4)
     assert not before.fits
     change = plan.nearest_change(config, target, before)

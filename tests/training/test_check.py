@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kangaroo_jax.config import STAGES
+from kangaroo_jax.config import STAGES, ModelConfig
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
@@ -57,7 +57,7 @@ def test_every_stage_passes_and_something_must_train():
             check_config(load_config(f"{name}:{preset}"))
     check_config(load_config("stage0_text_warmup:tiny"))
     config = load_config("stage4_instruct:tiny")
-    shapes = abstract_model(config.model).shapes
+    shapes = abstract_model(ModelConfig.from_config(config.model)).shapes
     check_trainable(config, shapes)
     for rules, message in (
         (((".*", None),), "leaves nothing to train"),

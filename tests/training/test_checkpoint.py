@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from kangaroo_jax.checkpoints.reading import load_params
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
@@ -36,8 +37,8 @@ def test_an_array_far_larger_than_all_others_is_saved_and_restored(tmp_path):
 
 
 def test_weights_are_read_back_without_a_warning(tmp_path, micro_config, caplog):
-    binding = abstract_model(micro_config.model)
-    params = binding.flatten(KangarooModel(micro_config.model, rngs=nnx.Rngs(0)))
+    binding = abstract_model(ModelConfig.from_config(micro_config.model))
+    params = binding.flatten(KangarooModel(ModelConfig.from_config(micro_config.model), rngs=nnx.Rngs(0)))
     state = TrainState(jnp.int32(1), params, {}, {"count": jnp.int32(0)})
     checkpoints = Checkpoints(tmp_path, state)
     checkpoints.save(state, b"", {})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training import distributed
@@ -166,7 +167,7 @@ def test_a_save_that_is_killed_is_never_taken_for_whole(corpus, alone, tmp_path)
         if saves.exists() and any(path.name.isdigit() for path in saves.iterdir()):
             folder = reading.find(workdir)
             assert reading.load_config(folder).stage == "stage4_instruct"
-            binding = abstract_model(reading.load_config(folder).model)
+            binding = abstract_model(ModelConfig.from_config(reading.load_config(folder).model))
             assert all(np.isfinite(np.asarray(x)).all() for x in reading.load_params(folder, binding).values())
     assert wait(start(corpus, workdir, 1), 600) == [0], output(workdir, 0)[-3000:]
     (losses, samples), (expected, expected_samples) = history(workdir), history(alone)

@@ -14,6 +14,7 @@ from flax import nnx
 from kangaroo_jax.checkpoints.digests import digests
 from kangaroo_jax.checkpoints.frozen import weight_folders
 from kangaroo_jax.checkpoints.reading import find, load_params
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.curation.stages.embedding import load_encoder
 from kangaroo_jax.errors import UserError
@@ -136,8 +137,8 @@ def test_a_checkpoint_that_holds_all_goes_on_as_one_that_does_not(tmp_path):
 
 
 def test_every_reader_of_weights_has_both(tmp_path, micro_config):
-    binding = abstract_model(micro_config.model)
-    params = binding.flatten(KangarooModel(micro_config.model, rngs=nnx.Rngs(0)))
+    binding = abstract_model(ModelConfig.from_config(micro_config.model))
+    params = binding.flatten(KangarooModel(ModelConfig.from_config(micro_config.model), rngs=nnx.Rngs(0)))
     frozen = {k: v for k, v in params.items() if k.startswith("llm/") or k.endswith("bias")}
     folder = save(tmp_path, state_of(1, {k: v for k, v in params.items() if k not in frozen}, frozen))
     found, stored = load_params(tmp_path, binding), Stored(*weight_folders(folder / "1"))

@@ -12,7 +12,7 @@ import pytest
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import changed, digests
 from kangaroo_jax.checkpoints.reading import NotFinite
-from kangaroo_jax.config import to_plain
+from kangaroo_jax.config import ModelConfig, to_plain
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
@@ -64,12 +64,12 @@ REFUSED = {
 
 def test_what_cannot_change_is_named_and_what_may_is_said(trained, corpus):
     folder = reading.find(trained / "run")
-    shapes = abstract_model(config_of(trained, corpus).model).shapes
+    shapes = abstract_model(ModelConfig.from_config(config_of(trained, corpus).model)).shapes
     assert check_resume(folder, config_of(trained, corpus), shapes) == []
     for key, (value, message) in REFUSED.items():
         config = config_of(trained, corpus, **{key: value})
         with pytest.raises(UserError, match=message) as error:
-            check_resume(folder, config, abstract_model(config.model).shapes)
+            check_resume(folder, config, abstract_model(ModelConfig.from_config(config.model)).shapes)
         assert "\n" not in str(error.value)
     config = config_of(trained, corpus, **{"optimizer.learning_rate": 3e-3, "data.fps": 2.0, "train.steps": 8})
     config.optimizer.trainable = (("llm/.*", 0.5), (".*", 1.0))  # the same weights train

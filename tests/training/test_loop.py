@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
@@ -67,7 +68,7 @@ def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
 def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, tmp_path):
     config = small_stage("stage1_image_pretrain", corpus, 3)
     config.optimizer.trainable = load_config("stage1_image_pretrain:kangaroo_8b").optimizer.trainable
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     before = initial_state(config, binding, make_mesh((1, 1, 1, 1), jax.devices()[:1]))
     assert all(v.dtype == jnp.bfloat16 for v in before.frozen.values())
     assert all(v.dtype == jnp.float32 for v in before.params.values())
@@ -90,7 +91,7 @@ def test_gradients_of_frozen_parts_are_not_computed(corpus):
     frozen = small_stage("stage5_long_video", corpus, 3, **{"data.long_max_frames": 16, "data.long_min_frames": 16})
     flops = []
     for config in (everything, frozen):
-        binding = abstract_model(config.model)
+        binding = abstract_model(ModelConfig.from_config(config.model))
         config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=16)
         config.train.mesh = (1, 1, 1, 1)
         from kangaroo_jax.training import loop

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
@@ -58,8 +59,8 @@ def batch(config) -> PackedBatch:
 
 
 def first_params(config) -> dict[str, jax.Array]:
-    model = KangarooModel(config.model, rngs=nnx.Rngs(0))
-    return {k: np.asarray(v) for k, v in abstract_model(config.model).flatten(model).items()}
+    model = KangarooModel(ModelConfig.from_config(config.model), rngs=nnx.Rngs(0))
+    return {k: np.asarray(v) for k, v in abstract_model(ModelConfig.from_config(config.model)).flatten(model).items()}
 
 
 def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[float]:
@@ -67,7 +68,7 @@ def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[f
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     config = config.copy_and_resolve_references()
     config.train.update(steps=STEPS, accumulate=accumulate)
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     with mesh_scope(mesh):
         make = functools.partial(make_state, config)
         state = jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, params), binding, mesh))(params)
@@ -99,7 +100,7 @@ def test_losses_of_20_steps_equal_those_of_one_device(config, batch, params, one
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(config, batch, params):
     """Parts differ in their weights, so that a mean of means would not do."""
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     run = jax.jit(lambda params, batch, parts: gradient(binding, params, {}, batch, parts), static_argnums=2)
     (whole, weight), expected = run(params, batch, 1)
     (parts, weight_of_parts), actual = run(params, batch, 4)
@@ -120,7 +121,7 @@ def test_generated_text_is_that_of_one_device(config, params, shape):
     """Prefill and decoding with the cache cut over devices, two prompts of different length with video."""
     from kangaroo_jax.inference.generate import Generator, Prompts
 
-    binding = abstract_model(config.model)
+    binding = abstract_model(ModelConfig.from_config(config.model))
     random = np.random.default_rng(1)
     tokens, index = random.integers(11, 400, (2, 128)).astype(np.int32), np.full((2, 128), -1, np.int32)
     index[0, 3:5], index[1, 7:8] = [0, 1], [2]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from kangaroo_jax.config import model_config, stage_config
+from kangaroo_jax.config import ModelConfig, model_config, stage_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
@@ -66,7 +66,7 @@ def test_clipping_is_by_the_global_norm():
 
 
 def test_norms_biases_and_embeddings_of_position_are_not_decayed():
-    model = abstract_model(model_config("tiny"))
+    model = abstract_model(ModelConfig.from_config(model_config("tiny")))
     kept = {path.split("/")[-1] for path, flag in decayed(model.shapes).items() if not flag}
     assert kept == {"bias", "scale", "position_embedding", "cls_token", "special_embedding"}
     touched = {path.split("/")[-1] for path, flag in decayed(model.shapes).items() if flag}

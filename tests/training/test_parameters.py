@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import model_config
+from kangaroo_jax.config import ModelConfig, model_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding, abstract_model, multiplier, split_trainable
@@ -14,7 +14,7 @@ from kangaroo_jax.sharding import RULES
 
 @pytest.fixture(scope="module")
 def model() -> KangarooModel:
-    return KangarooModel(model_config("tiny"), rngs=nnx.Rngs(0))
+    return KangarooModel(ModelConfig.from_config(model_config("tiny")), rngs=nnx.Rngs(0))
 
 
 def test_flatten_and_bind_are_inverse(model):
@@ -28,7 +28,7 @@ def test_flatten_and_bind_are_inverse(model):
 
 
 def test_abstract_binding_equals_real(model):
-    real, abstract = Binding(model), abstract_model(model_config("tiny"))
+    real, abstract = Binding(model), abstract_model(ModelConfig.from_config(model_config("tiny")))
     assert real.shapes == abstract.shapes
     assert real.axes == abstract.axes
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings
 from kangaroo_jax.curation.stages.pictures import key_frame_paths
 from kangaroo_jax.data.media.image import load_image
@@ -70,7 +71,7 @@ def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np
     from kangaroo_jax.checkpoints.reading import load_config
 
     config = load_config(checkpoint)
-    binding, params = load_encoder(checkpoint, config.model)
+    binding, params = load_encoder(checkpoint, ModelConfig.from_config(config.model))
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:
@@ -79,12 +80,12 @@ def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np
     return side or config.data.image_size, lambda frames: _unit(np.asarray(encode(params, frames)))
 
 
-def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
+def load_encoder(path: str, config: ModelConfig) -> tuple[Any, dict[str, Any]]:
     """The vision encoder of a checkpoint: its `Binding` and its weights. Nothing else of the checkpoint is read.
 
     Args:
         path: a checkpoint, or a stage or curriculum that holds some.
-        config: `config.model` of it.
+        config: its model.
 
     Raises UserError: there is none, or it is of another model.
     """
@@ -97,7 +98,7 @@ def load_encoder(path: str, config: Any) -> tuple[Any, dict[str, Any]]:
     from kangaroo_jax.models.eva_clip import EvaClip
     from kangaroo_jax.models.parameters import Binding
 
-    options = {key: config[key] for key in ("dtype", "scan", "attention")}
+    options: dict[str, Any] = dict(dtype=config.dtype, scan=config.scan, attention=config.attention)
     binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))
     checkpoint, prefix = find(path), "vision/"
     found = {folder: ocp.StandardCheckpointHandler().metadata(folder).tree for folder in weight_folders(checkpoint)}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import STAGES, frames_per_group, tokens_per_group
+from kangaroo_jax.config import STAGES, ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
@@ -80,7 +80,8 @@ def _recipes(
     conversations: Sequence[Conversation], config: ConfigDict, tokenizer: Tokenizer
 ) -> tuple[list[Recipe], int]:
     """The recipes of a stage, and how many samples make none."""
-    sizes = frames_per_group(config.model), tokens_per_group(config.model, config.data.image_size)
+    model = ModelConfig.from_config(config.model)
+    sizes = frames_per_group(model), tokens_per_group(model, config.data.image_size)
     recipes = []
     for conversation in conversations:
         try:

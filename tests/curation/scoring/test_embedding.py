@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.config import to_plain
+from kangaroo_jax.config import ModelConfig, to_plain
 from kangaroo_jax.curation import duplicates
 from kangaroo_jax.curation.curate import Options, curate, plain_config, select_again
 from kangaroo_jax.curation.engine.manifest import read_inputs
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory, model) -> Path:
     """What training would have written of it."""
     config, weights = model
     folder = tmp_path_factory.mktemp("embedding") / "stage1"
-    params = abstract_model(config.model).flatten(weights)
+    params = abstract_model(ModelConfig.from_config(config.model)).flatten(weights)
     state = TrainState(jnp.int32(3), params, {}, {})
     checkpoints = Checkpoints(folder, state)
     checkpoints.save(state, b"{}", to_plain(config))
