@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -284,16 +284,25 @@ class WorkerPool:
             if error is None:
                 future.cancel()
             else:
-                future.set_exception(error)
+                with contextlib.suppress(InvalidStateError):  # of one that was cancelled
+                    future.set_exception(error)
 
     def _hand_out(self) -> None:
         for worker in self._workers:
             if worker.job is None and worker.ready:
-                with self._lock:
-                    if not self._queue:
-                        return
-                    job = self._queue.popleft()
+                job = self._next_job()
+                if job is None:
+                    return
                 worker.begin(job, time.monotonic() + self._time_limit)
+
+    def _next_job(self) -> "tuple[Future[Any], tuple] | None":
+        """The first job in the queue that was not cancelled meanwhile."""
+        with self._lock:
+            while self._queue:
+                job = self._queue.popleft()
+                if not job[0].cancelled():
+                    return job
+        return None
 
     def _collect(self, worker: "_Worker") -> None:
         """Take the outcome of a worker that is done, crashed or too late; a new one takes a lost one's place."""
@@ -312,7 +321,8 @@ class WorkerPool:
             )
             outcome = UserError(f"{short(getattr(arguments[0], 'path', arguments[0]))}: {reason}")
             self._workers[self._workers.index(worker)] = _Worker(self._job, self._prepare)
-        future.set_result(outcome)
+        with contextlib.suppress(InvalidStateError):  # it was cancelled while a worker was at it
+            future.set_result(outcome)
 
     def close(self) -> None:
         """End the processes; jobs that are not done are cancelled."""
@@ -392,7 +402,7 @@ def _send(connection: Connection, outcome: Any) -> None:
         return
     pixels = np.ascontiguousarray(outcome.pixels).data.cast("B")
     shared = len(pixels) >= _SHARED and hasattr(os, "memfd_create")
-    header = (outcome.pixels.shape, outcome.times, outcome.zero, outcome.missed, shared)
+    header = (outcome.pixels.shape, outcome.times, outcome.zero, outcome.missed, outcome.damaged, shared)
     if shared:
         with open(os.memfd_create("kangaroo-pixels"), "wb") as file:
             file.write(pixels)
@@ -407,9 +417,9 @@ def _send(connection: Connection, outcome: Any) -> None:
 
 def _receive(connection: Connection) -> Any:
     outcome = connection.recv()
-    if not isinstance(outcome, tuple) or len(outcome) != 5:
+    if not isinstance(outcome, tuple) or len(outcome) != 6:
         return outcome
-    shape, times, zero, missed, shared = outcome
+    shape, times, zero, missed, damaged, shared = outcome
     if shared:
         with open(reduction.recv_handle(connection), "r+b") as file:  # the memory is freed with the array
             pixels = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8).reshape(shape)
@@ -418,7 +428,7 @@ def _receive(connection: Connection) -> Any:
         view = pixels.data.cast("B")
         for first in range(0, len(view), _PIECE):
             connection.recv_bytes_into(view[first : first + _PIECE])
-    return Clip(pixels, times, zero, missed)
+    return Clip(pixels, times, zero, missed, damaged)
 
 
 _SHARED = 1 << 22  # bytes from which pixels get memory of their own; a process may have 65,530 such mappings

@@ -251,6 +251,11 @@ class FramePicker:
         """The time of the first frame by the file's own clock, seconds."""
         return self._zero or 0.0
 
+    @property
+    def damaged(self) -> bool:
+        """Whether something read so far could not be decoded."""
+        return self._errors > 0
+
     def pick(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Frames on display at `times` (ascending seconds of the file): uint8[n, S, S, 3], float64[n].
 

@@ -90,6 +90,7 @@ class Clip:
     times: np.ndarray
     zero: float = 0.0  # time 0 on the file's own clock, to which `ffprobe` refers
     missed: int = 0  # moments whose own frame was damaged; they have an earlier one, with its own time
+    damaged: bool = False  # whether something on the way could not be decoded
 
 
 # --------------------------------------------------------------------------------- sampling
@@ -212,7 +213,7 @@ def load_video(
         wanted = _wanted(path, length, policy, times, start, end)
         picker = FramePicker(path, container, stream, image_size, seconds)
         pixels, seen = picker.pick(wanted + offset)
-        return Clip(pixels, np.maximum(seen - offset, 0.0), picker.zero + offset, picker.missed)
+        return Clip(pixels, np.maximum(seen - offset, 0.0), picker.zero + offset, picker.missed, picker.damaged)
 
 
 def _wanted(
