@@ -7,6 +7,7 @@ time every answer must come out of the cache.
 import asyncio
 import contextlib
 import json
+import os
 import random
 import resource
 import subprocess
@@ -23,14 +24,17 @@ from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.client import Client, Limits
 from kangaroo_jax.llm_client.endpoint import Endpoint
 from kangaroo_jax.llm_client.requests import Reply, Request
+from kangaroo_jax.system.children import uninterrupted
 
 
 @contextlib.contextmanager
 def faulty_server(*arguments: str) -> Iterator[str]:
     """The address of a running `faulty_server.py`, which ends with the block."""
-    command = [sys.executable, "-m", "kangaroo_jax.bench.faulty_server", *arguments]
+    command = [sys.executable, "-m", "kangaroo_jax.bench.faulty_server", f"--parent={os.getpid()}", *arguments]
     folder = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+    with uninterrupted():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+    with process:
         try:
             assert process.stdout is not None
             yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"

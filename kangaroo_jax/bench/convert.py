@@ -125,12 +125,17 @@ def _convert(source: Path, target: Path) -> tuple[float, float, float]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "kangaroo_jax", "convert", f"--from={source}", f"--to={target}"]
     start, peak = time.perf_counter(), 0.0
-    process = subprocess.Popen(command, env={**environment, "JAX_PLATFORMS": "cpu"})
+    # In a group of its own it meets no Ctrl-C of the terminal: this process alone answers that.
+    process = subprocess.Popen(command, env={**environment, "JAX_PLATFORMS": "cpu"}, process_group=0)
     ended = 0
-    while not ended:
-        peak = peak_mib(process.pid) / 1024 or peak
-        time.sleep(0.02)
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    try:
+        while not ended:
+            peak = peak_mib(process.pid) / 1024 or peak
+            time.sleep(0.02)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    finally:
+        if not ended:
+            process.kill()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"the conversion of {source} failed")

@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.system.children import end_with_parent
+
 FAULTS = ("429", "503", "hang", "truncated", "malformed")
 _EN = "a man woman dog cat red blue green car ball table street kitchen walks holds throws opens beside near tree door"
 _ZH = "一个男人在厨房里打开红色的门然后拿起蓝色的球走到街上看见绿色汽车和一只小狗坐在树旁边女人桌子"
@@ -236,7 +238,11 @@ def main() -> None:
     parser.add_argument("--truths", default="", help="JSON file of questions and answers that anybody knows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hostile", action="store_true", help="no answer is one: the table HOSTILE in turn")
-    asyncio.run(_run(parser.parse_args()))
+    parser.add_argument("--parent", type=int, help="number of the process that starts it, with which it ends")
+    options = parser.parse_args()
+    if options.parent is not None:
+        end_with_parent(options.parent)
+    asyncio.run(_run(options))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ combinations held out are of pixels. The same seed and scale give the same recor
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import random
 import re
@@ -37,6 +38,7 @@ from kangaroo_jax.corpus.text import (
 )
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.children import end_with_parent, uninterrupted
 
 FORMAT = 5  # of the files; raise it when the same settings begin to give other records
 
@@ -285,10 +287,13 @@ def _draw_all(
 
 def _start(job: Callable[[], None]) -> subprocess.Popen:
     """A fresh Python process that does a job; unlike multiprocessing's it does not import the caller's main module."""
-    code = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); pickle.load(sys.stdin.buffer)()"
-    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    code = "import pickle, sys; said = sys.stdin.buffer; sys.path[:] = pickle.load(said); "
+    code += "pickle.load(said)(); pickle.load(said)()"
+    with uninterrupted():
+        worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert worker.stdin is not None
-    worker.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
+    ends = functools.partial(end_with_parent, os.getpid())
+    worker.stdin.write(pickle.dumps(sys.path) + pickle.dumps(ends) + pickle.dumps(job))
     worker.stdin.close()
     return worker
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.children import end_with_parent, start
 from kangaroo_jax.system.memory import peak_mib
 
 _POLL = 0.05  # seconds between looks at the memory of the process
@@ -92,7 +93,7 @@ class Guard:
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name="kangaroo-curate")
         for name, value in _MALLOC.items():
             os.environ.setdefault(name, value)
-        self._process.start()
+        start(self._process)
         theirs.close()
         self._check_open()
         try:
@@ -145,8 +146,7 @@ def _resident_mib(pid: int) -> float:
 
 def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, parent: int) -> None:
     """The loop of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _end_with_parent(parent)
+    end_with_parent(parent)
     with contextlib.suppress(ImportError):
         import cv2
 
@@ -172,14 +172,3 @@ def _serve(connection: Connection, job: Callable[..., Any], memory_mib: int, par
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             outcome = ("lost", _too_much(memory_mib) if "alloc" in reason.lower() else reason)
         connection.send((*outcome, time.process_time() - begin, peak_mib()))
-
-
-def _end_with_parent(parent: int) -> None:
-    """On Linux the kernel kills this process when its parent thread dies, even in the middle of a file."""
-    if sys.platform == "linux":
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)

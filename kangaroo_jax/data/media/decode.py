@@ -10,7 +10,6 @@ import functools
 import mmap
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from kangaroo_jax.data.media.storage import MediaCache, short, use_cache
 from kangaroo_jax.data.media.video import Clip, MediaInfo, MediaRef, load_frames, load_media, probe_cached
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system import children
 
 TIME_LIMIT = 120.0  # seconds for one file
 
@@ -342,7 +342,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job, prepare), daemon=True, name="kangaroo-decode")
-        self._process.start()
+        children.start(self._process)
         theirs.close()
         self.job: tuple[Future[Any], tuple] | None = None
         self.ready = False
@@ -382,7 +382,6 @@ class _Worker:
 
 def _serve(connection: Connection, job: Job, prepare: Callable[[], None] | None) -> None:
     """The loop of a worker; it ends with the process that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if prepare is not None:
         prepare()
     with contextlib.suppress(EOFError, OSError):  # the other end is gone: its process was killed
