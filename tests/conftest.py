@@ -1,6 +1,7 @@
 """What all tests share: eight virtual CPU devices, no accelerator, compiled functions kept between runs."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one that reads what another has half written compiles again
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"-{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import jax.numpy as jnp
