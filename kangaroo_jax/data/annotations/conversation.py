@@ -7,7 +7,7 @@ from collections.abc import Sequence
 TAG = re.compile(r"(?<!\\)<(image|video)>")  # one after a backslash is text
 _TEXT_OF_TAG = re.compile(r"\\(<(?:image|video)>)")
 _LEADING_TAGS = re.compile(r"^((?:<(?:image|video)>)++)(?=\S)")
-_SCRIPTS = (  # of the languages whose script tells them apart from others; Han without kana is Chinese
+_SCRIPTS = (  # scripts that identify a language; Han without kana is Chinese
     ("ja", re.compile(r"[\u3040-\u30ff]")),
     ("ko", re.compile(r"[\uac00-\ud7af]")),
     ("zh", re.compile(r"[\u4e00-\u9fff]")),
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """A file that a conversation is about, and which part of it to look at how closely (videos).
+    """A file that a conversation is about; for a video, also which part to take and how densely to sample it.
 
     A video may be given as its `frames`, paths of images in order; `path` is then the first of them.
     """
@@ -58,7 +58,7 @@ class Conversation:
     id: str
     turns: tuple[Turn, ...]
     media: tuple[Media, ...] = ()
-    language: str = ""  # as annotated; "" where it is not
+    language: str = ""  # as annotated; "" where the record names none
 
     def split_answer(self) -> tuple["Conversation", str]:
         """The conversation up to its last answer, and that answer's text. Raises ValueError if there is none."""
@@ -73,17 +73,17 @@ def count_tags(turns: Sequence[Turn]) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Text in which nothing is a tag, as a turn holds it: a backslash before what looks like one."""
+    """The text with a backslash before whatever looks like a tag, so that a turn holds it as text."""
     return re.sub(r"(<(?:image|video)>)", r"\\\1", text)
 
 
 def literal(text: str) -> str:
-    """What a piece of a user's text between tags says: the text of which `escaped` made it."""
+    """The inverse of `escaped`, for a piece of a user's text between tags."""
     return _TEXT_OF_TAG.sub(r"\1", text)
 
 
 def spaced(text: str) -> str:
-    """Media that begin a turn are followed by a newline (`kangaroo.md` 2, inferred), whatever the format."""
+    """The text with a newline after the media that begin it, whatever the format (`kangaroo.md` 2, inferred)."""
     return _LEADING_TAGS.sub("\\1\n", text)
 
 

@@ -2,8 +2,8 @@
 
     DIR/NAME/1.0.0/{dataset_info.json, features.json, NAME-train.array_record-00000-of-00008, ...}
 
-A record is a conversation; its media are in it, or named by path. Shards are written aside and renamed, in
-any order, by any number of runs: what is there is not written again, and the bytes are those of one run.
+A record is a conversation; its media are embedded, or named by path. A shard is written to a temporary file and
+renamed. Several runs may write shards in any order: an existing shard is kept, and the bytes equal those of one run.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetPlan:
-    """What is written: conversations in the order given, a shard's worth at a time."""
+    """What a dataset is called, where it goes, and how it is cut into shards."""
 
     name: str
-    root: Path  # of all datasets
-    embed: bool  # media in the records, or named by absolute path
+    root: Path  # the folder of all datasets
+    embed: bool  # whether records hold their media or name them by absolute path
     shard_samples: int
 
     @property
     def folder(self) -> Path:
-        """Of this dataset."""
+        """The folder of this dataset."""
         return self.root / self.name / VERSION
 
     def shard(self, number: int, count: int) -> Path:
@@ -60,7 +60,7 @@ def write_dataset(
     Args:
         plan: where and how.
         conversations: anything with a length and random access.
-        fingerprint: of what they were read from; a folder begun with another is refused.
+        fingerprint: identifies the files they were read from; a folder begun with another one is refused.
         tell: prints a line a shard: rate and time left.
 
     Returns:
@@ -102,7 +102,7 @@ def encode(encoder: Any, conversation: Conversation, embed: bool) -> bytes:
 
 
 def _encodable(value: Any) -> Any:
-    """Text that UTF-8 does not hold as bytes: a file's name as its own, half a surrogate pair as "?"."""
+    """The value with strings that UTF-8 cannot encode as bytes: a file name keeps its own, a lone surrogate is "?"."""
     if isinstance(value, str):
         for errors in ("strict", "surrogateescape"):
             with contextlib.suppress(UnicodeEncodeError):
@@ -131,7 +131,7 @@ def _encode_medium(medium: Media, embed: bool) -> dict[str, Any]:
 
 
 def read_bytes(path: str) -> bytes:
-    """A medium's file. Raises UserError."""
+    """The bytes of a medium. Raises UserError."""
     member = member_of(path)
     if member is not None:
         return member.read()
@@ -156,13 +156,13 @@ def write_records(path: Path, records: Iterator[bytes]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         full = os.strerror(errno.ENOSPC)
-        if isinstance(error, RuntimeError) and full in str(error):  # the writer has no exception of its own for it
+        if isinstance(error, RuntimeError) and full in str(error):  # the writer's only exception
             raise OSError(errno.ENOSPC, full, str(path)) from error
         raise
 
 
 def _claim(plan: DatasetPlan, fingerprint: str, samples: int) -> None:
-    """Note what is written here, or check that it is the same. Raises UserError."""
+    """Record the plan in the folder, or check that the recorded one is the same. Raises UserError."""
     mine = {"source": fingerprint, "samples": samples, "embed": plan.embed, "shard_samples": plan.shard_samples}
     path = plan.folder / "build.json"
     if not path.exists():
@@ -195,7 +195,7 @@ def _write_metadata(plan: DatasetPlan, encoder: Any, count: int, samples: int) -
 
 
 def fingerprint_of(files: Sequence[Path], extra: str = "") -> str:
-    """Of annotation files: their bytes."""
+    """A digest of the bytes of annotation files."""
     digest = hashlib.sha256(extra.encode())
     for file in files:
         with open(file, "rb") as stream:
@@ -211,7 +211,7 @@ class BuiltDataset:
     """Random access to the conversations of a dataset that `write_dataset` wrote."""
 
     def __init__(self, folder: str | Path, root: str = "") -> None:
-        """Raises UserError if it is not whole."""
+        """Raises UserError if a shard is missing."""
         folder = Path(folder)
         info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
         lengths = [int(n) for split in info["splits"] if split["name"] == SPLIT for n in split["shardLengths"]]
@@ -247,7 +247,7 @@ class BuiltDataset:
     def _medium(self, row: dict[str, Any], container: str) -> Media:
         path, options = _text(row["path"]), json.loads(_text(row["options"]))
         frames = tuple(json.loads(_text(row["frames"])))
-        # The ending goes along: it tells images and animations from videos.
+        # The ending is kept: it tells images and animations from videos.
         where = f"{container}{member_suffix(path)}" if len(row["data"]) else join(self._root, path)
         return Media(_text(row["kind"]), where, frames=frames, **options)
 

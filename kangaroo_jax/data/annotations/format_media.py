@@ -20,12 +20,12 @@ from kangaroo_jax.data.media.storage import join
 from kangaroo_jax.errors import UserError
 
 _COUNTS = ("max_frames", "min_frames", "nframes")
-_MUCH = 10.0  # frames a second, above which "fps" is likelier a fact about the file than a wish
+_MUCH = 10.0  # frames a second; from here "fps" more likely describes the file than asks for a sampling rate
 
 
 @dataclasses.dataclass
 class Parsed:
-    """A conversation, the format it was written in, keys of it that mean nothing here, and what is odd about it."""
+    """A conversation, the format it was written in, the keys that were ignored, and notes on what is odd about it."""
 
     conversation: Conversation
     format: str
@@ -42,7 +42,7 @@ def record_media(item: dict, images: Sequence[str], videos: Sequence[str], where
 
 
 def listed(item: dict, key: str, where: str) -> list[Any]:
-    """The media under a key, each a path or, of a video, a list of paths. Raises UserError."""
+    """The media under a key, each a path or, for a video, a list of paths. Raises UserError."""
     value = item.get(key)
     values = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     values = [plain_path(v) for v in values]
@@ -55,14 +55,14 @@ def listed(item: dict, key: str, where: str) -> list[Any]:
 
 
 def plain_path(value: Any) -> Any:
-    """{"path": ...} and {"url": ...}, as tables have it, to the path."""
+    """The path in {"path": ...} or {"url": ...}, as tables hold it; other values as they are."""
     if isinstance(value, dict):
         return next((value[key] for key in ("at", "path", "url") if value.get(key)), None)
     return value
 
 
 def untagged_first(turns: tuple[Turn, ...], images: list, videos: list) -> tuple[Turn, ...]:
-    """Media of a record without a single tag stand before the first user's text, as ms-swift has it."""
+    """The turns with media tags before the first user's text if no turn has a tag, as in ms-swift."""
     if count_tags(turns) or not (images or videos):
         return turns
     first = next(i for i, turn in enumerate(turns) if turn.role == "user")
@@ -73,7 +73,7 @@ def untagged_first(turns: tuple[Turn, ...], images: list, videos: list) -> tuple
 def tagged(
     turns: tuple[Turn, ...], images: list[Any], videos: list[Any], item: dict, where: str, root: str, name: str
 ) -> Parsed:
-    """Turns with tags, and media apart from them. Raises UserError where tags and media do not match."""
+    """The record of turns with tags and a separate list of media. Raises UserError where they do not match."""
     notes = set()
     if videos and not images and count_tags(turns) == ["image"] * len(videos):
         turns = tuple(_of_videos(turn) for turn in turns)  # LLaVA-NeXT writes `<image>` for a video, too
@@ -106,7 +106,7 @@ def _literal(turn: Turn) -> Turn:
 
 
 def _mentions(turns: Sequence[Turn], item: dict) -> bool:
-    """Whether a record that has no key of media speaks of tags within its sentences, and has none."""
+    """Whether a record without media keys only mentions tags within its sentences."""
     texts = [turn.text.strip() for turn in turns if turn.role != "assistant" and TAG.search(turn.text)]
     standing = any(TAG.match(text) or text.endswith(("<image>", "<video>")) for text in texts)
     return bool(texts) and not standing and not {"image", "images", "video", "videos"} & item.keys()
@@ -158,7 +158,7 @@ def option_rows(item: dict, count: int, where: str) -> list[dict[str, Any]]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value] * count
-        if key == "duration":  # a fact that many data sets have in many forms: what is none is passed over
+        if key == "duration":  # data sets state it in many forms: values that are no number of seconds are ignored
             values = [seconds_of(one) for one in values] if len(values) == count else [None] * count
         elif len(values) != count:
             raise UserError(f"{where}: '{key}' has {len(values)} values for {count} videos")

@@ -91,10 +91,10 @@ class _Parts:
         return medium(kind, value, clip, self._root)
 
     def finish(self, turns: list[Turn]) -> Parsed:
-        """The conversation, once no column holds a medium that stands nowhere."""
+        """The conversation. Raises UserError where a column holds media that no part takes."""
         found = list(alternate(turns, self._where))
         left = {kind: list(waiting) for kind, waiting in self._waiting.items()}
-        if (left["image"] or left["video"]) and not self._media:  # no part says where: before the first text, as in TRL
+        if (left["image"] or left["video"]) and not self._media:  # no positions: before the first text, as in TRL
             first = next(i for i, turn in enumerate(found) if turn.role == "user")
             tags = "<video>" * len(left["video"]) + "<image>" * len(left["image"])
             found[first] = Turn("user", spaced(tags + found[first].text))

@@ -1,4 +1,4 @@
-"""The turns of a record: who speaks, what is said, and what it counts."""
+"""The turns of a record: the role, the text and the loss weight of each."""
 
 import dataclasses
 import math
@@ -75,7 +75,7 @@ def _known(keys: Keys) -> str:
 
 
 def alternate(turns: Sequence[Turn], where: str) -> tuple[Turn, ...]:
-    """The turns, if user and assistant take turns. Raises UserError."""
+    """The turns, if user and assistant alternate. Raises UserError."""
     roles = [turn.role for turn in turns]
     talk = roles[1:] if roles and roles[0] == "system" else roles
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(talk)) or not talk:

@@ -9,7 +9,7 @@ from kangaroo_jax.data.annotations.conversation import CLIP_KEYS, TAG, Conversat
 def to_record(conversation: Conversation, name: str) -> dict[str, Any]:
     """The conversation in a format of `FORMATS` (`llama_factory` with the default `Columns` and "images", "videos").
 
-    Raises ValueError where the format cannot say it.
+    Raises ValueError where the format cannot express it.
     """
     record: dict[str, Any] = {"id": conversation.id}
     if conversation.language:

@@ -57,7 +57,7 @@ _PAIRS = (("query", "response"), ("instruction", "output"), ("question", "answer
 _CAPTIONS = ("caption", "captions")
 _OPTIONS = ("options", "candidates", "choices", "option0", "choice_a", "a0", "Answer_Choices")
 _PATH_KEYS = ("image_path", "video_path", "media", "path", "file", "file_name")  # told apart by name or ending
-RECORD_KEYS = frozenset(  # all that a record is read from
+RECORD_KEYS = frozenset(  # all keys that a record is read from
     {
         *_TURN_LISTS,
         *_CAPTIONS,
@@ -92,7 +92,7 @@ class Columns:
 
 
 def is_record(item: Any) -> bool:
-    """Whether an object of JSON is a record, and not what holds records."""
+    """Whether a JSON object is a record, not a container of records."""
     keys = {*_TURN_LISTS, *_CAPTIONS, *(key for pair in _PAIRS for key in pair)}
     return isinstance(item, dict) and bool(keys & item.keys())
 

@@ -14,7 +14,7 @@ from kangaroo_jax.system.json_text import parse_json
 
 
 class ParquetRecords:
-    """A record a row. Media in the table are not read with the record, whose own keys alone are."""
+    """A record a row. Only the record's own keys are read with it; media stay in the table until they are needed."""
 
     name = "Parquet"
 
@@ -39,7 +39,7 @@ class ParquetRecords:
         return parse_record(item, where, self._root, self._columns)
 
     def _in_table(self, row: int, column: str, leaf: str, value: Any) -> Any:
-        """Media with bytes become the address of those bytes; others stay what the table says of them (a path)."""
+        """Media with bytes become the address of those bytes; others keep the table's value (a path)."""
         unknown = not leaf.endswith(".bytes") or self._beside(value)
         flags = self._table.has_bytes(row, leaf) if unknown else True
         if isinstance(value, list) or isinstance(flags, list):
@@ -49,7 +49,7 @@ class ParquetRecords:
         return self._one(row, column, 0, value, flags) if value is not None or leaf == column else None
 
     def _beside(self, value: Any) -> bool:
-        """Whether the path of a medium names a file, so that it matters whether the table has its bytes."""
+        """Whether the path of a medium names a file beside the table, so that its bytes may not be in the table."""
         if isinstance(value, list):
             return any(map(self._beside, value))
         path = value.get("path") if isinstance(value, dict) else None
@@ -64,7 +64,7 @@ class ParquetRecords:
 
 
 def _from_text(value: Any, where: str) -> Any:
-    """Tables often hold conversations as JSON text, text as bytes, and numbers as decimals."""
+    """A plain value: tables often hold conversations as JSON text, text as bytes, and numbers as decimals."""
     if isinstance(value, decimal.Decimal):
         return float(value)
     if isinstance(value, bytes):
@@ -73,5 +73,5 @@ def _from_text(value: Any, where: str) -> Any:
         try:
             return parse_json(value, where)
         except UserError:
-            return value  # text that begins so
+            return value  # text that only begins like JSON
     return value

@@ -1,4 +1,4 @@
-"""Records of text files by their number: JSON, JSON lines, and tables with a header (CSV, TSV)."""
+"""Records of text files, by index: JSON, JSON lines, and tables with a header (CSV, TSV)."""
 
 import contextlib
 import csv
@@ -22,9 +22,9 @@ from kangaroo_jax.system.json_text import parse_json
 
 _BLOCK = 1 << 24  # bytes
 _BOM = b"\xef\xbb\xbf"
-_FIELD = 1 << 24  # letters in a field of a table, at most
+_FIELD = 1 << 24  # characters in a field of a table, at most
 _WHOLE = 8 << 30  # bytes of a file that is held in memory, at most
-_HOLES = 100  # times what a file takes on the disk; beyond that it is no text, whatever a file system packs
+_HOLES = 100  # a file this many times larger than what it takes on disk is sparse, not text, even if compressed
 
 
 def opened(path: str, file: str) -> BinaryIO:
@@ -53,7 +53,7 @@ def opened(path: str, file: str) -> BinaryIO:
 
 
 def _whole(path: str, stream: BinaryIO) -> bytes:
-    """All of a file, which is closed. Raises UserError for one that is too large to be held."""
+    """All bytes of a file, which is then closed. Raises UserError if it is too large to be held in memory."""
     with stream:
         data = stream.read(_WHOLE + 1)
     if len(data) > _WHOLE:
@@ -79,7 +79,7 @@ def text_reader(path: str, file: str, root: str, columns: Columns | None) -> "Js
 
 
 def _is_whole(heads: list[bytes]) -> bool:
-    """Whether a file that begins with these lines is one value of JSON (or some, each over several lines)."""
+    """Whether a file that begins with these lines is one JSON value, or several that span lines."""
     first = heads[0]
     if first.startswith(b"["):
         return not _is_messages(first)
@@ -96,7 +96,7 @@ def _is_whole(heads: list[bytes]) -> bool:
 
 
 def _is_messages(line: bytes) -> bool:
-    """Whether a line is a bare list of messages: a record by itself, and not the list of all."""
+    """Whether a line is a bare list of messages, which is one record, not the list of all records."""
     try:
         first = json.loads(line)[0]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -112,7 +112,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _inside(value: Any) -> list[Any] | None:
-    """The records in an object that is none: a list under one of its keys, or its values, each an object."""
+    """The records in a container object: the list under one of its keys, or its values if each is a record."""
     lists = [one for one in value.values() if isinstance(one, list) and one and all(isinstance(x, dict) for x in one)]
     if len(lists) == 1:
         return lists[0]
@@ -166,7 +166,7 @@ def _one_after_another(data: bytes) -> list[Any] | None:
 
 
 class JsonLines:
-    """A record a line, of which only the offsets are held in memory: 8 bytes a record."""
+    """A record a line. Only the offsets of lines are held in memory: 8 bytes a record."""
 
     name = "Jsonl"
 
@@ -183,14 +183,14 @@ class JsonLines:
         end = int(self._begins[index + 1]) if index + 1 < len(self._begins) else self._end
         line = os.pread(
             self._file.fileno(), end - begin, begin
-        ).rstrip()  # safe among threads; with empty lines after it
+        ).rstrip()  # pread is safe across threads; blank lines may follow the record
         number = index + 1 if self._numbers is None else int(self._numbers[index])
         item = parse_json(line, self._path, number)
         return parse_record(item, f"{self._path}, line {number}", self._root, self._columns)
 
 
 def line_places(file: BinaryIO) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Where the lines of a file lie, but those of white space alone, without reading what is in them.
+    """The positions of a file's lines, without the blank ones.
 
     Returns:
         The first byte of each, int64[n]; their numbers from 1, int64[n], None where no line is left out; the file's
@@ -250,7 +250,7 @@ class Table:
 
 
 def _value(key: str, text: str) -> Any:
-    """A field: options of a video are numbers, lists and objects JSON."""
+    """The value of a field: numbers for a video's options, parsed JSON for lists and objects, else text."""
     if key in CLIP_KEYS or text[:1] in ("[", "{"):
         with contextlib.suppress(UserError):
             return parse_json(text, key)

@@ -1,8 +1,8 @@
 """Annotation files with random access: JSON, JSONL, Parquet, WebDataset tar shards, built datasets.
 
-Records are read and checked when a file is opened, so that a mistake is reported before training begins and not days
-into it: all of them, or of a large file CHECKED, evenly chosen. A mistake in one of the others is found as it is drawn.
-(Built datasets were checked as they were written.)
+Records are read and checked when a file is opened, so that mistakes are reported before training begins and not days
+into it. All are checked, or, in a large file, CHECKED evenly spaced ones; a mistake in another record is found when it
+is drawn. (Built datasets were checked when they were written.)
 """
 
 import collections
@@ -34,7 +34,7 @@ def read_conversations(paths: Sequence[str | Path], media_root: str | Path = "")
         media_root: folder of the media that they name; "" is each file's own folder.
 
     Raises:
-        UserError: naming file and line (or item), for what is no record of a known format.
+        UserError: naming file and line (or item) of a record in no known format.
     """
     for path in paths:
         source = AnnotationFile(path, media_root)
@@ -45,8 +45,8 @@ def read_conversations(paths: Sequence[str | Path], media_root: str | Path = "")
 class _Reader(Protocol):
     """Records of one kind of file."""
 
-    name: str  # of the kind
-    files: list[Path]  # that it reads
+    name: str  # the kind of file
+    files: list[Path]  # the files that it reads
 
     def __len__(self) -> int: ...
 
@@ -54,7 +54,7 @@ class _Reader(Protocol):
 
 
 class AnnotationFile:
-    """Conversations of one file by their number: the kind of file and the format are found out.
+    """Conversations of one file, by index. The kind of file and the record format are detected.
 
     `.json` and `.jsonl` (also `.gz`), `.csv`, `.tsv`, `.parquet`, `.tar` (also `shard-{000..012}.tar` and patterns with
     `*`), or the folder that `kangaroo data build` wrote. Addresses are fetched.
@@ -63,11 +63,11 @@ class AnnotationFile:
     def __init__(
         self, path: str | Path, media_root: str | Path = "", *, columns: Columns | None = None, check: bool = True
     ) -> None:
-        """Open, and read up to CHECKED records once if `check`; without it no record is looked at.
+        """Open the file; with `check`, also read up to CHECKED records once.
 
         Raises:
-            UserError: naming file and line (or item) of the first wrong record, and how many there are. What a failed
-                download left in a tar (no caption, no medium) is none, unless nothing else is there.
+            UserError: naming file and line (or item) of the first wrong record, and how many there are. Samples that
+                a failed download left in a tar (no caption or no medium) count only if there are no others.
         """
         self.path = str(path)
         self.formats: collections.Counter[str] = collections.Counter()
@@ -92,7 +92,7 @@ class AnnotationFile:
             raise UserError(f"{first}{also}")
 
     def look_at(self, index: int) -> Conversation | UserError:
-        """Conversation `index`, or what is wrong with it; its format, and what is odd about it, are counted."""
+        """Conversation `index`, or the error in it. Its format and its notes are counted."""
         try:
             parsed = self._reader[index]
         except UserError as error:
@@ -115,7 +115,7 @@ class AnnotationFile:
         return sum(file.stat().st_size for file in self._reader.files)
 
     def describe(self) -> str:
-        """One line: how many records, and of what format."""
+        """One line: the number of records and their formats."""
         if isinstance(self._reader, _Built):
             return f"{short(self.path)}: {len(self):,} samples, ArrayRecord shards of kangaroo data build"
         kinds = ", ".join(

@@ -27,11 +27,11 @@ _EITHER = (".gif", ".webp", ".png", ".avif")  # a picture or an animation
 _MEDIA_KEYS = {"image", "images", "video", "videos"}
 _TEXT_KEYS = ("id", "language", "text", "value", "type", "role", "from", "caption", "question", "answer")
 _LONGEST_TEXT = 256 << 20  # bytes of a record or caption
-Span = tuple[int, int]  # first byte, size; a size below 0: a link to what is not in the archive
+Span = tuple[int, int]  # first byte, size; a negative size marks a link that leads out of the archive
 
 
 class Unfinished(UserError):
-    """A sample without a caption that can be read, record or medium, as downloads leave: no mistake of the file's."""
+    """A sample without a readable caption, record or medium, as failed downloads leave it; the file is still valid."""
 
 
 class WebDataset:
@@ -90,13 +90,13 @@ class WebDataset:
         return parse_record(item, where, self._root, self._columns)
 
     def _read(self, shard: int, span: Span) -> bytes:
-        """The bytes of a text. Raises UserError for one of a size that none has."""
+        """The bytes of a text. Raises UserError if it is larger than any caption or record."""
         if span[1] > _LONGEST_TEXT:
             raise UserError(f"{self.files[shard]}: a text of {span[1]:,} bytes in it is no record and no caption")
         return os.pread(self._handles[shard].fileno(), span[1], span[0])
 
     def _member(self, members: dict[str, Span], ending: str) -> Span | None:
-        """The member of an ending, in whatever case it is written."""
+        """The member with an ending, upper or lower case."""
         return members.get(ending) or next((s for name, s in members.items() if name.lower() == ending), None)
 
     def _json(self, shard: int, members: dict[str, Span], where: str) -> dict[str, Any] | None:
@@ -131,7 +131,7 @@ class WebDataset:
         return caption_record(caption, kind, path, str(item.get("id", key)))
 
     def _moves(self, shard: int, ending: str, span: Span, path: str) -> bool:
-        """Whether a member is a video or an animation, which some endings do not say."""
+        """Whether a member is a video or an animation; an ambiguous ending is resolved by the contents."""
         suffix = f".{ending}".lower()
         if not suffix.endswith(_EITHER):
             return not suffix.endswith(_STILL)
@@ -145,9 +145,9 @@ class WebDataset:
     def _place_media(
         self, shard: int, item: dict[str, Any], key: str, members: dict[str, Span], media: dict[str, str]
     ) -> None:
-        """Replace, anywhere in a record, the names of members of its sample by their paths, in place.
+        """Replace the names of the sample's members by their paths, in place, anywhere in a record.
 
-        A record that has tags and names no media means its sample's, in the order of the archive.
+        A record with tags that names no media gets all media of its sample, in the order of the archive.
         """
         if not _MEDIA_KEYS & item.keys() and (tags := TAG.findall(json.dumps(item))):
             of_kind: dict[str, list[str]] = {"images": [], "videos": []}
@@ -190,10 +190,10 @@ def _opened(file: str) -> Any:
 def tar_members(path: str | Path) -> dict[str, Span]:
     """Name -> first byte and size of every file in an uncompressed tar archive, from its headers.
 
-    A link to a file of the archive is that file; the size of one that leads elsewhere is -1.
+    A link to a file of the archive is resolved; a link that leads elsewhere has size -1.
 
     Raises:
-        UserError: not such an archive, or one whose members are larger than itself.
+        UserError: the file is not such an archive, or its members are larger than the archive.
     """
     members: dict[str, Span] = {}
     links: dict[str, str] = {}
@@ -218,7 +218,7 @@ def tar_members(path: str | Path) -> dict[str, Span]:
 
 
 def _shards(pattern: str) -> list[str]:
-    """`shard-{000..012}.tar` and `*` to names, in order. Raises UserError where there is none."""
+    """The names that `shard-{000..012}.tar` or `*` stands for, in order. Raises UserError where there is none."""
     match = _BRACES.search(pattern)
     if match:
         first, last, width = int(match[1]), int(match[2]), len(match[1])
