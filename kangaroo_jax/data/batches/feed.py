@@ -1,4 +1,4 @@
-"""The samples of a lane in order, as recipes: made ahead in threads, kept where there is room."""
+"""The samples of a lane in order, as recipes: made ahead in threads, and cached within a limit of memory."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ Made = Recipe | Unusable
 
 
 class RecipeMaker:
-    """The index of a sample to its recipe; those used last are kept, up to an eighth of `cache_mib`."""
+    """Makes the recipe of a sample index; the recipes used last are kept, up to an eighth of `cache_mib`."""
 
     def __init__(
         self,
@@ -45,20 +45,20 @@ class RecipeMaker:
         """`decoder` probes the media."""
         self._files = [source.file for source in mixture.sources]
         self._tokenizer, self._sizes = tokenizer, (frames_per_group, tokens_per_group)
-        self._config = types.SimpleNamespace(**{key: config[key] for key in config})  # quicker to read
+        self._config = types.SimpleNamespace(**{key: config[key] for key in config})  # faster to read
         self._probe: Callable[..., Any] = decoder.probe
         self._kept: collections.OrderedDict[SampleIndex, Recipe] = collections.OrderedDict()
         self._room = config.cache_mib << 17
 
     def kept(self, index: SampleIndex) -> Recipe | None:
-        """The recipe, if it is at hand. From one thread, as is `keep`."""
+        """The recipe, if it is kept. `kept` and `keep` must be called from one thread."""
         recipe = self._kept.get(index)
         if recipe is not None:
             self._kept.move_to_end(index)
         return recipe
 
     def keep(self, index: SampleIndex, recipe: Recipe) -> None:
-        """Keep a recipe, and forget old ones."""
+        """Keep a recipe, and drop the least recently used ones beyond the limit."""
         if self._room <= 0 and not self._kept or index in self._kept:
             return
         self._kept[index] = recipe
@@ -67,12 +67,12 @@ class RecipeMaker:
             self._room += _bytes_of(self._kept.popitem(last=False)[1])
 
     def __call__(self, index: SampleIndex) -> Made:
-        """From any thread. Whatever is wrong with a sample costs that sample alone: nothing is raised."""
+        """The recipe, or why there is none; nothing is raised. May be called from any thread."""
         source, number = index
         name = f"{self._files[source].path}#{number}"
         try:
             conversation = self._files[source][number]
-        except Exception as error:  # a record that was not among those checked when the file was opened
+        except Exception as error:  # a record that was not checked when the file was opened
             return Unusable(name, "", _reason(error, name))
         try:
             return make_recipe(conversation, self._tokenizer, self._config, *self._sizes, self._probe)
@@ -82,7 +82,7 @@ class RecipeMaker:
 
 
 def _reason(error: Exception, name: str) -> str:
-    """One line; of an error that is not about bad input it names the sample and the error's kind."""
+    """The error in one line; an error other than UserError is given the sample's name and its type."""
     if isinstance(error, UserError):
         return str(error)
     return f"{short(name)}: cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -93,7 +93,7 @@ def _bytes_of(recipe: Recipe) -> int:
 
 
 def path_in(reason: str, media: Sequence[Any]) -> str:
-    """The file of a sample that a message is about, "" where it says none."""
+    """The file of a sample that a message is about, "" where it names none."""
     paths = [path for medium in media for path in (medium.path, *medium.frames)]
     named = (path for path in paths if path in reason or short(path) in reason)
     return next(named, paths[0] if len(paths) == 1 else "")
@@ -105,7 +105,7 @@ class LaneFeed:
     def __init__(
         self, lane: Lane, maker: RecipeMaker, packer: Packer, pool: ThreadPoolExecutor | None, ahead: int
     ) -> None:
-        """`ahead` recipes are under way in `pool`; without one they are made as they are taken."""
+        """`ahead` recipes are being made in `pool`; without a pool each is made when it is taken."""
         self.lane, self.packer = lane, packer
         self._maker, self._pool, self._ahead = maker, pool, ahead if pool else 1
         self._queue: collections.deque[tuple[SampleIndex, Future[Made] | Made]] = collections.deque()

@@ -1,4 +1,4 @@
-"""What was skipped and why: one JSON line for every sample that could not be used."""
+"""A log of skipped samples: one JSON line, with the reason, for every sample that could not be used."""
 
 import json
 import threading
@@ -12,13 +12,13 @@ from kangaroo_jax.system.json_text import json_line
 class Ledger:
     """An append-only JSONL file of {id, path, reason, stage, time, source, number}; a sample is entered once.
 
-    A sample is told by its source and number: ids repeat. Lines of an earlier version have no source: there the id
-    and the path tell it. Lines are written whole and at once, so that a killed process loses none; a line cut short by
-    a crash of the machine is ended and ignored. With no path the ledger is kept in memory only.
+    A sample is identified by its source and number, because ids repeat; in lines of an earlier version, which lack the
+    source, by id and path. Each line is written whole and at once, so that a killed process loses none; a line cut
+    short by a crash of the machine is ended and ignored. Without a path the ledger is kept in memory only.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        """Open, or go on with, the file at `path`. Raises UserError if it cannot be written."""
+        """Open the file at `path`, to append to it if it exists. Raises UserError if it cannot be written."""
         self.path = Path(path) if path is not None else None
         self._lock = threading.Lock()
         self._seen: set[tuple[str, int]] = set()  # (source, number)
@@ -45,16 +45,16 @@ class Ledger:
 
     @property
     def count(self) -> int:
-        """Samples entered, those of earlier runs with the same file included."""
+        """The number of samples entered, including those of earlier runs with the same file."""
         return len(self._seen) + len(self._seen_before)
 
     def add(self, index: tuple[str, int], sample_id: str, path: str, reason: str, stage: str) -> bool:
-        """Enter a sample unless it has been; returns whether it was new.
+        """Enter a sample unless it is already there; returns whether it was new.
 
         Args:
             index: name of its source, and its number there.
             sample_id: the sample's id in its annotations.
-            path: the file at fault, "" where none is.
+            path: the file that caused it, "" where no file did.
             reason: one line.
             stage: "recipe" (read, probed, tokenised) or "decode".
         """

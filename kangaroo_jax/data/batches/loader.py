@@ -1,12 +1,12 @@
-"""The Grain pipeline, in the order things happen: from annotation files to PackedBatches, without end.
+"""The Grain pipeline from annotation files to an endless stream of PackedBatches, in the order things happen.
 
     lanes: a row of the batch each, an order over all sources (mixture.py)
     -> recipe -> pack -> decode -> batch                       (PackedBatches below)
     -> prefetch in a thread                                    (grain)
 
-What is in a batch is a function of the seed and the mixture alone. The state is the position of every lane and
-the samples that wait to be packed, so that it stays small, and a restored loader goes on with the very batch
-that the old one would have given, whatever the number of threads, processes or hosts.
+A batch's content depends on the seed and the mixture alone. The state is small: the position of every lane and the
+samples that wait to be packed. A restored loader goes on with exactly the batch that the old one would have given,
+whatever the number of threads, processes or hosts.
 """
 
 import dataclasses
@@ -56,12 +56,12 @@ def make_loader(
         tokenizer: ids of text and special tokens.
         frames_per_group: frames that the patchify joins; 1 where it is bypassed.
         tokens_per_group: vision tokens of such a group.
-        seed: of the order of the samples.
+        seed: determines the order of the samples.
         ledger: where samples that cannot be used are entered.
-        rows: of every batch, those that this host needs; None is all of them. Each row's samples are the same
+        rows: the rows of every batch that this host needs; None is all of them. Each row's samples are the same
             whichever host reads it, and two hosts may read the same row.
-        num_threads: that decode, and that make recipes; by default one for each CPU that this process may
-            use. 0 does all in the prefetching thread.
+        num_threads: threads that decode and make recipes; by default one for each CPU that this process may
+            use. 0 does all of it in the prefetching thread.
 
     Raises:
         UserError: an annotation file is missing or has a mistake, or sizes do not fit each other.
@@ -70,7 +70,7 @@ def make_loader(
     if num_threads is None:
         num_threads = usable_cpus()
     cache = _media_cache(config)
-    use_cache(cache)  # annotations may be fetched, too
+    use_cache(cache)  # before the sources are opened: annotations may be remote, too
     sources = open_sources(config.train, config.media_root, config.registry, config.weights)
     mixture = Mixture(sources, seed, config.packs_per_batch, shuffle=config.shuffle)
     decoder = make_decoder(
@@ -115,7 +115,7 @@ _DIGEST_PIECES, _DIGEST_BYTES = 64, 1 << 16
 
 
 def sampled_digest(path: Path) -> str:
-    """A digest of a file's size and of 64 pieces of 64 KiB of it, spread evenly; "" where it is no file."""
+    """A digest of a file's size and of 64 pieces of 64 KiB of it, spread evenly; "" if it is not a file."""
     if not path.is_file():
         return ""
     size, digest = path.stat().st_size, hashlib.sha256()
@@ -149,12 +149,12 @@ class Loader:
     def __init__(
         self, batches: "PackedBatches", identity: dict[str, Any], mixture: Mixture, content: Mapping[str, str]
     ) -> None:
-        """`identity`: what must be the same where a state is restored; `content`: what may differ, but is said."""
+        """A saved state must have the same `identity`; a different `content` is only reported."""
         self._identity, self._mixture = identity, mixture
         self._content, self._changed = dict(content), list[str]()
         prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES)
         self._open = [iter(prefetched)]
-        weakref.finalize(self, _close_all, self._open)  # at exit too, while grain's modules still stand
+        weakref.finalize(self, _close_all, self._open)  # at exit too, before grain's modules are torn down
 
     def __iter__(self) -> "Loader":
         return self
@@ -166,7 +166,7 @@ class Loader:
         return next(self._open[0])
 
     def describe(self) -> list[str]:
-        """A line for each source: its format, as found out, and its share of the samples."""
+        """A line for each source: its detected format and its share of the samples."""
         mixed = len(self._mixture.sources) > 1
         return [
             source.file.describe()
@@ -176,9 +176,9 @@ class Loader:
         ]
 
     def get_state(self) -> bytes:
-        """The state after the last batch handed out, as JSON; what has been prefetched is not in it.
+        """The state after the last batch handed out, as JSON, without prefetched batches.
 
-        Of a run on several hosts it has this host's rows; `merge_states` puts those of all together.
+        In a run on several hosts it has this host's rows; `merge_states` joins those of all hosts.
         """
         position = self._open[0].get_state()["snapshot"].to_json()
         return json.dumps({**self._identity, "content": self._contents(), **position}).encode()
@@ -222,12 +222,12 @@ class Loader:
         self._open[0].set_state({"snapshot": values})
 
     def close(self) -> None:
-        """Stop threads and processes; the loader ends here."""
+        """Stop threads and processes; the loader cannot be used afterwards."""
         _close_all(self._open)
 
 
 def _difference(key: str, saved: Any, mine: Any) -> str:
-    """What of a part of the identity differs, by the names of the keys behind it."""
+    """The differences between two values of an identity's part, by the config keys that they come from."""
     if key == "row" and isinstance(saved, list) and len(saved) == len(_ROW_KEYS):
         pairs = zip(_ROW_KEYS, saved, mine, strict=True)
         return ", ".join(f"config.{name} was {a} and is now {b}" for name, a, b in pairs if a != b)
@@ -242,7 +242,7 @@ def _difference(key: str, saved: Any, mine: Any) -> str:
 
 
 def merge_states(states: Sequence[bytes]) -> bytes:
-    """One state of the states that all hosts of a run gave after the same batch."""
+    """Join the states that all hosts of a run gave after the same batch into one."""
     merged: dict[str, Any] = {}
     for state in states:
         values = json.loads(state)

@@ -1,13 +1,13 @@
-"""Which samples a row of the batch sees, and in which order: sources, their shares, and a global shuffle.
+"""Which samples a row of the batch gets, and in which order: sources, their shares, and a global shuffle.
 
-The order is a function of the seed alone and any position in it costs microseconds, so that going on after n
-samples costs the same for every n. Every row of the batch is a *lane* with an order of its own: lane v of V
-takes the numbers v, v + V, ... of each source's endless shuffle. Which host serves a lane changes nothing, so
+The order depends on the seed alone, and any position in it is computed in microseconds, so that resuming after n
+samples costs the same for every n. Every row of the batch is a *lane* with its own order: lane v of V takes the
+numbers v, v + V, ... of each source's endless shuffle. The order does not depend on which host serves a lane, so
 that a run may go on with another number of hosts.
 
     number j of lane v in source i  ->  shuffle_i[j * V + v]  ->  a sample of the source
 
-Without the shuffle the lanes take turns on one list, all sources one after the other, again and again:
+Without the shuffle the lanes take turns on one repeated list, all sources one after the other:
 
     position k of lane v  ->  k * V + v, modulo the samples of all sources  ->  a source and a sample of it
 """
@@ -33,7 +33,7 @@ from kangaroo_jax.system.json_text import parse_json, utf8
 _VERSION = re.compile(r"\d+\.\d+\.\d+")  # the folder that `kangaroo data build` writes into
 _SPEC = re.compile(r"^(.*?)(?:%(\d+(?:\.\d+)?))?$", re.DOTALL)
 _BLOCKS = (256, 4096, 65_536)  # positions over which shares of sources are exact
-_SUBSET_SEED = 0x5B5E7  # of the samples that NAME%50 keeps, the same in every run
+_SUBSET_SEED = 0x5B5E7  # selects the samples that NAME%50 keeps; the same in every run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Source:
 
     name: str
     file: AnnotationFile
-    percent: float = 100.0  # 50: a fixed half of the samples; 300: each thrice an epoch
-    weight: float | None = None  # of the mixture; None: by the number of samples
-    names: tuple[str, ...] = ()  # by which a run may have known it, the shortest first
+    percent: float = 100.0  # 50: a fixed half of the samples; 300: each three times an epoch
+    weight: float | None = None  # share of the mixture; None: by the number of samples
+    names: tuple[str, ...] = ()  # names by which a saved run may know it, the shortest first
 
     @property
     def count(self) -> int:
@@ -93,9 +93,9 @@ class Mixture:
         ]
 
     def keep_names(self, saved: Mapping[str, Sequence[int]]) -> None:
-        """Call the sources as a saved run did, so that each goes on where it was; new ones take names of their own.
+        """Give the sources the names of a saved run, so that each goes on where it was; new sources get unused names.
 
-        A name is short where no other source has it, so that a source put in front may take another's.
+        Names are the shortest that are unique, so that a source added in front may otherwise take another's name.
         """
         mine, names = self.identity(), dict.fromkeys(range(len(self.sources)), "")
         for name, value in saved.items():
@@ -109,7 +109,7 @@ class Mixture:
         taken = [*saved, *(name for name in names.values() if name)]
         fresh = _unique([[self.sources[i].name, *self.sources[i].names] for i in rest], taken)
         for i, name in zip(rest, fresh, strict=True):
-            own = self.sources[i].name  # a source that has changed keeps its name, so that this is what is refused
+            own = self.sources[i].name  # a changed source keeps its name, so that the error names it
             names[i] = own if own in saved and own not in names.values() else name
         self.sources[:] = [dataclasses.replace(s, name=names[i]) for i, s in enumerate(self.sources)]
         self._shuffles = self._orders()
@@ -120,12 +120,12 @@ class Mixture:
         return int(self._ends[-1])
 
     def sample_index(self, lane: int, source: int, number: int) -> SampleIndex:
-        """The sample that is `number` of a lane in a source."""
+        """The sample at `number` of a lane's share of a source."""
         shuffled = self._shuffles[source][number * self.lanes + lane]
         return source, self.sources[source].sample(shuffled)
 
     def in_order(self, lane: int, k: int) -> SampleIndex:
-        """The sample that is at position k of a lane where nothing is shuffled."""
+        """The sample at position k of a lane without shuffling."""
         number = k * self.lanes + lane
         if number == self.epoch:
             message = f"data.shuffle is False and all {number} samples were used: they begin again with the first"
@@ -136,7 +136,7 @@ class Mixture:
         return source, self.sources[source].sample(number - before, in_order=True)
 
     def order(self) -> dict[str, Any]:
-        """What the order depends on, besides `identity`; without a shuffle no source may be added."""
+        """What the order depends on besides `identity`. Without a shuffle that includes the list of sources."""
         return {"seed": self.seed} if self.shuffle else {"sources": [source.name for source in self.sources]}
 
     def identity(self) -> dict[str, list[int]]:
@@ -148,7 +148,7 @@ class Lane:
     """The order of one row of the batch: an endless stream of positions, with a state of a few numbers."""
 
     def __init__(self, mixture: Mixture, number: int) -> None:
-        """At its beginning."""
+        """A lane at its first position."""
         self._mixture, self._number = mixture, number
         self.next = 0  # positions since the shares were last changed
         self.taken = [0] * len(mixture.sources)  # numbers of each source that were used up before that
@@ -168,7 +168,7 @@ class Lane:
         return self._mixture.sample_index(self._number, source, number)
 
     def used(self, k: int) -> list[int]:
-        """How many of each source's numbers come before position k."""
+        """How many samples of each source come before position k."""
         counts = self._mixture.counts
         block, i = divmod(k, int(counts.sum()))
         self._load(block)
@@ -189,7 +189,7 @@ class Lane:
 
 
 def _apportion(shares: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Positions of each source in a block, by largest remainders; a longer block where a short one is not exact."""
+    """The number of positions of each source in a block, by largest remainders, in the shortest block that is exact."""
     for size in _BLOCKS:
         exact = shares * size
         counts = np.floor(exact).astype(np.int64)
@@ -217,7 +217,7 @@ def open_sources(
         media_root: folder of the media of files that are named here; "" is each file's own folder.
         registry: a JSON file of names: Qwen's {"annotation_path", "data_path"} (and "weight", "repeats") or
             LLaMA-Factory's rows.
-        weights: one a source, how often it is drawn; () draws by size, or by the registry's weights.
+        weights: how often each source is drawn; () draws by size, or by the registry's weights.
         check: read records as the files are opened; see `AnnotationFile`.
 
     Raises:
@@ -253,7 +253,7 @@ def open_sources(
 
 
 def _names(path: str) -> list[str]:
-    """Names of a source: the file's without its ending, or the built dataset's, with ever more of its folders."""
+    """Candidate names of a source: the file's stem or the built dataset's name, with more and more parent folders."""
     parts = Path(os.path.splitext(path)[0]).parts or (path,)
     version = [parts] if len(parts) > 1 and _VERSION.fullmatch(os.path.basename(path.rstrip("/"))) else []
     stems = [parts[:-1], *version] if version else [parts]  # the last is how earlier versions named it
@@ -261,7 +261,7 @@ def _names(path: str) -> list[str]:
 
 
 def _unique(candidates: Sequence[Sequence[str]], taken: Sequence[str] = ()) -> list[str]:
-    """The first name of each source that is not another's already."""
+    """The first candidate name of each source that no other source has."""
     names = list(taken)
     for possible in candidates:
         name = next((n for n in possible if n not in names), None)

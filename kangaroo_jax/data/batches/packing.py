@@ -1,7 +1,7 @@
 """Several samples in one row: joint first-fit of tokens and frames, and the rows of a PackedBatch.
 
-Recipes are packed; pixels are decoded after that. A worked example, T = 12, one frame a group, two vision
-tokens a frame (V), two samples of one frame and of none:
+Recipes are packed; pixels are decoded after that. A worked example with T = 12, one frame a group and two vision
+tokens (V) a frame; the first sample has one frame, the second none:
 
     tokens        b V V q a e b q a e . .
     segment_ids   1 1 1 1 1 1 2 2 2 2 0 0
@@ -33,7 +33,7 @@ class Shape:
     tokens_per_group: int
 
 
-SampleIndex = tuple[int, int]  # of a sample: the number of its source, and its number there
+SampleIndex = tuple[int, int]  # the number of a sample's source, and the sample's number in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Packer:
         self._shares = 1.0 / np.maximum(self._limits, 1)
         self._bins = bins
         self._waiting: list[PackItem] = []
-        self._since: list[int] = []  # the row that was filled last when each began to wait
-        self._needs = np.zeros((64, 2), np.int64)  # tokens and frames of the waiting, in order
+        self._since: list[int] = []  # how many rows had been filled when each began to wait
+        self._needs = np.zeros((64, 2), np.int64)  # tokens and frames of the waiting samples, in order
         self._totals = np.zeros(2, np.int64)
         self._rows = 0
 
     def add(self, item: PackItem) -> list[PackItem] | None:
-        """Let a sample wait; a row, if enough wait to fill one.
+        """Let a sample wait; returns a row if enough samples wait to fill one.
 
         Raises:
             UserError: the sample alone is larger than a row.
@@ -113,11 +113,11 @@ class Packer:
         return row
 
     def state(self) -> list[list[int]]:
-        """The waiting samples, in order: for how many rows each has waited, its source and its number there."""
+        """For each waiting sample, in order: the rows it has waited for, its source, and its number in the source."""
         return [[self._rows - since, *item.index] for since, item in zip(self._since, self._waiting, strict=True)]
 
     def restore(self, waiting: Sequence[tuple[int, PackItem]]) -> None:
-        """Waiting samples as `state` gave them, made again."""
+        """Replace the waiting samples by those of a saved `state`, with their recipes made again."""
         self._waiting, self._since, self._rows = [], [], 0
         self._totals[:] = 0
         for waited, item in waiting:
@@ -134,7 +134,7 @@ def fill_row(needs: np.ndarray, sizes: np.ndarray, limits: np.ndarray, first: in
         first: the sample that begins the row.
 
     Returns:
-        Their numbers, `first` among them; their needs add up to no more than `limits`.
+        Their indices, with `first`; the sum of their needs is within `limits`.
     """
     order = np.argsort(-sizes, kind="stable").tolist()
     order.remove(first)
@@ -176,7 +176,7 @@ def _best_pair(order: list[int], needs: np.ndarray, sizes: np.ndarray, room: lis
 
 
 _PAIRED = 40  # samples among which the last pair of a row is sought
-_REACH = 4  # of the largest sample; a row with more room than so many takes it without a search
+_REACH = 4  # a row with room for more than so many of the largest sample takes it without a search
 _FULL = 0.02  # of a row's tokens or frames: with less room left it is as good as full
 
 
@@ -245,8 +245,8 @@ def assemble(
 
     Args:
         rows: the samples of each row, in order.
-        clips: clips[b][i] are those of sample i of row b; None blanks the sample: its indices stay padding
-            (segment 0, weight 0, no frames), and nothing of its neighbours moves.
+        clips: clips[b][i] are those of sample i of row b; None blanks the sample: its positions stay padding
+            (segment 0, weight 0, no frames), and its neighbours do not move.
 
     Raises:
         UserError: see `write_sample`.

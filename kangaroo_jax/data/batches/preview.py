@@ -11,7 +11,7 @@ from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.data.tokenizer import Tokenizer
 
 _WIDTH, _MARGIN, _THUMB, _LINE = 1280, 16, 72, 19  # pixels
-_MAX_LINES = 14  # of text of a row of the batch
+_MAX_LINES = 14  # lines of text for a row of the batch
 _INK, _GREY, _TRAINED, _SPECIAL = "#222222", "#8a8a8a", "#c6efce", "#2f5fb3"
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#e15759", "#edc948", "#9c755f")
 # Fonts with Chinese, Japanese and Korean, as systems name them; Pillow looks through the system's folders.
@@ -28,7 +28,7 @@ _CJK_FONTS = (
 
 
 def batch_tree(batch: PackedBatch) -> str:
-    """Name, type, shape and range of each array, a line each, and how full the batch is."""
+    """A line for each array (name, type, shape, range), and one that says how full the batch is."""
     lines = ["PackedBatch"]
     for name in FIELDS:
         array = np.asarray(getattr(batch, name))
@@ -49,8 +49,8 @@ def batch_tree(batch: PackedBatch) -> str:
 def save_picture(batch: PackedBatch, tokenizer: Tokenizer, path: str | Path, *, max_rows: int = 4) -> Path:
     """Draw the first rows of a batch to a PNG file: a map of the segments, frames with times, and the text.
 
-    In the map and the text, what is learnt has a green ground. Characters that no font of this machine
-    has are written as `\\uXXXX`.
+    In the map and the text, tokens that count in the loss have a green background. Characters that no font of this
+    machine has are written as `\\uXXXX`.
     """
     rows = min(max_rows, len(batch.tokens))
     font, small = _font(14), _font(11)
@@ -71,7 +71,7 @@ def _share(mask: np.ndarray) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One row of a batch, and what follows from it: which tokens are learnt, which segment frames are of."""
+    """One row of a batch, the tokens of it that are learnt, and the segment of each frame."""
 
     index: int
     tokens: np.ndarray
@@ -144,7 +144,7 @@ def _draw_map(pen: _Pen, row: _Row) -> None:
 
 
 def _draw_frames(pen: _Pen, row: _Row, max_lines: int = 3) -> None:
-    """Thumbnails framed in their segment's colour, with seconds; evenly thinned out if they are many."""
+    """Thumbnails framed in their segment's colour, with seconds; an even selection if there are too many."""
     indices = np.flatnonzero(row.groups > 0)
     if not len(indices):
         return
@@ -189,7 +189,7 @@ def _draw_text(pen: _Pen, row: _Row, tokenizer: Tokenizer) -> None:
 
 
 def _pieces(row: _Row, tokenizer: Tokenizer) -> Iterator[tuple[int, str, bool, bool]]:
-    """Runs of tokens of one sort: segment, text, whether special, whether learnt. Vision tokens are counted."""
+    """Runs of tokens of one sort: segment, text, whether special, whether learnt. Vision tokens become a count."""
     i, n = 0, len(row.tokens)
     while i < n:
         if row.segments[i] == 0:

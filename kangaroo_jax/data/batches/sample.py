@@ -1,6 +1,6 @@
 """From a conversation to a recipe: token ids, loss weights and which moments of which files to decode.
 
-A recipe holds no pixels, so that recipes can be packed, reordered and thrown away cheaply.
+A recipe holds no pixels, so that recipes are cheap to pack, reorder and discard.
 
 The text is Llama-3's chat template, without a system prompt unless the conversation has one:
 
@@ -44,7 +44,7 @@ Prober = Callable[[str, str], MediaInfo]  # (path, kind)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One sample before its pixels.
+    """One sample without its pixels.
 
     tokens int32[n] with the placeholder where a vision token stands; weights float32[n], what each token
     counts as a target (0 for none); is_vision bool[n]. The vision tokens are, in order, the rows of the groups
@@ -62,7 +62,7 @@ class Recipe:
 
     @property
     def frames(self) -> int:
-        """Frames that the media promise."""
+        """The number of frames to decode for all media."""
         return sum(len(ref.times) for ref in self.media)
 
 
@@ -90,9 +90,9 @@ def make_recipe(
     """The recipe of a training sample.
 
     Targets are the assistant's turns and the `<|eot_id|>` that ends each. With `loss_on="caption"` the
-    targets are the same, but the user's turns hold their media alone, no text: a caption is learnt
-    from what is seen and not from how it was asked for. A sample of more than `max_sample_tokens` (or
-    `tokens_per_pack`) tokens loses whole rounds (question and answer) from its end until it fits.
+    targets are the same, but the user's turns hold only their media, no text: the caption does not depend on
+    how it was asked for. A sample of more than `max_sample_tokens` (or `tokens_per_pack`) tokens loses whole
+    rounds (question and answer) from its end until it fits.
 
     Args:
         conversation: with at least one assistant's turn.
@@ -100,7 +100,7 @@ def make_recipe(
         config: `config.data`.
         frames_per_group: frames joined by the patchify; the number of frames of each medium is a multiple.
         tokens_per_group: vision tokens that a group becomes.
-        probe_media: what tells a medium's length; by default `probe_cached`.
+        probe_media: returns a medium's length; by default `probe_cached`.
 
     Raises:
         UserError: a file cannot be probed, no round fits, or there is no target.
@@ -169,7 +169,7 @@ def render_prompt(
 
 
 def video_block_length(frames: int, frames_per_group: int, tokens_per_group: int) -> int:
-    """Tokens that a video of `frames` frames takes, its marks included."""
+    """Tokens that a video of `frames` frames takes, including its marker tokens."""
     groups = -(-frames // frames_per_group)
     return groups * tokens_per_group + groups + 2
 
@@ -179,8 +179,8 @@ def plan_media(
 ) -> tuple[MediaRef, ...]:
     """Choose the moments to decode; an odd count repeats its last frame, and that frame's time.
 
-    A video given as images takes all of them, or as many as the policy allows, evenly chosen. A video whose record says
-    its duration is not opened.
+    A video given as images takes all of them, or as many as the policy allows, evenly spaced. A video whose record
+    states its duration is not opened.
 
     Raises:
         UserError: a video cannot be opened, or has nothing between its start and end.
@@ -206,13 +206,13 @@ def plan_media(
 
 
 def annotated_seconds(medium: Media) -> float | None:
-    """How long a video is, as its record says; None where it does not, or where the clip lies beyond that."""
+    """A video's duration as its record states it; None if it states none, or the clip lies beyond it."""
     inside = medium.duration is not None and max(medium.start or 0.0, medium.end or 0.0) <= medium.duration
     return medium.duration if inside else None
 
 
 def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], list[float]]:
-    """Which of a video's images to take, and when each is on display, in seconds from `start`."""
+    """The images of a video to take, and the time of each, in seconds from `start`."""
     frames = medium.frames or folder_of_frames(medium.path)
     rate = medium.sample_fps or policy.fps
     begin, end = clip_range(medium.path, len(frames) / rate, medium.start, medium.end)
@@ -287,7 +287,7 @@ class _Writer:
         self.used.append(ref)
 
     def mark(self) -> tuple[int, int]:
-        """How far it has been written: tokens and media."""
+        """The current end, in tokens and media."""
         return len(self._ids), len(self.used)
 
     def recipe(self, name: str, mark: tuple[int, int] | None = None, language: str = "") -> Recipe:

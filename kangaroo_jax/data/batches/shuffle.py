@@ -1,4 +1,4 @@
-"""An endless, reshuffled list of indices with random access: no epoch's order is ever written down."""
+"""An endless, reshuffled list of indices with random access: no epoch's order is held in memory."""
 
 import sys
 
@@ -7,7 +7,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class EndlessShuffle:
-    """Position 0, 1, 2, ... of a stream that sees all of 0..n-1 in each epoch, in another order every time.
+    """A stream that holds all of 0..n-1 in each epoch, in a different order every time.
 
     A source for `grain.MapDataset`. Each order is a keyed permutation (a balanced Feistel network on the
     smallest even number of bits that holds n, walked until it falls below n: Black and Rogaway, "Ciphers

@@ -1,4 +1,4 @@
-"""Rows of every lane to PackedBatches: pack, ask for the media, lay out the arrays; and the state of all that."""
+"""The lanes' samples to PackedBatches: packing, requests for media, arrays; and the state of all that."""
 
 import collections
 import dataclasses
@@ -18,12 +18,12 @@ from kangaroo_jax.data.media.decode import Decoder, Outcome
 from kangaroo_jax.data.media.video import Clip
 from kangaroo_jax.errors import UserError
 
-_RECIPES_AHEAD = 64  # over all lanes
+_RECIPES_AHEAD = 64  # recipes made ahead, over all lanes
 
 
 @dataclasses.dataclass(frozen=True)
 class LoaderStats:
-    """What is in a batch: samples, tokens and frames in use; `skipped` counts from the start of the stream.
+    """The contents of a batch: samples, tokens and frames in use; `skipped` counts from the start of the stream.
 
     `sources` and `languages` count the samples; `token_places` and `frame_places` are B * T and B * F.
     """
@@ -40,7 +40,7 @@ class LoaderStats:
     by_both: Mapping[str, int] = dataclasses.field(default_factory=dict)  # "source/language"
 
     def to_json(self) -> dict[str, Any]:
-        """What a line of the metrics has of it."""
+        """The fields that a line of the metrics has."""
         return {
             "tokens": self.tokens,
             "frames": self.frames,
@@ -65,7 +65,7 @@ class _Settings:
 
 
 class PackedBatches(grain.IterDataset):
-    """The lanes of a mixture to (PackedBatch, LoaderStats)."""
+    """An iterable of (PackedBatch, LoaderStats) over the lanes of a mixture."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class PackedBatches(grain.IterDataset):
 
 @dataclasses.dataclass(frozen=True)
 class _Snapshot:
-    """The state after a batch, as cheap to take as can be: it is taken after every one."""
+    """The state after a batch. It is taken after every batch, so it must be cheap."""
 
     weights: dict[str, float]
     lanes: dict[int, tuple[int, list[int], list[list[int]]]]  # next position, numbers used before, waiting samples
@@ -99,7 +99,7 @@ class _Snapshot:
     names: list[str]
 
     def __deepcopy__(self, memo: Any) -> "_Snapshot":
-        return self  # nothing in it is ever changed
+        return self  # it is never mutated
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. Waiting samples are [rows waited, source, number]."""
@@ -121,7 +121,7 @@ class _Begun:
 
     rows: list[list[Recipe]]
     indices: list[list[SampleIndex]]
-    decoded: list[list[list["Future[Outcome]"]]]  # of each row, of each sample, of each medium
+    decoded: list[list[list["Future[Outcome]"]]]  # indexed by row, sample, medium
     snapshot: _Snapshot
 
 
@@ -132,7 +132,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         super().__init__()
         self._mixture, self._maker, self._settings = mixture, maker, settings
         self._pool = ThreadPoolExecutor(min(settings.threads, 4), "recipe") if settings.threads else None
-        self._ahead = 2 if settings.threads else 1  # batches in the decoders' hands
+        self._ahead = 2 if settings.threads else 1  # batches being decoded at a time
         self._begin_anew({v: Lane(mixture, v) for v in settings.lanes}, {}, dict.fromkeys(settings.lanes, 0))
 
     def _begin_anew(
@@ -148,7 +148,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         self._begun: collections.deque[_Begun] = collections.deque()
         self._skipped = skipped  # by lane, up to the batch packed last
         self._lost = dict.fromkeys(lanes, 0)  # samples of batches handed out that could not be decoded
-        self._in_vain = {"recipe": 0, "decode": 0}  # samples skipped since the last that passed that stage
+        self._in_vain = {"recipe": 0, "decode": 0}  # samples skipped since the last one that passed the stage
         self._state = self._snapshot()
 
     # ------------------------------------------------------------------------------ batches
@@ -222,7 +222,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
             raise UserError(f"sample {sample_id!r}: {reason} (config.data.strict)")
         self._in_vain[stage] += 1
         epoch = self._mixture.epoch
-        if self._in_vain[stage] >= max(2 * epoch, min(20 * epoch, 10_000)):  # a lane sees a part of an epoch
+        if self._in_vain[stage] >= max(2 * epoch, min(20 * epoch, 10_000)):  # a lane gets only a part of an epoch
             where = f"; see {s.ledger.path}" if s.ledger.path else ""
             raise UserError(f"none of the {epoch} samples can be used, the last because: {reason}{where}")
 
@@ -256,7 +256,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         self._begin_anew(lanes, self._made_again(waiting), skipped)
 
     def _restored_lane(self, v: int, saved: dict[str, Any], weights: dict[str, float]) -> Lane:
-        """A lane where it was; changed shares begin a new count of positions, after all numbers used so far."""
+        """A lane at its saved position; if the shares changed, positions count anew after all numbers used so far."""
         sources, shares = self._mixture.sources, self._mixture.shares
         lane = Lane(self._mixture, v)
         same = {source.name: share for source, share in zip(sources, shares.tolist(), strict=True)} == weights
@@ -272,7 +272,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
         return lane
 
     def _made_again(self, waiting: dict[int, list[list[Any]]]) -> dict[int, list[tuple[int, PackItem]]]:
-        """Recipes of waiting samples; one that can no longer be read is skipped, as it would be later."""
+        """The recipes of waiting samples; a sample that can no longer be read is skipped, as it would be later."""
         numbers = {source.name: i for i, source in enumerate(self._mixture.sources)}
         indices = [(v, w, (numbers[name], n)) for v, items in waiting.items() for w, name, n in items]
         wanted = [index for _, _, index in indices]
@@ -294,7 +294,7 @@ class _PackedBatchIterator(grain.DatasetIterator):
 
 
 def _with_weights(mixture: Mixture, weights: Sequence[float], sources: Sequence[Source]) -> Mixture:
-    """The mixture as it was."""
+    """The mixture with other sources and weights."""
     old = [dataclasses.replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
     return Mixture(old, mixture.seed, mixture.lanes)
 
