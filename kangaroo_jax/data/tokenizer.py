@@ -1,4 +1,4 @@
-"""Text to token ids and back: three kinds of tokenizer behind one face.
+"""Text to token ids and back: three kinds of tokenizer behind one interface.
 
     kind            file                            read by
     llama3_json     tokenizer.json                  `tokenizers`
@@ -34,8 +34,8 @@ SPECIAL_NAMES = {
     "vi_end": "<vi_end>",
     "vision": "<vision>",
 }
-# Ids of a SentencePiece model of ours; unknown is 0.
-WHOLE_PIECES = ("\n\n",)  # of SentencePiece models trained here: found before any pair is joined
+WHOLE_PIECES = ("\n\n",)  # pieces of SentencePiece models trained here that are matched before any merge
+# Ids of special tokens in SentencePiece models trained here; unknown is 0.
 SENTENCEPIECE_IDS = {
     "bos": 1,
     "eos": 2,
@@ -64,12 +64,12 @@ LLAMA3_OFFSETS = {
     "vision": 11,
 }
 LLAMA3_SPECIALS = 256
-# How Llama-3 cuts text before the merges (the model's published tokenizer.json and reference encoder).
+# Llama-3's pre-tokenization pattern (the model's published tokenizer.json and reference encoder).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What a tokenizer.json may be made of: each part is linear in the text, and makes it but a few times as long.
+# The allowed parts of a tokenizer.json: each takes linear time and lengthens the text only a few times.
 KNOWN_PARTS = (
     *("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Lowercase", "Strip"),
     *("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
@@ -77,10 +77,10 @@ KNOWN_PARTS = (
 )
 KNOWN_MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 KNOWN_PATTERNS = (LLAMA3_PATTERN,)
-MOST_PARTS = 32  # of a normalizer, pre-tokenizer or decoder
-LARGEST_GROWTH = 64  # of a text, by all that is put in place of something else in turn
+MOST_PARTS = 32  # parts of a normalizer, pre-tokenizer or decoder
+LARGEST_GROWTH = 64  # factor by which all replacements together may lengthen a text
 LARGEST_JSON = 128 << 20  # bytes of a tokenizer.json; Llama 3's is 9 MB
-# tiktoken recurses on long runs: text is cut where this many characters of one sort (blank or not) follow.
+# tiktoken recurses on long runs: text is cut inside longer runs of characters of one sort (blank or not).
 _LONGEST_TEXT = 400_000
 _LONGEST_RUN = 25_000
 _SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
@@ -88,9 +88,9 @@ _SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """One face for every kind. Ids are ints in 0..vocab_size-1.
+    """One interface for every kind. Ids are ints in 0..vocab_size-1.
 
-    `vision` is the id of the placeholder that stands where a vision token will be; it is never embedded.
+    `vision` is the id of the placeholder at the position of a vision token; it is never embedded.
     """
 
     kind: str
@@ -115,18 +115,18 @@ class Tokenizer:
         return (self.eos, self.eot)
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; special tokens in it are spelled out. No token is added at either end."""
+        """Plain text to ids; special tokens in it are encoded as ordinary text. No token is added at either end."""
         return self._encode(text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD.
 
-        Special tokens are left out, and so are ids that a model has rows for and the tokenizer no token.
+        Special tokens are left out, and so are ids without a token (a model may have more rows than the tokenizer).
         """
         return self._decode([i for i in map(int, ids) if self.shows(i)])
 
     def shows(self, token: int) -> bool:
-        """Whether `decode` has text for a token: it has none for special ones, and those that it does not know."""
+        """Whether `decode` has text for a token: it has none for special and unknown tokens."""
         return 0 <= token < self.vocab_size and token not in self._special
 
     def name(self, token: int) -> str | None:
@@ -135,7 +135,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer file, or a folder that holds tokenizer.json or tokenizer.model; the kind is found out.
+    """Read a tokenizer file, or a folder that holds tokenizer.json or tokenizer.model; the kind is detected.
 
     Raises:
         UserError: the file is missing, of no known kind, or without the special tokens needed.
@@ -164,7 +164,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _from_json(path: Path, data: bytes) -> Tokenizer:
-    """`tokenizers`. Special tokens are spelled out in text; added tokens that are not special are text, and found."""
+    """A tokenizer.json, by `tokenizers`. Special tokens in text become ordinary pieces; other added tokens match."""
     import tokenizers
 
     if len(data) > LARGEST_JSON:
@@ -181,7 +181,7 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
         reader.encode_special_tokens = True
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
-    except BaseException as error:  # the package raises bare Exception, and panics of Rust that are not even that
+    except BaseException as error:  # the package raises bare Exception and Rust panics (BaseException)
         raise UserError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
     by_name = {name: token for token, name in special.items()}
     ordinary = reader.get_vocab_size(with_added_tokens=False)
@@ -205,7 +205,7 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
 
 
 def _read_by(path: Path, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What the package makes of a text or of ids. Raises UserError where the file lacks what it needs for them."""
+    """The result of a call of the package. Raises UserError where the file lacks what the call needs."""
     try:
         return call(*arguments, **options)
     except (KeyboardInterrupt, SystemExit):
@@ -215,7 +215,7 @@ def _read_by(path: Path, call: Callable[..., Any], *arguments: Any, **options: A
 
 
 def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError where a tokenizer.json asks for what may take for ever, or make a text any longer than it is."""
+    """Raise UserError if a tokenizer.json has parts that may run without end or lengthen a text without bound."""
     for kind in ("normalizer", "pre_tokenizer", "decoder"):
         growth, parts = 1.0, list(_parts(spec.get(kind)))
         if len(parts) > MOST_PARTS:
@@ -240,7 +240,7 @@ def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
 
 
 def _parts(part: Any) -> Iterable[Mapping[str, Any]]:
-    """A part of a tokenizer.json as the parts that it is made of."""
+    """The elementary parts that a part of a tokenizer.json consists of."""
     if part is None:
         return
     if part.get("type") != "Sequence":
@@ -254,7 +254,7 @@ def _parts(part: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def _from_ranks(path: Path, data: bytes) -> Tokenizer:
-    """tiktoken: a line of base64 bytes and a rank for each ordinary token; the specials follow them."""
+    """A tiktoken file: a line of base64 bytes and a rank for each ordinary token; the specials follow them."""
     import tiktoken
 
     ranks: dict[bytes, int] = {}
@@ -296,7 +296,7 @@ def _short_parts(text: str) -> Iterable[str]:
         blank = None
         for run in _RUNS.finditer(part):
             is_blank = run.group()[0].isspace()
-            if is_blank == blank:  # the same run goes on: it was too long
+            if is_blank == blank:  # the same run continues: it was too long
                 yield part[start:end]
                 start = end
             blank, end = is_blank, run.end()
@@ -307,13 +307,13 @@ def _short_parts(text: str) -> Iterable[str]:
 
 
 def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
-    """SentencePiece with byte fallback and our special ids, as `train_sentencepiece` makes it."""
+    """A SentencePiece model with byte fallback and our special ids, as `train_sentencepiece` makes it."""
     import sentencepiece
 
     try:
         model = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(data)
-    except Exception:  # RuntimeError, with a line of C++
+    except Exception:  # a RuntimeError with a C++ message
         raise UserError(
             f"{path}: neither a tokenizer.json nor a tiktoken or SentencePiece model; is it the right file?"
         ) from None
@@ -327,7 +327,7 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
         raise UserError(f"{path}: no byte fallback; make the model with train_sentencepiece")
 
     def encode(text: str) -> list[int]:
-        head, *rest = text.split(_SPACE_MARK)  # the sign itself goes by its bytes, or it would become a space
+        head, *rest = text.split(_SPACE_MARK)  # the sign itself is encoded by its bytes, or it would become a space
         ids = model.EncodeAsIds(head)
         for part in rest:
             ids += mark + model.EncodeAsIds(part)
@@ -351,13 +351,13 @@ def train_sentencepiece(
     split_digits: bool = True,
     space_after: bool = False,
 ) -> Path:
-    """Train a byte-pair SentencePiece model on `texts` and write it to `path`. Same texts, same file.
+    """Train a byte-pair SentencePiece model on `texts` and write it to `path`. The same texts give the same file.
 
-    Text survives encoding and decoding unchanged, whatever Unicode it holds: no normalisation, no added
-    or dropped spaces, bytes for what has no piece. Two newlines are one piece, as in Llama 3. With
-    `split_digits` each digit is a piece of its own, else numbers that are frequent in `texts` become pieces.
+    Any Unicode text survives encoding and decoding unchanged: there is no normalisation, no added or dropped space,
+    and characters without a piece are encoded as bytes. Two newlines are one piece, as in Llama 3. With
+    `split_digits` each digit is a separate piece, otherwise numbers that are frequent in `texts` become pieces.
     A space belongs to the word that follows it, or with `space_after` to the word before it.
-    Characters get a piece by frequency, at most half of what the bytes and specials leave of the vocabulary.
+    The most frequent characters get a piece, up to half of the vocabulary that bytes and specials leave.
 
     Raises:
         UserError: `texts` give too few different pieces for `vocab_size`, or it leaves no room.
@@ -371,7 +371,7 @@ def train_sentencepiece(
         raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens take {vocab_size - room}")
     counts = Counter(char for line in lines for char in line)
     frequent = sorted(counts, key=lambda char: (-counts[char], char))
-    if rare := "".join(frequent[room // 2 :]):  # these go by their bytes
+    if rare := "".join(frequent[room // 2 :]):  # these are encoded as bytes
         lines = [part for line in lines for part in re.split(f"[{re.escape(rare)}]+", line) if part.strip()]
     names = {token: SPECIAL_NAMES[role] for role, token in SENTENCEPIECE_IDS.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

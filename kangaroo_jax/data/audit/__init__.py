@@ -1,1 +1,1 @@
-"""What is in training data before it is trained on: records, media, lengths."""
+"""Checks and statistics of training data before training: records, media, lengths."""

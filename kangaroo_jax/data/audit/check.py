@@ -1,4 +1,4 @@
-"""What is wrong with media files: each is decoded from end to end, in processes that may be lost to it."""
+"""Checks media files: each is decoded from end to end, in worker processes that a file may crash."""
 
 import collections
 import dataclasses
@@ -33,8 +33,8 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import json_line
 
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it
-_GLITCHES = 0.01  # of a video's frames, that may step back a little
-_STEP = 0.5  # seconds back that are more than a glitch: two files joined
+_GLITCHES = 0.01  # the share of a video's frames that may step back a little
+_STEP = 0.5  # a longer step back, in seconds, is more than a glitch: two files joined
 _ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".m2ts", ".3gp")
 
 
@@ -55,7 +55,7 @@ class MediumReport:
     start: float = 0.0
     frames: int = 0
     monotonic: bool = True
-    problems: list[str] = dataclasses.field(default_factory=list)  # with any of these it cannot be trained on as it is
+    problems: list[str] = dataclasses.field(default_factory=list)  # any of these makes it unfit for training as it is
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -70,8 +70,9 @@ def media_of(conversations: Iterable[Conversation]) -> Media:
 
 
 def media_in(paths: Sequence[str], tell: Callable[[str], None] = print) -> Media:
-    """Files, and all media in folders: what is hidden, and what is no medium by its bytes nor by its ending, is passed
-    over and counted. Raises UserError for a path that does not exist.
+    """Files, and all media in folders. Hidden files, and files that are no media by bytes or ending, are only counted.
+
+    Raises UserError for a path that does not exist.
     """
     media: Media = {}
     for path in paths:
@@ -101,7 +102,7 @@ def _kind_in_folder(file: Path, folder: Path) -> str | None:
 
 
 def _kind_of_file(path: str) -> str:
-    """By its bytes; where they do not say, or may be either, by its ending."""
+    """The kind by the file's bytes; where they are ambiguous, by its ending."""
     try:
         kind = kind_of(read_head(path))
     except UserError:
@@ -119,7 +120,7 @@ def check_media(
     seconds: float,
     tell: Callable[[str], None] = print,
 ) -> int:
-    """Check all media, write a JSONL report of all, print the bad ones and a summary; returns how many are bad.
+    """Check all media, write a JSONL report, print the bad ones and a summary; returns the number of bad ones.
 
     Raises UserError where the report cannot be written.
     """
@@ -164,7 +165,7 @@ def check_media(
 
 
 def check_one(path: str, kind: str) -> MediumReport:
-    """Decode one medium whole. Problems are in the report; nothing is raised."""
+    """Decode a whole medium. Problems are in the report; nothing is raised."""
     report = MediumReport(path, kind)
     try:
         if kind == "image":
@@ -184,7 +185,7 @@ def check_one(path: str, kind: str) -> MediumReport:
             _check_video(path, report)
     except UserError as error:
         report.problems.append(str(error))
-    except Exception as error:  # of a library, on a broken file
+    except Exception as error:  # a library fails on a broken file
         report.problems.append(f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
     return report
 
@@ -226,7 +227,7 @@ def _check_video(path: str, report: MediumReport) -> None:
 
 
 def _kinds_of_picture(frame: Any) -> Iterable[str]:
-    """What is done, or not done, to pictures of an unusual kind."""
+    """Notes on unusual kinds of pictures and how they are treated."""
     if name := HDR.get(int(frame.color_trc)):
         yield f"high dynamic range ({name}): shown as on a usual screen"
     if frame.interlaced_frame:
@@ -236,7 +237,7 @@ def _kinds_of_picture(frame: Any) -> Iterable[str]:
 
 
 def _judge(report: MediumReport, stamps: np.ndarray, errors: int) -> None:
-    """What the frames say of the file."""
+    """Fill in the report from the frames' times and the number of errors."""
     steps = np.diff(stamps)
     back = int((steps <= 0).sum())
     report.monotonic = not back

@@ -1,4 +1,4 @@
-"""What is wrong with records: each is read, and those that cannot be are told apart from those that are only odd."""
+"""Checks records: each is read; unreadable ones are errors, odd ones are notes."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ class _Clip:
     path: str
     start: float | None
     end: float | None
-    duration: float | None  # of the whole file, where training believes the record
+    duration: float | None  # the whole file's stated length, if training relies on it
 
 
 class Records:
@@ -38,7 +38,7 @@ class Records:
         self.wrong = 0
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Every conversation that can be read, once; the files say then of what formats they are."""
+        """Every readable conversation, once; the files then know their formats."""
         for source in self._sources:
             for i in range(len(source.file)):
                 found = source.file.look_at(i)
@@ -58,9 +58,9 @@ class Records:
             self._tell(f"BAD {reason}")
 
     def check_clips(self, report: Path) -> None:
-        """Count the records whose `start` and `end` leave nothing of a video, or whose `duration` is not the file's.
+        """Count the records whose `start` and `end` leave nothing of a video, or whose `duration` isn't the file's.
 
-        A report of the media has its length.
+        The lengths come from the report of `check_media`.
         """
         if not self._clips:
             return

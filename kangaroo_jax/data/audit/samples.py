@@ -12,7 +12,7 @@ class Samples(Sequence[Conversation]):
     """The samples of all sources, one source after another."""
 
     def __init__(self, sources: Sequence[Source], *, finished: bool = False) -> None:
-        """With `finished` those of tar shards that failed downloads left without caption or medium are left out."""
+        """With `finished`, samples of tar shards that lack a caption or medium after failed downloads are left out."""
         self._places = [(source, n) for source in sources for n in range(source.count)]
         if finished:
             whole = [(s, n) for s, n in self._places if not isinstance(s.file.look_at(s.sample(n)), Unfinished)]

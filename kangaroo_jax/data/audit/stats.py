@@ -1,4 +1,4 @@
-"""What a dataset is like, and how full it would fill packs in each stage."""
+"""Statistics of a dataset, and how full its packs would be in each stage."""
 
 import collections
 import dataclasses
@@ -21,21 +21,21 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
-_OFFLINE = 10_000  # samples packed offline, for comparison: its time grows with the square
+_OFFLINE = 10_000  # samples packed offline for comparison, whose time is quadratic
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 def write_stats(
     sources: Sequence[Source], config: ConfigDict, tokenizer: Tokenizer, folder: Path, *, limit: int
 ) -> dict[str, Any]:
-    """Write `stats.json` and `stats.png`; returns what is in the first.
+    """Write `stats.json` and `stats.png`; returns the contents of the first.
 
     Args:
         sources: the data.
-        config: a stage's config: tokens and frames are counted as it has them.
-        tokenizer: for the lengths.
-        folder: for the files.
-        limit: samples looked at, evenly chosen.
+        config: a stage's config, by which tokens and frames are counted.
+        tokenizer: counts the tokens.
+        folder: receives both files.
+        limit: the number of samples to read, evenly spaced.
 
     Raises:
         UserError: nothing can be read.
@@ -79,7 +79,7 @@ def write_stats(
 def _recipes(
     conversations: Sequence[Conversation], config: ConfigDict, tokenizer: Tokenizer
 ) -> tuple[list[Recipe], int]:
-    """The recipes of a stage, and how many samples make none."""
+    """The recipes of a stage, and the number of samples without one."""
     model = ModelConfig.from_config(config.model)
     sizes = frames_per_group(model), tokens_per_group(model, config.data.image_size)
     recipes = []
@@ -92,7 +92,7 @@ def _recipes(
 
 
 def packing_of(conversations: Sequence[Conversation], config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How full a stage's packs would be, and the tokens that a pack of its frames should have."""
+    """How full a stage's packs would be, and the number of tokens that suits the frames of a pack."""
     recipes, skipped = _recipes(conversations, config, tokenizer)
     if not recipes:
         return {"skipped": skipped}
@@ -107,7 +107,7 @@ def packing_of(conversations: Sequence[Conversation], config: ConfigDict, tokeni
 
 
 class Measured(Protocol):
-    """What packing asks of a sample: a recipe, or `Sizes`."""
+    """The attributes of a sample that packing reads: a recipe, or `Sizes`."""
 
     @property
     def id(self) -> str: ...
@@ -121,7 +121,7 @@ class Measured(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A made-up sample of which only the sizes are known: `tokens` has the length of its tokens."""
+    """A synthetic sample with sizes only: `tokens` has the right length."""
 
     id: str
     tokens: range
@@ -129,17 +129,17 @@ class Sizes:
 
 
 def fullness(samples: Sequence[Measured], tokens: int, frames: int, bins: int, *, again: int = 4) -> dict[str, Any]:
-    """Useful shares of rows of `tokens` and `frames`.
+    """The useful shares of packed rows.
 
     Args:
         samples: drawn at random, `again` times each on average (at least 2000 in all).
-        tokens, frames: of a row.
-        bins: of the `Packer`.
+        tokens, frames: what a row holds.
+        bins: see `Packer`.
 
     Returns:
-        useful_tokens and useful_frames, of the rows that the packer fills; offline_*, of rows filled by the better of
-        first-fit and best-fit decreasing over all the samples drawn (at most _OFFLINE); *_at_most, which no packing
-        can exceed, of samples cut at will; samples_per_pack.
+        useful_tokens and useful_frames for the rows that the packer fills; offline_* for rows filled by the better of
+        first-fit and best-fit decreasing over all the samples drawn (at most _OFFLINE); *_at_most, an upper bound for
+        any packing, if samples could be cut anywhere; samples_per_pack.
     """
     limits = np.array([tokens, max(frames, 1)], np.int64)
     packer, rows = Packer(tokens, frames, bins), []
@@ -150,7 +150,7 @@ def fullness(samples: Sequence[Measured], tokens: int, frames: int, bins: int, *
             rows.append([sum(len(item.recipe.tokens) for item in row), sum(item.recipe.frames for item in row)])
     shares = np.array(rows).mean(0) / limits if rows else np.zeros(2)
     need = np.array([[len(samples[i].tokens), samples[i].frames] for i in order], np.int64)
-    least = np.ceil((need.sum(0) / limits).max())  # rows that hold the sums
+    least = np.ceil((need.sum(0) / limits).max())  # the fewest rows that can hold the sums
     some = need[:_OFFLINE]
     fewest = min(offline_rows(some, limits, best=best) for best in (False, True))
     result = {}
@@ -165,12 +165,12 @@ def fullness(samples: Sequence[Measured], tokens: int, frames: int, bins: int, *
 
 
 def offline_rows(needs: np.ndarray, limits: np.ndarray, *, best: bool) -> int:
-    """Rows that first-fit decreasing (or best-fit decreasing) takes, all samples known beforehand.
+    """The number of rows that first-fit decreasing (or best-fit decreasing) takes with all samples known beforehand.
 
     Args:
         needs: int64[n, 2], tokens and frames of each sample.
         limits: int64[2], what a row holds.
-        best: take the row that is left with the least room (shares of tokens and frames added), not the first.
+        best: choose the row with the least room left (shares of tokens and frames added), not the first that fits.
     """
     order = np.argsort(-(needs / limits).sum(1), kind="stable")
     room = np.repeat(limits[None], len(needs), axis=0)
@@ -187,7 +187,7 @@ def offline_rows(needs: np.ndarray, limits: np.ndarray, *, best: bool) -> int:
 
 
 def _seconds_of(conversation: Conversation) -> list[float]:
-    """Of its videos that can be read."""
+    """The lengths in seconds of its readable videos."""
     seconds = []
     for medium in conversation.media:
         if medium.kind == "video" and not medium.frames:

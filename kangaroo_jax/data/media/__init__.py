@@ -1,1 +1,1 @@
-"""Videos and images: where they lie, what they are, their frames."""
+"""Videos and images: where they are stored, what they are, their frames."""

@@ -1,8 +1,8 @@
-"""Addresses in records: which may be read at all, and which machines may be asked.
+"""Addresses in records: which may be read, and which hosts may be contacted.
 
-Records come from strangers. An address of one is exactly `https://`, `http://`, `gs://`, `gcs://`, `s3://` or `data:`,
-and leads to a machine on the public internet, unless the user allows others: else a record could read what only the
-machine that trains can reach.
+Records come from strangers. An address must begin with `https://`, `http://`, `gs://`, `gcs://`, `s3://` or `data:`
+and lead to a host on the public internet, unless the user allows others. Otherwise a record could read what only the
+training machine can reach.
 """
 
 import ipaddress
@@ -21,19 +21,19 @@ _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that the publi
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path is an address that has to be fetched, of whatever scheme."""
+    """Whether a path is an address that has to be fetched, with any scheme."""
     text = str(path)
     return bool(_DATA.match(text)) or scheme_of(text) not in ("", "file")
 
 
 def scheme_of(path: str | Path) -> str:
-    """The scheme of an address `x://...` in lower case, "" of anything else."""
+    """The scheme of an address `x://...` in lower case, "" for anything else."""
     match = _ADDRESS.match(str(path))
     return match[1].lower() if match else ""
 
 
 def short(path: str | Path, longest: int = 200) -> str:
-    """A path for messages: the bytes of a `data:` address are left out, what a terminal would obey is escaped."""
+    """A path for messages, without the bytes of a `data:` address and with terminal control characters escaped."""
     text = str(path)
     if text.startswith("data:"):
         return printable(f"{text.partition(',')[0][: longest // 2]},...")
@@ -41,10 +41,10 @@ def short(path: str | Path, longest: int = 200) -> str:
 
 
 def check_address(address: str, *, allow_private: bool = False) -> None:
-    """Raise a UserError unless a record may name this address; of the web, its host is looked up.
+    """Raise a UserError unless a record may name this address. The host of a web address is looked up.
 
     Args:
-        address: that `is_remote`.
+        address: an address, see `is_remote`.
         allow_private: whether it may lead to this machine or its own network.
     """
     check_scheme(address)
@@ -60,13 +60,13 @@ def check_address(address: str, *, allow_private: bool = False) -> None:
 
 
 def check_scheme(address: str) -> None:
-    """Raise a UserError where an address is of another scheme, or a chain of several."""
+    """Raise a UserError if an address has an unknown scheme, or is a chain of several."""
     if _DATA.match(address):
         return
     if scheme_of(address) not in (*WEB, *STORES):
         known = ", ".join(f"{scheme}://" for scheme in ("https", "http", "gs", "s3"))
         raise UserError(f"{short(address)}: addresses are {known} or data:, not {scheme_of(address)}://")
-    if "::" in re.sub(r"\[[0-9a-fA-F:.]*\]", "", address):  # brackets: the host is an IPv6 address
+    if "::" in re.sub(r"\[[0-9a-fA-F:.]*\]", "", address):  # without the brackets of an IPv6 host
         raise UserError(f"{short(address)}: an address with '::' (a chain of file systems) is not read")
 
 
@@ -93,7 +93,7 @@ def public_hosts(address: str, host: str, port: int, *, allow_private: bool) -> 
 
 
 def is_public(host: str) -> bool:
-    """Whether an IP address, in its usual spelling, is of the public internet; so must an IPv4 address inside it be."""
+    """Whether an IP address, in its usual spelling, and any IPv4 address embedded in it are on the public internet."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     inner = None
     if isinstance(ip, ipaddress.IPv6Address):

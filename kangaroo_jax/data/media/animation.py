@@ -18,8 +18,8 @@ from kangaroo_jax.errors import UserError
 
 SUFFIXES = (".webp", ".png", ".apng")
 MAX_FRAMES = 100_000
-MAX_FRAME_PIXELS = 1 << 35  # of all frames together: about a minute's decoding
-_USUAL_MS = 100.0  # of a frame that states no time on display, as browsers have it
+MAX_FRAME_PIXELS = 1 << 35  # pixels of all frames together: about a minute of decoding
+_USUAL_MS = 100.0  # duration of a frame that states none, as in browsers
 _ROUNDING = 1e-3  # seconds by which a requested time may fall short of the frame that it means
 
 
@@ -36,7 +36,7 @@ def frame_ends(path: str | Path, seconds: float | None = None) -> tuple[list[flo
     with opened_image(path) as image:
         size, codec = image.size, (image.format or "").lower()
         for frame in _frames(path, image, seconds):
-            image.load()  # of WebP, the time on display is known only then
+            image.load()  # WebP gives the time on display only once the frame is loaded
             ends.append((ends[-1] if ends else 0.0) + _seconds(frame))
     return ends, *size, codec
 

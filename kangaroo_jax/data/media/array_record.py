@@ -27,7 +27,7 @@ def features() -> Any:
             "media": tfds.features.Sequence(
                 {
                     "kind": text(),
-                    "path": text(),  # where it was read from; its ending says what the bytes are
+                    "path": text(),  # where it was read from; its ending tells the kind of file
                     "options": text(),  # JSON: start, end, fps, ...
                     "frames": text(),  # JSON: paths of a video given as images
                     "data": tfds.features.Tensor(shape=(), dtype=np.object_),  # the file's bytes, b"" if referenced

@@ -62,7 +62,7 @@ def member_of(path: str | Path) -> Member | None:
 
 
 def member_suffix(path: str | Path) -> str:
-    """The ending of a file's or member's name, lower case, "" where it has none."""
+    """The ending of a file's or member's name, lower case, "" if there is none."""
     name = str(path)
     if MEMBER in name:
         name = re.sub(r"@\d+\+\d+$", "", name)

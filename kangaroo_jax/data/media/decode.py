@@ -1,7 +1,7 @@
 """Reading many media at a time: in threads, or in processes with a time limit.
 
-Order and result do not depend on how many there are. A file on which a library crashes or hangs costs its
-own sample in processes; in threads it would take the program with it.
+Order and result do not depend on how many there are. A file on which a library crashes or hangs costs only its
+own sample in processes; in threads it would end or block the program.
 """
 
 import collections
@@ -32,7 +32,7 @@ Job = Callable[..., Any]  # (path or MediaRef, ...) -> a result, or the UserErro
 
 
 class Decoder(Protocol):
-    """What decodes the media of a batch."""
+    """Decodes and probes the media of a batch."""
 
     def submit(self, ref: MediaRef, image_size: int) -> "Future[Outcome]":
         """The clip to come, or the error that says why there is none."""
@@ -41,7 +41,7 @@ class Decoder(Protocol):
         """A clip, or the error that says why there is none, for each."""
 
     def probe(self, path: str, kind: str) -> MediaInfo:
-        """What a file says of itself. Raises UserError."""
+        """A file's size, length and kind. Raises UserError."""
 
     def close(self) -> None:
         """Free threads and processes."""
@@ -123,7 +123,7 @@ class ThreadDecoder:
 
 
 class CachedDecoder:
-    """Keeps the clips used last, up to a number of bytes. For corpora small enough to be read again."""
+    """Keeps the clips used last, up to a number of bytes: useful where a corpus fits in memory."""
 
     def __init__(self, decoder: Decoder, limit: int) -> None:
         """`limit` in bytes."""
@@ -336,7 +336,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """A process and the job that it is at, None while idle."""
+    """A process and its current job, None while idle."""
 
     def __init__(self, job: Job, prepare: Callable[[], None] | None) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
@@ -360,7 +360,7 @@ class _Worker:
 
     def begin(self, job: tuple[Future[Any], tuple], deadline: float) -> None:
         self.job, self.deadline = job, deadline
-        with contextlib.suppress(OSError):  # it died while idle: `finish` finds its end of the pipe closed
+        with contextlib.suppress(OSError):  # the process died while idle: `finish` finds the pipe closed
             self.connection.send(job[1])
 
     def finish(self) -> Any:
@@ -369,7 +369,7 @@ class _Worker:
             outcome = _receive(self.connection)
             self.job = None
             return outcome
-        except (EOFError, OSError, RuntimeError):  # the last where a file descriptor should come and does not
+        except (EOFError, OSError, RuntimeError):  # RuntimeError: an expected file descriptor did not arrive
             self._process.join(timeout=5)
             self.exit_code = self._process.exitcode
             return None
@@ -384,7 +384,7 @@ def _serve(connection: Connection, job: Job, prepare: Callable[[], None] | None)
     """The loop of a worker; it ends with the process that started it."""
     if prepare is not None:
         prepare()
-    with contextlib.suppress(EOFError, OSError):  # the other end is gone: its process was killed
+    with contextlib.suppress(EOFError, OSError):  # the parent was killed
         connection.send(None)
         while True:
             arguments = connection.recv()
@@ -392,9 +392,9 @@ def _serve(connection: Connection, job: Job, prepare: Callable[[], None] | None)
 
 
 def _send(connection: Connection, outcome: Any) -> None:
-    """Send an outcome. Pixels go as they lie in memory, which pickling would copy: many in memory of their own.
+    """Send an outcome. Pixels are sent raw, to save pickling's copy; large ones go through shared memory.
 
-    While they go through a pipe neither process does anything else.
+    While pixels go through a pipe, neither process does anything else.
     """
     if not isinstance(outcome, Clip):
         connection.send(outcome)
@@ -430,7 +430,7 @@ def _receive(connection: Connection) -> Any:
     return Clip(pixels, times, zero, missed, damaged)
 
 
-_SHARED = 1 << 22  # bytes from which pixels get memory of their own; a process may have 65,530 such mappings
+_SHARED = 1 << 22  # bytes from which pixels go through shared memory; a process may have 65,530 mappings
 _PIECE = 1 << 24  # bytes sent at a time
 _NO_START = (
     "a decoding process ended as it started; a script of your own that sets num_workers must keep "

@@ -1,7 +1,7 @@
-"""The bytes of an address into a file, within limits of size and time.
+"""Downloads of addresses into files, within limits of size and time.
 
-The web is read by `http.client`, so that the machine that was checked is the machine that is connected to: a name is
-looked up once, and each redirect is checked anew. Buckets are read by fsspec.
+Web addresses are read by `http.client`, so that the connection goes to the host that was checked: a name is looked up
+once, and each redirect is checked anew. Buckets are read by fsspec.
 """
 
 import base64
@@ -21,12 +21,12 @@ from kangaroo_jax.system.installing import install_line
 
 _BLOCK = 1 << 20  # bytes
 _REDIRECTS = 10
-_SILENCE = 60.0  # seconds without a byte after which a server is given up
+_SILENCE = 60.0  # seconds without a byte after which a download fails
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What fetching one address may take, and where it may lead."""
+    """Limits of fetching one address: size, time, and whether it may lead to private networks."""
 
     bytes: int = 4 << 30
     seconds: float = 600.0
@@ -34,7 +34,7 @@ class Limits:
 
 
 def download(address: str, file: BinaryIO, limits: Limits) -> None:
-    """Write what an address holds. Raises UserError, or what a library raises."""
+    """Write the bytes of an address to `file`. Raises UserError, or what a library raises."""
     check_scheme(address)
     if address.startswith("data:"):
         head, _, body = address.partition(",")
@@ -78,7 +78,7 @@ def _store_blocks(address: str, limits: Limits) -> Iterator[bytes]:
 
 
 def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
-    """The body behind an address of the web, its redirects followed."""
+    """The body of a web address; redirects are followed."""
     end = time.monotonic() + limits.seconds
     target = address
     for _ in range(_REDIRECTS + 1):
@@ -91,7 +91,7 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
             moved = response.getheader("Location") if response.status in (301, 302, 303, 307, 308) else None
             if moved is None:
                 yield from _body(address, response, limits)
-            if connection.late:  # what was cut may look like an end: of a head, or of a body without a length
+            if connection.late:  # a cut connection may look like the end of the headers or of a body without a length
                 raise _too_slow(address, limits)
             if moved is None:
                 return
@@ -110,7 +110,7 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
 
 
 def _connection(address: str, limits: Limits) -> "_Plain":
-    """A connection, not yet opened, to a machine that was checked."""
+    """An unopened connection to a host that was checked."""
     try:
         parts = urllib.parse.urlsplit(address)
         host, port = parts.hostname or "", parts.port
@@ -139,12 +139,12 @@ def _opened(hosts: list[str], port: int, seconds: float) -> socket.socket:
 
 
 class _Plain(http.client.HTTPConnection):
-    """To one of given IP addresses, in the name of a host; another thread can end it wherever it waits."""
+    """A connection to one of a host's given IP addresses; another thread can cut it at any time."""
 
     def __init__(self, hosts: list[str], host: str, port: int, seconds: float) -> None:
         super().__init__(host, port, timeout=seconds)
         self._hosts = hosts
-        self._wire: socket.socket | None = None  # `sock` is gone where a response goes on until the server closes
+        self._wire: socket.socket | None = None  # kept because `sock` is None while a response without a length is read
         self.late = False
 
     def connect(self) -> None:
@@ -157,7 +157,7 @@ class _Plain(http.client.HTTPConnection):
             self.cut()
 
     def cut(self) -> None:
-        """End the connection, whose time is over."""
+        """End the connection because its time is over."""
         self.late = True
         if self._wire is not None:
             try:
@@ -178,7 +178,7 @@ class _Secure(_Plain):
 
 
 def _asked(connection: http.client.HTTPConnection, address: str) -> http.client.HTTPResponse:
-    """The head of the answer to a request for an address."""
+    """The response to a GET request for an address; its body is not yet read."""
     parts = urllib.parse.urlsplit(address)
     path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
     query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
@@ -193,7 +193,7 @@ def _asked(connection: http.client.HTTPConnection, address: str) -> http.client.
 def _body(address: str, response: http.client.HTTPResponse, limits: Limits) -> Iterator[bytes]:
     if response.status != 200:
         raise UserError(f"{short(address)}: cannot be fetched ({response.status} {response.reason[:80]})")
-    stated = response.length  # bytes; None where the server does not say
+    stated = response.length  # bytes; None if the server does not state it
     if (stated or 0) > limits.bytes:
         raise _too_large(address, limits)
     read: Callable[[int], Any] = response.read1  # at most one wait for the network

@@ -18,15 +18,15 @@ from kangaroo_jax.data.media.storage import check_file, local, short
 from kangaroo_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
-MAX_PIXELS = 178_956_970  # of a still image; PIL's own limit against decompression bombs
+MAX_PIXELS = 178_956_970  # pixels of a still image; PIL's own limit against decompression bombs
 _BACKGROUND = (255, 255, 255)  # behind transparent pixels
-# What Pillow may read: its other formats run programs (EPS), fetch, or are for printers.
+# Formats that Pillow may read: its others run programs (EPS), fetch files, or are for printers.
 _FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _WHOLE = MAX_PIXELS // 2  # pixels, above which an image is made smaller before its colours are converted
 _STRIP = 1 << 22  # pixels converted at a time
-_MOST_TEXT = 1 << 20  # bytes of text that Pillow takes of a PNG's chunk, in all
-_FRAMES = (b"acTL", b"fcTL", b"fdAT")  # of an animated PNG
-_SIZES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 7}  # bytes of chunks that have but one size
+_MOST_TEXT = 1 << 20  # bytes of text in all chunks of a PNG that Pillow accepts
+_FRAMES = (b"acTL", b"fcTL", b"fdAT")  # chunks of an animated PNG
+_SIZES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 7}  # bytes of chunks with a fixed size
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,14 +37,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow warns from half of the pixels at which it refuses; ours is the number at which it refuses.
+# Pillow warns from half of the pixels at which it refuses an image; we refuse at the same number, without a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def letterbox(image: np.ndarray | Image.Image, side: int) -> np.ndarray:
     """Resize the longest side to `side` pixels and centre the image on black: uint8[S, S, 3].
 
-    Bicubic and antialiased (PIL), in uint8, as Kangaroo's inputs are thought to be made (inferred).
+    Bicubic and antialiased (PIL), in uint8, as Kangaroo's inputs are probably made (inferred).
 
     Args:
         image: RGB, uint8[height, width, 3] or a PIL image of mode RGB.
@@ -76,7 +76,7 @@ def centre(image: np.ndarray, canvas: np.ndarray) -> None:
 def load_image(path: str | Path, image_size: int) -> np.ndarray:
     """Read a JPEG, PNG, WebP or other still image, letterboxed: uint8[S, S, 3], RGB.
 
-    EXIF orientation is applied, transparency is laid on white, of an animation the first frame is taken.
+    EXIF orientation is applied, transparency becomes white, and an animation gives its first frame.
 
     Raises:
         UserError: the file is missing, empty, too large or no readable image.
@@ -87,7 +87,7 @@ def load_image(path: str | Path, image_size: int) -> np.ndarray:
         shrink = 1
         if image.width * image.height > _WHOLE:
             shrink = max(1, min(8, max(image.size) // (4 * image_size)))
-            image.draft("RGB", (image.width // shrink, image.height // shrink))  # of JPEG, which is decoded smaller
+            image.draft("RGB", (image.width // shrink, image.height // shrink))  # decodes a JPEG at a smaller size
             shrink = max(1, min(shrink, max(image.size) // (4 * image_size)))
         image.load()
         rgb, turn = to_rgb(image, shrink), _TURNS.get(_orientation(image))
@@ -95,7 +95,7 @@ def load_image(path: str | Path, image_size: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As EXIF says; 1, upright, where it cannot be read."""
+    """The EXIF orientation; 1, upright, if it cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
@@ -123,7 +123,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
         raise UserError(f"{name}: too large an image (more than {MAX_PIXELS:,} pixels)") from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG or WebP file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # of damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # raised for damaged files
         raise UserError(f"{name}: cannot read the image ({' '.join(str(error).split())})") from None
 
 
@@ -134,7 +134,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _without_bad_asides(source: io.BytesIO | Path) -> io.BytesIO | Path:
-    """The same file; a PNG whose texts, profile or other asides are large or damaged without these."""
+    """The same file; a PNG loses ancillary chunks (texts, profile and others) that are too large or damaged."""
     with contextlib.ExitStack() as stack:
         file = source if isinstance(source, io.BytesIO) else stack.enter_context(source.open("rb"))
         bad = _bad_asides(file)
@@ -154,13 +154,13 @@ def _whole(file: io.BufferedReader) -> bytes:
 
 
 def _bad_asides(file: io.BytesIO | io.BufferedReader) -> list[tuple[int, int]]:
-    """(first byte, size) of the chunks beside a PNG's pixels that Pillow would stumble over; none of another file."""
+    """(first byte, size) of a PNG's ancillary chunks on which Pillow would fail; empty for any other file."""
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         return []
     place, bad, total = 8, [], 0
     while len(head := file.read(8)) == 8:
         size, name = struct.unpack(">I4s", head)
-        if name[0] & 0x20 and name not in _FRAMES:  # a small letter: what a reader may pass over
+        if name[0] & 0x20 and name not in _FRAMES:  # lower case marks an ancillary chunk, which a reader may skip
             body = file.read(size) if size <= _MOST_TEXT else b""
             check = file.read(4) if body or not size else b""
             length = _unpacked(name, body)
@@ -175,7 +175,7 @@ def _bad_asides(file: io.BytesIO | io.BufferedReader) -> list[tuple[int, int]]:
 
 
 def _unpacked(name: bytes, body: bytes) -> int:
-    """Bytes of a chunk's text once it is decompressed, as far as that matters."""
+    """The size in bytes of a chunk's decompressed text, counted up to just above _MOST_TEXT."""
     key, _, rest = body.partition(b"\0")
     packed = rest[1:] if name in (b"zTXt", b"iCCP") else b""
     if name == b"iTXt" and rest[:1] == b"\1":
@@ -189,10 +189,10 @@ def _unpacked(name: bytes, body: bytes) -> int:
 
 
 def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
-    """Any mode to RGB; greys of more than 8 bits are scaled, not clipped; transparency is laid on white.
+    """An image of any mode as RGB; greys of more than 8 bits are scaled, not clipped; transparency becomes white.
 
-    It is done a strip at a time, so that a large image is not in memory several times over; with `shrink` every so
-    many pixels, either way, become one.
+    Conversion goes strip by strip, so that a large image is not in memory several times over. `shrink` is the factor
+    by which both sides are reduced.
     """
     if image.mode == "RGB" and not image.has_transparency_data and shrink == 1:
         return image
@@ -215,7 +215,7 @@ def _reduced(image: Image.Image, shrink: int) -> Image.Image:
 
 
 def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """What makes RGB of a strip of this image."""
+    """The function that converts a strip of this image to RGB."""
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         return functools.partial(_grey_to_rgb, scale=_grey_scale(image))
@@ -223,7 +223,7 @@ def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
 
 
 def _grey_scale(image: Image.Image) -> tuple[float, float]:
-    """(divisor, factor) to 0..255 of a deep grey, by its mode and, of 32 bits, by its brightest pixel."""
+    """(divisor, factor) that scale a deep grey to 0..255, by its mode and, for 32 bits, its brightest pixel."""
     if image.mode.startswith("I;16"):
         return 257.0, 1.0
     top = 0.0

@@ -1,4 +1,4 @@
-"""What a medium is, by its first bytes: endings are wrong, or missing, in every large collection."""
+"""The kind of a medium by its first bytes: in every large collection some endings are wrong or missing."""
 
 import os
 import struct
@@ -8,7 +8,7 @@ from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.storage import check_file, local, short
 from kangaroo_jax.errors import UserError
 
-HEAD = 1 << 16  # bytes that are enough to tell
+HEAD = 1 << 16  # bytes that suffice to tell the kind
 _PNG = b"\x89PNG\r\n\x1a\n"
 _STILLS = (
     b"\xff\xd8\xff",  # JPEG
@@ -36,7 +36,7 @@ _STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
 
 
 def kind_of(head: bytes) -> str | None:
-    """ "image", "animation" (a picture file that may move: GIF, WebP, PNG) or "video", None where the bytes do not say.
+    """ "image", "animation" (a picture file that may move: GIF, WebP, PNG) or "video", None if the bytes don't tell.
 
     Args:
         head: the first bytes of a file, up to `HEAD` of them.
@@ -57,7 +57,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def is_picture_file(head: bytes) -> bool:
-    """Whether Pillow, and not FFmpeg, reads what moves in it: WebP and PNG."""
+    """Whether Pillow, not FFmpeg, reads the animation in it: WebP and PNG."""
     return head.startswith(_PNG) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
@@ -77,7 +77,7 @@ def read_head(path: str | Path) -> bytes:
 
 
 def _moves(png: bytes) -> bool:
-    """Whether a PNG announces an animation before its pixels; what hides behind a large profile is not seen."""
+    """Whether a PNG announces an animation before its pixels; an announcement after a large profile is missed."""
     place = len(_PNG)
     while place + 8 <= len(png):
         size, name = struct.unpack_from(">I4s", png, place)

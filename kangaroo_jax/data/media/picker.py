@@ -1,8 +1,8 @@
 """Decoding a video forward through its packets, and keeping the frames on display at given moments.
 
-Of the frames between two moments only those are decoded that a kept frame needs: later key frames are
-sought where that is cheaper, and frames that no other refers to are passed over. Neither changes what is
-kept: the frame on display is decided by the presentation times of all packets.
+Between two moments only the frames that a kept frame needs are decoded: the picker seeks to a later key frame where
+that is cheaper, and skips frames that no other refers to. Neither changes which frames are kept: the presentation
+times of all packets decide which frame is on display.
 """
 
 import collections
@@ -27,35 +27,32 @@ from kangaroo_jax.errors import UserError
 MAX_FRAME_PIXELS = 8192 * 4608  # 8K; anything larger is refused before it is decoded
 MAX_SECONDS = 24 * 3600.0
 _ROUNDING = 1e-3  # seconds by which a requested time may fall short of the frame that it means
-_USUAL_RATE = 25  # frames a second of a file that does not say
-# What decides whether to seek, as measured (`kangaroo bench data --costs`): a seek costs a fixed time and the frames
-# that the decoder holds back, each as much as a frame decoded on the way. Constants, so that the same file is read
-# in the same way everywhere.
+_USUAL_RATE = 25  # frames a second, assumed where a file states none
+# The cost of a seek, as measured (`kangaroo bench data --costs`): a fixed time, and as many decoded frames as the
+# decoder holds back. These are constants, so that the same file is read in the same way everywhere.
 _SEEK_SECONDS = 2e-3
 _SEEK_FRAMES = 6
 _SECONDS_PER_PIXEL = 2.5e-9
-_BLIND_GAIN = 300  # frames, in a file without an index
-_MISSED_SHARE = 0.1  # of the moments, that may have lost their own frame to damage
-_HOLE = 1.0  # seconds without a frame, in a damaged file, that are damage and not a still picture
-SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that know frames that no other refers to
+_BLIND_GAIN = 300  # frames to jump over that are worth a seek in a file without an index
+_MISSED_SHARE = 0.1  # the share of the moments that may lack their own frame because of damage
+_HOLE = 1.0  # a gap of more seconds in a damaged file counts as damage, not as a still picture
+SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that mark frames that no other refers to
 _READ_AHEAD = 8  # packets, in which to find what is on display next
-_MOST_ERRORS = 10_000  # packets that cannot be decoded, after which a file is given up
-# Playlists and scripts make a reader open other files, again and again, or itself without end.
+_MOST_ERRORS = 10_000  # undecodable packets after which reading a file fails
+# Playlists and scripts make a reader open other files, or the same file without end.
 _PLAYLISTS = {"concat", "concatf", "dash", "hls", "imf", "rtsp", "sap", "sdp", "webm_dash_manifest"}
 _OPEN = {
     "protocol_whitelist": "file,subfile",
     "format_whitelist": ",".join(sorted(av.formats_available - _PLAYLISTS)),
 }
-# Since PyAV 19 text that is not UTF-8 is no error anyhow.
+# PyAV 19 and later ignore text that is not UTF-8 by default.
 _METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 _COVER, _DEFAULT = av.stream.Disposition.attached_pic.value, av.stream.Disposition.default.value
 _TAG = re.compile(r"(\d+):(\d+):(\d+(?:[.,]\d*)?)")
-_LENGTHS_DIFFER = 0.02  # of a picture's length, by which the whole file's may be beside it
-_ONE_LENGTH = ("asf", "flv", "matroska,webm", "nut")  # formats in which a stream's length is the whole file's
-_NO_TIMESTAMPS = 0x80  # a flag of FFmpeg's formats: raw streams, which have no seeks
-_RUN_UP = (
-    1.0  # seconds before a moment where to begin in an MPEG program stream, whose first times after a seek are guesses
-)
+_LENGTHS_DIFFER = 0.02  # the file's length may differ from the picture's by this share of it
+_ONE_LENGTH = ("asf", "flv", "matroska,webm", "nut")  # formats that state only the whole file's length
+_NO_TIMESTAMPS = 0x80  # FFmpeg's flag for raw streams, in which seeking is impossible
+_RUN_UP = 1.0  # seconds to seek before a moment in an MPEG program stream: its first times after a seek are guesses
 
 
 @contextlib.contextmanager
@@ -66,7 +63,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     file = local(path) if member is None else member.file
     check_file(file, name)
     if member is None:
-        # "file:" and the whitelist keep names with colons, and playlists, away from the network.
+        # "file:" and the whitelist keep names with colons and playlists from reaching the network.
         source: Any = f"file:{file}"
     else:
         source = member.ffmpeg_input()
@@ -78,22 +75,22 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise UserError(f"{name}: {codec.width}x{codec.height} pixels is too large; resize it below 8K")
             codec.thread_count = 1  # one thread a video, many videos at a time
             codec.thread_type = "NONE"
-            codec.options = {"err_detect": "explode"}  # damage is an error, and no guess at a picture
+            codec.options = {"err_detect": "explode"}  # report damage as an error instead of guessing a picture
             yield container, stream
     except (av.error.FFmpegError, OverflowError) as error:
-        if getattr(error, "errno", 0) == errno.EINVAL:  # of a format that is not allowed, and of some damage
+        if getattr(error, "errno", 0) == errno.EINVAL:  # the format is not allowed, or the file is damaged
             raise UserError(f"{name}: not a readable video: damaged, or a playlist, which is not followed") from None
         detail = (getattr(error, "strerror", None) or str(error)).lower()
         raise UserError(f"{name}: not a readable video, or damaged or cut short ({detail})") from None
 
 
 def video_streams(container: Any) -> list[Any]:
-    """The streams that move: no covers."""
+    """The video streams, without cover pictures."""
     return [stream for stream in container.streams.video if not stream.disposition.value & _COVER]
 
 
 def _best(name: str, container: Any) -> Any:
-    """The stream that FFmpeg would play, of those that can be decoded. Raises UserError."""
+    """The decodable stream that FFmpeg would play. Raises UserError."""
     streams = video_streams(container)
     if not streams:
         raise UserError(f"{name}: no video stream in this file")
@@ -108,8 +105,8 @@ def _best(name: str, container: Any) -> Any:
 
 
 def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
-    """Length of the video stream in seconds: the header's, or counted where it says nothing. Raises UserError."""
-    raw = container.format.flags & _NO_TIMESTAMPS  # whose length FFmpeg guesses by a rate of bits
+    """Length of the video stream in seconds, from the header, else counted from the packets. Raises UserError."""
+    raw = container.format.flags & _NO_TIMESTAMPS  # FFmpeg guesses their length from a bit rate
     whole = container.duration / av.time_base if container.duration and not raw else 0.0
     stated = float(stream.duration * stream.time_base) if stream.duration and not raw else 0.0
     seconds = stated if container.format.name not in _ONE_LENGTH else 0.0
@@ -119,7 +116,7 @@ def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
         if not seconds:
             seconds = _counted_seconds(path)
         elif len(container.streams) > 1 or not stream.average_rate or start_seconds(stream) > _LENGTHS_DIFFER * seconds:
-            own = _picture_seconds(path, seconds)  # for it may be the sound's, or the end by the file's clock
+            own = _picture_seconds(path, seconds)  # it may be the sound's, or the end by the file's clock
             seconds = own if own and abs(seconds - own) > _LENGTHS_DIFFER * own else seconds
     if seconds <= 0:
         raise UserError(f"{short(path)}: no frames in the video stream")
@@ -127,9 +124,9 @@ def stream_seconds(path: str | Path, container: Any, stream: Any) -> float:
 
 
 def _tagged_seconds(stream: Any, whole: float) -> float:
-    """Matroska and WebM: 00:00:10.040000000, from the file's zero.
+    """The length in the DURATION tag of Matroska and WebM ("00:00:10.040000000", counted from the file's zero).
 
-    0 where the tag is something else, or more than the `whole` file has.
+    It is 0 if the tag is not a time, or is longer than the `whole` file.
     """
     match = _TAG.fullmatch(stream.metadata.get("DURATION", "").strip())
     if match is None:
@@ -141,18 +138,18 @@ def _tagged_seconds(stream: Any, whole: float) -> float:
 
 
 def rate_of(container: Any, stream: Any) -> float:
-    """Frames a second: the mean, of a raw stream what the pictures' own headers say; 0 where unknown."""
+    """Mean frames a second; for a raw stream the rate in the pictures' own headers; 0 if unknown."""
     stated = stream.guessed_rate if container.format.flags & _NO_TIMESTAMPS else stream.average_rate
     return float(stated or 0)
 
 
 def start_seconds(stream: Any) -> float:
-    """When the first frame is on display, by the file's own clock; 0 where it does not say."""
+    """The time of the first frame, in seconds of the file's own clock; 0 if the file does not state it."""
     return float((stream.start_time or 0) * stream.time_base)
 
 
 def _picture_seconds(path: str | Path, seconds: float) -> float | None:
-    """Length of the picture of a file of `seconds`, by the last of its packets; None where none can be found."""
+    """Length of the picture in a file of `seconds`, from its last packets, or counted if none are found there."""
     with open_video(path) as (container, stream):
         tick, begin = float(stream.time_base), start_seconds(stream)
         usual, ends = round(1 / float(stream.average_rate or _USUAL_RATE) / tick), []
@@ -160,7 +157,7 @@ def _picture_seconds(path: str | Path, seconds: float) -> float | None:
             container.seek(math.floor((begin + seconds) / tick), stream=stream)
             for packet in container.demux(stream):
                 if packet.size and packet.pts is not None:
-                    shown = packet.duration if stream.average_rate else None  # which is a tick where no rate is known
+                    shown = packet.duration if stream.average_rate else None  # without a rate it is only a tick
                     ends.append((packet.pts + (shown or usual)) * tick)
     return max(ends) - begin if ends else _counted_seconds(path)
 
@@ -180,7 +177,7 @@ def _counted_seconds(path: str | Path) -> float:
 
 
 def guesses_times(container: Any, stream: Any) -> bool:
-    """Whether presentation times are guesses that go back: AVI has decoding times alone, and there are B-frames."""
+    """Whether presentation times are guesses that step back: AVI with B-frames, which has decoding times only."""
     return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
 
@@ -188,15 +185,15 @@ class BestEffort:
     """FFmpeg's best-effort times: presentation times, or decoding times where those go back less often."""
 
     def __init__(self) -> None:
-        self._faults = [0, 0]  # of presentation and decoding times
+        self._faults = [0, 0]  # steps back in presentation and decoding times
         self.flush()
 
     def flush(self) -> None:
-        """Forget the last times, after a seek."""
+        """Forget the last times; call it after a seek."""
         self._last: list[float] = [-math.inf, -math.inf]
 
     def of(self, pts: int | None, dts: int | None) -> int | None:
-        """The time of the next frame out of the decoder, in its own ticks."""
+        """The time of the decoder's next frame, in its own ticks."""
         for i, (stamp, other) in enumerate(((pts, dts), (dts, pts))):
             if stamp is not None:
                 self._faults[i] += stamp <= self._last[i]
@@ -211,15 +208,15 @@ class BestEffort:
 class FramePicker:
     """Decodes forward through one file and keeps the frames on display at ascending times.
 
-    A damaged stretch costs its own frames only: packets that cannot be decoded, and frames that the decoder
-    had to make up, are left out; a moment that has lost its frame takes the one before it, with that frame's
-    own time. More than a tenth of such moments is an error.
+    A damaged stretch costs only its own frames: packets that cannot be decoded, and frames that the decoder
+    made up, are left out. A moment whose frame is lost takes the frame before it, with that frame's own time.
+    More than a tenth of such moments is an error.
     """
 
     def __init__(
         self, path: str | Path, container: Any, stream: Any, image_size: int, seconds: float | None = None
     ) -> None:
-        """`seconds` after which to give up."""
+        """`seconds` is the time limit of decoding."""
         self._path, self._container, self._stream, self._side = short(path), container, stream, image_size
         self._tick = float(stream.time_base)
         self._interval = 1 / (rate_of(container, stream) or _USUAL_RATE)
@@ -232,17 +229,17 @@ class FramePicker:
         self._pixels = FrameScaler(image_size, float(stream.sample_aspect_ratio or 1) or 1.0)
         codec = stream.codec_context
         self._gain = _SEEK_FRAMES + _SEEK_SECONDS / (_SECONDS_PER_PIXEL * codec.width * codec.height)
-        # Without an index: containers whose seeks end at key frames, decoders that say which frames are whole.
+        # Seeking without an index needs a container that seeks to key frames, or a decoder that marks whole frames.
         self._blind = codec.name in ("h264", "hevc") or "matroska" in container.format.name
         self._may_seek = not container.format.flags & _NO_TIMESTAMPS
         self._run_up = _RUN_UP if container.format.name == "mpeg" else 0.0
         self._may_skip = codec.name in SKIPPABLE and not self._guessed
         self._near: collections.deque[float] = collections.deque(maxlen=3 * _READ_AHEAD)  # times of packets just read
-        self._limit_time = -math.inf  # seconds: of the frames up to here only the last is wanted
+        self._limit_time = -math.inf  # seconds; only the last frame up to here is wanted
         self._skipping = False
         self._errors = 0
-        self._indexed = 0  # entries of the file's index that `_keys` are from
-        self._before = -self._interval  # when, by the file's own clock, the frame before the next one came
+        self._indexed = 0  # number of index entries that `_keys` was made from
+        self._before = -self._interval  # time of the previous frame, by the file's own clock
         self._frames = self._decode()
         self.missed = 0
 
@@ -315,7 +312,7 @@ class FramePicker:
 
     @functools.cached_property
     def _keys(self) -> np.ndarray:
-        """When the key frames that the file's index names are decoded, in seconds of the file's own clock."""
+        """Decoding times of the key frames in the file's index, in seconds of the file's own clock."""
         entries = self._stream.index_entries
         self._indexed = len(entries)
         stamps = [entry.timestamp for entry in entries if entry.is_keyframe]
@@ -335,7 +332,7 @@ class FramePicker:
             yield frame, absolute - self._zero
 
     def _whole_frames(self) -> Iterator[tuple[Any, int | None]]:
-        """Frames that the decoder gives and their stamps, but for those from damage to the next key frame."""
+        """The decoder's frames and their stamps, without those between damage and the next key frame."""
         codec, whole = self._stream.codec_context, True
         for packet in self._packets():
             if clock.monotonic() > self._deadline:
@@ -360,7 +357,7 @@ class FramePicker:
                     yield frame, stamp
 
     def _packets(self) -> Iterator[Any]:
-        """The stream's packets, some of which were read ahead; the file ends where it cannot be read any further."""
+        """The stream's packets, read a few ahead; an unreadable packet ends the file."""
         packets = self._container.demux(self._stream)
         waiting: collections.deque[Any] = collections.deque()
         self._near.clear()
@@ -380,7 +377,7 @@ class FramePicker:
         yield from waiting
 
     def _set_skip(self, codec: Any, packet: Any) -> None:
-        """Pass over a frame that no other refers to, where another comes on display after it, not after the moment."""
+        """Skip a frame that no other refers to if a later frame is on display by the moment."""
         skip = False
         if packet.size and packet.pts is None:
             self._may_skip = False
@@ -394,9 +391,9 @@ class FramePicker:
     # ----------------------------------------------------------------------------- seeks
 
     def _on_display_until(self, frame: Any, begin: float) -> float:
-        """When the last frame leaves the display; two mean intervals where the file says nothing better.
+        """When the last frame leaves the display: by its stated duration, or after two mean intervals if that is later.
 
-        Two more in AVI with B-frames, whose length counts the frames that the decoder holds back at the beginning.
+        AVI with B-frames has two more: its length counts the frames that the decoder holds back at the beginning.
         """
         stated = (frame.duration or 0) * float(frame.time_base or self._tick)
         return begin + max(stated, (4 if self._guessed else 2) * self._interval)
@@ -418,9 +415,9 @@ class FramePicker:
         while True:
             target = max(time - back, 0.0) + self.zero
             self._container.seek(math.floor(target / self._tick), stream=self._stream)
-            if len(self._stream.index_entries) != self._indexed:  # read at the first seek, or as far as packets were
+            if len(self._stream.index_entries) != self._indexed:  # a seek or packets extended the index
                 self.__dict__.pop("_keys", None)
-            self._before = math.inf if back < time else -self._interval  # one without a time is none that helps
+            self._before = math.inf if back < time else -self._interval  # a frame without a time does not help
             self._frames = self._decode()
             shown, shown_at = next(self._frames, (None, math.inf))
             if shown_at <= time + slack or back >= time:

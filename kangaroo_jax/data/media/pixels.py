@@ -1,4 +1,4 @@
-"""From a decoder's frame to RGB in a square: scaled, turned as the file says, for a usual screen."""
+"""From a decoder's frame to RGB in a square: scaled, rotated as the file states, tone-mapped to standard range."""
 
 import functools
 import struct
@@ -10,16 +10,16 @@ from PIL import Image
 
 from kangaroo_jax.data.media.image import centre, fitted
 
-_LEAST_SIDE, _MOST_SHRINKING = 16, 32  # pixels, and times: beyond these a picture is scaled by PIL, not FFmpeg
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics (H.273) of a high dynamic range
-_WHITE, _PEAK = 203.0, 1000.0  # nits: of white in graphics (ITU-R BT.2408), and of the brightest pictures
+_LEAST_SIDE, _MOST_SHRINKING = 16, 32  # pixels, factor: beyond these PIL scales a picture, not FFmpeg
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics (H.273) with a high dynamic range
+_WHITE, _PEAK = 203.0, 1000.0  # nits of graphics white (ITU-R BT.2408) and of the brightest pictures
 _GAMMA = 2.2
-# Linear light with the primaries of BT.2020 to that with those of BT.709 (ITU-R BT.2087).
+# Linear light: BT.2020 primaries to BT.709 primaries (ITU-R BT.2087).
 _TO_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
 
 
 class FrameScaler:
-    """Writes frames of one video; its reformatters keep what they have set up."""
+    """Writes frames of one video; its reformatters keep their set-up between frames."""
 
     def __init__(self, side: int, ratio: float) -> None:
         """`side` of the square in pixels, `ratio` of a pixel's width to its height."""
@@ -27,7 +27,7 @@ class FrameScaler:
         self._scaler, self._converter = VideoReformatter(), VideoReformatter()
 
     def write(self, frame: Any, canvas: np.ndarray) -> None:
-        """Into uint8[S, S, 3], which is black: RGB, turned as the file says, its longest side S, centred."""
+        """Write RGB into a black uint8[S, S, 3]: rotated as the file states, longest side S, centred."""
         aspect = frame.width * self._ratio / frame.height
         matrix = display_matrix(frame)
         if is_turned(matrix):
@@ -39,8 +39,8 @@ class FrameScaler:
     def _scaled(self, frame: Any, width: int, height: int) -> np.ndarray:
         """uint8[height, width, 3], RGB; bicubic, antialiased.
 
-        Brightness and colour differences are scaled before they become RGB: a sixth of the work of scaling RGB, and
-        nearer to the picture, for the colours are kept at half the size and would be doubled pixel by pixel.
+        Luma and chroma are scaled before conversion to RGB. That is a sixth of the work of scaling RGB, and more exact,
+        because chroma is stored at half the size and conversion would double it pixel by pixel.
         """
         form = frame.format
         if has_alpha(form):
@@ -52,7 +52,7 @@ class FrameScaler:
         if form.is_rgb or len(form.components) != 3 or min(width, height) < _LEAST_SIDE or shrink > _MOST_SHRINKING:
             rgb = self._converter.reformat(frame, format="rgb48le" if bright else "rgb24", threads=1).to_ndarray()
             return _resized(_tone_mapped(rgb, bright) if bright else rgb, width, height)
-        full = "yuvj444p" if form.name.startswith("yuvj") else "yuv444p"  # the j: brightness from 0 to 255
+        full = "yuvj444p" if form.name.startswith("yuvj") else "yuv444p"  # the j: luma from 0 to 255
         small = self._scaler.reformat(
             frame,
             width=width,
@@ -66,7 +66,7 @@ class FrameScaler:
 
 
 def has_alpha(form: Any) -> bool:
-    """Whether frames of a pixel format have a transparency of their own."""
+    """Whether a pixel format has an alpha channel."""
     return any(component.is_alpha for component in form.components)
 
 
@@ -75,7 +75,7 @@ def _resized(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:
-    """uint8[height, width, 4] -> uint8[height, width, 3], what is transparent laid on white, as in images."""
+    """uint8[height, width, 4] -> uint8[height, width, 3]; transparency becomes white, as in images."""
     picture = Image.fromarray(rgba)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture))[..., :3]
 
@@ -84,10 +84,10 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """Where a frame's x axis and y axis point on display, (x, y) each; None where the file says nothing."""
+    """Where a frame's x axis and y axis point on display, (x, y) each; None if the file does not state it."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # beside it lies what PyAV has no name for, as EXIF
+    except ValueError:  # the frame has side data unknown to PyAV, such as EXIF
         return (None, (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
     if data is None:
         return None
@@ -96,12 +96,12 @@ def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
 
 
 def is_turned(matrix: tuple[int, int, int, int] | None) -> bool:
-    """Whether width and height change places on display."""
+    """Whether width and height are swapped on display."""
     return matrix is not None and abs(matrix[1]) > abs(matrix[0])
 
 
 def upright(picture: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """[height, width, 3] as it is displayed, a mirrored one mirrored: one of eight ways, the nearest."""
+    """[height, width, 3] as it is displayed: the nearest of the eight rotations and reflections."""
     if matrix is None:
         return picture
     a, b, c, d = matrix
@@ -116,15 +116,15 @@ def upright(picture: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np
 
 
 def _tone_mapped(rgb: np.ndarray, transfer: str) -> np.ndarray:
-    """uint16[height, width, 3] of PQ or HLG -> uint8 for a usual screen, white of 203 nits near the top.
+    """uint16[height, width, 3] in PQ or HLG -> uint8 in standard dynamic range, with 203-nit white near the top.
 
-    The curve is that of ITU-R BT.2390 from 1,000 to 203 nits, then the colours are taken to BT.709.
+    The curve of ITU-R BT.2390 maps 1,000 to 203 nits; then the colours are converted to BT.709.
     """
     codes: np.ndarray = rgb >> 4
     if transfer == "HLG":
         scene = _light("HLG")[codes]
         luma = scene @ np.array([0.2627, 0.6780, 0.0593], np.float32)
-        nits = _PEAK * scene * np.maximum(luma, 1e-6)[..., None] ** 0.2  # the display's own gamma, 1.2 in all
+        nits = _PEAK * scene * np.maximum(luma, 1e-6)[..., None] ** 0.2  # the display's gamma: 1.2 overall
         codes = np.round(_to_pq(nits) * 4095).astype(np.uint16)
     linear = _light("PQ")[codes] @ _TO_709.T
     return (np.clip(linear, 0, 1) ** (1 / _GAMMA) * 255).round().astype(np.uint8)
@@ -132,7 +132,7 @@ def _tone_mapped(rgb: np.ndarray, transfer: str) -> np.ndarray:
 
 @functools.cache
 def _light(transfer: str) -> np.ndarray:
-    """float32[4096]: the light that each code of 12 bits stands for; of PQ after the curve, 1 for white."""
+    """float32[4096]: the light that each 12-bit code stands for; for PQ after the curve, where white is 1."""
     code = np.linspace(0, 1, 4096)
     if transfer == "HLG":
         a, b, c = 0.17883277, 0.28466892, 0.55991073

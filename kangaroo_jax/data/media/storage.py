@@ -1,4 +1,4 @@
-"""Where media lie: local files, members of archives and tables, and addresses fetched into a bounded cache.
+"""Where media are stored: local files, members of archives and tables, and addresses fetched into a bounded cache.
 
 clips/7.mp4                              a file
 gs://bucket/7.mp4, s3://..., https://... fetched whole, once
@@ -27,9 +27,9 @@ from kangaroo_jax.data.media.download import Limits, download
 from kangaroo_jax.errors import UserError, printable
 from kangaroo_jax.system.json_text import utf8
 
-MEMBER = "::"  # between a container and what is in it
+MEMBER = "::"  # separates a container from its member
 
-_FORSAKEN = 3600.0  # seconds after which a file that a lost process was fetching is removed
+_FORSAKEN = 3600.0  # seconds after which the partial download of a dead process is removed
 
 
 def join(root: str, path: str) -> str:
@@ -44,9 +44,9 @@ def join(root: str, path: str) -> str:
 
 
 def absolute(path: str | Path, root: str | Path = "") -> str:
-    """A local path, seen from `root` (the working folder), from the root of the file system, without `..`.
+    """The absolute form, without `..`, of a local path that starts from `root` (the working folder).
 
-    What stands before a `..` is followed where it is a link, as the system does; other links keep their names.
+    A link before a `..` is resolved, as the system does; other links keep their names.
     """
     place = ""
     for part in normal(os.path.join(os.getcwd(), root, path)).split("/")[1:]:
@@ -58,7 +58,7 @@ def absolute(path: str | Path, root: str | Path = "") -> str:
 
 
 def normal(path: str) -> str:
-    """A path without `.` and double slashes; `name/..` stays where `name` may be a link, whose `..` is elsewhere."""
+    """A path without `.` and double slashes; `name/..` stays, because the `..` of a link leads elsewhere."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if any(after == ".." and before != ".." for before, after in itertools.pairwise(parts)):
         return ("/" if path.startswith("/") else "") + "/".join(parts)
@@ -70,18 +70,18 @@ def normal(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MediaCache:
-    """A folder of fetched files, the least recently used removed beyond `limit` bytes.
+    """A folder of fetched files; the least recently used are removed beyond `limit` bytes.
 
-    Shared by any number of processes: files appear whole (written aside, then renamed); one that is open
-    while it is removed stays readable.
+    Any number of processes share it: files appear whole (written to a temporary file, then renamed), and a file that
+    is removed while open stays readable.
     """
 
     folder: Path
     limit: int
-    limits: Limits = Limits()  # of each address
+    limits: Limits = Limits()  # for each address
 
     def with_private(self) -> "MediaCache":
-        """The same cache, whose addresses may also lead to this machine and to private networks."""
+        """The same cache, except that addresses may also lead to this machine and to private networks."""
         return dataclasses.replace(self, limits=dataclasses.replace(self.limits, allow_private=True))
 
     def fetch(self, address: str) -> Path:
@@ -90,7 +90,7 @@ class MediaCache:
         name = urllib.parse.urlparse(address).path if not address.startswith("data:") else ""
         target = self.folder / (hashlib.sha256(utf8(address)).hexdigest()[:32] + _suffix(address, name))
         with contextlib.suppress(OSError):
-            os.utime(target)  # used just now
+            os.utime(target)  # mark it as just used
             return target
         self._write(target, lambda file: download(address, file, self.limits), address)
         self._evict(keep=target)
@@ -108,7 +108,7 @@ class MediaCache:
             os.replace(temporary, target)
         except UserError:
             raise
-        except Exception as error:  # fsspec's backends raise what their libraries raise
+        except Exception as error:  # fsspec's backends raise their libraries' exceptions
             reason = printable(" ".join(str(error).split())) or type(error).__name__
             raise UserError(f"{short(address)}: cannot be fetched ({reason[:200]})") from None
         finally:
@@ -137,7 +137,7 @@ class MediaCache:
 
 
 def _suffix(address: str, name: str) -> str:
-    """The file's ending, by which images are told from videos."""
+    """The file's ending, which tells images from videos."""
     if address.startswith("data:"):
         kind = re.match(r"data:[\w.+-]+/([\w.+-]+)", address)
         return f".{kind[1]}" if kind else ""
@@ -155,7 +155,7 @@ _cache: list[MediaCache] = []
 
 
 def use_cache(cache: MediaCache) -> None:
-    """The cache of this process from now on."""
+    """Make `cache` the cache of this process."""
     _cache[:] = [cache]
 
 
@@ -183,9 +183,9 @@ def local(path: str | Path) -> Path:
 
 
 def check_file(path: str | Path, name: str = "") -> None:
-    """Raise a UserError that says what is wrong if `path` is not a file with something in it.
+    """Raise a UserError that says what is wrong if `path` is not a file or is empty.
 
-    `name` is what the message calls it.
+    The message calls it `name`.
     """
     file, path = Path(path), name or path
     try:

@@ -1,8 +1,8 @@
-"""Parquet files as containers: rows of records and the media in them, at a cost that does not grow with row groups.
+"""Parquet files as containers of records and media, at a cost that does not grow with row groups.
 
-A row group has to be decoded from its beginning. Records are decoded once, in stretches of a few rows, and laid into a
-file of this process's own, which has no name; a row is read from there. Media are not copied: they are decoded up to
-the one that is wanted, a row at a time, and the place is kept, so that rows in order cost one pass.
+A row group has to be decoded from its beginning. Records are decoded once, in stretches of a few rows, into an unnamed
+temporary file of this process, from which rows are read. Media are not copied: they are decoded one row at a time up
+to the wanted one, and the position is kept, so that reading rows in order costs one pass.
 """
 
 import functools
@@ -23,9 +23,9 @@ IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 MEDIA_KEYS = frozenset((*IMAGE_KEYS, *VIDEO_KEYS))
 
 _STRETCH = 32  # rows decoded at a time
-_GROWTH, _FREE = 100, 64 << 20  # records may take so many times the file's size, and so many bytes besides
-_MEDIA = 8 << 30  # bytes of media in a row group; and no more than records may grow to, as media do not shrink
-_FEW_ROWS = 100_000  # besides which a row takes a byte of the file or more
+_GROWTH, _FREE = 100, 64 << 20  # records may take this many times the file's size, plus this many bytes
+_MEDIA = 8 << 30  # bytes of media in a row group; the limit on records holds too, as media do not shrink
+_FEW_ROWS = 100_000  # a file may have this many rows, plus one for each of its bytes
 ENDING = re.compile(r"\.\w{1,8}$")
 
 
@@ -40,7 +40,7 @@ class ParquetTable:
         except ImportError:
             raise UserError(f"{path}: a Parquet file needs the package pyarrow: {install_line('data')}") from None
         self._path, self._pa, self._pq = path, pa, pq
-        self._errors = (OSError, pa.ArrowException, ValueError, LookupError)  # the last two of damaged names and types
+        self._errors = (OSError, pa.ArrowException, ValueError, LookupError)  # the last two for damaged names and types
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
             self.schema = self._file.schema_arrow
@@ -54,7 +54,7 @@ class ParquetTable:
         if len(self) > _FEW_ROWS + size:
             raise UserError(f"{path}: {len(self):,} rows in {size:,} bytes; a table that grows so much is refused")
         self._lock, self._reading = threading.Lock(), threading.Lock()
-        self._place_of: tuple[int, str] | None = None  # where media were read last
+        self._place_of: tuple[int, str] | None = None  # group and leaf of the media read last
         self._place: tuple[int, Any, Any] = (-1, None, None)
         self._spool: Any = None
         self._kept: dict[tuple[int, tuple[str, ...]], tuple[list[tuple[int, int]], Any] | UserError] = {}
@@ -72,7 +72,7 @@ class ParquetTable:
             if (group, columns) not in self._kept:
                 try:
                     self._kept[group, columns] = self._spooled(group, columns)
-                except UserError as error:  # the group's other rows need not be tried
+                except UserError as error:  # keep the error, so that the group's other rows fail at once
                     self._kept[group, columns] = error
             kept = self._kept[group, columns]
         if isinstance(kept, UserError):
@@ -87,14 +87,14 @@ class ParquetTable:
             raise UserError(f"{self._path}, row {index + 1}: cannot be read ({error})") from None
 
     def _group_of(self, index: int) -> tuple[int, int]:
-        """A row's group, and its number there."""
+        """A row's group, and its index in the group."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
 
     def _spooled(self, group: int, columns: tuple[str, ...]) -> tuple[list[tuple[int, int]], Any]:
-        """Decode a group's records into the spool: place and size of each stretch, and their schema."""
+        """Decode a group's records into the spool; returns offset and size of each stretch, and their schema."""
         stretches, schema = [], None
-        plain = set(columns) == set(self.leaves)  # else the size has media in it
+        plain = set(columns) == set(self.leaves)  # otherwise the stated size includes media
         if plain and self._file.metadata.row_group(group).total_byte_size > self._room:
             raise self._too_large()
         try:
@@ -146,7 +146,7 @@ class ParquetTable:
         return pa.Table.from_batches([batch]).cast(pa.schema(fields)).combine_chunks().to_batches()[0]
 
     def _plain(self, kind: Any) -> Any:
-        """A type whose dictionaries are the values that they stand for."""
+        """The type with dictionary types replaced by their value types."""
         types = self._pa.types
         if types.is_dictionary(kind):
             return self._plain(kind.value_type)
@@ -178,7 +178,7 @@ class ParquetTable:
         return flags[inside]
 
     def _flags_of(self, group: int, leaf: str) -> list[Any]:
-        """From the media themselves: pyarrow ends the process where the statistics of a damaged file contradict it."""
+        """Whether each row has bytes, from the media: reading a damaged file's statistics makes pyarrow abort."""
         self._check_size(group)
         try:
             batches = self._batches(self._file, group, [leaf], 1)
@@ -187,7 +187,7 @@ class ParquetTable:
             raise self._unreadable(group, error) from None
 
     def medium(self, index: int, leaf: str, number: int) -> bytes | None:
-        """The bytes of a medium of a row, None where there are none. Raises UserError."""
+        """The bytes of a medium of a row, None if it has none. Raises UserError."""
         group, inside = self._group_of(index)
         with self._reading:  # one thread at a time: a page, whole in memory, may be as large as its group
             at, batches, value = self._place if self._place_of == (group, leaf) else (-1, None, None)
@@ -236,7 +236,7 @@ def parquet_bytes(label: str, container: str, name: str) -> bytes:
 
 
 def media_leaves(table: ParquetTable) -> dict[str, str]:
-    """The columns with media in them, and the leaf that has the bytes: {"bytes", "path"}, or the bytes themselves."""
+    """Each column with media and the leaf with its bytes: a {"bytes", "path"} struct, or the bytes themselves."""
     import pyarrow as pa
 
     leaves = table.leaves

@@ -1,8 +1,8 @@
-"""Video files: which moments to look at, and the frames that are on display at those moments.
+"""Video files: which moments to sample, and the frames that are on display at those moments.
 
 Time is in seconds from the first frame on display (a file's own clock may start anywhere), or from the
 start of a clip. The frame at time t is the one on display then: the last whose presentation time is not
-after t. Frames keep the presentation time that they were decoded with, whatever was asked for.
+after t. Frames keep their own presentation time, not the requested one.
 """
 
 import dataclasses
@@ -48,8 +48,7 @@ class FramePolicy:
     ) -> "FramePolicy":
         """This policy for one video that asks for another rate or number of frames; None keeps a value.
 
-        Nothing takes more frames than the policy's own range has. `nframes` is taken as it is, in place
-        of the rate and the range.
+        No video gets more frames than the policy's own range allows. `nframes` replaces the rate and the range.
         """
         if nframes is not None:
             nframes = min(nframes, max(self.max_frames, self.long_max_frames))
@@ -69,7 +68,7 @@ class FramePolicy:
 
 @dataclasses.dataclass(frozen=True)
 class MediaInfo:
-    """What a file says of itself: pixels as stored (before any rotation), seconds, mean frames a second."""
+    """What a file states about itself: pixels as stored (before rotation), seconds, mean frames a second."""
 
     kind: str  # "image" or "video"
     width: int
@@ -88,39 +87,39 @@ class Clip:
 
     pixels: np.ndarray
     times: np.ndarray
-    zero: float = 0.0  # time 0 on the file's own clock, to which `ffprobe` refers
-    missed: int = 0  # moments whose own frame was damaged; they have an earlier one, with its own time
-    damaged: bool = False  # whether something on the way could not be decoded
+    zero: float = 0.0  # time 0 on the file's own clock, which `ffprobe` uses
+    missed: int = 0  # moments whose own frame was damaged; they get an earlier one, with its own time
+    damaged: bool = False  # whether a packet up to the last frame could not be decoded
 
 
 # --------------------------------------------------------------------------------- sampling
 
 
 def sample_times(duration_s: float, policy: FramePolicy) -> np.ndarray:
-    """The moments to look at in a video of `duration_s` seconds: float64[n], ascending.
+    """The moments to sample in a video of `duration_s` seconds: float64[n], ascending.
 
-    The video is cut into n equal segments and each is seen at its middle. n is one a second (`fps`),
-    clipped to the policy's range for that length, rounded up to a multiple of `policy.multiple`.
+    The video is cut into n equal segments, and each is sampled at its middle. n is `policy.fps` times the duration,
+    clipped to the policy's range for that length and rounded up to a multiple of `policy.multiple`.
     """
     is_long = duration_s > policy.long_seconds
     least = policy.long_min_frames if is_long else policy.min_frames
     most = policy.long_max_frames if is_long else policy.max_frames
     count = round(min(max(duration_s * policy.fps, least), most))
     count = max(1, math.ceil(count / policy.multiple)) * policy.multiple
-    if count > most:  # a range whose end is no multiple
+    if count > most:  # the range's end is not a multiple
         count = max(count - policy.multiple, policy.multiple)
     return (np.arange(count) + 0.5) * (duration_s / count)
 
 
 def clip_range(path: str | Path, duration_s: float, start: float | None, end: float | None) -> tuple[float, float]:
-    """The seconds of a file that `start` and `end` leave; an end after the last frame is moved to it.
+    """The range from `start` to `end` in seconds; an end after the last frame is moved to it.
 
     Raises:
         UserError: nothing is left, or more than a day.
     """
     begin = start or 0.0
     finish = duration_s if end is None else min(end, duration_s)
-    if not 0 <= begin < finish:  # nor where one of them is no number
+    if not 0 <= begin < finish:  # also true for NaN
         raise UserError(
             f"{short(path)}: no video between start {begin:g} s and end {duration_s if end is None else end:g} s; "
             f"it is {duration_s:.2f} s long"
@@ -138,8 +137,8 @@ def probe(path: str | Path, kind: str | None = None, seconds: float | None = Non
 
     Args:
         path: a file, address or member of a container (`storage`).
-        kind: "image" or "video"; by default what its first bytes say. A GIF, WebP or PNG that moves may be
-            either: by default it is what its ending says.
+        kind: "image" or "video"; by default decided by the first bytes. A GIF, WebP or PNG that moves may be
+            either: by default its ending decides.
         seconds: give up on an animation after so many.
 
     Raises:
@@ -235,7 +234,7 @@ def _wanted(
 
 
 def load_frames(frames: Sequence[str], times: Sequence[float], image_size: int) -> Clip:
-    """Images as the frames of a video, a time each. Raises UserError."""
+    """Images as the frames of a video, one time for each. Raises UserError."""
     pixels = np.empty((len(frames), image_size, image_size, 3), np.uint8)
     for i, path in enumerate(frames):
         pixels[i] = pixels[i - 1] if i and path == frames[i - 1] else load_image(path, image_size)
@@ -269,9 +268,9 @@ def folder_of_frames(path: str | Path) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class MediaRef:
-    """Frames to decode: those of `path` on display `times` seconds after `start`; an image at time 0.
+    """Frames to decode: those of `path` on display `times` seconds after `start`; an image has time 0.
 
-    A video given as images has one of `frames` for each of `times`.
+    A video given as images has one path in `frames` for each of `times`.
     """
 
     kind: str  # "image" or "video"
@@ -286,7 +285,7 @@ def probe_cached(path: str, kind: str | None = None, seconds: float | None = Non
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return probe(path, kind, seconds)  # an address, a member of a container, or nothing: it says what is wrong
+        return probe(path, kind, seconds)  # an address, a container's member, or a missing file
     return _probe_version(path, kind, seconds, status.st_mtime_ns, status.st_size)
 
 
