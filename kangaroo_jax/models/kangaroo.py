@@ -19,6 +19,7 @@ from kangaroo_jax.models.layers import parameter, truncated_normal
 from kangaroo_jax.models.llama import RESIDUAL, Llama
 from kangaroo_jax.models.losses import chunked_cross_entropy
 from kangaroo_jax.models.patchify import Patchify, Projector, time_encoding
+from kangaroo_jax.models.stack import unstack_layers
 from kangaroo_jax.sharding import constrain, shards
 
 FRAMES = ("frames", None, "activation")
@@ -55,6 +56,12 @@ class KangarooModel(nnx.Module):
         self.special_ids = tuple(getattr(config.special_ids, name) for name in MARKS)
         self.joins_frames = config.patchify.enabled
         self.time_theta = config.tpe.theta if config.tpe.enabled else None
+
+    def unstack(self) -> "KangarooModel":
+        """Give each layer of the decoder weights of its own, in place, for generation; the model itself."""
+        if not isinstance(self.llm.layers, nnx.List):
+            self.llm.layers = unstack_layers(self.llm.layers)
+        return self
 
     def encode(self, frames: jax.Array, frame_times: jax.Array) -> jax.Array:
         """frames uint8[B, F, S, S, 3], frame_times float32[B, F] in seconds -> vision tokens [B, R, D].

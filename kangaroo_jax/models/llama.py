@@ -1,7 +1,8 @@
 """The decoder: Llama 3 (Dubey et al. 2024), with and without a key-value cache."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,16 @@ KEY = ("batch", "tokens", "activation_kv_heads", None)
 CACHE = (None, "batch", "tokens", "activation_kv_heads", None)
 
 
+class LayerMemory(Protocol):
+    """What a layer remembers of earlier tokens; a pytree."""
+
+    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, LayerMemory]":
+        """Remember the keys and values [B, T, K, H] of new tokens, and attend to all that their positions may see.
+
+        query [B, T, N, H] -> (context [B, T, N, H], what is remembered from now on).
+        """
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -42,18 +53,28 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """A cache together with where the tokens of this call go in it."""
+    """A cache of all layers together with where the tokens of this call go in it, as one layer sees it."""
 
     cache: Cache
     positions: jax.Array  # int32[B, T] of the new tokens
-    slots: jax.Array  # int32[B, T]
+    slots: jax.Array  # int32[B, T]; those beyond the capacity are dropped
+    layer: jax.Array  # int32[]
 
-    def write(self, index: jax.Array, key: jax.Array, value: jax.Array) -> "Memory":
-        """Store key and value [B, T, K, H] of layer `index` in the slots; those beyond the capacity are dropped."""
-        place = (index, jnp.arange(key.shape[0])[:, None], self.slots)
+    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, Memory]":
+        """See `LayerMemory`."""
+        place = (self.layer, jnp.arange(key.shape[0])[:, None], self.slots)
         keys = self.cache.keys.at[place].set(key.astype(self.cache.keys.dtype), mode="drop")
         values = self.cache.values.at[place].set(value.astype(self.cache.values.dtype), mode="drop")
-        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, keys=keys, values=values))
+        filled = (self.cache.positions >= 0).astype(jnp.int32)
+        context = attention(
+            query,
+            keys[self.layer].astype(query.dtype),
+            values[self.layer].astype(query.dtype),
+            segment_ids=(jnp.ones_like(self.positions), filled),
+            causal=True,
+            positions=(self.positions, self.cache.positions),
+        )
+        return context, dataclasses.replace(self, cache=dataclasses.replace(self.cache, keys=keys, values=values))
 
 
 class Attention(nnx.Module):
@@ -73,16 +94,20 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array,
-        memory: Memory | None,
-        index: jax.Array,
-    ) -> tuple[jax.Array, Memory | None]:
-        """x [B, T, D] -> ([B, T, D], memory with the new keys and values of layer `index`)."""
+        segment_ids: jax.Array | None,
+        memory: LayerMemory | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], memory with the new tokens).
+
+        Without a memory attention stays among x and inside its segments, int32[B, T]; with one, the memory says
+        who sees whom.
+        """
         x = constrain(x, INPUT)
         query = keep(constrain(rotate_half(self.query(x), *rotary), QUERY), "query")
         key = keep(constrain(rotate_half(self.key(x), *rotary), KEY), "key")
         value = keep(constrain(self.value(x), KEY), "value")
         if memory is None:
+            assert segment_ids is not None
             y = attention(
                 query,
                 key,
@@ -92,16 +117,7 @@ class Attention(nnx.Module):
                 implementation=self.implementation,
             )
         else:
-            memory = memory.write(index, key, value)
-            keys, values = memory.cache.keys[index], memory.cache.values[index]
-            y = attention(
-                query,
-                keys.astype(query.dtype),
-                values.astype(query.dtype),
-                segment_ids=(jnp.ones_like(segment_ids), (memory.cache.positions >= 0).astype(jnp.int32)),
-                causal=True,
-                positions=(memory.positions, memory.cache.positions),
-            )
+            y, memory = memory.update_and_attend(query, key, value)
         return self.out(y), memory
 
 
@@ -136,12 +152,11 @@ class Layer(nnx.Module):
         self,
         x: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array,
-        memory: Memory | None,
-        index: jax.Array,
-    ) -> tuple[jax.Array, Memory | None]:
-        """x [B, T, D] -> ([B, T, D], memory)."""
-        y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory, index)
+        segment_ids: jax.Array | None,
+        memory: LayerMemory | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], memory with the new tokens); see `Attention`."""
+        y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory)
         x = constrain(x + y, RESIDUAL)
         return constrain(x + self.mlp(self.mlp_norm(x)), RESIDUAL), memory
 
@@ -165,7 +180,7 @@ class Llama(nnx.Module):
         d, v = config.width, config.vocab_size
         init = truncated_normal(d**-0.5)
         self.embedding = parameter(init, (v, d), ("vocab", "embed"), rngs=rngs, dtype=param_dtype)
-        self.layers = stack_layers(
+        self.layers: Layer | nnx.List[Layer] = stack_layers(
             lambda rngs: Layer(config, implementation=attention, rngs=rngs, param_dtype=param_dtype),
             config.depth,
             rngs=rngs,
@@ -203,15 +218,32 @@ class Llama(nnx.Module):
         if cache is not None and slots is not None:
             rows = jnp.arange(positions.shape[0])[:, None]
             seen = cache.positions.at[rows, slots].set(positions, mode="drop")
-            memory = Memory(dataclasses.replace(cache, positions=seen), positions, slots)
+            memory = Memory(dataclasses.replace(cache, positions=seen), positions, slots, jnp.int32(0))
 
         def step(layer: Layer, carry: tuple[jax.Array, Memory | None], index: jax.Array) -> Any:
             x, memory = carry
-            return layer(x, rotary, segment_ids, memory, index)
+            return layer(x, rotary, segment_ids, None if memory is None else dataclasses.replace(memory, layer=index))
 
         x = constrain(embeddings.astype(self.dtype), RESIDUAL)
         x, memory = run_layers(self.layers, step, (x, memory), scan=self.scan, remat=self.remat)
         return self.norm(x), memory.cache if memory is not None else None
+
+    def read(
+        self, embeddings: jax.Array, positions: jax.Array, memories: Sequence[LayerMemory]
+    ) -> tuple[jax.Array, list[LayerMemory]]:
+        """Tokens after those that each layer remembers, through layers that are unstacked (`stack.unstack_layers`).
+
+        embeddings [B, T, D], positions int32[B, T] -> (hidden [B, T, D] after the final norm, the layers' memories).
+        Raises ValueError where the layers are stacked.
+        """
+        if not isinstance(self.layers, nnx.List):
+            raise ValueError("tokens after others are read by layers that are unstacked")
+        rotary = rotary_1d(positions, self.head_dim, self.rope_theta, self.rope_scaling)
+        x, remembered = constrain(embeddings.astype(self.dtype), RESIDUAL), []
+        for layer, memory in zip(self.layers, memories, strict=True):
+            x, memory = layer(x, rotary, None, memory)
+            remembered.append(memory)
+        return self.norm(x), remembered
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits float32[..., V]."""

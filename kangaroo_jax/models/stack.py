@@ -1,4 +1,4 @@
-"""Equal layers, their weights stacked on a leading axis, run one after another by `jax.lax.scan`."""
+"""Equal layers, run one after another: their weights stacked on a leading axis, for `jax.lax.scan`, or each apart."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -52,19 +52,42 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, *, rngs: nnx.Rng
     return stacked
 
 
+def unstack_layers(layers: Layer) -> "nnx.List[Layer]":
+    """What `stack_layers` made, or its abstract form, as a list of layers with weights of their own.
+
+    A program that runs once a token wants them so: of stacked weights every step copies each layer's.
+    """
+    graph, weights = nnx.split(layers)
+    leaves, structure = jax.tree.flatten(weights)
+    depth = leaves[0].shape[0]
+    abstract = isinstance(leaves[0], jax.ShapeDtypeStruct)
+    apart = [[jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)] * depth if abstract else list(leaf) for leaf in leaves]
+    unstacked = []
+    for number in range(depth):
+        layer = nnx.merge(graph, jax.tree.unflatten(structure, [pieces[number] for pieces in apart]))
+        for _, weight in nnx.to_flat_state(nnx.state(layer)):
+            weight.set_metadata(axes=weight.axes[1:])
+        unstacked.append(layer)
+    return nnx.List(unstacked)
+
+
 def run_layers(
-    layers: Layer,
+    layers: "Layer | nnx.List[Layer]",
     step: Callable[[Layer, Carry, jax.Array], Carry],
     carry: Carry,
     *,
     scan: bool,
     remat: str,
 ) -> Carry:
-    """carry = step(layer, carry, index of the layer) through all stacked `layers`.
+    """carry = step(layer, carry, index of the layer) through all `layers`, stacked ones or a list.
 
     `scan=False` unrolls the loop (for debugging: longer to compile). `remat` is a name in
     REMAT_POLICIES, or "auto", which is "full" where nothing has decided it; KeyError for another.
     """
+    if isinstance(layers, nnx.List):
+        for index, layer in enumerate(layers):
+            carry = step(layer, carry, jnp.asarray(index))
+        return carry
     graph, weights = nnx.split(layers)
     depth = jax.tree.leaves(weights)[0].shape[0]
 

@@ -77,6 +77,16 @@ def test_scanned_and_unrolled_layers_agree():
     assert_trees_close(gradients(BATCH, scan=False), gradients(BATCH), 1e-5)
 
 
+def test_layers_apart_are_the_stacked_ones():
+    model, apart = small_model(), small_model().unstack()
+    np.testing.assert_allclose(apart.logits(BATCH), model.logits(BATCH), atol=1e-5)
+    names = {"/".join(map(str, path)): weight.axes for path, weight in nnx.to_flat_state(nnx.state(apart))}
+    assert names["llm/layers/1/mlp/up/kernel"] == ("embed", "mlp")
+    abstract = nnx.eval_shape(small_model)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(abstract.unstack()))]
+    assert shapes == [leaf.shape for leaf in jax.tree.leaves(nnx.state(apart))]
+
+
 @pytest.mark.parametrize(("policy", "scan"), [("dots", True), ("minimal", True), ("full", True), ("minimal", False)])
 def test_remat_policies_give_the_same_loss_and_gradients(policy, scan):
     changed = gradients(BATCH, vision__remat=policy, llm__remat=policy, scan=scan)
