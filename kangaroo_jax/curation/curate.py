@@ -1,4 +1,4 @@
-"""What `kangaroo curate` and the jobs within it do: score everything, then choose, and look at what was found."""
+"""`kangaroo curate` and the jobs within it: score everything, choose, and inspect the results."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ ENGINES = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a job is told besides its config."""
+    """A job's options besides its config."""
 
     output: str
     inputs: tuple[str, ...] = ()
@@ -62,9 +62,9 @@ def curate(options: Options, config: ConfigDict) -> None:
 
 
 def tell_replaced(root: Path, parts: Sequence[Shard], plan: ShardPlan) -> None:
-    """Say how many items of earlier runs are no longer in the input.
+    """Print how many items of earlier runs are no longer in the input.
 
-    Raises UserError: none of them is, so that the input is another.
+    Raises UserError: none of them is in it, so this is a different input.
     """
     now = {part.name: part for part in parts}
     files = list((root / "scores").glob("*.jsonl"))
@@ -99,7 +99,7 @@ def _choose(options: Options, settings: dict[str, Any]) -> None:
 
 
 def select_again(options: Options, config: ConfigDict) -> None:
-    """Choose anew from the scores that are there. Raises UserError."""
+    """Choose again from the existing scores. Raises UserError."""
     shards.score_files(options.root)
     with shards.claimed(options.root):
         _choose(options, plain_config(config)["select"])
@@ -114,7 +114,7 @@ def chosen_by(options: Options, config: ConfigDict) -> tuple[dict[str, Any], dic
     given, last = plain_config(config)["select"], select.last_settings(options.root)
     if not (options.root / "funnel.json").exists():
         raise UserError(f"{options.root}: nothing was chosen here yet; run kangaroo curate select first")
-    if last is None:  # of an earlier version
+    if last is None:  # an earlier version wrote none
         return given, {}
     keys = [key.removeprefix("select.") for key in options.overrides if key.startswith("select.")]
     return {**given, **last}, {key: given[key] for key in keys if given[key] != last.get(key)}
@@ -141,7 +141,7 @@ def report(options: Options, config: ConfigDict) -> None:
 
 
 def explain(options: Options, config: ConfigDict, name: str) -> None:
-    """All that is known of a clip, by the settings of the last choice and those of the command line.
+    """Print all scores of a clip, with the settings of the last choice and those of the command line.
 
     Raises UserError.
     """
@@ -174,9 +174,9 @@ def score(parts: Sequence[Shard], plan: ShardPlan, options: Options) -> None:
 
 
 def forget_failures(root: Path) -> None:
-    """Let stages score again the shards in which they, or a stage that they follow, failed on something."""
+    """Remove the markers of stages that failed in a shard, or that follow one that failed, so that they run again."""
     again: dict[str, set[str]] = {}
-    for stage in STAGES:  # those that are followed come first
+    for stage in STAGES:  # a stage comes after those that it follows
         files = {file: file.stem.rpartition("-")[0] for file in (root / "stages" / stage.name).glob("*.done")}
         failed = {shard for file, shard in files.items() if json.loads(file.read_bytes()).get("failed")}
         again[stage.name] = failed.union(*(again[name] for name in stage.after))
@@ -189,7 +189,7 @@ def forget_failures(root: Path) -> None:
 
 
 def remove_old(root: Path, parts: Sequence[Shard]) -> None:
-    """Remove what earlier runs wrote of shards that there are no more."""
+    """Remove the files of earlier runs for shards that no longer exist."""
     names = {part.name for part in parts}
     old = [file for file in (root / "scores").glob("*.jsonl") if file.stem not in names]
     if not old:
@@ -209,5 +209,5 @@ def remove_old(root: Path, parts: Sequence[Shard]) -> None:
 
 
 def plain_config(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON has it: lists for tuples."""
+    """The config as JSON values, with lists for tuples."""
     return json.loads(json.dumps(config.to_dict()))

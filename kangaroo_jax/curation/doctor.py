@@ -1,4 +1,4 @@
-"""`kangaroo curate doctor` and `kangaroo curate explain`: what works here, and what is known of one clip."""
+"""`kangaroo curate doctor` and `kangaroo curate explain`: what is installed and works, and one clip's scores."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ from kangaroo_jax.errors import UserError, printable
 from kangaroo_jax.system.installing import install_line
 
 _PACKAGES = (
-    # distribution, module, what for, needed
+    # distribution, module, purpose, needed
     ("av", "av", "decoding", True),
     ("opencv-python-headless", "cv2", "pictures, flow, faces", True),
     ("scenedetect-headless", "scenedetect", "cuts", True),
@@ -34,7 +34,7 @@ _CODECS = ("h264", "hevc", "av1", "vp9", "vp8", "mpeg4", "mpeg2video", "wmv3", "
 
 
 def doctor() -> bool:
-    """Print what is installed and whether each component works, offline; returns whether all that is needed does."""
+    """Print what is installed and whether each component works, offline; returns whether all needed ones do."""
     good = True
     for distribution, module, purpose, needed in _PACKAGES:
         there = importlib.util.find_spec(module) is not None
@@ -44,7 +44,7 @@ def doctor() -> bool:
     for name, check in (("decoders", _decoders), ("text", _text), ("face", _face), ("language", _language)):
         try:
             print(f"ok  {name:24} {check()}")
-        except Exception as error:  # whatever a broken installation raises is what the user wants to read
+        except Exception as error:  # a broken installation may raise anything; it is printed
             good = False
             print(f"NO  {name:24} {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     print(f"    {'processors':24} {os.cpu_count()}; free disk here {shutil.disk_usage('.').free / 2**30:.0f} GiB")
@@ -108,9 +108,9 @@ def _language() -> str:
 def explain(root: Path, name: str, settings: dict[str, Any], tell: Callable[[str], None] = print) -> None:
     """Print all scores of the clips that `name` names (an id, its beginning, or a path) and the verdict of each.
 
-    What is whole goes before a part: `bikes.mp4` is not the ending of `four bikes.mp4` where there is a `bikes.mp4`.
+    A whole name has precedence: `bikes.mp4` does not match `four bikes.mp4` if there is a `bikes.mp4`.
 
-    Raises UserError: there is none, or there are many.
+    Raises UserError: no clip matches, or several do.
     """
     rows = list(shards.all_scores(root))
     ways: tuple[Callable[[dict[str, Any]], bool], ...] = (

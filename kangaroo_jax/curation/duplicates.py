@@ -1,8 +1,8 @@
-"""Near-duplicates among all clips: equal files, fingerprints that differ in few bits, embeddings that are near.
+"""Near-duplicates among all clips: equal files, fingerprints that differ in few bits, embeddings that are close.
 
-Comparing every pair would grow with the square of the clips. Instead clips that agree exactly in some bits of one key
-frame's hash meet in a bucket, and only those are compared: `tables` random choices of bits for each key frame. The
-number of bits grows with the number of clips, so that buckets stay small and a small set is compared almost in full.
+The number of pairs is quadratic, so only clips in one bucket are compared (locality-sensitive hashing): those that
+agree in some bits of a key frame's hash, with `tables` random choices of bits for each key frame. The number of bits
+grows with the number of clips, so that buckets stay small and a small set is compared almost in full.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.curation.stages.embedding import unpacked
 
-_MOST_IN_BUCKET = 64  # a clip is compared with so many that follow it there (a title card may be in all)
+_MOST_IN_BUCKET = 64  # a clip is compared with at most so many others there (a title card may be in all)
 _BLOCK = 1 << 20  # pairs compared at a time
-_CLUSTER = 8192  # clips whose embeddings are compared each with each; more are divided into clusters
-_ROUNDS = 6  # of clustering
+_CLUSTER = 8192  # up to so many clips are compared pairwise by embedding; more are divided into clusters
+_ROUNDS = 6  # iterations of k-means
 
 
 def groups(
@@ -30,17 +30,17 @@ def groups(
     most_seconds: float = 0.0,
     least_cosine: float = 0.0,
 ) -> list[int]:
-    """For each row the index of the first row of its group; rows that are like no other are groups of one.
+    """For each row the index of the first row of its group; a row without near-duplicates is its own group.
 
     Args:
-        rows: with `probe.sha256`, and `fingerprint` where there is one.
-        most_bits: of each 64, over the key frames that both clips have, plain or mirrored.
-        tables: choices of bits for each key frame.
-        share: quantile over those frames that `most_bits` is for: 0.5 is the median, 1 the frames that differ most.
+        rows: clips with `probe.sha256`, and `fingerprint` if there is one.
+        most_bits: the largest difference in bits of each 64, over the key frames that both clips have.
+        tables: random choices of bits for each key frame.
+        share: the quantile over the frames that `most_bits` limits: 0.5 is the median, 1 the frame that differs most.
         mirror: whether a clip is also compared with the mirror images of others.
-        flat: whether a frame that is flat in one of two clips alone is passed over; otherwise it differs in all bits.
-        most_seconds: by which the lengths of two differ; 0 is any.
-        least_cosine: of the embeddings of two near-duplicates; 0 looks at none.
+        flat: whether a frame that is flat in only one of two clips is ignored; otherwise it differs in all bits.
+        most_seconds: the largest difference in length; 0 is any.
+        least_cosine: the smallest cosine of two near-duplicates' embeddings; 0 compares no embeddings.
     """
     parents = list(range(len(rows)))
     first: dict[tuple[Any, ...], int] = {}
@@ -88,13 +88,13 @@ def _hashes(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 def _pairs(plain: np.ndarray, mirrored: np.ndarray, tables: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of clips to compare: arrays of first and of second indices, those of one key frame at a time."""
+    """Pairs of clips to compare, as arrays of first and second indices, for one key frame at a time."""
     clips, frames, words = plain.shape
     if clips < 2:
         return
     width = int(np.clip(np.ceil(np.log2(clips)), 6, 24))
     rng = np.random.default_rng(0)
-    # A clip and the mirror images of all others: they meet their own kind, or their reflections.
+    # Plain and mirrored hashes share the buckets, so that a clip meets copies and mirror images.
     both = np.concatenate([plain, mirrored])
     owner = np.concatenate([np.arange(clips), np.arange(clips)])
     for frame in range(frames):
@@ -132,7 +132,7 @@ def _close(
     share: float,
     flat: bool,
 ) -> list[tuple[int, int]]:
-    """Those of the pairs that are near-duplicates."""
+    """The pairs that are near-duplicates."""
     near = np.zeros(len(one), bool)
     for other in (plain, mirrored):
         in_one, in_two = plain[one].any(2), other[two].any(2)
@@ -154,10 +154,10 @@ def _close(
 
 
 def _alike(rows: Sequence[Row], least: float) -> Iterator[tuple[int, int]]:
-    """Pairs of rows whose embeddings have at least that cosine, within clusters of like ones where rows are many.
+    """Pairs of rows whose embeddings have at least that cosine; many rows are first divided into clusters.
 
-    All sums are of whole numbers, and so the same on any machine. Clustering first is SemDeDup's way (Abbas et al.,
-    arXiv 2303.09540); pairs that fall into two clusters are not found.
+    All sums are over whole numbers, so they are the same on any machine. Clustering follows SemDeDup (Abbas et al.,
+    arXiv 2303.09540); pairs whose clips fall into different clusters are not found.
     """
     known = np.array([i for i, row in enumerate(rows) if "embedding" in row], np.int64)
     if not known.size:
@@ -174,7 +174,7 @@ def _alike(rows: Sequence[Row], least: float) -> Iterator[tuple[int, int]]:
 
 
 def _clusters(vectors: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of like vectors: spherical k-means with enough clusters that one has about `_CLUSTER` members."""
+    """Indices of similar vectors: spherical k-means with about `_CLUSTER` members in a cluster."""
     count = -(-len(vectors) // _CLUSTER)
     if count == 1:
         yield np.arange(len(vectors))

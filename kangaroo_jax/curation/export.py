@@ -1,4 +1,4 @@
-"""`kangaroo curate export`: what was kept, as a dataset for training, with a card that says where it comes from.
+"""`kangaroo curate export`: the kept clips as a dataset for training, with a data card that states their origin.
 
     OUTPUT/export/NAME/1.0.0/...      TFDS, ArrayRecord shards (`kangaroo data`, Grain and tfds read it)
     OUTPUT/export/NAME.jsonl          the same in LLaVA's format, media by path
@@ -6,8 +6,8 @@
     OUTPUT/clips/ID.mkv               clips cut from longer files, where media are embedded
 
 Conversations are those of `kangaroo instruct` (or of any annotation file), captions of `kangaroo annotate`, or the
-captions that the input had: the first of them that lie in OUTPUT, unless a file is named. Cutting copies packets from
-the key frame before the start: no picture is coded again.
+captions that the input had: the first of these that exists in OUTPUT, unless a file is named. Cutting copies packets
+from the key frame before the start, without re-encoding.
 """
 
 import collections
@@ -39,7 +39,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import utf8
 
 MEDIA = ("embed", "reference", "keyframes")
-_WHOLE = 0.05  # seconds by which a clip may fall short of its file and still be all of it
+_WHOLE = 0.05  # seconds by which a clip may be shorter than its file and still count as the whole file
 _Place = tuple[str, float | None, float | None]
 _Places = Mapping[_Place, tuple[Row, Row]]
 
@@ -49,9 +49,9 @@ def export(
 ) -> Path:
     """Write the dataset, the JSONL and the card; returns the dataset's folder.
 
-    A conversation whose medium cannot be read is left out, and told.
+    Conversations whose medium cannot be read are left out and counted in a printed line.
 
-    Raises UserError: nothing was chosen, no conversation is about what was, or no medium can be read.
+    Raises UserError: nothing was chosen, no conversation is about a chosen clip, or no medium can be read.
     """
     settings = config["export"]
     if settings["media"] not in MEDIA or not name.isidentifier():
@@ -84,7 +84,7 @@ def export(
 
 
 def _found(root: Path) -> Path:
-    """What lies in OUTPUT: conversations, else captions, else the choice with the captions of the input."""
+    """The annotations in OUTPUT: conversations, else captions, else the choice with the captions of the input."""
     names = ("instruct.jsonl", "captions.jsonl", "selected.jsonl")
     return next(root / name for name in names if (root / name).exists())
 
@@ -92,7 +92,7 @@ def _found(root: Path) -> Path:
 def _of_kept(
     source: Path, root: Path, places: _Places, entries: Sequence[Row], how: str, tell: Callable[[str], None]
 ) -> list[Conversation]:
-    """The conversations about clips that were kept, with their media as they are exported.
+    """The conversations about kept clips, with their media as exported.
 
     Raises UserError: there are none, or no medium can be read.
     """
@@ -131,7 +131,7 @@ def _conversations(source: Path, root: Path, entries: Sequence[Row]) -> Iterator
     if not source.exists():
         raise UserError(f"{source}: no such file")
     first = next(read_lines(source), ("", {}))[1] if source.suffix == ".jsonl" else {}
-    if "outcome" in first and "clip" in first:  # of kangaroo annotate
+    if "outcome" in first and "clip" in first:  # written by kangaroo annotate
         for _, row in read_lines(source):
             if row.get("caption") and row.get("outcome") == "ok":
                 yield _captioned(row, row["id"], join(str(source.resolve().parent), row["media"]))
@@ -149,14 +149,14 @@ def _captioned(row: Row, name: str, path: str) -> Conversation:
 
 
 def _place(medium: Media) -> _Place:
-    """What a medium is told by: its file and its seconds, to a hundredth."""
+    """A medium's key: its file and its start and end, rounded to hundredths of a second."""
     ends = (None if value is None else round(value, 2) for value in (medium.start, medium.end))
     start, end = ends
     return absolute(medium.path) if os.path.exists(medium.path) else medium.path, start, end
 
 
 def _places(root: Path, entries: Sequence[Row], rows: Mapping[str, Row]) -> dict[_Place, tuple[Row, Row]]:
-    """The entry and the scores of each clip, by its place; a whole file also without seconds."""
+    """The entry and the scores of each clip, by its key; a whole file also by the key without seconds."""
     places = {}
     for entry in entries:
         row = rows[entry["id"]]
@@ -172,7 +172,7 @@ def _is_whole(row: Row) -> bool:
 
 
 def _placed(medium: Media, places: _Places, root: Path, how: str) -> Media:
-    """The medium as it is exported. Raises UserError: it is gone, or cannot be cut."""
+    """The medium as exported. Raises UserError: it is gone, or cannot be cut."""
     entry, row = places[_place(medium)]
     if how == "embed" and not is_remote(medium.path) and member_of(medium.path) is None:
         if not os.path.exists(medium.path):
@@ -214,9 +214,9 @@ def _llava(conversation: Conversation) -> Row:
 
 
 def cut_clip(path: str, start: float, end: float, root: Path, name: str) -> tuple[Path, float]:
-    """The packets of a video from the key frame before `start` to `end`, as OUTPUT/clips/NAME.mkv.
+    """Copy the packets of a video from the key frame before `start` to `end` into OUTPUT/clips/NAME.mkv.
 
-    Returns the path, and the second of the file at which the clip begins. Raises UserError.
+    Returns the path, and the time in the source at which the copy begins, in seconds. Raises UserError.
     """
     target = root / "clips" / f"{name}.mkv"
     note = target.with_suffix(".json")
@@ -235,7 +235,7 @@ def cut_clip(path: str, start: float, end: float, root: Path, name: str) -> tupl
 
 
 def _copy_packets(container: Any, stream: Any, target: Path, end: float) -> float:
-    """Copy until a key frame, or every frame shown before `end`, is past; returns when the first is on display."""
+    """Copy packets up to the decoding time `end`; returns the presentation time of the first one."""
     first: int | None = None
     lowest: int | None = None
     with av.open(str(target), "w", format="matroska", options={"fflags": "+bitexact"}) as output:
@@ -307,7 +307,7 @@ def _sources(entries: Sequence[Row]) -> list[tuple[str, str, int]]:
 
 
 def _versions(annotations: Path) -> list[tuple[str, str]]:
-    """Models and prompts that the rows of an annotation file name."""
+    """The models and prompts named in the rows of an annotation file."""
     found: dict[tuple[str, str], None] = {}
     for _, row in read_lines(annotations) if annotations.suffix == ".jsonl" else ():
         source = row.get("source")

@@ -1,8 +1,8 @@
-"""`kangaroo curate select`: which clips are kept, from the scores alone, and the first rule that each other one fails.
+"""`kangaroo curate select`: chooses clips by their scores; each dropped clip gets the first rule that it fails.
 
-Rules, in this order: broken, seconds, size, text, face, motion, language (thresholds); duplicate (of a group the
-best video is kept, see `_WORTH`); category (a cap), source (a quota). Caps keep those with the lowest
-hash of their id, so that the choice is the same wherever and however often it is made.
+The rules, in order, are broken, seconds, size, text, face, motion, language (thresholds); duplicate (the best video of
+a group is kept, see `_WORTH`); category (a cap), source (a quota). Caps keep the clips with the lowest hashes of
+their ids, so that the choice is reproducible.
 """
 
 import collections
@@ -18,9 +18,9 @@ from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.system.json_text import parse_json, utf8
 
 RULES = ("broken", "seconds", "size", "text", "face", "motion", "language", "duplicate", "category", "source")
-SETTINGS = "select.json"  # what the last choice was made with, beside selected.jsonl
+SETTINGS = "select.json"  # the settings of the last choice, beside selected.jsonl
 Settings = Mapping[str, Any]
-Verdict = tuple[str, str]  # the rule, and why
+Verdict = tuple[str, str]  # the rule and the reason
 
 
 def select(root: Path, settings: Settings) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def select(root: Path, settings: Settings) -> dict[str, Any]:
 
 
 def last_settings(root: Path) -> dict[str, Any] | None:
-    """The settings of the choice that is in a folder, None where none are kept."""
+    """The settings of the choice in a folder, None if none are stored."""
     file = root / SETTINGS
     return parse_json(file.read_bytes(), str(file)) if file.exists() else None
 
 
 def judge(rows: Sequence[Row], settings: Settings) -> list[Verdict | None]:
-    """The verdict of each row, None for what is kept."""
+    """The verdict of each row, None for rows that are kept."""
     verdicts = [threshold_verdict(row, settings) for row in rows]
     if settings["duplicates"]:
         _judge_duplicates(rows, verdicts, settings)
@@ -98,19 +98,19 @@ def threshold_verdict(row: Row, settings: Settings) -> Verdict | None:
 
 
 def _limit(key: str, settings: Settings) -> str:
-    """What a score is beyond, for a reason."""
+    """The limit that a score is beyond, for the reason's text."""
     if not key:
         return ""
     return f", {'under' if key.startswith('min_') else 'over'} {key} {settings[key]:g}"
 
 
 def language_of(row: Row) -> str:
-    """Of the caption: as declared, else as detected, "" where there is none."""
+    """The caption's language: as declared, else as detected, "" if there is none."""
     return row["language"] or row.get("caption_language", {}).get("code", "")
 
 
 def category_of(row: Row, settings: Settings) -> str:
-    """As declared, else the first whose keywords the caption has, else ""."""
+    """The category: as declared, else the first one with a keyword in the caption, else ""."""
     if row["category"]:
         return row["category"]
     caption = row["caption"].lower()
@@ -118,7 +118,7 @@ def category_of(row: Row, settings: Settings) -> str:
 
 
 def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], settings: Settings) -> None:
-    """Only what is otherwise kept is compared, so that a dropped clip takes no other with it."""
+    """Drop near-duplicates. Only kept clips are compared, so that a dropped clip does not displace another."""
     kept = [i for i, verdict in enumerate(verdicts) if verdict is None]
     found = duplicates.groups(
         [rows[i] for i in kept],
@@ -140,7 +140,7 @@ def _judge_duplicates(rows: Sequence[Row], verdicts: list[Verdict | None], setti
                 verdicts[i] = ("duplicate", f"of {rows[best]['id']}, {_better(rows[best], rows[i])}")
 
 
-# What makes one of a group better, the first that differs; the ids are compared where nothing does.
+# Criteria for the best of a group; the first that differs decides, else the id.
 _WORTH: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("has more pixels", lambda row: row["probe"]["width"] * row["probe"]["height"]),
     ("names its category", lambda row: bool(row["category"])),
@@ -151,7 +151,7 @@ _WORTH: tuple[tuple[str, Callable[[Row], float]], ...] = (
 
 
 def _better(best: Row, other: Row) -> str:
-    """Why the best of a group is better than another."""
+    """The reason that the best of a group is better than another."""
     reason = next((what for what, worth in _WORTH if worth(best) > worth(other)), "is the same; its id comes first")
     return f"which {reason}"
 
@@ -164,7 +164,7 @@ def _judge_caps(
     most: Mapping[str, int | None],
     seed: int,
 ) -> None:
-    """Thin each name (category or source) to its cap. What has no category is a category."""
+    """Thin each name (category or source) to its cap. Clips without a category form one category."""
     members: dict[str, list[int]] = collections.defaultdict(list)
     for i, verdict in enumerate(verdicts):
         if verdict is None:
@@ -181,7 +181,7 @@ def _judge_caps(
 def _entry(row: Row, settings: Settings) -> Row:
     """A line of selected.jsonl."""
     start = row["start"] or 0.0
-    times = [round(start + seconds, 3) for seconds in row["keyframe_times"]]  # of the medium, as start and end are
+    times = [round(start + seconds, 3) for seconds in row["keyframe_times"]]  # in the medium, like start and end
     frames = [{"path": f"keyframes/{row['id']}/{k}.jpg", "time": time} for k, time in enumerate(times)]
     keys = ("id", "kind", "start", "end", "caption", "source", "licence", "source_id")
     entry = {key: row[key] for key in keys}
@@ -197,7 +197,7 @@ def _entry(row: Row, settings: Settings) -> Row:
 
 
 def funnel(rows: Sequence[Row], verdicts: Sequence[Verdict | None], settings: Settings) -> dict[str, Any]:
-    """Counts: of items and clips, left after each rule, by category, source and language before and after."""
+    """Counts of items and clips, of clips left after each rule, and by category, source and language."""
     rules = collections.Counter(verdict[0] for verdict in verdicts if verdict is not None)
     left, steps = len(rows), []
     for rule in RULES:

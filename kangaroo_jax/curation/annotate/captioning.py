@@ -21,19 +21,19 @@ CAPTION_SCHEMA = object_schema(short=text_schema(400), detailed=text_schema())
 
 @dataclasses.dataclass(frozen=True)
 class FrameCaptions:
-    """A moment (seconds from the start of the clip) and each captioner's reply about it, in their order."""
+    """A moment (seconds from the start of the clip) and the captioners' replies about it, in the config's order."""
 
     time: float
     replies: tuple[Reply, ...]
 
     @property
     def texts(self) -> list[str]:
-        """What can be used: answers that are ok, and truncated ones up to their last whole sentence."""
+        """The usable texts: answers that are ok, and truncated ones up to their last whole sentence."""
         return [text for reply in self.replies if (text := usable(reply))]
 
 
 def usable(reply: Reply) -> str:
-    """The text of a frame caption, or nothing."""
+    """The usable text of a frame caption, "" if there is none."""
     if reply.outcome == "ok":
         return reply.text
     if reply.outcome != "truncated":
@@ -43,7 +43,7 @@ def usable(reply: Reply) -> str:
 
 
 class Captioner:
-    """Writes the captions of clips with a team, as a config says."""
+    """Captions clips with a team of models."""
 
     def __init__(self, config: ConfigDict, team: Clients | None = None) -> None:
         """`config` is `config.annotation_config`. Without a team it can only make requests. Raises UserError."""
@@ -55,7 +55,7 @@ class Captioner:
 
     @property
     def prompts(self) -> dict[str, str]:
-        """The versions of all prompts by their use."""
+        """The version of each prompt, by its use."""
         made = {"frame_caption": self._frame.version}
         for language in self.config.languages:
             made[f"video_caption_{language}"] = self._video[language].version
@@ -74,7 +74,7 @@ class Captioner:
         return requests
 
     def video_request(self, clip: ClipRecord, frames: Sequence[FrameCaptions], language: str) -> Request:
-        """The request to write one caption out of those of the frames."""
+        """The request to write one caption from the captions of the frames."""
         lines = []
         for frame in frames:
             lines.append(f"[{frame.time:.1f} s]" if language == "en" else f"[第 {frame.time:.1f} 秒]")
@@ -88,7 +88,7 @@ class Captioner:
         return Request(version, text, system, (), CAPTION_SCHEMA, self.config.caption_tokens, task)
 
     async def annotate(self, clip: ClipRecord, folder: Path) -> list[dict[str, Any]]:
-        """The objects of captions.jsonl for a clip, one a language; paths in them are relative to `folder`."""
+        """The objects of captions.jsonl for a clip, one for each language; their paths are relative to `folder`."""
         frames = await self._frames(clip)
         described = sum(1 for frame in frames if frame.texts)
         replies: list[Reply]
@@ -118,7 +118,7 @@ class Captioner:
     def _rows(
         self, clip: ClipRecord, frames: Sequence[FrameCaptions], replies: Sequence[Reply], folder: Path
     ) -> list[dict[str, Any]]:
-        """Refine and score. Where no frame caption is in a caption's language, support is its sibling's."""
+        """Refine and score the captions. A caption in a language without frame captions gets its sibling's support."""
         rules, texts = self.config.refine, [frame.texts for frame in frames]
         agreed = refine.consensus(texts)
         refined, supports = {}, dict[str, float]()
@@ -190,13 +190,13 @@ def _task(clip: ClipRecord, name: str, language: str) -> dict[str, Any]:
 
 
 def _outcome(reply: Reply) -> dict[str, Any]:
-    """Outcome and reason, and for errors whether another run may do better."""
+    """Outcome and reason, and for errors whether another run may succeed."""
     found: dict[str, Any] = {"outcome": reply.outcome, "reason": reply.reason}
     return found | {"transient": True} if reply.outcome == "error" and reply.transient else found
 
 
 def _short(text: str, detailed: str, language: str, rules: ConfigDict) -> str:
-    """The short caption where it is one, else the first sentence of the detailed one."""
+    """The short caption if it is usable, else the first sentence of the detailed one."""
     cleaned = refine.refine(text, language, None, rules)
     if cleaned.text:
         return cleaned.text

@@ -10,15 +10,15 @@ from ml_collections import ConfigDict
 
 
 def choose(rows: Iterable[Mapping[str, Any]], clips: int, rules: ConfigDict) -> set[str]:
-    """The ids of the clips that are chosen.
+    """The ids of the chosen clips.
 
-    Candidates have a caption that is ok in every language they were asked in, and a mean score of at least
-    `min_score`. With `balance` every category gives the same number, or all it has; within one the highest
-    scores are taken, and ties are broken by a hash of the id, so that the order of the rows changes nothing.
+    Candidates have an ok caption in every requested language and a mean score of at least `min_score`. With
+    `balance` every category gives the same number of clips, or all it has. Within a category the highest scores
+    are taken; a hash of the id breaks ties, so that the result does not depend on the order of the rows.
 
     Args:
         rows: objects of captions.jsonl.
-        clips: of how many `rules.share` is a share.
+        clips: the number that `rules.share` refers to.
     """
     scores: dict[str, list[float]] = {}
     categories: dict[str, str] = {}
@@ -42,12 +42,12 @@ def choose(rows: Iterable[Mapping[str, Any]], clips: int, rules: ConfigDict) -> 
 
 
 def rule_size(clips: int, rules: ConfigDict) -> int:
-    """How many of so many clips the rules want, if there are enough good ones."""
+    """The number of clips that the rules ask for, out of `clips`."""
     return rules.count or max(round(rules.share * clips), rules.at_least)
 
 
 def level(sizes: Mapping[str, int], target: int) -> dict[str, int]:
-    """How many of each group, `target` together: the same number of each, and all of those that have fewer."""
+    """The quota of each group, `target` in total: equal quotas, except that smaller groups give all they have."""
     quotas, left = dict.fromkeys(sizes, 0), target
     open_groups: Sequence[str] = sorted(sizes, key=lambda name: (sizes[name], name))
     for place, name in enumerate(open_groups):

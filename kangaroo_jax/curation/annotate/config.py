@@ -1,6 +1,6 @@
 """The configuration of annotation: every key once, with its default and unit. The paper publishes none of these.
 
-`configs/annotation.py` and `configs/instruct.py` begin with these and change what a run changes.
+`configs/annotation.py` and `configs/instruct.py` start from these defaults.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ CAPTIONERS = ("captioner_a", "captioner_b", "captioner_c")
 
 
 def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
-    """A model that is asked: `endpoint` (an OpenAI-compatible server), `kangaroo` (ours) or `scenes` (rules).
+    """A model backend: `endpoint` (an OpenAI-compatible server), `kangaroo` (ours) or `scenes` (rules).
 
     Raises ValueError for another kind.
     """
@@ -19,33 +19,33 @@ def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
     c = ConfigDict()
     c.kind = kind
     c.base_url = f"http://127.0.0.1:{port}/v1"  # endpoint
-    c.model = ""  # endpoint: the name that its server knows
-    c.api_key_env = ""  # endpoint: the environment variable that holds its key
-    c.structured = True  # endpoint: it knows response_format json_schema
-    c.timeout = 120.0  # endpoint: seconds
+    c.model = ""  # endpoint: the model's name on the server
+    c.api_key_env = ""  # endpoint: the environment variable that holds the API key
+    c.structured = True  # endpoint: whether it supports response_format json_schema
+    c.timeout = 120.0  # endpoint: seconds before a call fails
     c.checkpoint = ""  # kangaroo: a folder that training wrote
     c.batch_size = 16  # kangaroo: prompts a batch
     c.corpus = ""  # scenes: a folder that kangaroo_jax.corpus.make wrote
-    c.view = "all"  # scenes: all, or thing (tells less)
+    c.view = "all"  # scenes: all, or thing (less detail)
     c.temperature = 0.0
     c.top_p = 1.0
     c.seed = 0
-    c.concurrency = 64  # requests under way
-    c.requests_per_minute = 0.0  # 0: no limit
-    c.tokens_per_minute = 0.0  # limit on the tokens requested a minute; 0 is no limit
-    c.retries = 6  # calls after the first that failed
-    c.answer_retries = 4  # questions after the first answer that was truncated, refused or malformed
+    c.concurrency = 64  # requests in flight
+    c.requests_per_minute = 0.0  # limit; 0 is none
+    c.tokens_per_minute = 0.0  # limit on the tokens requested; 0 is none
+    c.retries = 6  # further calls after one that failed
+    c.answer_retries = 4  # further questions after an answer that was truncated, refused or malformed
     c.first_wait = 0.5  # seconds before the second call, doubled for each further one
     c.longest_wait = 60.0  # seconds
-    c.longest_answer = 4096  # tokens, to which a truncated answer may grow
-    c.image_tokens = 1000  # of one image, for --dry-run
+    c.longest_answer = 4096  # tokens; a retry of a truncated answer may ask for up to so many
+    c.image_tokens = 1000  # tokens assumed for one image by --dry-run
     c.price_in = 0.0  # for a million tokens, in any currency
     c.price_out = 0.0
     return c
 
 
 def annotation_config(preset: str = "endpoint") -> ConfigDict:
-    """All of `kangaroo annotate`.
+    """The config of `kangaroo annotate`.
 
     Presets: `endpoint` (three captioners and a writer behind four addresses), `own` (the captioners are a
     Kangaroo in this process), `corpus` (rules on a generated corpus). Raises ValueError for another.
@@ -55,24 +55,24 @@ def annotation_config(preset: str = "endpoint") -> ConfigDict:
     kinds = {"endpoint": ("endpoint", "endpoint"), "own": ("kangaroo", "endpoint"), "corpus": ("scenes", "scenes")}
     captioner, writer = kinds[preset]
     c = ConfigDict()
-    c.languages = ("en", "zh")  # of the captions of the video
-    c.frame_language = "en"  # of the captions of frames
+    c.languages = ("en", "zh")  # languages of the video captions
+    c.frame_language = "en"  # language of the frame captions
     c.captioners = CAPTIONERS  # names of backends
     c.writer = "writer"
     c.backends = ConfigDict({name: backend(captioner, 8001 + i) for i, name in enumerate(CAPTIONERS)})
     c.backends.writer = backend(writer, 8000)
-    c.prompts = ""  # a folder of prompts, in place of the package's own
-    c.frame_tokens = 256  # longest answer
-    c.caption_tokens = 800  # longest answer
+    c.prompts = ""  # a folder of prompts that replaces the package's own
+    c.frame_tokens = 256  # longest frame caption
+    c.caption_tokens = 800  # longest video caption
     c.source_caption = True  # show the writer the text that came with the video
-    c.part_clips = 1000  # clips a file that is written at once
+    c.part_clips = 1000  # clips in a part, which is written at once
     c.refine = _refine()
     c.choose = ConfigDict(
         dict(
-            share=0.1,  # of the clips; the paper's 6M of 60M
-            at_least=100,  # clips, which a smaller share does not go below: a small set is not thinned
-            count=0,  # of clips, in place of the share
-            min_score=0.0,  # from 0 to 1
+            share=0.1,  # share of the clips; the paper's 6M of 60M
+            at_least=100,  # clips; the share never selects fewer, so that small sets are not thinned
+            count=0,  # clips; replaces the share if not 0
+            min_score=0.0,  # mean score from 0 to 1
             balance=True,  # the same cap for every category
         )
     )
@@ -89,15 +89,15 @@ def annotation_config(preset: str = "endpoint") -> ConfigDict:
 def _refine() -> ConfigDict:
     return ConfigDict(
         dict(
-            repeat_iou=0.6,  # inferred: sentences whose word sets overlap more are one; 1 keeps all
-            min_language=0.6,  # share of words in the script of the language
-            min_words=8.0,  # of the detailed caption; two Chinese characters are a word
-            max_words=300.0,  # further sentences are cut
-            min_sentence_support=0.15,  # share of a sentence's words that some frame caption has
+            repeat_iou=0.6,  # inferred; word-set overlap above which a sentence repeats another; 1 keeps all
+            min_language=0.6,  # share of words in the language's script
+            min_words=8.0,  # words of the detailed caption; two Chinese characters count as one
+            max_words=300.0,  # words; further sentences are cut
+            min_sentence_support=0.15,  # share of a sentence's content words that some frame caption has
             min_frames=0.5,  # share of key frames that at least one captioner described
-            support_weight=0.5,  # of the words that frame captions have, in the score
-            consensus_weight=0.3,  # of what captioners of a frame have in common, in the score
-            length_weight=0.2,  # of the length in the score
-            full_length=60.0,  # words with which length counts fully
+            support_weight=0.5,  # weight of support by frame captions in the score
+            consensus_weight=0.3,  # weight of agreement between captioners in the score
+            length_weight=0.2,  # weight of length in the score
+            full_length=60.0,  # words at which the length score is 1
         )
     )

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line: clips in, captions out, there whole or not at all."""
+"""JSONL files of clips and captions. A file is written whole or not at all."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from kangaroo_jax.data.media.addresses import is_remote, short
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import json_line, parse_json
 
-_LONGEST = 1e9  # seconds of a medium, some thirty years
+_LONGEST = 1e9  # seconds, the longest accepted time: some thirty years
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class KeyFrame:
 class ClipRecord:
     """A part of a video, or an image. Paths are absolute or addresses; `start` and `end` are in seconds.
 
-    `row` is the object that it was read from.
+    `row` is the JSON object it was read from.
     """
 
     id: str
@@ -44,13 +44,13 @@ class ClipRecord:
     @property
     def kind(self) -> str:
         """ "image" or "video"."""
-        from kangaroo_jax.data.media.image import IMAGE_SUFFIXES  # not for a run that has nothing to do
+        from kangaroo_jax.data.media.image import IMAGE_SUFFIXES  # slow, and a run with nothing to do needs no image
 
         return "image" if self.media.lower().endswith(IMAGE_SUFFIXES) else "video"
 
     @property
     def seconds(self) -> float:
-        """Length, as far as it is known: of a clip without an end up to its last key frame."""
+        """The length as far as it is known; a clip without an end is taken up to its last key frame."""
         first, last = self.start or 0.0, max((frame.time for frame in self.keyframes), default=0.0)
         return max((self.end if self.end is not None else last) - first, 0.0)
 
@@ -71,7 +71,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write objects as lines under a temporary name, then rename. Returns how many. Raises UserError."""
+    """Write objects as lines under a temporary name, then rename. Returns their number. Raises UserError."""
     temporary, count = path.with_name(path.name + ".tmp"), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,12 +106,12 @@ def read_clips(path: Path) -> list[ClipRecord]:
 
 
 def absolute(path: str, folder: Path) -> str:
-    """A path from where its file stands; addresses stay."""
+    """The absolute form of a path that is relative to `folder`; addresses stay."""
     return path if is_remote(path) else storage.absolute(path, folder.resolve())
 
 
 def relative(path: str, folder: Path) -> str:
-    """An absolute path as seen from a folder, so that data can be moved as a whole; addresses stay."""
+    """An absolute path made relative to `folder`, so that data can be moved as a whole; addresses stay."""
     return path if is_remote(path) else os.path.relpath(path, folder.resolve())
 
 

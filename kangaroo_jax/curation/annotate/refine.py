@@ -1,6 +1,6 @@
-"""Refinement of a caption: what is cut out of it, and how far it can be trusted.
+"""Refinement of a caption: which sentences are dropped, and a score of its reliability.
 
-The paper drops repeated sentences by IoU; that it is the IoU of word sets, and all else here, is ours.
+The paper drops repeated sentences by IoU. The use of word sets for it, and all else here, is our choice.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from kangaroo_jax.llm_client.text import (
     sentences,
 )
 
-FrameTexts = Sequence[Sequence[str]]  # of each frame, what each captioner wrote
+FrameTexts = Sequence[Sequence[str]]  # the captioners' texts for each frame
 
 
 @dataclasses.dataclass(frozen=True)
 class Refined:
-    """A refined caption. `dropped` are (sentence, rule); `reason` says why the caption is no good, or is empty."""
+    """A refined caption. `dropped` are (sentence, rule); `reason` says why the caption is unusable, or is empty."""
 
     text: str
     dropped: tuple[tuple[str, str], ...]
@@ -34,10 +34,10 @@ class Refined:
 
 
 def refine(text: str, language: str, frames: FrameTexts | None, rules: ConfigDict) -> Refined:
-    """Drop sentences that repeat, decline, are in another language, are unsupported, or too many.
+    """Drop sentences that refuse, are in another language, are unsupported or repeated, or exceed the length.
 
-    `frames` are captions of the frames in the same language; None where there are none to compare with. The
-    first rule that a sentence breaks counts, in the order refusal, language, unsupported, repeated, length.
+    `frames` are captions of the frames in the same language, None if there are none. A sentence is dropped for the
+    first rule that it breaks, in the order refusal, language, unsupported, repeated, length.
     """
     seen = frozenset[str]().union(*(content_words(t) for frame in frames for t in frame)) if frames else None
     kept: list[str] = []
@@ -53,7 +53,7 @@ def refine(text: str, language: str, frames: FrameTexts | None, rules: ConfigDic
 
 
 def _broken(sentence: str, kept: list[str], language: str, seen: frozenset[str] | None, rules: ConfigDict) -> str:
-    """The rule that a sentence breaks, or nothing."""
+    """The first rule that a sentence breaks, or ""."""
     if is_refusal(sentence):
         return "refusal"
     if language_share(sentence, language) < rules.min_language:
@@ -77,13 +77,13 @@ def _no_good(result: str, dropped: list[tuple[str, str]], rules: ConfigDict) -> 
 
 
 def support(text: str, frames: FrameTexts) -> float:
-    """Share of the words that say something which some frame caption has too, from 0 to 1."""
+    """The share of the content words that some frame caption also has, from 0 to 1."""
     said, seen = content_words(text), set().union(*(content_words(t) for frame in frames for t in frame))
     return len(said & seen) / len(said) if said else 0.0
 
 
 def consensus(frames: FrameTexts) -> float | None:
-    """Mean IoU of what two captioners say of a frame, over pairs and frames; None where nobody has company."""
+    """Mean word-set IoU of two captions of a frame, over pairs and frames; None if no frame has two."""
     values = []
     for frame in frames:
         sets = [content_words(text) for text in frame]
@@ -92,7 +92,7 @@ def consensus(frames: FrameTexts) -> float | None:
 
 
 def score(text: str, supported: float | None, agreed: float | None, rules: ConfigDict) -> dict[str, float | None]:
-    """Scores from 0 to 1: support, consensus, length, and their weighted mean over those that are known."""
+    """Scores from 0 to 1: support, consensus, length, and the weighted mean of the known ones."""
     long_enough = min(length(text) / rules.full_length, 1.0)
     parts = (
         (supported, rules.support_weight),

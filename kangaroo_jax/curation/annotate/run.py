@@ -1,4 +1,4 @@
-"""`kangaroo annotate`: clips -> captions.jsonl and refined.jsonl, in parts that a kill leaves whole."""
+"""`kangaroo annotate`: clips -> captions.jsonl and refined.jsonl, in parts that survive a kill."""
 
 import asyncio
 import collections
@@ -36,7 +36,7 @@ def annotate_clips(
         source: one clip a line, as `kangaroo curate select` writes them.
         output: folder for captions.jsonl, refined.jsonl, annotation.json (counts) and cache.sqlite.
         config: `config.annotation_config`.
-        dry_run: only say how many calls and tokens it would be, and what they cost; nothing is asked or written.
+        dry_run: only print the number of calls and tokens and their cost; nothing is asked or written.
 
     Raises:
         UserError: a clip, the config or a backend is wrong, an endpoint cannot be reached, or no caption is ok.
@@ -91,7 +91,7 @@ async def _annotate(
 
 
 def _remarks(summary: dict[str, Any], missing: int, reason: str, config: ConfigDict) -> Iterator[str]:
-    """What else is worth a line: captions that are not ok, and clips that were not chosen."""
+    """Lines about captions that are not ok and clips that were not chosen."""
     outcomes, rules = summary["outcomes"], config.choose
     if bad := summary["captions"] - outcomes["ok"]:
         yield f"{bad:,} captions are not ok, the first because of {reason}; {_advice(missing)}"
@@ -115,7 +115,7 @@ def _advice(missing: int) -> str:
 
 
 def _plan(clips: Sequence[ClipRecord], output: Path, captioner: Captioner) -> list[tuple[Path, Sequence[ClipRecord]]]:
-    """Parts and their files, whose names change with all that decides what is in them."""
+    """Parts and their files. A file's name has a hash of everything that its contents depend on."""
     assert captioner.team is not None
     config = captioner.config
     settings = {key: config[key] for key in ("languages", "frame_tokens", "caption_tokens", "source_caption")}
@@ -132,7 +132,7 @@ def _plan(clips: Sequence[ClipRecord], output: Path, captioner: Captioner) -> li
 
 
 def _state(path: str) -> list[Any]:
-    """Size and time of a file, which tell whether it changed."""
+    """A file's path, size and modification time, by which changes are noticed."""
     try:
         found = os.stat(path)
     except OSError:
@@ -141,7 +141,7 @@ def _state(path: str) -> list[Any]:
 
 
 def _finished(output: Path, mark: str) -> dict[str, Any] | None:
-    """annotation.json, if the files are there, of just these inputs."""
+    """The contents of annotation.json if all files are there and come from exactly these inputs."""
     try:
         summary = json.loads((output / "annotation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -154,9 +154,9 @@ def _finished(output: Path, mark: str) -> dict[str, Any] | None:
 async def _parts(
     parts: Sequence[tuple[Path, Sequence[ClipRecord]]], captioner: Captioner, output: Path, tell: Tell, clips: int
 ) -> tuple[list[Path | list[dict[str, Any]]], int]:
-    """Annotate the parts that are not there yet. Returns files (or rows, where some may be asked again) in order.
+    """Annotate the missing parts. Returns files in order, or rows if a part has clips to ask again.
 
-    Also returns how many clips met an error that may pass.
+    Also returns the number of clips with a transient error.
     """
     assert captioner.team is not None
     progress = Progress(clips, "clips", tell, captioner.team.line)
@@ -179,7 +179,7 @@ async def _parts(
 
 
 def _at_once(captioner: Captioner) -> int:
-    """Clips under way: enough that every backend has as many requests as it takes, twice over."""
+    """The number of clips in flight: enough to keep every backend at its concurrency twice over."""
     assert captioner.team is not None
     most = max(client.limits.concurrency for client in captioner.team.clients.values())
     return max(4, 2 * -(-most // 5))
@@ -196,7 +196,7 @@ def _rows_of(results: Sequence[Path | list[dict[str, Any]]]) -> Iterator[dict[st
 def _finish(
     results: Sequence[Path | list[dict[str, Any]]], clips: int, output: Path, config: ConfigDict
 ) -> tuple[dict[str, Any], str]:
-    """Write captions.jsonl and refined.jsonl; returns their counts, and why the first caption is not ok that is not."""
+    """Write captions.jsonl and refined.jsonl; returns their counts and the reason of the first failed caption."""
     first = ""
 
     counts: dict[str, collections.Counter[str]] = {
@@ -245,10 +245,10 @@ def _last_line(summary: dict[str, Any], output: Path) -> str:
 
 
 def estimate(clips: Sequence[ClipRecord], output: Path, config: ConfigDict) -> dict[str, Any]:
-    """Requests, calls that the cache does not save, tokens and cost, per backend and together.
+    """Requests, calls not answered by the cache, tokens and cost, per backend and in total.
 
-    What the writer reads is not known yet: its prompts are taken with frame captions of the usual length, and
-    none of its answers as kept. Backends of models in this process are not loaded.
+    The writer's prompts are estimated with frame captions of the usual length, and none of its answers count as
+    cached, because the frame captions are not known yet. Models of this process are not loaded.
     """
     captioner, sums = Captioner(config), Estimate(config.backends)
     kept = _kept(config, output)
@@ -263,7 +263,7 @@ def estimate(clips: Sequence[ClipRecord], output: Path, config: ConfigDict) -> d
 
 
 def _kept(config: ConfigDict, output: Path) -> Callable[[str, Any], bool]:
-    """Whether the cache has the answer of an endpoint to a request."""
+    """A function that says whether the cache has an endpoint's answer to a request."""
     path = output / "cache.sqlite"
     if not path.is_file():
         return lambda name, request: False

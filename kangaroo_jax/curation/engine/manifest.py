@@ -1,9 +1,9 @@
-"""What there is to curate: a folder of media, or the manifests of public datasets (JSONL, CSV, Parquet).
+"""The input of curation: folders of media, or manifests of public datasets (JSONL, CSV, Parquet).
 
-An item is a dictionary, as it goes through all stages and into the scores:
+An item is a dictionary that goes through all stages and into the scores:
 
     id        a name made of the file's name and a hash of source, path, start and end
-    path      local file or address; "" where a manifest names nothing that is here (`missing` says what)
+    path      local file or address; "" if a manifest names no existing file (`missing` says what it names)
     kind      "video" or "image"
     start, end    seconds of the file, None for its beginning and end
     caption, category, language, source, licence     text, "" where unknown
@@ -43,10 +43,10 @@ VIDEO_SUFFIXES = (
     ".3gp",
     ".gif",
 )
-FOLDERS = ("stages", "scores", "keyframes", "timings", "clips", "export")  # that curation makes in its output
+FOLDERS = ("stages", "scores", "keyframes", "timings", "clips", "export")  # folders that curation makes in its output
 _MANIFESTS = (".jsonl", ".csv", ".tsv", ".parquet")
-# Columns by what they mean, the first that a row has; those of WebVid (videoid, page_dir, contentUrl, name),
-# Youku-mPLUG (video_id:FILE, golden_caption), LAION and COYO (url or URL, text or TEXT, key, hash) and Wukong (dir).
+# Columns by meaning; the first that a row has is used. They include those of WebVid (videoid, page_dir, contentUrl,
+# name), Youku-mPLUG (video_id:FILE, golden_caption), LAION and COYO (url, URL, text, TEXT, key, hash) and Wukong (dir).
 _COLUMNS = {
     "path": (
         "path",
@@ -74,7 +74,7 @@ _COLUMNS = {
 
 
 def is_output(folder: str | Path) -> bool:
-    """Whether a folder is what a run of curation wrote, or began to."""
+    """Whether a folder is the output of a finished or begun run of curation."""
     ends = all(os.path.exists(os.path.join(folder, name)) for name in ("funnel.json", "selected.jsonl"))
     return ends or os.path.exists(os.path.join(folder, "stages", "lock"))
 
@@ -84,16 +84,16 @@ def read_inputs(
 ) -> list[Item]:
     """The items of folders and manifests, each once, ordered by id.
 
-    A row of a manifest that cannot be read is an item, too: it has no path, and `missing` says what is wrong with it.
+    An unreadable row of a manifest is an item, too: it has no path, and `missing` says what is wrong with it.
 
     Args:
         inputs: folders, media files, or manifests; `NAME=PATH` names the source, otherwise the file's stem does.
         media_root: folder or address that a manifest's paths start from; "" is its own folder.
-        fetch: whether an http(s) address of a row is read where no local file is. Others (gs://, s3://) always are.
-        output: the folder that is written. It is left out of folders, and so are outputs of other runs.
+        fetch: whether a row's http(s) address is read if there is no local file. Others (gs://, s3://) always are.
+        output: the folder to write. It is left out of input folders, as are outputs of other runs.
 
     Raises:
-        UserError: an input is missing, empty, or what curation wrote; or no row of a manifest can be read.
+        UserError: an input is missing, empty, or an output of curation; or no row of a manifest can be read.
     """
     items: dict[str, Item] = {}
     for one in inputs:
@@ -103,7 +103,7 @@ def read_inputs(
         _check_not_written(path, output)
         for item in _items_of(path, name or _name_of(path) or "input", media_root, fetch, output):
             base, copies = item["id"], 1
-            while item["id"] in items:  # the same row again: the later one is found to be a duplicate
+            while item["id"] in items:  # a repeated row gets another id and is later dropped as a duplicate
                 copies += 1
                 item["id"] = f"{base}-{copies}"
             items[item["id"]] = item
@@ -113,7 +113,7 @@ def read_inputs(
 
 
 def _check_not_written(path: str, output: Path | None) -> None:
-    """Raise a UserError for an input that curation wrote, or is about to write into."""
+    """Raise a UserError for an input that is an output of curation, or this run's output."""
     real = Path(os.path.realpath(path))
     inside = output is not None and output in real.parents and real.relative_to(output).parts[0] in FOLDERS
     if inside or (real.is_dir() and is_output(real)):
@@ -123,7 +123,7 @@ def _check_not_written(path: str, output: Path | None) -> None:
 
 
 def _name_of(path: str) -> str:
-    """What a file or folder is called, without its ending; bytes that are not UTF-8 are replaced."""
+    """The name of a file or folder without its ending; bytes that are not UTF-8 are replaced."""
     return os.fsencode(Path(path).stem).decode("utf-8", "replace")
 
 
@@ -141,13 +141,13 @@ def _items_of(path: str, source: str, root: str, fetch: bool, output: Path | Non
 
 
 def _folder(path: str, source: str, output: Path | None) -> Iterator[Item]:
-    """All media below a folder; a category is the name of the folder that a file lies in, if not `path` itself."""
+    """All media below a folder; the category is the name of the file's folder, unless that is `path` itself."""
     for folder, names, files in os.walk(path):
         inner = {name: os.path.join(folder, name) for name in names}
         written = {name for name, at in inner.items() if is_output(at) or os.path.realpath(at) == str(output)}
         names[:] = sorted(set(names) - written)
         for file in sorted(files):
-            if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("._"):  # of macOS
+            if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("._"):  # macOS metadata
                 full = os.path.join(folder, file)
                 category = "" if folder == path else os.fsencode(os.path.basename(folder)).decode("utf-8", "replace")
                 item = {"path": absolute(full), "source": source, "category": category}
@@ -155,7 +155,7 @@ def _folder(path: str, source: str, output: Path | None) -> Iterator[Item]:
 
 
 def _manifest(path: str, source: str, root: str, fetch: bool) -> Iterator[Item]:
-    """The items of a manifest's rows, those that cannot be read among them. Raises UserError: none can."""
+    """The items of a manifest's rows, including unreadable ones. Raises UserError: all are unreadable."""
     bad, first, good = 0, "", 0
     for number, row in enumerate(_rows(path), start=1):
         where = f"{path}, row {number}: "
@@ -174,7 +174,7 @@ def _manifest(path: str, source: str, root: str, fetch: bool) -> Iterator[Item]:
 
 
 def _rows(path: str) -> Iterator[dict[str, Any] | UserError]:
-    """Rows of a manifest, or what is wrong with one. Raises UserError."""
+    """Rows of a manifest, each a dictionary or the error in it. Raises UserError."""
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
     elif path.endswith(".jsonl"):
@@ -195,7 +195,7 @@ def _json_row(line: bytes, path: str, number: int) -> dict[str, Any] | UserError
 
 
 def _csv_rows(path: str) -> Iterator[dict[str, Any] | UserError]:
-    """Paths may be names that are not UTF-8, as the file system has them."""
+    """Rows of a CSV or TSV file. Paths may have bytes that are not UTF-8, as in the file system."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
         while True:
@@ -248,14 +248,14 @@ def _text(value: Any, name: str, is_path: bool) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        if not is_path and "\udc80" <= text[error.start] <= "\udcff":  # how Python reads a byte that is not UTF-8
+        if not is_path and "\udc80" <= text[error.start] <= "\udcff":  # how Python decodes a byte that is not UTF-8
             raise UserError(f"{name!r} is not UTF-8 text") from None
         return text if is_path else text.encode("utf-8", "replace").decode()
     return text
 
 
 def _may_be_read(address: str, fetch: bool) -> bool:
-    """Whether it is an address that is read; those of the web are if `fetch` is set. Raises UserError for a scheme."""
+    """Whether an address may be read; web addresses need `fetch`. Raises UserError for an unknown scheme."""
     if not is_remote(address):
         return False
     check_scheme(address)
@@ -263,9 +263,9 @@ def _may_be_read(address: str, fetch: bool) -> bool:
 
 
 def _candidates(row: dict[str, Any], path: str, address: str) -> list[str]:
-    """Where a row's medium may be, in the layouts of what is usually downloaded with."""
+    """Paths where a row's medium may be, in the layouts of the usual download tools."""
     places = [path] if path else []
-    if video := row.get("videoid"):  # WebVid: by page folder, or all in one
+    if video := row.get("videoid"):  # WebVid: in page folders, or all in one folder
         page = str(row.get("page_dir") or "")
         places += [f"{folder}{page}/{video}.mp4" for folder in ("videos/", "") if page]
         places += [f"videos/{video}.mp4", f"{video}.mp4"]
@@ -293,7 +293,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _named(item: Item, path: str) -> Item:
-    """The item with an id that does not depend on where the folder lies, and with every key."""
+    """The item with every key, and with an id that does not depend on the folder's location."""
     defaults: Item = dict.fromkeys(("caption", "category", "language", "licence", "source_id", "source", "kind"), "")
     item = defaults | {"start": None, "end": None} | item
     if item["kind"] not in ("video", "image"):
@@ -307,7 +307,7 @@ def _named(item: Item, path: str) -> Item:
 
 
 def item_state(items: Iterable[Item]) -> str:
-    """What the items are and the state of their files (size, time of change), as one hash."""
+    """A hash of the items and the state of their files (size, time of change)."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps(item, sort_keys=True).encode())

@@ -1,9 +1,9 @@
-"""What runs on Ray's nodes: tasks, and actors that keep the models of some stages from shard to shard.
+"""Ray tasks, and Ray actors that keep the models of some stages from shard to shard.
 
-`config.engine.actors` of them are started, with the cores, GPUs and other resources (TPU chips) of the config. Then a
-task runs the stages of a shard that need no actor, and an actor that is idle runs the others and writes the scores.
-Each has a guarded process, so that a file costs only itself there, too. Actors whose node is lost start elsewhere, and
-their shard again.
+`config.engine.actors` actors are started, with the cores, GPUs and other resources (TPU chips) of the config. A task
+runs the stages of a shard that need no actor; then an idle actor runs the others and writes the scores. Each has a
+guarded process, so that a bad file costs only itself. An actor whose node is lost restarts elsewhere, and its shard
+runs again.
 """
 
 import collections
@@ -17,12 +17,12 @@ from kangaroo_jax.curation.stages.base import Settings, Stage
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.guard import Guard
 
-Calls = list[tuple[str, str, float]]  # what progress is told
-_guards: dict[Path, Guard] = {}  # of a Ray worker, kept from task to task
+Calls = list[tuple[str, str, float]]  # arguments of Progress.stage: stage, failure, seconds
+_guards: dict[Path, Guard] = {}  # a Ray worker's guards, kept from task to task
 
 
 def ray_task(shard: Shard, plan: ShardPlan, actors: bool) -> Calls:
-    """One shard, without the stages of actors where there are some; returns what progress is told of it."""
+    """Score a shard; if there are actors, without their stages. Returns the calls for progress."""
     calls: Calls = []
     guard = _guards.setdefault(plan.root, plan.guard())
     if actors:
@@ -46,14 +46,14 @@ def task_stages(stages: Sequence[Stage], of_actors: Sequence[str]) -> list[Stage
 
 
 class Actor:
-    """Runs what tasks left of shards. Its guarded process, and the models in it, last as long as it does."""
+    """Runs the stages that tasks leave. Its guarded process, with the models in it, lives as long as the actor."""
 
     def __init__(self, plan: ShardPlan) -> None:
-        """`plan` of all shards."""
+        """`plan` is the one for all shards."""
         self._plan, self._guard = plan, plan.guard()
 
     def run(self, shard: Shard) -> Calls:
-        """Finish a shard; returns what progress is told of it."""
+        """Finish a shard; returns the calls for progress."""
         calls: Calls = []
         run_shard(shard, self._plan, self._guard, lambda *call: calls.append(call))
         return calls
@@ -74,12 +74,12 @@ class Actors:
 
     @property
     def any(self) -> bool:
-        """Whether the config has some."""
+        """Whether there are actors."""
         return bool(self._actors)
 
     @property
     def busy(self) -> bool:
-        """Whether a shard waits or is under way."""
+        """Whether a shard is waiting or running."""
         return bool(self._waiting or self.running)
 
     def add(self, shard: Shard) -> None:
@@ -87,13 +87,13 @@ class Actors:
         self._waiting.append(shard)
 
     def start(self) -> None:
-        """Give shards that wait to actors that are idle."""
+        """Give waiting shards to idle actors."""
         while self._waiting and self._idle:
             actor, shard = self._idle.popleft(), self._waiting.popleft()
             self.running[actor.run.remote(shard)] = actor, shard
 
     def take(self, reference: Any) -> Shard:
-        """The shard of a result; its actor is idle again."""
+        """The shard of a result; its actor becomes idle."""
         actor, shard = self.running.pop(reference)
         self._idle.append(actor)
         return shard

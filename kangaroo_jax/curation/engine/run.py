@@ -1,7 +1,7 @@
-"""Engines: what runs all shards. Both run `run_shard`, which writes the same bytes wherever it runs.
+"""Engines that run all shards. Both run `run_shard`, which writes the same bytes wherever it runs.
 
-`local`: threads of this process, each with a worker process that may be lost. `ray`: Ray tasks, each with the same,
-and actors for stages with large models (`ray_workers`).
+`local` uses threads of this process, each with a replaceable worker process. `ray` uses Ray tasks, each with such a
+worker process, and actors for stages with large models (`ray_workers`).
 """
 
 import collections
@@ -22,12 +22,12 @@ from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.guard import Guard, Stopped
 from kangaroo_jax.system.installing import install_line
 
-_TELL_EVERY = 5.0  # seconds
+_TELL_EVERY = 5.0  # seconds between progress lines
 _MOST_FAILURES_SHOWN = 20
 
 
 class Progress:
-    """Lines on stdout: shards, rows, rates a stage, what failed, time left. Shared by threads."""
+    """Prints progress lines: shards, the rate of each stage, failures, time left. Threads share it."""
 
     def __init__(self, shards: Sequence[Shard], todo: Sequence[Shard], tell: Callable[[str], None] = print) -> None:
         self._shards, self._tell, self._lock = len(shards), tell, threading.Lock()
@@ -41,7 +41,7 @@ class Progress:
             tell(f"curate: {self._items:,} items in {len(todo)} shards{done}")
 
     def stage(self, stage: str, failure: str, seconds: float) -> None:
-        """One row of a stage is scored, or failed."""
+        """Count a row that a stage scored, or failed on."""
         with self._lock:
             self._calls[stage] += 1
             if failure:
@@ -52,7 +52,7 @@ class Progress:
                 self._line()
 
     def shard(self, shard: Shard) -> None:
-        """A shard is done."""
+        """Count a finished shard."""
         with self._lock:
             self._done, self._finished = self._done + 1, self._finished + len(shard.items)
             if self._done == self._shards or time.monotonic() - self._last > _TELL_EVERY:
@@ -69,7 +69,7 @@ class Progress:
 
 
 def unfinished(shards: Sequence[Shard], plan: ShardPlan) -> list[Shard]:
-    """Shards that are not done, those with most bytes to read first: a long one at the end would be waited for."""
+    """Unfinished shards, those with most bytes first, so that no long one is left at the end."""
 
     def size(shard: Shard) -> int:
         return sum(os.path.getsize(item["path"]) for item in shard.items if os.path.exists(item["path"]))
@@ -80,7 +80,7 @@ def unfinished(shards: Sequence[Shard], plan: ShardPlan) -> list[Shard]:
 def run_local(shards: Sequence[Shard], plan: ShardPlan, workers: int = 0) -> None:
     """Score the shards with `workers` processes (0: one a core).
 
-    Ctrl-C ends them at once; what is finished stays, and the next run goes on from there. Raises UserError.
+    Ctrl-C ends them at once; finished work stays, and the next run goes on from there. Raises UserError.
     """
     todo = unfinished(shards, plan)
     progress = Progress(shards, todo)
@@ -123,17 +123,17 @@ def run_local(shards: Sequence[Shard], plan: ShardPlan, workers: int = 0) -> Non
 
 
 def run_ray(shards: Sequence[Shard], plan: ShardPlan, address: str = "", workers: int = 0) -> None:
-    """Score the shards as Ray tasks, of one core each.
+    """Score the shards as Ray tasks of one core each.
 
     Args:
-        address: of a cluster (`auto`, `ray://...`, `host:6379`); "" starts Ray in this process and ends it after.
+        address: a cluster's address (`auto`, `ray://...`, `host:6379`); "" starts Ray here and ends it afterwards.
         workers: cores of a Ray that is started here; 0 is all.
 
     The media and the output folder must have the same paths on all nodes. A task whose node is lost is run again on
-    another; it finds what was finished there. Raises UserError.
+    another and skips what is finished. Raises UserError.
     """
     if not address and "RAY_ADDRESS" not in os.environ and sys.modules.get("ray") is None:
-        # Without it, who reaches its port runs code. Ray's own token would lie in the home folder, for all to read.
+        # Without a token, anyone who reaches the port can run code; Ray's own token file is readable by all users.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
@@ -173,7 +173,7 @@ def _connect(address: str, workers: int) -> None:
 
 
 def _ray_loop(todo: Sequence[Shard], plan: ShardPlan, progress: Progress) -> None:
-    """Shards as tasks, and then their other stages by actors, where the config has some."""
+    """Run shards as tasks, and then, if the config has actors, their other stages in actors."""
     import ray
 
     shared, pool = ray.put(plan), Actors(plan)

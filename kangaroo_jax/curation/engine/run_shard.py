@@ -1,4 +1,4 @@
-"""A shard through all stages: what every engine runs. What is done already is read, and not computed again."""
+"""Runs all stages on a shard, for every engine. Finished results are read, not computed again."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.guard import Guard, Lost, SetupError
 
 Job = Callable[..., Any]
-Tell = Callable[[str, str, float], None]  # stage, "" or why it failed, CPU seconds
+Tell = Callable[[str, str, float], None]  # stage, "" or the reason of a failure, CPU seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """What is done to all shards. `job` is what a process runs: (stage's name, row, settings, root)."""
+    """The plan for all shards. A worker process calls `job` with (stage's name, row, settings, root)."""
 
     root: Path
     stages: tuple[Stage, ...]
@@ -29,21 +29,21 @@ class ShardPlan:
     job: Job = run_stage
 
     def guard(self) -> Guard:
-        """A process for this plan's jobs."""
+        """A guarded worker process for this plan's jobs."""
         engine = self.config["engine"]
         return Guard(self.job, seconds=engine["item_seconds"], memory_mib=engine["memory_mib"])
 
 
 def is_done(shard: Shard, plan: ShardPlan) -> bool:
-    """Whether the shard's scores are those that `run_shard` would write."""
+    """Whether the shard's scores exist and are the ones that `run_shard` would write."""
     found = shards.done(shards.score_file(plan.root, shard.name))
     return found is not None and found["keys"] == shards.stage_keys(shard, plan.stages, plan.config)
 
 
 def run_shard(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell) -> Row:
-    """Score a shard, stage by stage; returns its marker: counts of rows and of failures.
+    """Score a shard, stage by stage; returns its marker with the counts of rows and failures.
 
-    Raises Stopped if the guard is closed; what was finished before stays.
+    Raises Stopped if the guard is closed; finished stages stay.
     """
     rows = run_stages(shard, plan, guard, tell, plan.stages)
     target = shards.score_file(plan.root, shard.name)
@@ -57,7 +57,7 @@ def run_shard(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell) -> Row:
 
 
 def run_stages(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell, stages: Sequence[Stage]) -> list[Row]:
-    """Run some of the plan's stages, with those that they follow; returns the rows with what they found."""
+    """Run some of the plan's stages, with those that they follow; returns the rows with their scores."""
     keys = shards.stage_keys(shard, plan.stages, plan.config)
     rows = [dict(item) for item in shard.items]
     for group in _groups(stages):
@@ -76,9 +76,9 @@ def run_stages(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell, stages: 
 
 
 def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Stages side by side that follow the same ones: what they read of a clip is the same, so it is read once.
+    """Groups of consecutive stages that follow the same ones: they read the same frames, so each is decoded once.
 
-    A stage that takes many rows at a time is alone.
+    A stage that takes many rows at a time is a group of its own.
     """
     groups: list[list[Stage]] = []
     for stage in stages:
@@ -91,18 +91,18 @@ def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 class StageSeconds:
-    """CPU seconds of a stage in a shard; passes on to another what it is told."""
+    """Records the CPU seconds of a stage in a shard and forwards each call to `tell`."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._seconds, self._begin = tell, list[float](), time.time()
-        self.memory = 0.0  # resident MiB of the process, at most
+        self.memory = 0.0  # peak resident MiB of the process
 
     def __call__(self, stage: str, failure: str, seconds: float) -> None:
         self._seconds.append(seconds)
         self._tell(stage, failure, seconds)
 
     def write(self, root: Path, stage: str, shard: str) -> None:
-        """OUTPUT/timings/STAGE/SHARD.json."""
+        """Write OUTPUT/timings/STAGE/SHARD.json."""
         if self._seconds:
             value: Row = {
                 "cpu_seconds": [round(s, 4) for s in self._seconds],
@@ -119,7 +119,7 @@ def _applies(stage: Stage, row: Row) -> bool:
 def _all_scored(
     rows: Sequence[Row], plan: ShardPlan, guard: Guard, spent: Mapping[Stage, StageSeconds]
 ) -> dict[Stage, list[Row]]:
-    """What each stage says of the rows: all of them of a row before the next row."""
+    """Each stage's results for the rows. All stages score a row before the next row."""
     found: dict[Stage, list[Row]] = {stage: [] for stage in spent}
     for stage in spent:
         if stage.score_many is not None:
@@ -134,7 +134,7 @@ def _all_scored(
 
 
 def _scored_together(rows: Sequence[Row], stage: Stage, plan: ShardPlan, guard: Guard, tell: StageSeconds) -> list[Row]:
-    """What the stage says of the rows: several at a time, each alone where that fails."""
+    """The stage's results for the rows: in batches, and one by one where a batch fails."""
     settings = plan.config[stage.name]
     found: list[Row] = []
     for first in range(0, len(rows), settings["batch"]):
@@ -154,7 +154,7 @@ def _scored_together(rows: Sequence[Row], stage: Stage, plan: ShardPlan, guard: 
 
 
 def _scored(row: Row, stage: Stage, plan: ShardPlan, guard: Guard, tell: StageSeconds) -> Row:
-    """What the stage says of a row, or why it cannot say anything; key frames are written here."""
+    """The stage's result for a row, or the reason of its failure; key frames are written here."""
     settings = plan.config.get(stage.name, {})
     try:
         outcome, seconds, memory = guard.call(stage.name, row, settings, str(plan.root))
@@ -169,7 +169,7 @@ def _scored(row: Row, stage: Stage, plan: ShardPlan, guard: Guard, tell: StageSe
         folder = plan.root / "keyframes" / row["id"]
         for k, data in enumerate(outcome.files):
             shards.put(plan.root, folder / f"{k}.jpg", data)
-        for extra in folder.iterdir():  # of settings with more of them
+        for extra in folder.iterdir():  # left over from settings with more key frames
             if int(extra.stem) >= len(outcome.files):
                 extra.unlink()
     found = {"id": row["id"], "scores": outcome.scores}
@@ -177,7 +177,7 @@ def _scored(row: Row, stage: Stage, plan: ShardPlan, guard: Guard, tell: StageSe
 
 
 def _merged(rows: Sequence[Row], stage: Stage, found: Mapping[str, Row]) -> list[Row]:
-    """Rows with what the stage found; a row for each clip where it divides them."""
+    """The rows with the stage's scores; where it divides an item, one row for each clip."""
     merged: list[Row] = []
     for row in rows:
         one = found.get(row["id"])
@@ -205,7 +205,7 @@ def _merged(rows: Sequence[Row], stage: Stage, found: Mapping[str, Row]) -> list
 
 
 def _remove_others(file: Path) -> None:
-    """Remove what the stage found of this shard under other settings; its key frames are about to be replaced."""
+    """Remove the stage's results for this shard under other settings, whose key frames are about to be replaced."""
     shard = file.stem.rpartition("-")[0]
     for other in file.parent.glob(f"{shard}-*"):
         if other.stem != file.stem:

@@ -1,13 +1,13 @@
 """Shards: parts of the input that are scored, written and resumed together.
 
-    OUTPUT/stages/STAGE/00003-of-00008-KEY.jsonl, .done    what a stage found, a row a line
+    OUTPUT/stages/STAGE/00003-of-00008-KEY.jsonl, .done    a stage's results, a row a line
     OUTPUT/keyframes/CLIP/0.jpg ...
     OUTPUT/scores/00003-of-00008.jsonl                   all scores of the shard's clips, a line each
     OUTPUT/timings/...             seconds: with report.html, which shows them, all that differs between two runs
 
-KEY is a hash of the items (and of the size and time of their files), of the stage's settings and the version of its
-code, and of the same of the stages that it follows. A file that is there under its name is what a new run would write.
-Files are written in OUTPUT/stages/tmp, flushed to the disk and renamed; `.done` is written last.
+KEY is a hash of the items (with the size and time of their files), of the stage's settings and the version of its
+code, and of the keys of the stages that it follows. So a file under its name is exactly what a new run would write.
+Files are written in OUTPUT/stages/tmp, flushed to disk and renamed; `.done` is written last.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from kangaroo_jax.system.json_text import utf8
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some of the items."""
+    """A part of the items."""
 
     name: str  # 00003-of-00008
     items: tuple[Item, ...]
-    key: str  # of the items and the state of their files
+    key: str  # a hash of the items and the state of their files
 
 
 def make_shards(items: Sequence[Item], most: int) -> list[Shard]:
-    """Items spread by the hash of their ids, at most `most` on average and enough shards to share a small input.
+    """Items spread over shards by the hash of their ids: `most` items at most on average, and about 32 shards at least.
 
     An item added later falls into one of the shards, and only that one changes (until their number doubles).
     """
@@ -66,7 +66,7 @@ def stage_keys(shard: Shard, stages: Sequence[Stage], config: Settings) -> dict[
 
 
 def put(root: Path, target: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, also after a crash of the machine."""
+    """Write a file that exists whole or not at all, even after a crash of the machine."""
     temporary = root / "stages" / "tmp" / uuid.uuid4().hex
     temporary.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,23 +78,23 @@ def put(root: Path, target: Path, data: bytes) -> None:
 
 
 def put_rows(root: Path, target: Path, rows: Iterable[Row], done: Row) -> None:
-    """Rows as JSONL, then its marker."""
+    """Write rows as JSONL, then the file's marker."""
     put(root, target, lines(rows))
     put(root, marker(target), (json.dumps(done, sort_keys=True) + "\n").encode())
 
 
 def lines(rows: Iterable[Row]) -> bytes:
-    """JSONL, keys in order: equal rows are equal bytes."""
+    """JSONL with sorted keys: equal rows are equal bytes."""
     return utf8("".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows))
 
 
 def marker(target: Path) -> Path:
-    """The file that says that another is whole and final."""
+    """The marker file that says that another file is whole and final."""
     return target.with_suffix(".done")
 
 
 def done(target: Path) -> Row | None:
-    """What the marker of a file says, None where there is none."""
+    """The contents of a file's marker, None if there is none."""
     try:
         return json.loads(marker(target).read_bytes())
     except (OSError, ValueError):
@@ -109,12 +109,12 @@ def rows_of(path: Path) -> Iterator[Row]:
 
 
 def stage_file(root: Path, stage: str, shard: str, key: str) -> Path:
-    """What a stage wrote of a shard."""
+    """The path of a stage's results for a shard."""
     return root / "stages" / stage / f"{shard}-{key}.jsonl"
 
 
 def score_file(root: Path, shard: str) -> Path:
-    """All scores of a shard."""
+    """The path of a shard's scores."""
     return root / "scores" / f"{shard}.jsonl"
 
 
@@ -134,9 +134,9 @@ def score_files(root: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def claimed(root: Path) -> Iterator[None]:
-    """The folder for this run alone; what a killed run was writing is removed.
+    """Lock the folder for this run, and remove the temporary files of a killed run.
 
-    Raises UserError: it cannot be written, another run writes there, or it holds folders that others wrote.
+    Raises UserError: it cannot be written, another run is writing there, or it holds folders of other programs.
     """
     foreign = next((name for name in FOLDERS if (root / name).exists()), None)
     if foreign and not is_output(root):

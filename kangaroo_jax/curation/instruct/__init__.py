@@ -1,1 +1,1 @@
-"""Conversations about clips, made from their captions: the instruction tuning set."""
+"""Makes the instruction tuning set: conversations about clips from their captions."""

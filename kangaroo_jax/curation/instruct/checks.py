@@ -1,4 +1,4 @@
-"""What makes a question unfit for a test of seeing, as far as its words alone tell."""
+"""Checks of a question's wording that show it is unfit to test whether a model sees the video."""
 
 import re
 import unicodedata
@@ -9,12 +9,12 @@ from kangaroo_jax.llm_client.text import content_words, iou, is_refusal, languag
 _CATCH_ALL = re.compile(
     r"\b(all|none|both|neither) of (the )?(above|these|them)\b|以上(都|皆|全)|都(不)?(是|对)$", re.I
 )
-_SAME = 0.9  # word-set IoU from which two options say the same
-_LONGER = 2.0  # times the longest distractor, from which the answer's length gives it away
+_SAME = 0.9  # word-set IoU from which two options count as the same
+_LONGER = 2.0  # an answer this many times longer than the longest distractor gives itself away
 
 
 def flaw_of_question(question: str, answer: str, language: str) -> str:
-    """What is wrong with a question and its answer, or nothing."""
+    """The flaw of a question and its answer, or ""."""
     if not question.strip() or not answer.strip():
         return "empty"
     if is_refusal(answer) or is_refusal(question):
@@ -25,7 +25,7 @@ def flaw_of_question(question: str, answer: str, language: str) -> str:
 
 
 def flaw_of_options(question: str, answer: str, distractors: Sequence[str]) -> str:
-    """What is wrong with options, or nothing: empty, alike, catch-all, or telling which of them is right."""
+    """The flaw of the options, or "": empty, alike, catch-all, or giving the answer away."""
     options = [answer, *distractors]
     if any(not option.strip() or "\n" in option.strip() for option in options):
         return "empty option"
@@ -45,13 +45,13 @@ def flaw_of_options(question: str, answer: str, distractors: Sequence[str]) -> s
 
 
 def normal(text: str) -> str:
-    """A text without case, accents of width, marks and spaces."""
+    """A text in lower case and without width variants, punctuation and spaces, for comparison."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(letter for letter in folded if letter.isalnum())
 
 
 def says_the_same(guess: str, answer: str, threshold: float) -> bool:
-    """Whether a blind guess is about the true answer: equal, or with that overlap of words that say something."""
+    """Whether a blind guess matches the true answer: equal, or with a content-word IoU of at least `threshold`."""
     if normal(guess) == normal(answer):
         return True
     a, b = (content_words(text) or set(words(text)) for text in (guess, answer))

@@ -8,7 +8,7 @@ PRESETS = ("endpoint", "corpus", "captions")
 
 
 def instruct_config(preset: str = "endpoint") -> ConfigDict:
-    """All of `kangaroo instruct`.
+    """The config of `kangaroo instruct`.
 
     Presets: `endpoint` (the paper's mix, questions by a model behind an address), `corpus` (the same mix by the
     rules of a generated corpus), `captions` (only captions, which needs no model: stages 2 and 3).
@@ -21,23 +21,23 @@ def instruct_config(preset: str = "endpoint") -> ConfigDict:
     c = ConfigDict()
     c.samples = 2000  # conversations, if there are enough captions for them
     c.shares = ConfigDict(captions_only() if preset == "captions" else paper_shares())
-    c.keep_shares = True  # rather fewer samples than other shares, where a share cannot be filled
+    c.keep_shares = True  # where a share cannot be filled, make fewer samples rather than change the shares
     c.types = ()  # question types; by default all of taxonomy.TYPES
-    c.options = 4  # of a multiple-choice question
-    c.letter_instruction = True  # say that the letter alone is wanted
-    c.min_rounds = 2  # of a multi-round conversation
+    c.options = 4  # options of a multiple-choice question
+    c.letter_instruction = True  # ask for the letter alone
+    c.min_rounds = 2  # rounds of a multi-round conversation
     c.max_rounds = 4
-    c.min_score = 0.0  # of the captions that are used
+    c.min_score = 0.0  # lowest score of a caption that is used
     c.seed = 0
-    c.generator = "writer"  # names of backends
-    c.blind = "blind"  # asks without the video; "" asks nothing
-    c.verifier = "writer"  # answers multiple choice from the caption; "" asks nothing
-    c.blind_rotations = 4  # orders of the options in which a multiple-choice question is asked blind
-    c.blind_max_right = 2  # right answers of these, above which a question is dropped
+    c.generator = "writer"  # name of a backend, as blind and verifier are
+    c.blind = "blind"  # answers questions without the video; "" skips the check
+    c.verifier = "writer"  # answers multiple choice from the caption; "" skips the check
+    c.blind_rotations = 4  # a multiple-choice question is asked blind with so many orders of the options
+    c.blind_max_right = 2  # a question with more right blind answers is dropped
     c.blind_open = True  # ask open questions blind too
-    c.blind_iou = 0.5  # word overlap of a blind answer with the true one, from which an open question is dropped
+    c.blind_iou = 0.5  # an open question is dropped from this word overlap of its blind and true answers
     c.answer_tokens = 700  # longest answer of the generator
-    c.prompts = ""  # a folder of prompts, in place of the package's own
+    c.prompts = ""  # a folder of prompts that replaces the package's own
     c.backends = ConfigDict(dict(writer=backend(kind, 8000), blind=backend(kind, 8000)))
     if preset == "corpus":
         c.types = ("object", "attribute", "count", "motion", "action", "order", "moment", "change", "duration")
@@ -48,9 +48,9 @@ def instruct_config(preset: str = "endpoint") -> ConfigDict:
 
 
 def paper_shares() -> dict[str, float]:
-    """Thousands of conversations by task and language, measured off the paper's chart (2.24M together).
+    """Thousands of conversations by task and language, measured in the paper's chart (2.24M in total).
 
-    That the Chinese captions are half short and half detailed, and all of the video QA English, is inferred.
+    It is inferred that half of the Chinese captions are short, half detailed, and that all video QA is English.
     """
     return {
         "detailed_caption_en": 348.0,
@@ -69,6 +69,6 @@ def paper_shares() -> dict[str, float]:
 
 
 def captions_only() -> dict[str, float]:
-    """As many detailed as short captions, in both languages."""
+    """Equal shares of detailed and short captions in both languages."""
     shares = dict.fromkeys(paper_shares(), 0.0)
     return shares | {f"{task}_{lang}": 1.0 for task in ("detailed_caption", "short_caption") for lang in ("en", "zh")}

@@ -1,4 +1,4 @@
-"""Makes one conversation: a question by the generator, checks of its words, asked blind, and asked of the caption."""
+"""Makes a conversation: a generated question, checks of its wording, and its answers without and with the caption."""
 
 import asyncio
 import dataclasses
@@ -26,9 +26,9 @@ _TEXT = {"type": "string", "maxLength": 2000}
 
 @dataclasses.dataclass(frozen=True)
 class MakingResult:
-    """What came of a slot: (question, answer) rounds and, of multiple choice, the wrong options; or why nothing did.
+    """The result of a slot: (question, answer) rounds and the wrong options of multiple choice, or a reason for none.
 
-    `checks` say how it was tested. `transient` marks an error that another run may not have.
+    `checks` are the results of its tests. `transient` marks an error that another run may not have.
     """
 
     slot: PlannedConversation
@@ -42,7 +42,7 @@ class MakingResult:
 
 
 class Maker:
-    """Makes conversations with a team, as a config says."""
+    """Makes conversations with a team of models."""
 
     def __init__(self, config: ConfigDict, folder: Path, team: Clients | None = None) -> None:
         """`config` is `config.instruct_config`; media in the rows are relative to `folder`. Raises UserError."""
@@ -51,16 +51,16 @@ class Maker:
         self._prompts = {(n, language): load_prompt(prompts, n, language) for n in _NAMES for language in LANGUAGES}
 
     def prompt(self, name: str, language: str) -> Prompt:
-        """A prompt by its name."""
+        """The prompt with a name."""
         return self._prompts[name, language]
 
     @property
     def versions(self) -> list[str]:
-        """Of all prompts."""
+        """The versions of all prompts."""
         return sorted(prompt.version for prompt in self._prompts.values())
 
     async def make(self, slot: PlannedConversation) -> MakingResult:
-        """One conversation."""
+        """Make one conversation."""
         if slot.task in CAPTION_TASKS:
             return self._caption(slot)
         assert self.team is not None
@@ -91,7 +91,7 @@ class Maker:
         return MakingResult(slot, ((asked, answer),), prompt=prompt.version)
 
     def question_request(self, slot: PlannedConversation) -> Request:
-        """What the generator is asked."""
+        """The request to the generator."""
         prompt = self.prompt(slot.task, slot.language)
         kinds = ("；" if slot.language == "zh" else "; ").join(TYPES[key].told(slot.language) for key in slot.types)
         values: dict[str, Any] = {"caption": slot.row["caption"], "kinds": kinds}
@@ -122,7 +122,7 @@ class Maker:
         return object_schema(fits=fits, question=_TEXT, answer=_TEXT)
 
     def _checked(self, slot: PlannedConversation, reply: Reply, prompt: str) -> MakingResult:
-        """The generator's answer, if its words are fit."""
+        """The generator's answer as a result, with a reason if its wording has a flaw."""
         data = reply.data
         rounds = data["rounds"] if slot.task == "multi" else [data]
         pairs = tuple((one["question"].strip(), one["answer"].strip()) for one in rounds)
@@ -160,7 +160,7 @@ class Maker:
         return Request(prompt.version, text, system, (), schema, 32, task)
 
     async def _blind(self, made: MakingResult) -> MakingResult:
-        """Drop a question that is answered without the video more often than by guessing."""
+        """Drop a question that is answered rightly without the video more often than config.blind_max_right."""
         assert self.team is not None
         client = self.team[self.config.blind]
         requests = self.choice_requests(made)
@@ -188,7 +188,7 @@ class Maker:
         return dataclasses.replace(made, reason=reason, detail=question if reason else "", checks=checks)
 
     async def _open_blind(self, made: MakingResult) -> MakingResult:
-        """Drop rounds that are answered without the video; of several rounds enough must be left."""
+        """Drop rounds that are answered rightly without the video; a conversation with too few left is dropped."""
         assert self.team is not None
         client, slot = self.team[self.config.blind], made.slot
         prompt = self.prompt("recall", slot.language)
@@ -221,7 +221,7 @@ def _picked(request: Request, reply: Reply) -> str:
 
 
 def _failed(made: MakingResult, replies: Sequence[Reply], who: str) -> MakingResult | None:
-    """The sample as dropped, where a check could not be made."""
+    """The dropped sample if a check could not be made, else None."""
     bad = next((reply for reply in replies if reply.outcome != "ok"), None)
     if bad is None:
         return None

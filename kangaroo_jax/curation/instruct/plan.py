@@ -1,4 +1,4 @@
-"""Which caption becomes which kind of conversation: decided by hashes, the same whatever comes of each."""
+"""Decides by hashes which caption becomes which kind of conversation, independently of the results."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ Cell = tuple[str, str]  # task, language
 
 @dataclasses.dataclass(frozen=True)
 class PlannedConversation:
-    """A conversation to be made: `number` counts those of a task and language, `types` are keys of `TYPES`."""
+    """A conversation to be made: `number` counts those of its task and language, `types` are keys of `TYPES`."""
 
     task: str
     language: str
@@ -30,12 +30,12 @@ class PlannedConversation:
 
     @property
     def id(self) -> str:
-        """Of the record."""
+        """The id of the record."""
         return f"{self.row['clip']}-{self.task}-{self.language}-{self.number}"
 
 
 def cells_of(config: ConfigDict) -> dict[Cell, float]:
-    """Shares by task and language, those of nothing left out. Raises UserError for an unknown or bad one."""
+    """Shares by task and language, without those that are 0. Raises UserError for an unknown or negative one."""
     known = {f"{task}_{language}": (task, language) for task in TASKS for language in LANGUAGES}
     cells = {}
     for name, share in config.shares.items():
@@ -51,7 +51,7 @@ def cells_of(config: ConfigDict) -> dict[Cell, float]:
 
 
 def targets(cells: Mapping[Cell, float], samples: int) -> dict[Cell, int]:
-    """How many of each, `samples` together: shares rounded by largest remainder."""
+    """The number of conversations of each cell, `samples` in total, by largest remainder."""
     total = sum(cells.values())
     exact = {cell: samples * share / total for cell, share in cells.items()}
     counts = {cell: int(value) for cell, value in exact.items()}
@@ -70,10 +70,10 @@ def types_of(config: ConfigDict) -> tuple[str, ...]:
 
 
 def slots(cell: Cell, rows: Sequence[CaptionRow], config: ConfigDict) -> Iterator[PlannedConversation]:
-    """All conversations that can be made of the captions of one language, in the order in which they are tried.
+    """All conversations that can be made from the captions of one language, in the order in which they are tried.
 
-    Every caption has its turn before one has a second, which is of another question type; the types take turns.
-    A caption itself is an answer once.
+    Every caption is used once before any is used again, then with another question type; the types take turns.
+    A caption serves as an answer only once.
     """
     task, language = cell
     keyed = ((_hash(f"{config.seed}/{task}/{row['id']}"), row) for row in rows if row["language"] == language)

@@ -22,7 +22,7 @@ def schema() -> dict[str, Any]:
 
 def is_image(row: Any) -> bool:
     """Whether an object of captions.jsonl is about an image."""
-    from kangaroo_jax.data.media.image import IMAGE_SUFFIXES  # not for a run that has nothing to do, as below
+    from kangaroo_jax.data.media.image import IMAGE_SUFFIXES  # slow, and a run with nothing to do needs no image
 
     return row["media"].lower().endswith(IMAGE_SUFFIXES)
 
@@ -32,18 +32,18 @@ def to_records(
 ) -> list[dict[str, Any]]:
     """The records of all conversations, in an order drawn by the config's seed.
 
-    Answer letters are dealt out over the multiple-choice questions of a language so that each comes equally
-    often; the wrong options stand in an order drawn by the question's own seed.
+    Answer letters are assigned to the multiple-choice questions of a language so that each occurs equally often;
+    the question's own seed draws the order of the wrong options.
 
     Args:
-        made: conversations that are to be kept.
-        maker: for its config and prompts.
-        folder: that media in the captions are relative to.
-        output: that media in the records are to be relative to.
-        generator: name of the model.
+        made: conversations to keep.
+        maker: gives the config and prompts.
+        folder: the folder that media in the captions are relative to.
+        output: the folder that media in the records become relative to.
+        generator: the model's name.
 
     Raises:
-        RuntimeError: a record is not valid, which is a bug.
+        RuntimeError: a record is invalid, which is a bug.
     """
     config, dealt = maker.config, dict[str, str]()
     for language in ("en", "zh"):
@@ -89,7 +89,7 @@ def _of_image(question: str) -> str:
 
 
 def _source(made: MakingResult, generator: str) -> dict[str, Any]:
-    """Where a conversation comes from, down to the caption's models."""
+    """The origin of a conversation, down to the caption's models."""
     row = made.slot.row
     return {
         "caption": row["id"],
@@ -107,7 +107,7 @@ def _source(made: MakingResult, generator: str) -> dict[str, Any]:
 
 
 def _check(record: dict[str, Any]) -> None:
-    """Raise RuntimeError for a record that the schema or our own loader does not take."""
+    """Raise RuntimeError for a record that the schema or our own loader rejects."""
     from kangaroo_jax.data.annotations.conversation import count_tags
     from kangaroo_jax.data.annotations.formats import parse_record
 
@@ -120,5 +120,5 @@ def _check(record: dict[str, Any]) -> None:
 
 
 def sound(records: Iterable[MakingResult]) -> list[MakingResult]:
-    """Conversations whose texts hold no tags of media, which would stand for media that are not there."""
+    """The conversations without media tags in their texts: a tag would refer to a medium that does not exist."""
     return [one for one in records if not any("<video>" in t or "<image>" in t for pair in one.rounds for t in pair)]

@@ -1,4 +1,4 @@
-"""`kangaroo instruct`: captions -> an instruction set in the paper's mix, and why the others were dropped."""
+"""`kangaroo instruct`: captions -> an instruction set in the paper's mix, and the reasons of dropped ones."""
 
 import asyncio
 import collections
@@ -27,22 +27,22 @@ from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
 
 Tell = Callable[[str], None]
-AT_ONCE = 64  # conversations under way
-FULL = "share of its task is full"  # why a good one is dropped
+AT_ONCE = 64  # conversations in flight
+FULL = "share of its task is full"  # the reason of a good conversation that is dropped
 OUTPUTS = ("instruct.jsonl", "instruct_dropped.jsonl", "instruct.json", "instruct_schema.json")
 
 
 def make_instructions(
     source: Path, output: Path, config: ConfigDict, *, dry_run: bool = False, tell: Tell = print
 ) -> None:
-    """Make an instruction set of the captions of a file.
+    """Make an instruction set from the captions of a file.
 
     Args:
         source: captions.jsonl or refined.jsonl of `kangaroo annotate`.
         output: folder for instruct.jsonl (LLaVA records), instruct_dropped.jsonl, instruct.json (counts) and
             instruct_schema.json.
         config: `config.instruct_config`.
-        dry_run: only say how many calls and tokens it would be, and what they cost.
+        dry_run: only print the number of calls and tokens and their cost.
 
     Raises:
         UserError: the captions, the config or a backend is wrong, an endpoint cannot be reached, or nothing was made.
@@ -64,7 +64,7 @@ def make_instructions(
 
 
 def read_captions(source: Path, config: ConfigDict) -> list[CaptionRow]:
-    """Captions that are ok and good enough. Raises UserError, also where there are none."""
+    """The captions that are ok and have at least `min_score`. Raises UserError, also if there are none."""
     rows: list[CaptionRow] = []
     for where, row in read_lines(source):
         if not all(isinstance(row.get(key), str) for key in ("id", "clip", "language", "media", "outcome")):
@@ -77,7 +77,7 @@ def read_captions(source: Path, config: ConfigDict) -> list[CaptionRow]:
 
 
 def _score(row: CaptionRow, where: str) -> float:
-    """The score of a caption that is ok. Raises UserError where it is no such caption."""
+    """The score of a caption that is ok. Raises UserError if the row is malformed."""
     scores = row.get("scores")
     score = scores.get("score") if isinstance(scores, dict) else None
     if not isinstance(score, int | float) or not all(isinstance(row.get(key), str) for key in ("caption", "short")):
@@ -127,7 +127,7 @@ async def _instruct(
 
 
 def _why_none(dropped: Sequence[MakingResult], cells: Mapping[Cell, float]) -> str:
-    """Why there is nothing: a task that got none ends all where shares are kept, and most were dropped for a reason."""
+    """Why there is no conversation: with `keep_shares` a task without one empties all, or most were dropped."""
     got = {(one.slot.task, one.slot.language) for one in dropped if one.reason == FULL}
     without = ", ".join(f"{task}_{language}" for task, language in cells if (task, language) not in got)
     reasons = collections.Counter(f"{one.reason} ({one.detail})" if one.detail else one.reason for one in dropped)
@@ -139,7 +139,7 @@ def _why_none(dropped: Sequence[MakingResult], cells: Mapping[Cell, float]) -> s
 
 
 def _mark(source: Path, output: Path, config: ConfigDict, maker: Maker, team: Clients) -> str:
-    """A hash of all that decides the output."""
+    """A hash of everything that the output depends on."""
     settings = config.to_dict()
     settings.pop("backends")
     with source.open("rb") as file:
@@ -164,8 +164,8 @@ async def build(
 ) -> tuple[list[MakingResult], list[MakingResult]]:
     """Make conversations until every share is filled or its captions are used up. Returns (kept, dropped).
 
-    It goes in rounds: what a round drops is made up for by the next captions in the plan, so that the result
-    does not depend on which answer came first.
+    It works in rounds: the next captions in the plan replace the conversations that a round drops, so that the
+    result does not depend on which answer came first.
     """
     config = maker.config
     wanted = targets(cells, config.samples)
@@ -180,7 +180,7 @@ async def build(
         ]
         if not batch:
             break
-        progress.expect(len(batch))  # what is asked for may be more than there are captions for
+        progress.expect(len(batch))  # the captions may allow fewer than were asked for
         for made in _not_twice(await in_order(maker.make, batch, AT_ONCE, progress.step), asked):
             if made.reason:
                 dropped.append(made)
@@ -192,12 +192,12 @@ async def build(
 
 
 def _fitting(plan: Iterator[PlannedConversation]) -> Iterator[PlannedConversation]:
-    """Images have captions alone: the questions are about videos."""
+    """The slots that fit their medium: images are only captioned, as the questions are about videos."""
     return (slot for slot in plan if slot.task in CAPTION_TASKS or not is_image(slot.row))
 
 
 def _not_twice(found: Sequence[MakingResult], asked: set[tuple[str, str, str]]) -> Iterator[MakingResult]:
-    """Each, dropped where its first question was asked of the clip before or its text holds tags of media."""
+    """The results; one that repeats a clip's first question, or has media tags in its text, is marked as dropped."""
     for made in found:
         if made.reason or made.slot.task in CAPTION_TASKS:
             yield made
@@ -212,7 +212,7 @@ def _not_twice(found: Sequence[MakingResult], asked: set[tuple[str, str, str]]) 
 
 
 def _same_shares(kept: dict[Cell, list[MakingResult]], wanted: Mapping[Cell, int]) -> list[MakingResult]:
-    """Cut every task to the share of its target that the poorest one reached; returns what is cut."""
+    """Cut every task to the share of its target that the least filled one reached; returns what is cut."""
     reached = min((len(kept[cell]) / count for cell, count in wanted.items() if count), default=1.0)
     cut = []
     for cell, count in wanted.items():
@@ -232,7 +232,7 @@ def _dropped(made: MakingResult) -> dict[str, Any]:
 def counts_of(
     records: Sequence[Mapping[str, Any]], dropped: Sequence[MakingResult], cells: Mapping[Cell, float]
 ) -> dict:
-    """Counts by task, language, type and letter; shares beside their targets; reasons of what was dropped."""
+    """Counts by task, language, type and letter; shares beside their targets; the reasons of dropped ones."""
     made = collections.Counter((record["task"], record["language"]) for record in records)
     total, of_target = max(len(records), 1), sum(cells.values())
     shares = {
@@ -264,7 +264,7 @@ def _last_line(summary: Mapping[str, Any], output: Path) -> str:
 def estimate(
     rows: Sequence[CaptionRow], cells: Mapping[Cell, float], folder: Path, config: ConfigDict
 ) -> dict[str, Any]:
-    """Requests, tokens and cost of the first round, in which nothing is dropped; cached answers are not looked for."""
+    """Requests, tokens and cost of the first round, as if nothing were dropped; the cache is not consulted."""
     maker, sums = Maker(config, folder), Estimate(config.backends)
     for cell, count in targets(cells, config.samples).items():
         if cell[0] in CAPTION_TASKS:

@@ -1,4 +1,4 @@
-"""What questions about a video are about: the named types that the set is spread over."""
+"""The question types that the instruction set is spread over."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ CAPTION_TASKS = TASKS[:2]
 
 @dataclasses.dataclass(frozen=True)
 class QuestionType:
-    """A type and what it asks for, as a model is told in each language."""
+    """A question type, and its description for a model in each language."""
 
     key: str
     en: str

@@ -1,4 +1,4 @@
-"""The stages in their order, and what calls one of them in a process of its own."""
+"""The stages in their order, and the job that runs one in a worker process."""
 
 import functools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.installing import install_line
 
 _TABLE = (
-    # name, version of its code, stages that it follows, kinds, packages
+    # name, version of the code, stages that it follows, kinds, packages
     ("probe", 1, (), ("video", "image"), ("av",)),
     ("cuts", 2, ("probe",), ("video", "image"), ("scenedetect",)),
     ("keyframes", 3, ("cuts",), ("video", "image"), ("cv2",)),
@@ -51,7 +51,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def run_stage(name: str, row: Row | list[Row], settings: Settings, root: str) -> Outcome | list[Outcome]:
-    """The job of a process: score one row, or as many as the stage takes at a time.
+    """The job of a worker process: score one row, or as many as the stage takes at a time.
 
     Raises UserError, and whatever a library raises.
     """
@@ -63,7 +63,7 @@ def run_stage(name: str, row: Row | list[Row], settings: Settings, root: str) ->
 
 
 def run_stage_anywhere(name: str, row: Row | list[Row], settings: Settings, root: str) -> Outcome | list[Outcome]:
-    """`run_stage`, of media whose addresses may lead to this machine and to private networks."""
+    """`run_stage` for media whose addresses may lead to this machine and to private networks."""
     allow_private()
     return run_stage(name, row, settings, root)
 

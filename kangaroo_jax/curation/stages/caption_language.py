@@ -9,7 +9,7 @@ from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 
 
 def caption_language(row: Row, settings: Settings, root: Path) -> Outcome:
-    """`code` (ISO 639-1, "" where there is no caption or no certainty) and `probability`."""
+    """`code` (ISO 639-1, "" without a caption or with too low a probability) and `probability`."""
     caption = " ".join(row["caption"].split())
     if not caption:
         return Outcome({"code": "", "probability": 0.0})

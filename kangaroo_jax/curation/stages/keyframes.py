@@ -1,4 +1,4 @@
-"""Key frames: one of each of five equal parts of a clip, the sharpest near its middle, none at a cut."""
+"""Key frames: the sharpest frame near the middle of each of five equal parts of a clip, away from cuts."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from kangaroo_jax.errors import UserError
 
 
 def keyframes(row: Row, settings: Settings, root: Path) -> Outcome:
-    """JPEG files, with seconds from the clip's start and the variance of the Laplacian of each."""
+    """JPEG files, each with its seconds from the clip's start and its variance of the Laplacian."""
     if row["kind"] == "image":
         wanted = np.zeros((1, 1))
     else:
@@ -36,7 +36,7 @@ def keyframes(row: Row, settings: Settings, root: Path) -> Outcome:
 def _sharpest(
     candidates: Sequence[tuple[float, Picture]], short_side: int, greys: dict[float, np.ndarray]
 ) -> tuple[Picture, float]:
-    """The picture, and how sharp it is; `greys` gets the luma of each candidate, by the time asked for."""
+    """The sharpest picture and its sharpness; the luma of each candidate is added to `greys` by its requested time."""
     best, most = candidates[0][1], -1.0
     for time, picture in candidates:
         greys[time] = picture.grey(short_side)
@@ -46,10 +46,10 @@ def _sharpest(
 
 
 def candidate_times(seconds: float, cuts: Sequence[float], keys: Sequence[float], settings: Settings) -> np.ndarray:
-    """Seconds to look at, float64[count, candidates], ascending in rows and from row to row.
+    """The candidate times in seconds, float64[count, candidates], ascending within and across rows.
 
-    Candidates begin where `places` says. One nearer to a cut than the margin is replaced by the nearest time of its
-    part that is not.
+    Candidates begin at `places`. A candidate within the margin of a cut is replaced by the nearest time in its part
+    outside of it.
     """
     count = settings["count"]
     part = seconds / count
@@ -67,7 +67,7 @@ def candidate_times(seconds: float, cuts: Sequence[float], keys: Sequence[float]
 
 
 def sharpness(grey: np.ndarray) -> float:
-    """Variance of the Laplacian of luma, uint8[height, width]; to compare pictures of one size."""
+    """Variance of the Laplacian of luma, uint8[height, width]; comparable between pictures of one size."""
     return float(cv2.Laplacian(grey, cv2.CV_16S).var())
 
 

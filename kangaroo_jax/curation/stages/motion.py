@@ -1,7 +1,8 @@
 """Motion: optical flow between frames a fifth of a second apart, in percent of the picture's diagonal.
 
-The median over the pairs (or another quantile), because the mean is fooled by a cut between two still pictures; pairs
-across a known cut are not looked at. Of the diagonal, because flow in pixels grows with the size of the picture.
+The score is the median (or another quantile) over the pairs, because a cut between two still pictures distorts the
+mean; pairs across a known cut are left out. It is relative to the diagonal, because flow in pixels grows with the size
+of the picture.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.curation.stages.pictures import after_key, greys_at, places, times_within
 
-_AFTER_KEY = 0.04  # seconds: a key frame at a cut is not across it
+_AFTER_KEY = 0.04  # seconds after a key frame, so that a pair is not across a cut there
 
 
 def motion(row: Row, settings: Settings, root: Path) -> Outcome:
@@ -44,10 +45,10 @@ def motion(row: Row, settings: Settings, root: Path) -> Outcome:
 
 
 def pair_times(seconds: float, interval: float, keys: Sequence[float], settings: Settings) -> np.ndarray:
-    """Seconds of the pairs, float64[pairs, 2], ascending: `pairs` in a row at each of `places`.
+    """The times of the pairs in seconds, float64[pairs, 2], ascending: `pairs` consecutive ones at each of `places`.
 
-    Where the clip has no room for that, single pairs are spread evenly, fewer if need be; those begin after a key
-    frame, too, where one is near. Of a clip with fewer frames than `gap_seconds` asks for, pairs are neighbours.
+    A clip too short for that gets evenly spaced single pairs, fewer if necessary; each begins after a key frame if one
+    is near. In a clip with a lower frame rate than `gap_seconds` implies, pairs are adjacent frames.
     """
     count, in_row = settings["places"], settings["pairs"]
     gap = min(max(settings["gap_seconds"], 1.05 * interval), seconds / 2)

@@ -1,8 +1,8 @@
 """Pictures for the stages: frames of a clip in their own shape, and the key frames that were written.
 
-Key frames and motion look at the same moments where their settings allow (`places`). The engine scores them one after
-the other for each clip, and what the first has decoded the second finds in `greys_at`, in the memory of the process.
-That changes the cost and nothing else: the frame on display at a time is the same, whoever decodes it.
+Key frames and motion use the same moments where their settings allow (`places`). The engine scores them one after the
+other for each clip, and `greys_at` gives the second stage the pictures that the first has decoded in this process. That
+changes only the cost: the frame on display at a time does not depend on who decodes it.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from kangaroo_jax.data.media.pixels import display_matrix, is_turned, upright
 from kangaroo_jax.data.media.video import is_pictures, load_video
 from kangaroo_jax.errors import UserError
 
-_AFTER_KEY = 0.15  # seconds: out of reach of a cut at the key frame
-_DIGITS = 6  # of a time: two stages that mean the same moment ask for the same number
+_AFTER_KEY = 0.15  # seconds after a key frame, away from a cut there
+_DIGITS = 6  # decimals of a time, so that two stages ask for the same moment by the same number
 
 
 # ------------------------------------------------------------------------- where to look
 
 
 def places(seconds: float, count: int, reach: float, keys: Sequence[float]) -> np.ndarray:
-    """Seconds at which to begin to look for `reach` seconds, one in each of `count` equal parts: float64[count].
+    """The times at which to begin a span of `reach` seconds, one in each of `count` equal parts: float64[count].
 
-    Around the middle of the part; or after the frame nearest to it, within a quarter of the part, from which decoding
-    can begin (`keys`). No further: copies have other key frames, and are known by what they show at the same times.
-    `reach` is at most half of a part.
+    A span lies around the middle of its part, or begins after the nearest frame from which decoding can start (`keys`)
+    within a quarter of the part. It goes no further, because copies have other key frames and are recognised by what
+    they show at the same times. `reach` is at most half of a part.
     """
     part = seconds / count
     found = np.empty(count)
@@ -52,7 +52,7 @@ def after_key(middle: float, keys: Sequence[float], margin: float, reach: float)
 
 
 def times_within(row: Row, times: Sequence[float]) -> list[float]:
-    """Those of the file's seconds that lie in the clip, as seconds of the clip."""
+    """The times (seconds of the file) that lie in the clip, as seconds of the clip."""
     return [time - row["start"] for time in times if row["start"] <= time < row["end"]]
 
 
@@ -61,10 +61,10 @@ def times_within(row: Row, times: Sequence[float]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What is on display at a time, converted when it is asked for; it keeps the decoder's frame in memory."""
+    """The picture on display at a time, converted on demand; it keeps the decoder's frame in memory."""
 
     time: float  # when it came on display, seconds of the clip
-    _source: Any  # a frame of the decoder, or RGB, uint8[height, width, 3]
+    _source: Any  # a decoder's frame, or RGB as uint8[height, width, 3]
     _shape: tuple[int, int]  # width and height on display
     _reformatter: VideoReformatter | None = None
 
@@ -85,14 +85,14 @@ class Picture:
         matrix = display_matrix(self._source)
         size = (height, width) if is_turned(matrix) else (width, height)
         options: dict[str, Any] = {"format": form, "interpolation": interpolation, "threads": 1}
-        # Resized as it is converted: a third of the cost of doing one after the other.
+        # Resizing during conversion takes a third of the time of doing one after the other.
         return np.ascontiguousarray(
             upright(self._reformatter.reformat(self._source, *size, **options).to_ndarray(), matrix)
         )
 
 
 def pictures_at(row: Row, times: Sequence[float] | np.ndarray, side: int) -> Generator[Picture]:
-    """What is on display at ascending `times` (seconds of the clip), one after the other.
+    """The pictures on display at ascending `times` (seconds of the clip), one after the other.
 
     Args:
         side: pixels of the longer side; images and animations are read no larger.
@@ -116,7 +116,7 @@ def pictures_at(row: Row, times: Sequence[float] | np.ndarray, side: int) -> Gen
 
 
 def _from_array(square: np.ndarray, shape: tuple[int, int], time: float) -> Picture:
-    """Of a letterboxed picture of that shape, uint8[S, S, 3], without its bars."""
+    """The picture of that shape in a letterboxed uint8[S, S, 3], without the bars."""
     scale = square.shape[0] / max(shape)
     width, height = (max(1, round(side * scale)) for side in shape)
     top, left = (square.shape[0] - height) // 2, (square.shape[0] - width) // 2
@@ -131,7 +131,7 @@ _remembered: tuple[_Clip, Mapping[float, np.ndarray]] = ((), {})
 
 
 def remember_greys(row: Row, short_side: int, greys: Mapping[float, np.ndarray]) -> None:
-    """Keep what `greys_at` would decode of this clip, in place of what was kept of another."""
+    """Keep the pictures that `greys_at` would decode for this clip, instead of those of the last one."""
     global _remembered
     _remembered = _clip(row, short_side), dict(greys)
 
@@ -167,11 +167,11 @@ def key_frame_paths(row: Row, root: Path) -> list[Path]:
 
 
 def key_frames(row: Row, root: Path) -> list[np.ndarray]:
-    """The key frames, BGR as OpenCV has it: uint8[height, width, 3]. Raises UserError."""
+    """The key frames in OpenCV's BGR: uint8[height, width, 3]. Raises UserError."""
     return list(_read(tuple(map(str, key_frame_paths(row, root))), row["keyframes"]["digest"]))
 
 
-@functools.lru_cache(maxsize=2)  # several stages look at the same frames, one after the other
+@functools.lru_cache(maxsize=2)  # several stages read the same frames, one after the other
 def _read(paths: tuple[str, ...], digest: str) -> tuple[np.ndarray, ...]:
     pictures = []
     for path in paths:

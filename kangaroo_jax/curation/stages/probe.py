@@ -1,7 +1,7 @@
 """Probe: what a file is, whether it is whole, and the hash of its bytes.
 
-All packets are read and none decoded, but for a few frames at some places: enough to tell a damaged file from a
-whole one at a fraction of the cost of decoding it.
+All packets are read, and only a few frames are decoded, at some positions: enough to tell a damaged file from a whole
+one at a fraction of the cost of decoding it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from kangaroo_jax.data.media.storage import check_file, local, short
 from kangaroo_jax.data.media.video import is_pictures
 from kangaroo_jax.errors import UserError
 
-_MOST_BAD = 1000  # packets, after which a place is given up
+_MOST_BAD = 1000  # undecodable packets, after which a position is given up
 
 
 def probe(row: Row, settings: Settings, root: Path) -> Outcome:
@@ -38,7 +38,7 @@ def probe(row: Row, settings: Settings, root: Path) -> Outcome:
     scores: Row = {"sha256": _file_hash(path)}
     if row["kind"] == "image":
         width, height, codec = image_size_of(path)
-        load_image(path, 32)  # decodes all of it
+        load_image(path, 32)  # decodes the whole image
         scores |= _shape(width, height, codec, codec, 0.0, 0.0, 1, 1.0)
     elif is_pictures(path, read_head(path)):
         ends, width, height, codec = animation.frame_ends(path)
@@ -66,7 +66,7 @@ def _shape(
 def _file_hash(path: str) -> str:
     member = member_of(path)
     place = local(path) if member is None else member.file
-    check_file(place, short(path))  # of a pipe or a device no end would come
+    check_file(place, short(path))  # reading a pipe or a device would not end
     if member is not None:
         return hashlib.sha256(member.read()).hexdigest()
     try:
@@ -95,7 +95,7 @@ def _video(path: str, settings: Settings) -> Row:
 
 
 def _packets(container: Any, stream: Any, seconds: float) -> tuple[int, float, list[float]]:
-    """Packets of the stream, the share of the stated length at whose end the last one is, seconds of key frames."""
+    """The number of packets, the share of the stated length that they cover, the times of key frames in seconds."""
     count, end, zero = 0, -math.inf, start_seconds(stream)
     keys: list[float] = []
     try:
@@ -106,12 +106,12 @@ def _packets(container: Any, stream: Any, seconds: float) -> tuple[int, float, l
                     keys.append(rounded(float(packet.pts * packet.time_base) - zero, 3))
             count += packet.size > 0
     except av.error.FFmpegError:
-        pass  # it ends here
+        pass  # the file ends at an unreadable packet
     return count, min(1.0, max(0.0, (end - zero) / seconds)) if count else 0.0, keys if len(keys) < count else []
 
 
 def _sample(container: Any, stream: Any, seconds: float, settings: Settings) -> tuple[int, int, bool]:
-    """Frames that are whole and frames tried, at places spread over the file; whether it is shown turned by 90."""
+    """The numbers of undamaged and tried frames, at positions spread over the file; whether width and height swap."""
     whole = tried = 0
     turned = False
     for place in np.linspace(0.0, seconds, settings["spans"], endpoint=False):

@@ -1,8 +1,8 @@
 """Text coverage: the share of the picture under text, mean of the key frames.
 
-PP-OCR (the recogniser of PaddleOCR, as its ONNX files in the package rapidocr) finds boxes in a small picture. A
-detector alone sees text in plain walls and in hands that hold cups; so where the boxes cover more than a little, they
-are read, and only those count in which letters or digits are read with some certainty. Boxes that overlap count once.
+PP-OCR (PaddleOCR's models, as ONNX files in the package rapidocr) finds boxes in a small picture. The detector alone
+finds text in plain walls and in hands that hold cups. So where the boxes cover more than a little, they are read, and
+only those with letters or digits above some score count. Overlapping boxes count once.
 """
 
 import functools
@@ -16,10 +16,10 @@ import numpy as np
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.curation.stages.pictures import key_frames
 
-_LOOK = (96, 16)  # pixels of a line when it is compared with others
-_ALIKE = 0.9  # correlation of two that are one
-_FAINT = 4.0  # grey levels; a fainter line is like no other
-_SAME = 0.8  # intersection over union of a box that stays where it is
+_LOOK = (96, 16)  # width and height in pixels at which lines are compared
+_ALIKE = 0.9  # correlation above which two lines are the same
+_FAINT = 4.0  # grey levels of contrast; a fainter line matches no other
+_SAME = 0.8  # intersection over union above which a box has not moved
 
 
 def text(row: Row, settings: Settings, root: Path) -> Outcome:
@@ -50,7 +50,7 @@ def text(row: Row, settings: Settings, root: Path) -> Outcome:
 
 @functools.cache
 def _reader(side: int) -> Any:
-    """The models, once in a process."""
+    """The models, loaded once in a process."""
     from rapidocr import RapidOCR
 
     params = {
@@ -71,7 +71,7 @@ def _boxes(reader: Any, picture: np.ndarray) -> list[np.ndarray]:
 
 
 class _Lines:
-    """Reads lines of text. One that looks like another of the clip, such as a caption that stays, is not read again."""
+    """Reads lines of text. A line that looks like an earlier one of the clip, such as a caption, is not read again."""
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
@@ -95,7 +95,7 @@ class _Lines:
 def _read(
     lines: _Lines, picture: np.ndarray, boxes: Sequence[np.ndarray], settings: Settings
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Those of the boxes in which text is read, and the text."""
+    """The boxes in which text is read, and the text."""
     kept, words = [], []
     for box in boxes:
         line, score = lines(_upright(picture, box))
@@ -106,7 +106,7 @@ def _read(
 
 
 def _upright(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """What is in a box, float32[4, 2] (from the upper left corner clockwise), as a level line of text."""
+    """The contents of a box, float32[4, 2] (clockwise from the upper left corner), as a level line of text."""
     width, height = (max(1, int(max(np.linalg.norm(a), np.linalg.norm(b)))) for a, b in _sides(box))
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
     turn = cv2.getPerspectiveTransform(box, corners)
@@ -115,7 +115,7 @@ def _upright(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _sides(box: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Upper and lower side, left and right side."""
+    """The vectors of the upper and lower side, and of the left and right side."""
     return (box[1] - box[0], box[2] - box[3]), (box[3] - box[0], box[2] - box[1])
 
 
@@ -126,13 +126,13 @@ def coverage(boxes: Sequence[np.ndarray], shape: tuple[int, ...]) -> float:
 
 def _mask(boxes: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     mask = np.zeros(shape[:2], np.uint8)
-    for box in boxes:  # one at a time: where two of one call overlap, OpenCV leaves a hole
+    for box in boxes:  # one at a time: OpenCV leaves a hole where two polygons of one call overlap
         cv2.fillPoly(mask, [np.round(box).astype(np.int32)], 1)
     return mask
 
 
 def static_share(boxes: Sequence[Sequence[np.ndarray]]) -> float:
-    """Share of the area of all boxes whose box is also, nearly the same, in another frame; 0 without boxes."""
+    """The share of the boxes' area that is at nearly the same place in another frame; 0 without boxes."""
     total = still = 0.0
     for k, found in enumerate(boxes):
         others = [other for j, more in enumerate(boxes) if j != k for other in more]
