@@ -34,7 +34,7 @@ SAME_NAME = {"kangaroo": "hf"}  # format that a layout is written as
 @dataclasses.dataclass(frozen=True)
 class Model:
     """What is written: weights under our names, a stage's config, a tokenizer's file or None, and what the source says
-    of lengths and ids (`WeightSource.said`)."""
+    of lengths, ids and generation (`WeightSource.said`)."""
 
     weights: Weights
     config: ConfigDict

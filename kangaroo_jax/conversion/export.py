@@ -77,7 +77,7 @@ def write_beside_llama(
         raw: keys of config.json that the weights decide.
         config: the stage's.
         tokenizer: its file, or None.
-        said: lengths and ids of the Llama that this one comes from; they win.
+        said: lengths, ids and settings of generation of the Llama that this one comes from; they win.
         folder: the target.
         tell: prints a line.
     """
@@ -99,7 +99,8 @@ def write_beside_llama(
     raw.update({key: said.get(key, tokens.get(key)) for key in ids})
     raw["max_position_embeddings"] = said.get("max_position_embeddings", formats.longest(config.model.llm))
     write_json(folder / "config.json", raw)
-    write_json(folder / "generation_config.json", {key: raw[key] for key in ids if raw[key] is not None})
+    generation = {key: raw[key] for key in ids if raw[key] is not None} | said.get("generation", {})
+    write_json(folder / "generation_config.json", generation)
 
 
 def _generation(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class WeightSource:
         tokenizer: file, or None.
         files: what the weights were read from.
         left_out: what else the files hold, and what was taken for granted, in words.
-        said: what is known of a decoder beside the sizes: its longest text, and its ids where its files say them.
+        said: what is known of a decoder beside the sizes: its longest text, and where its files say so its ids and how
+            it generates.
     """
 
     path: Path
@@ -116,13 +117,16 @@ def _taken_for_granted(path: Path, layout: str, files: Sequence[Path]) -> list[s
 
 
 def _said(path: Path) -> dict[str, Any]:
-    """What a decoder's folder says of lengths and of the tokens that begin, end and fill a text."""
+    """What a decoder's folder says of lengths, of the tokens that begin, end and fill a text, and how it generates."""
     folder = path if path.is_dir() else path.parent
     keys = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     said: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         raw = read_json(folder / name) if (folder / name).is_file() else {}
         said.update({key: raw[key] for key in keys if raw.get(key) is not None})
+        if name == "generation_config.json":  # but not which program wrote it
+            others = (key for key in raw if key not in (*keys, "transformers_version") and not key.startswith("_"))
+            said["generation"] = {key: raw[key] for key in others}
     return said
 
 

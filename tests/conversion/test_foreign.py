@@ -154,11 +154,16 @@ def test_a_llama_has_its_ids_length_and_tokenizer(checkpoint, llama, tokenizer_f
 
 def test_what_a_llama_says_of_itself_is_carried_on(folder, tmp_path):
     change_config(folder, max_position_embeddings=131_072, eos_token_id=5)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [309, 5], "bos_token_id": 7}')
+    sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096}
+    ids = {"eos_token_id": [309, 5], "bos_token_id": 7}
+    by = {"_from_model_config": True, "transformers_version": "4.57.6"}
+    (folder / "generation_config.json").write_text(json.dumps({**by, **ids, **sampled}))
     told: list[str] = []
     convert([folder], tmp_path / "again", format="llama", preset="tiny", tell=told.append)
     raw = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (raw["max_position_embeddings"], raw["eos_token_id"], raw["bos_token_id"]) == (131_072, [309, 5], 7)
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation.items() >= (ids | sampled).items() and not generation.keys() & by.keys()
 
 
 TOKEN = {"content": "<|over|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
