@@ -8,10 +8,7 @@
 Names are imported when they are first used, so that `import kangaroo_jax` costs nothing.
 """
 
-import importlib
-import warnings
-
-TYPE_CHECKING = False  # an import of typing takes longer than all else until the command line answers Ctrl-C
+TYPE_CHECKING = False  # nothing is imported here: until the command line can answer, Ctrl-C prints a traceback
 if TYPE_CHECKING:
     from typing import Any
 
@@ -30,7 +27,11 @@ _RENAMED = {"sample_frames": "sample_times"}
 
 
 def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name in _RENAMED:
+        import warnings
+
         warnings.warn(f"kangaroo_jax.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(__name__), _RENAMED[name])
     if name not in _PUBLIC:
