@@ -1,1 +1,1 @@
-"""`kangaroo plan`: what a stage needs on chips that are not here."""
+"""`kangaroo plan`: memory, time and cost of a stage on chips that this machine lacks."""

@@ -1,4 +1,4 @@
-"""Compile the real train step for TPU slices that are not here, and read what it needs from the program.
+"""Compile the real train step for TPU slices that this machine lacks, and read its needs from the program.
 
 libtpu (the extra `tpu`) compiles on any machine; nothing runs and no weight is allocated.
 """
@@ -26,28 +26,28 @@ from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
 GIB = 1 << 30
-READ = 2  # raise when something else is read from a program: kept results are then compiled again
-# Products of [T, S] with the head width: forward scores and values; backward by the fused kernel, or by two.
+READ = 2  # raise it when a program is read differently: cached results are then compiled again
+# Matrix products of [T, S] with the head width in each kernel: forward, the two backward kernels, the fused one.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
 class Seconds(TypedDict):
-    """What a compilation took."""
+    """The duration of a compilation."""
 
     lower_seconds: float
-    compile_seconds: float  # by the clock
-    compile_cpu_seconds: float  # of all threads: what the clock would say of one idle core
+    compile_seconds: float  # wall time
+    compile_cpu_seconds: float  # CPU time of all threads: the wall time on one idle core
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one device needs and does in a step. FLOPs are of matrix products and attention kernels."""
+    """Memory and work of one device in a step. FLOPs count matrix products and attention kernels."""
 
     fits: bool
     peak_gib: float  # at the fullest moment of the step, with the program itself; see `peak_bytes`
     state_gib: float  # weights, optimiser state and batch
-    host_gib: float  # what is offloaded
-    flops: dict[str, float]  # by part: vision, llm, other (the head), attention_vision, attention_llm
+    host_gib: float  # offloaded to host memory
+    flops: dict[str, float]  # by part: vision, llm, other (the LM head), attention_vision, attention_llm
     collectives: dict[str, float]  # bytes by kind
     gathers_logits: bool  # an all-gather of something as wide as the vocabulary and as long as a pack
     lower_seconds: float
@@ -57,13 +57,13 @@ class Compiled:
 
 
 def prepare_environment() -> None:
-    """Set what libtpu and JAX read at import. Must run before JAX is imported, or JAX be on a CPU already."""
+    """Set what libtpu and JAX read at import. Call it before JAX is imported, or with JAX on the CPU already."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-32"),  # read at start only, to silence a warning; any will do
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-32"),  # only read at start; any value silences a warning
         ("TPU_STDERR_LOG_LEVEL", "3"),
         ("TF_CPP_MIN_LOG_LEVEL", "3"),
     ):
@@ -71,7 +71,7 @@ def prepare_environment() -> None:
 
 
 def check_libtpu() -> None:
-    """Raise UserError where libtpu is missing, or another than JAX names: JAX may not read what that one compiles."""
+    """Raise UserError if libtpu is missing or not the version for this JAX, which may not read its programs."""
     try:
         found = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
@@ -85,7 +85,7 @@ def check_libtpu() -> None:
 
 
 def topology_devices(target: Slices) -> list[Any]:
-    """The devices of a TPU topology, of none of which there need be one. Raises UserError."""
+    """The devices of a TPU topology, none of which has to exist here. Raises UserError."""
     from jax.experimental import topologies
 
     check_libtpu()
@@ -132,9 +132,9 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
 
 
 def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) -> Compiled:
-    """Compile the step of a resolved config for `target`; results are kept in the folder `cache`, if given.
+    """Compile the step of a resolved config for `target`; results are cached in the folder `cache`, if given.
 
-    A program that needs more memory than there is gives `fits=False` and how much it would need.
+    A program that needs too much memory gives `fits=False` and the memory that it would need.
     """
     import jax
 
@@ -167,7 +167,7 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
 
 
 def _too_large(message: str, seconds: Seconds) -> Compiled:
-    """A program that does not fit, from the compiler's message; any other error is raised as UserError."""
+    """The result for a program that does not fit, from the compiler's message; other errors become UserError."""
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message)
     if "RESOURCE_EXHAUSTED" not in message and not found:
@@ -189,11 +189,11 @@ def _too_large(message: str, seconds: Seconds) -> Compiled:
 
 
 def peak_bytes(memory: Any) -> int:
-    """Bytes of one device at the program's fullest moment, from its `memory_analysis()`, and the program itself.
+    """Peak bytes of one device, from the program's `memory_analysis()`, plus the program itself.
 
-    The compiler's `peak_memory_in_bytes` (arguments, results, and the temporaries that live at one time) is what it
-    compares with the chip. Arguments plus `temp_size_in_bytes` is more: programs whose sum is 3 GiB over the chip's
-    memory are accepted, while the peak is within it.
+    The compiler compares `peak_memory_in_bytes` (arguments, results, and the temporaries that live at one time) with
+    the chip's memory. Arguments plus `temp_size_in_bytes` is too much: programs for which that sum is 3 GiB over the
+    chip's memory are accepted, as their peak is within it.
     """
     return int(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
 

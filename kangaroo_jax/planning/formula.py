@@ -1,7 +1,7 @@
-"""Memory and time of a step by formula: for chips that nothing here compiles for, and to choose what to compile.
+"""Memory and time of a step by formula: for chips without a compiler here, and to choose what to compile.
 
-The memory formula counts what is large: weights and optimiser, gradients, the input of every layer that
-full remat keeps, the working set of one layer and of the loss. It is meant to be within a fifth.
+The memory formula counts the large parts: weights and optimiser, gradients, the input of every layer that full remat
+keeps, and the working set of one layer and of the loss. Its error should be below a fifth.
 """
 
 import itertools
@@ -20,14 +20,15 @@ from kangaroo_jax.training.placement import resolve
 
 GIB = 1 << 30
 OVERHEAD_GIB = 0.5  # the program itself
-COMPILERS_SHARE = 1.2  # buffers of which the compiler needs two; from what it said of stages 3 and 5
-# Activations that a remat policy keeps, in widths of the model: of the layer's input, and of what it names.
+COMPILERS_SHARE = 1.2  # buffers that the compiler holds twice; fitted to its results for stages 3 and 5
+# Activations that a remat policy keeps for each layer besides its input, in multiples of the model's width.
 KEPT_WIDTHS = {"full": 0.0, "offload": 0.0, "minimal": 3.5, "dots": 11.0, "none": 22.0}
-RECOMPUTED = {"full": 0.73, "offload": 0.45, "minimal": 0.45, "dots": 0.0, "none": 0.0}  # of a forward pass
+# The share of a forward pass that a remat policy computes again.
+RECOMPUTED = {"full": 0.73, "offload": 0.45, "minimal": 0.45, "dots": 0.0, "none": 0.0}
 
 
 def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float, float]:
-    """(bytes of weights and optimiser, of them gradients' bytes) of the whole model, over all devices."""
+    """(bytes of weights and optimiser, bytes of gradients) of the whole model, over all devices."""
     moments = {"float32": 8.0, "bfloat16": 4.0}[config.optimizer.moment_dtype]
     moments = {"adafactor": 0.02, "muon": 4.0}.get(config.optimizer.kind, moments)
     trained = sum(n for name, n in counts.items() if name != "total" and part_trains(name, config))
@@ -36,7 +37,7 @@ def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float
 
 
 def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
-    """Estimated memory a device, in GiB, of a resolved config (`training.placement.resolve`)."""
+    """Estimated memory of one device, in GiB, for a resolved config (`training.placement.resolve`)."""
     data, model = config.data, ModelConfig.from_config(config.model)
     _, fsdp, context, tensor = config.train.mesh
     llm, vision = model.llm, model.vision
@@ -71,14 +72,14 @@ def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
 
 
 def step_seconds(config: ConfigDict, chip: Chip, counts: dict[str, int], mfu: float) -> float:
-    """Estimated seconds of a step: work with what remat repeats at `mfu`, and transfers of which half are hidden."""
+    """Estimated seconds of a step: the work, including recomputation, at `mfu`, and half of the transfers (overlap)."""
     _, fsdp, context, tensor = config.train.mesh
     devices = config.train.mesh[0] * fsdp * context * tensor
     flops, llm = step_flops(config), config.model.llm
     repeated = 1 + RECOMPUTED[llm.remat] / 3
     compute = flops.causal * repeated / (devices * chip.tflops * 1e12 * mfu)
     parts = config.train.accumulate
-    layer_bytes = 2.0 * (counts["llm"] - 2 * llm.vocab_size * llm.width) / tensor * 4  # gathered thrice, reduced once
+    layer_bytes = 2.0 * (counts["llm"] - 2 * llm.vocab_size * llm.width) / tensor * 4  # 3 gathers, 1 reduction
     rows = max(1, config.data.packs_per_batch // (config.train.mesh[0] * fsdp) // parts)
     tokens = rows * config.data.tokens_per_pack / context
     moved = layer_bytes if fsdp * context > 1 else 0.0

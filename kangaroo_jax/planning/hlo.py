@@ -1,8 +1,7 @@
-"""What a compiled program does, read from its text: matrix FLOPs, kernels and collectives, loops counted in full.
+"""Counts a compiled program's matrix FLOPs, kernels and collectives from its text, with loops in full.
 
-XLA's own cost analysis counts the body of a loop once and a Pallas kernel not at all. This walks the
-optimised HLO of one device from its entry, multiplies by the trip counts of the loops around, and keeps the
-name of the JAX scope of each operation.
+XLA's own cost analysis counts the body of a loop once and a Pallas kernel not at all. This walks the optimised HLO of
+one device from its entry, multiplies by the trip counts of the enclosing loops, and keeps each operation's JAX scope.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ class Operation:
 
     @property
     def scope(self) -> str:
-        """JAX's name of the operation, "" where it has none."""
+        """JAX's name of the operation, "" if it has none."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found.group(1) if found else ""
 
@@ -65,10 +64,10 @@ class Visit:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """(computations by name, name of the entry) of an HLO module's text. Raises ValueError where there is none."""
+    """(computations by name, name of the entry) of an HLO module's text. Raises ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    text = text.replace("={\n", "={").replace("\n}}", "}}")  # metadata of kernels runs over several lines
+    text = text.replace("={\n", "={").replace("\n}}", "}}")  # a kernel's metadata spans several lines
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
@@ -85,9 +84,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def walk(text: str, unknown_trips: int = 1) -> Iterator[Visit]:
-    """Every operation that the program runs and how often.
+    """Every operation that the program runs, and how often it runs.
 
-    `unknown_trips` is taken for loops whose number of trips is only known at run time.
+    `unknown_trips` is assumed for loops whose trip count is only known at run time.
     """
     computations, entry = parse(text)
     yield from _walk(computations, entry, 1.0, unknown_trips)
@@ -135,8 +134,8 @@ def matmul_flops(visit: Visit) -> float:
 def _convolution_depth(visit: Visit) -> float:
     """Products summed for one element of a convolution's result.
 
-    TPU programs write matrix products as convolutions, batch dimensions as windows whose stride and padding
-    leave one valid position each: only positions inside the input count.
+    TPU programs express matrix products as convolutions, and batch dimensions as windows whose stride and padding
+    leave one valid position each. So only positions inside the input count.
     """
     operation = visit.operation
     labels = operation.attribute("dim_labels")
@@ -154,7 +153,7 @@ def _convolution_depth(visit: Visit) -> float:
 
 
 def _window(operation: Operation, dimensions: int) -> list[tuple[int, int, int, int]]:
-    """(stride, low padding, dilation of the input, of the kernel) of every spatial dimension."""
+    """(stride, low padding, input dilation, kernel dilation) of every spatial dimension."""
     text = operation.attribute("window") or ""
     fields = dict(part.split("=", 1) for part in text.split() if "=" in part)
 
@@ -185,7 +184,7 @@ def _valid_positions(size: int, kernel: int, out: int, stride: int, low: int, di
 
 
 def collective(operation: Operation) -> tuple[str, int] | None:
-    """(kind, bytes that one device receives or sends, whichever is more) of a collective; None of anything else."""
+    """(kind, bytes that one device receives or sends, whichever is more) of a collective; None for other operations."""
     kind = operation.kind.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -196,7 +195,7 @@ def collective(operation: Operation) -> tuple[str, int] | None:
 
 
 def _group_size(operation: Operation) -> int:
-    """Devices of a replica group: `{{0,1},{2,3}}` and `[2,2]<=[4]` are two."""
+    """The number of devices in a replica group: two for `{{0,1},{2,3}}` and for `[2,2]<=[4]`."""
     found = re.search(r"replica_groups=\[\d+,(\d+)\]", operation.text)
     if found:
         return int(found.group(1))
@@ -208,7 +207,7 @@ def _group_size(operation: Operation) -> int:
 
 
 def trip_count(computations: dict[str, Computation], outer: Computation, loop: Operation) -> int | None:
-    """How often a while loop runs: what XLA noted, or what its counter says; None where only the run decides."""
+    """The trip count of a while loop, as noted by XLA or from its counter; None if it depends on the run."""
     noted = re.search(r'known_trip_count"?:?\s*[={]\s*"?(?:n"?:?\s*"?)?(\d+)', loop.text)
     if noted:
         return int(noted.group(1))
@@ -236,7 +235,7 @@ def trip_count(computations: dict[str, Computation], outer: Computation, loop: O
 
 
 def _compare(computations: dict[str, Computation], condition: Computation) -> tuple[str, list[int | str]] | None:
-    """(direction, sides) of a condition that compares; a side is a constant, or the index of the loop's element."""
+    """(direction, sides) of a comparison; a side is a constant, or the index of an element of the loop's tuple."""
     root = next(operation for operation in condition.values() if operation.root)
     arguments: list[str] | None = None
     inner = condition
@@ -273,7 +272,7 @@ def _constant(scope: Computation, name: str) -> int | None:
 
 
 def _step(body: Computation, index: int) -> int | None:
-    """What a trip adds to element `index` of the loop's tuple; 1 where the sum is out of sight."""
+    """The step that a trip adds to element `index` of the loop's tuple; 1 if the sum is not found."""
     root = next(operation for operation in body.values() if operation.root)
     if root.kind != "tuple":
         return 1
@@ -290,7 +289,7 @@ def _step(body: Computation, index: int) -> int | None:
 
 
 def _operation(name: str, rest: str, root: bool) -> Operation:
-    """Parse what stands behind `name = `."""
+    """Parse the text after `name = `."""
     end = _type_end(rest)
     shapes = tuple((dtype, _dimensions(text)) for dtype, text in _ARRAY.findall(rest[:end]))
     kind, _, tail = rest[end:].strip().partition("(")
@@ -302,7 +301,7 @@ def _operation(name: str, rest: str, root: bool) -> Operation:
 
 
 def _type_end(rest: str) -> int:
-    """Where the result's type ends: tuples are in parentheses, layouts in braces."""
+    """The end of the result's type, in which tuples are in parentheses and layouts in braces."""
     depth = 0
     for i, character in enumerate(rest):
         depth += character in "({"

@@ -1,7 +1,7 @@
-"""`kangaroo plan`: what a stage needs on chips that nobody has rented yet.
+"""`kangaroo plan`: what a stage needs on chips before they are rented.
 
-Compiles the real train step for a TPU slice on this machine and prints memory, work, traffic, time and cost.
-GPUs are by formula. Exit code 3 where the stage does not fit, with the nearest change that does.
+It compiles the real train step for a TPU slice on this machine and prints memory, work, traffic, time and cost. GPUs
+are estimated by formula. If the stage does not fit, it names the nearest change that does and exits with code 3.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 
 DOES_NOT_FIT = 3  # exit code
-SEARCHED = 4  # candidates that --search compiles, at most
-TEXT_TOKENS = (32, 512)  # assumed text of a sample (question and answer), uniform; less where less is left
-SAMPLES = 2000  # packed to find the useful share
+SEARCHED = 4  # the most candidates that --search compiles
+TEXT_TOKENS = (32, 512)  # assumed tokens of a sample's text (question and answer), uniform, cut to the room left
+SAMPLES = 2000  # samples packed to find the useful share
 
 Tell = Callable[[str], None]
 
@@ -39,18 +39,18 @@ class Plan:
     topology: str
     tokens_per_pack: int
     frames_per_pack: int
-    source: str  # "compiled", or "formula" where no compiler for the chip is here
+    source: str  # "compiled", or "formula" if there is no compiler for the chip
     fits: bool
     peak_hbm_gib: float
     capacity_gib: float
     params_b: float  # billions
     params_per_device_gib: float  # weights, optimiser state and batch
     useful_token_share: float
-    model_tflops_causal: float  # a step, whole batch
+    model_tflops_causal: float  # TFLOP of a step, whole batch
     model_tflops_full: float
     vit_share: float
     compiled_over_model_flops: float | None
-    collectives_gib: dict[str, float]  # a device and step, by kind
+    collectives_gib: dict[str, float]  # GiB for each device and step, by kind
     gathers_logits: bool | None
     mfu: float
     step_seconds: float
@@ -61,7 +61,7 @@ class Plan:
     accumulate: int
     remat: dict[str, str]
     compile_seconds: float | None
-    compile_cpu_seconds: float | None  # of all threads
+    compile_cpu_seconds: float | None  # CPU time of all threads
     nearest_change: str = ""
 
 
@@ -71,11 +71,11 @@ def make_plan(
     """The plan of a stage's config on `target`: compiled for a TPU, by formula for a GPU.
 
     Args:
-        config: a stage's config; what it leaves open is decided by `training.placement`.
-        target: chips.
+        config: a stage's config; `training.placement` decides what it leaves open.
+        target: the chips.
         mfu: assumed model FLOPs utilisation, causal convention, for time and cost.
-        price: of a chip and hour, in any currency.
-        cache: folder that keeps results of compilations.
+        price: the price of a chip for an hour, in any currency.
+        cache: the folder for results of compilations.
 
     Raises UserError where the config does not fit the number of chips, or libtpu is missing.
     """
@@ -119,7 +119,7 @@ def make_plan(
 
 
 def over_model(compiled: Compiled | None, config: ConfigDict, target: Slices) -> float | None:
-    """Compiled FLOPs of all devices over the model's; the scores that FlashAttention computes twice are the model's."""
+    """Compiled FLOPs of all devices over the model's, which include the scores that FlashAttention computes twice."""
     if compiled is None or not compiled.flops:
         return None
     flops = step_flops(config)
@@ -127,9 +127,9 @@ def over_model(compiled: Compiled | None, config: ConfigDict, target: Slices) ->
 
 
 def useful_share(config: ConfigDict) -> float:
-    """Share of tokens that hold a sample's token, from packing made-up samples with the real packer.
+    """The share of useful tokens in a row, from packing synthetic samples with the real packer.
 
-    Frames are uniform in the stage's ranges (half of the samples long ones), text in TEXT_TOKENS.
+    Frames are uniform in the stage's ranges (half of the samples are long ones), text is uniform in TEXT_TOKENS.
     """
     from kangaroo_jax.data.batches.packing import Packer, PackItem
 
@@ -154,7 +154,7 @@ def useful_share(config: ConfigDict) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Lengths:
-    """What the packer reads of a recipe."""
+    """The attributes of a recipe that the packer reads."""
 
     id: str
     tokens: range
@@ -167,14 +167,14 @@ class _Lengths:
 def nearest_change(
     config: ConfigDict, target: Slices, plan: Plan, *, cache: Path | None = None, tell: Tell = print
 ) -> str:
-    """The mildest change that makes a stage fit, compiled where there is a compiler; "" if none is known.
+    """The mildest change that makes a stage fit, compiled if there is a compiler; "" if none is known.
 
-    Changes cost ever more speed or money: remat, tensor and context axes, bfloat16 moments, a larger slice.
+    Changes are tried by increasing cost: remat, tensor and context axes, bfloat16 moments, a larger slice.
     """
     counts = count_parameters(ModelConfig.from_config(config.model))
     base = plan_formula.peak_gib(resolve(config, target.chip, target.devices, target.slices), counts)
     known = plan.peak_hbm_gib == plan.peak_hbm_gib  # not NaN
-    correction = plan.peak_hbm_gib / base if known else 1.0  # the formula, corrected by what the compiler said
+    correction = plan.peak_hbm_gib / base if known else 1.0  # corrects the formula by the compiler's result
     tried = 0
     for text, trial, slices in _changes(config, target):
         try:
@@ -195,7 +195,7 @@ def nearest_change(
 
 
 def _changes(config: ConfigDict, target: Slices) -> Iterable[tuple[str, ConfigDict, Slices]]:
-    """(what to change, changed config, chips), mildest first."""
+    """(description of a change, changed config, chips), mildest first."""
     slices, inner = target.slices, target.devices // target.slices
     changes: list[dict[str, Any]] = []
     if config.model.llm.remat not in ("auto", "full"):
@@ -219,7 +219,7 @@ def _flag(value: Any) -> str:
 
 
 def _larger(topology: str) -> list[str]:
-    """The next sizes, each with twice the chips."""
+    """The next larger topologies, each with twice the chips."""
     sizes, found = [int(part) for part in topology.split("x")], []
     for _ in range(3):
         sizes[sizes.index(min(sizes))] *= 2
@@ -230,7 +230,7 @@ def _larger(topology: str) -> list[str]:
 def search(
     config: ConfigDict, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
 ) -> tuple[Plan, ConfigDict] | None:
-    """The fastest mesh and remat policies that fit, in the formula's order; None if none does."""
+    """The first mesh and remat policies that fit, fastest first by the formula; None if none fits."""
     counts = count_parameters(ModelConfig.from_config(config.model))
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
         if number == SEARCHED:
@@ -260,7 +260,7 @@ def run(
     cache: Path | None = None,
     tell: Tell = print,
 ) -> int:
-    """Plan every config on `topology` and print; 0, or DOES_NOT_FIT where one does not fit. Raises UserError."""
+    """Plan every config on `topology` and print; 0, or DOES_NOT_FIT if one does not fit. Raises UserError."""
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu}: a share between 0 and 1")
     target = parse_topology(topology, slices)
@@ -294,7 +294,7 @@ def total(plans: list[Plan]) -> dict[str, Any]:
 
 
 def text(plan: Plan) -> str:
-    """A plan for people."""
+    """A plan as text for the terminal."""
     verdict = "fits" if plan.fits else f"DOES NOT FIT; nearest change that does: {plan.nearest_change}"
     mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     moved = ", ".join(f"{kind} {gib:,.1f}" for kind, gib in sorted(plan.collectives_gib.items()))
@@ -325,7 +325,7 @@ def line(plan: Plan) -> str:
 
 
 def table(plans: list[Plan], *, with_sum: bool) -> str:
-    """Plans as a Markdown table, the cost only where it is known."""
+    """Plans as a Markdown table, with the cost only where it is known."""
     rows = []
     for plan in plans:
         ratio, seconds = plan.compiled_over_model_flops, plan.compile_seconds
@@ -354,7 +354,7 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
 
 
 def table_of_file(path: Path) -> str:
-    """The table of plans kept in a file, one line of `--json` each. Raises UserError where it is no such file."""
+    """The table of the plans in a file of `--json` lines. Raises UserError if it is no such file."""
     plans: list[Plan] = []
     try:
         for kept in path.read_text(encoding="utf-8").splitlines():
