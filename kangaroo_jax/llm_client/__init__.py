@@ -1,1 +1,1 @@
-"""One client of language models: requests, cache, endpoint, team."""
+"""The client of language models: requests, cache, endpoints, teams of backends."""

@@ -1,4 +1,4 @@
-"""Answers of models, kept in an SQLite file: what was paid for once is never asked again."""
+"""A cache of models' answers in an SQLite file, so that no answer is paid for twice."""
 
 import dataclasses
 import sqlite3
@@ -37,13 +37,13 @@ _COLUMNS = (
 
 
 class ReplyCache:
-    """Replies by `requests.key_of`. A kill of the process loses none that `put` returned for.
+    """Replies by `requests.key_of`. Once `put` has returned, a kill of the process does not lose the reply.
 
-    For one process: give each shard of a large set its own file.
+    Only one process may use a file: give each shard of a large set its own.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file. Raises UserError where it cannot be, or is none of ours."""
+        """Open or make the file. Raises UserError if that fails, or the file is not such a cache."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(path, isolation_level=None, timeout=30)
@@ -54,14 +54,14 @@ class ReplyCache:
             raise UserError(f"{path}: cannot be used as cache of answers ({error})") from None
 
     def get(self, key: str) -> Reply | None:
-        """The reply that is kept under a key, with no attempts."""
+        """The reply stored under a key, with 0 attempts; None if there is none."""
         row = self._base.execute(f"select {', '.join(_COLUMNS)} from replies where key = ?", (key,)).fetchone()
         if row is None:
             return None
         return Reply(**(dict(zip(_COLUMNS, row, strict=True)) | {"attempts": 0}))
 
     def put(self, key: str, model: str, prompt: str, reply: Reply) -> None:
-        """Keep a reply; errors are not to be kept (another run may do better). Raises ValueError for one."""
+        """Store a reply. Raises ValueError for an error, which another run may not have."""
         if reply.outcome == "error":
             raise ValueError("an error is no answer to keep")
         values = dataclasses.asdict(reply)
@@ -74,7 +74,7 @@ class ReplyCache:
         return self._base.execute("select count(*) from replies").fetchone()[0]
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Per model: answers kept, attempts, tokens spent on them in all runs."""
+        """For each model: stored answers, attempts, and tokens spent on them in all runs."""
         rows = self._base.execute(
             "select model, count(*), sum(attempts), sum(spent_prompt_tokens), sum(spent_completion_tokens) "
             "from replies group by model order by model"
@@ -83,5 +83,5 @@ class ReplyCache:
         return {model: dict(zip(names, numbers, strict=True)) for model, *numbers in rows}
 
     def close(self) -> None:
-        """Write everything into the one file."""
+        """Close the file, with everything written into it."""
         self._base.close()

@@ -1,4 +1,4 @@
-"""Asks one backend: through the cache, under its limits, again after faults, and counted."""
+"""Asks one backend, with cache, rate limits, retries and counts."""
 
 import asyncio
 import collections
@@ -13,17 +13,17 @@ from kangaroo_jax.llm_client.requests import Backend, Completion, Failure, Reply
 from kangaroo_jax.llm_client.schemas import json_of, mistake, writable
 from kangaroo_jax.llm_client.text import is_refusal
 
-_UNREACHABLE_AFTER = 8  # connections that failed before the first answer
-_LETTERS_A_TOKEN = 64  # more than any answer has on average: what is longer is none to this request
+_UNREACHABLE_AFTER = 8  # failed connections before the first answer, after which the server counts as missing
+_LETTERS_A_TOKEN = 64  # more than any real answer has on average: a longer one is malformed
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How hard a backend is asked. Times are in seconds; a rate of 0 is no limit.
+    """Limits of the requests to a backend. Times are in seconds; a rate of 0 is no limit.
 
-    `retries` are attempts after the first where a call failed (status 429 or 5xx, timeout, connection), each
-    waiting twice as long as the one before, or as `Retry-After` says. `answer_retries` are further questions
-    where an answer came and was truncated, refused or malformed.
+    `retries` is the number of further attempts after a call failed (status 429 or 5xx, timeout, connection); each
+    waits twice as long as the one before, or as long as `Retry-After` says. `answer_retries` is the number of
+    further questions after an answer was truncated, refused or malformed.
     """
 
     concurrency: int = 64
@@ -33,19 +33,19 @@ class Limits:
     answer_retries: int = 4
     first_wait: float = 0.5
     longest_wait: float = 60.0
-    longest_answer: int = 4096  # tokens; a truncated answer is asked for with twice as many, up to this
+    longest_answer: int = 4096  # tokens; a retry of a truncated answer asks for twice as many, up to this
 
 
 class Rate:
-    """At most `per_minute` units a minute, handed out evenly; the first second's worth at once."""
+    """Hands out at most `per_minute` units a minute, evenly, and the first second's share at once."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """0 is no limit."""
+        """A rate of 0 is no limit."""
         self._gap = 60 / per_minute if per_minute else 0.0
         self._clock, self._next = clock, clock() - 1
 
     async def take(self, units: float = 1) -> None:
-        """Wait for the turn of `units`."""
+        """Wait until `units` are available."""
         if not self._gap:
             return
         now = self._clock()
@@ -57,11 +57,11 @@ class Rate:
 class Client:
     """One backend for many coroutines of one event loop.
 
-    A request that is under way is not sent a second time: who asks the same waits for the one answer.
+    A request in flight is not sent a second time: all that ask it wait for the one answer.
     """
 
     def __init__(self, backend: Backend, limits: Limits, cache: ReplyCache | None = None) -> None:
-        """Without a cache nothing is kept."""
+        """Without a cache no answer is stored."""
         self.backend, self.limits = backend, limits
         self._cache = cache if backend.cached else None
         self._turns = asyncio.Semaphore(limits.concurrency)
@@ -73,7 +73,7 @@ class Client:
         self.latencies: collections.deque[float] = collections.deque(maxlen=100_000)  # seconds
 
     async def ask(self, request: Request) -> Reply:
-        """The reply to a request. Raises UserError where none will ever come (a wrong key, no server)."""
+        """The reply to a request. Raises UserError if no request can succeed (a wrong key, no server)."""
         self.counts["asked"] += 1
         try:
             images = tuple(_read(path) for path in request.images)
@@ -94,7 +94,7 @@ class Client:
                 self._cache.put(key, self.backend.model, request.prompt, reply)
             future.set_result(reply)
         except BaseException:
-            future.cancel()  # what stops this one stops the whole run
+            future.cancel()  # whatever stops this request stops the whole run
             raise
         finally:
             del self._under_way[key]
@@ -102,7 +102,7 @@ class Client:
 
     @property
     def _varies(self) -> bool:
-        """Whether the same question may get another answer: at temperature 0 a model gives the same each time."""
+        """Whether the same question may get another answer: at temperature 0 it gets the same each time."""
         return bool(self.backend.settings.get("temperature", 0.0))
 
     def _counted(self, reply: Reply) -> Reply:
@@ -110,7 +110,7 @@ class Client:
         return reply
 
     async def _answer(self, request: Request, images: tuple[bytes, ...]) -> Reply:
-        """Attempts until one is good or there are no more."""
+        """Attempt the request until a reply is ok or no attempt is left."""
         start, spent, calls, failures, max_tokens = time.monotonic(), [0, 0], 0, 0, request.max_tokens
         reply = Reply("error", reason="never asked")
         for attempt in range(self.limits.answer_retries + 1):
@@ -143,7 +143,7 @@ class Client:
         )
 
     async def _call(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
-        """One attempt, when its turn has come. Raises Failure."""
+        """One attempt, after waiting for the limits. Raises Failure."""
         async with self._turns:
             await self._requests.take()
             await self._tokens.take(len(request.text) / 4 + max_tokens)
@@ -157,7 +157,7 @@ class Client:
         return completion
 
     def _wait(self, failure: Failure, failures: int) -> float:
-        """Seconds before the next attempt, spread by an eighth so that those which failed together part."""
+        """Seconds before the next attempt, spread by an eighth, so that calls that failed together retry apart."""
         if failure.retry_after is not None:
             return min(failure.retry_after, self.limits.longest_wait)
         spread = 1 + (self.counts["calls"] % 8) / 64
@@ -186,7 +186,7 @@ def _read(path: str) -> bytes:
 
 
 def _judged(completion: Completion, request: Request, max_tokens: int, varies: bool) -> Reply:
-    """The typed outcome of an answer; `varies` says whether an error may be none next time."""
+    """The outcome of an answer; `varies` says whether another attempt may avoid an error."""
     text = completion.text.strip()
     tokens: dict[str, Any] = {
         "prompt_tokens": completion.prompt_tokens,
@@ -208,7 +208,7 @@ def _judged(completion: Completion, request: Request, max_tokens: int, varies: b
 
 
 def _with_data(reply: Reply, request: Request, varies: bool) -> Reply:
-    """The reply with its answer parsed, where the request has a schema; an error where it does not obey it."""
+    """The reply with its answer parsed by the request's schema, or an error if the answer violates it."""
     if request.schema is None or reply.outcome != "ok":
         return reply
     try:

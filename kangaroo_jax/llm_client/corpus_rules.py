@@ -1,7 +1,7 @@
-"""A backend of rules for generated corpora (`kangaroo_jax.corpus.make`), whose truth is known.
+"""A rule-based backend for generated corpora (`kangaroo_jax.corpus.make`), whose truth is known.
 
-It reads no pixels: the corpus is made again from the seed in its manifest, and requests are answered from the
-scenes. With it the whole path from clips to an instruction set runs, and is checked, without any model.
+It reads no pixels: it makes the scenes again from the seed in the corpus's manifest and answers requests from them.
+With it the whole path from clips to an instruction set runs, and is tested, without any model.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from kangaroo_jax.corpus.text import Fact, ask, caption, dense_caption, facts, n
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 
-# Question types of `instruct.taxonomy` that a fact of the corpus is asked by.
+# Question types of `instruct.taxonomy`, and the corpus's questions for each.
 TYPES = {
     "object": ("what",),
     "attribute": ("colour",),
@@ -31,21 +31,21 @@ TYPES = {
 
 
 class SceneRules:
-    """Answers from the scenes of a corpus folder. `settings["view"]` is what a frame captioner tells of.
+    """Answers from the scenes of a corpus folder. `settings["view"]` is what a frame captioner mentions.
 
-    "all" tells thing, colour and place, "thing" leaves the place out, so that captioners differ.
+    "all" mentions thing, colour and place; "thing" leaves the place out, so that captioners differ.
     """
 
     cached = False
 
     def __init__(self, name: str, corpus: str, *, settings: Mapping[str, Any] | None = None) -> None:
-        """Raises UserError where the folder is no finished corpus."""
+        """Raises UserError if the folder is not a finished corpus."""
         self.name, self.model, self.settings = name, "scene-rules-1", dict(settings or {})
         self._folder = Path(corpus).resolve()
         self._scenes = _scenes(str(self._folder))
 
     async def complete(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
-        """See `Backend`. Raises Failure for a medium that is none of the corpus, or a task without rules."""
+        """See `Backend`. Raises Failure for a medium outside the corpus, or a task without rules."""
         task = request.task
         answer = {
             "frame_caption": self._frame,
@@ -93,7 +93,7 @@ class SceneRules:
         return json.dumps(answer, ensure_ascii=False)
 
     def _question(self, task: Mapping[str, Any]) -> str:
-        """A fact of the type as a question; without one `fits` is false."""
+        """A question about a fact of the type; without such a fact `fits` is false."""
         scene, language, rng = self._scene(task), task["language"], random.Random(task["seed"])
         rounds, used = [], set[tuple[str, str | int]]()
         for kind in task["types"]:
@@ -113,7 +113,7 @@ class SceneRules:
         return json.dumps(one, ensure_ascii=False)
 
     def _choose(self, task: Mapping[str, Any]) -> str:
-        """Of somebody who knows nothing: any letter, and the right one where the truth may be looked at."""
+        """The right letter if the request contains the truth, else an arbitrary one."""
         options: Sequence[str] = task["options"]
         if task.get("truth") is not None:
             return json.dumps({"answer": "ABCDEFGH"[options.index(task["truth"])]})
@@ -137,7 +137,7 @@ def _scenes(folder: str) -> dict[str, Scene]:
 
 
 def part_of(scene: Scene, start: float | None, end: float | None) -> Scene:
-    """What is left of a scene between two seconds, with times from the start of the part; events may be none."""
+    """The part of a scene between two times, with times from the start of the part; it may have no events."""
     whole = max((e.end for e in scene.events), default=0.0) if scene.seconds else 0.0
     first, last = start or 0.0, min(end if end is not None else scene.seconds, scene.seconds)
     if not scene.seconds or (first < 0.5 and last > max(scene.seconds - 0.5, whole - 0.5)):
@@ -146,7 +146,7 @@ def part_of(scene: Scene, start: float | None, end: float | None) -> Scene:
     for event in scene.events:
         begin, finish = max(event.start, first), min(event.end, last)
         if finish - begin < 0.25:
-            continue  # a rest of a cut that is a frame off
+            continue  # a remainder from a cut that is off by a frame
         (x0, y0), (x1, y1) = event.at(begin), event.at(finish)
         changes: Mapping[str, Any] = dict(start=begin - first, end=finish - first, x0=x0, y0=y0, x1=x1, y1=y1)
         events.append(dataclasses.replace(event, **changes))
@@ -159,6 +159,6 @@ def part_of(scene: Scene, start: float | None, end: float | None) -> Scene:
 
 
 def _standing(event: Any, time: float) -> Any:
-    """An event as one frame shows it: at its place of that time, and not moving."""
+    """An event as one frame shows it: at its position at that time, without motion."""
     x, y = event.at(time) if event.end > event.start else (event.x0, event.y0)
     return dataclasses.replace(event, start=0.0, end=0.0, x0=x, y0=y, x1=x, y1=y)

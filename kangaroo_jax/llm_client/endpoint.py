@@ -1,7 +1,7 @@
 """A backend over HTTP: any server that speaks OpenAI's chat completions (vLLM, SGLang, `kangaroo serve`, ...).
 
-A server may answer anything. What is no answer is a `Failure`, whatever it holds: bodies are read up to a limit and
-within a time, redirects are not followed, and the key is taken out of every text that comes back.
+A server may send anything. Whatever is not a valid answer becomes a `Failure`. Bodies are read up to limits of size and
+time, redirects are not followed, and the API key is removed from every text that comes back.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 from kangaroo_jax.system.installing import install_line
 
 _FATAL = {401: "the key is wrong", 403: "the key may not use this model", 404: "no such model or address"}
-_POOLS = 8  # of connections
-_LONGEST_BODY = 8 << 20  # bytes of a response; a long answer is some 40,000
-_MOST_TOKENS = 1 << 40  # that a server may say it used
-_SHORTEST_KEY = 8  # characters; what is shorter is no secret, and may be a word of an answer
+_POOLS = 8  # pools of connections
+_LONGEST_BODY = 8 << 20  # bytes of a response; a long answer has about 40,000
+_MOST_TOKENS = 1 << 40  # the largest token count that is accepted from a server
+_SHORTEST_KEY = 8  # characters; a shorter key is no secret, and may be a word in an answer
 _SIGNATURES = ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 
 
 class Endpoint:
     """A model behind an address.
 
-    The `openai` client does the talking; retries are the caller's, who counts and bounds them (`client.Client`).
+    It uses the `openai` client without its retries; the caller counts and bounds retries (`client.Client`).
     """
 
     cached = True
@@ -49,12 +49,12 @@ class Endpoint:
         structured: bool = True,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """`api_key_env` names the environment variable that holds the key. `timeout` is in seconds, of a whole call.
+        """`api_key_env` names the environment variable that holds the key. `timeout` is in seconds, for a whole call.
 
         `settings` go into every request (temperature, top_p, seed, ...). `structured` asks for schemas by
         `response_format`; without it they are only checked.
 
-        Raises UserError where `openai` is not installed, or the key's variable is not set.
+        Raises UserError if `openai` is not installed, or the key's variable is not set.
         """
         if importlib.util.find_spec("openai") is None:
             raise UserError(f"the package openai is missing: {install_line('curation')}")
@@ -64,16 +64,16 @@ class Endpoint:
 
     @functools.cached_property
     def _clients(self) -> list[Any]:
-        """Made at the first call: it takes a second, and a run whose answers are all cached needs no client.
+        """The clients, made at the first call: that takes a second, and a fully cached run needs none.
 
-        Each has its own pool of connections, all of which it looks at for every request: one pool for 64 requests at a
-        time takes twice the CPU time of eight.
+        Each has its own pool of connections. A pool looks at all its connections for every request, so one pool for 64
+        requests at a time takes twice the CPU time of eight.
         """
         import openai
 
         options: dict[str, Any] = {"base_url": self._url, "api_key": self._key, "max_retries": 0}
         options["default_headers"] = {"Accept-Encoding": "gzip, deflate"}
-        context = ssl.create_default_context()  # the system's certificates, and those of the package that clients use
+        context = ssl.create_default_context()  # certificates of the system, and of the package that the clients use
         with contextlib.suppress(ImportError):
             import certifi
 
@@ -90,9 +90,9 @@ class Endpoint:
         import openai
 
         try:
-            # The client's own `chat.completions.create` checks every key of the body against its types, and the
-            # answer too: more than half of its CPU time.
-            async with asyncio.timeout(self._timeout):  # of the client's own, each part of an answer begins another
+            # The client's `chat.completions.create` validates the body and the answer against its types, which takes
+            # more than half of its CPU time.
+            async with asyncio.timeout(self._timeout):  # the client's own restarts with each part of an answer
                 content = await self._post(body)
         except (openai.APITimeoutError, TimeoutError):
             raise Failure("timeout") from None
@@ -105,7 +105,7 @@ class Endpoint:
         return self._completion(content)
 
     async def _post(self, body: dict[str, Any]) -> str:
-        """The body of the response, by the client that has least to do."""
+        """The body of the response, by the least busy client."""
         number = min(range(_POOLS), key=self._busy.__getitem__)
         self._busy[number] += 1
         try:
@@ -131,7 +131,7 @@ class Endpoint:
         return body
 
     def _failure(self, error: Any) -> Failure:
-        """What a status means. Raises UserError for one that every request will get."""
+        """The failure for an HTTP status. Raises UserError for a status that every request would get."""
         status, headers = error.status_code, error.response.headers
         if 300 <= status < 400:
             where = self._without_key(headers.get("location", "nowhere"))[:200]
@@ -144,7 +144,7 @@ class Endpoint:
         return Failure(f"status {status}", detail, transient=transient, retry_after=_seconds(headers))
 
     def _completion(self, content: str) -> Completion:
-        """The answer in a response's body. Raises Failure where the body is not what the protocol says."""
+        """The answer in a response's body. Raises Failure if the body violates the protocol."""
         try:
             body = json.loads(content)
             choice, usage = body["choices"][0], body.get("usage") or {}
@@ -163,7 +163,7 @@ class Endpoint:
         return Completion(self._text(text), "length" if finish == "length" else "stop", prompt, completion)
 
     def _text(self, text: str) -> str:
-        """A text of an answer, that can be written as UTF-8 and holds no key."""
+        """A text of an answer, made valid UTF-8 and without the key."""
         return self._without_key(text.encode("utf-8", "replace").decode())
 
     def _without_key(self, text: str) -> str:
@@ -177,13 +177,13 @@ class Endpoint:
 
 
 class _TooLong(Exception):
-    """A response goes on for longer than any answer, or may."""
+    """A response is longer than any answer, or may be."""
 
 
 async def _read_body(response: Any) -> None:
-    """Read a response as httpx itself would next, but only so far. Raises _TooLong.
+    """Read a response, as httpx would do next, but only up to the limit. Raises _TooLong.
 
-    A packed part is unpacked whole, to a thousand times its size at most where it is packed once, by what was offered.
+    A compressed part is decompressed whole. With one of the offered encodings it grows at most a thousand times.
     """
     packed = response.headers.get("content-encoding", "identity").strip().lower()
     if packed not in ("", "identity", "gzip", "deflate"):
@@ -200,7 +200,7 @@ async def _read_body(response: Any) -> None:
 
 
 def data_uri(image: bytes) -> str:
-    """An image inside an address. Raises Failure for bytes that are no JPEG, PNG, WebP or GIF."""
+    """An image as a data: address. Raises Failure for bytes that are no JPEG, PNG, WebP or GIF."""
     for signature, kind in _SIGNATURES:
         if image.startswith(signature):
             return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
@@ -209,14 +209,14 @@ def data_uri(image: bytes) -> str:
 
 def _key(name: str, variable: str) -> str:
     if not variable:
-        return "none"  # of a server that wants no key; the client insists on one
+        return "none"  # for a server without keys, as the client requires one
     if not os.environ.get(variable):
         raise UserError(f"backend {name}: the environment variable {variable} (its API key) is not set")
     return os.environ[variable]
 
 
 def _seconds(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, of `retry-after-ms` or `Retry-After` (a number or a date)."""
+    """Seconds to wait by `retry-after-ms` or `Retry-After` (a number or a date)."""
     for key, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(key)
         if value is None:

@@ -1,4 +1,4 @@
-"""What a run would ask and cost, before it asks anything."""
+"""Estimates the requests and the cost of a run before it starts."""
 
 import os
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from kangaroo_jax.llm_client.requests import Request
 from kangaroo_jax.llm_client.team import backend_config, cost
 from kangaroo_jax.llm_client.text import words
 
-ANSWERED = 0.5  # of the longest answer, that an answer takes on average: an assumption
-TOKENS_A_WORD = 1.4  # of Llama-like tokenizers, English and Chinese characters alike: an assumption
+ANSWERED = 0.5  # assumed average length of an answer, as a share of the longest
+TOKENS_A_WORD = 1.4  # assumed for Llama-like tokenizers, for English words and Chinese characters alike
 
 
 def tokens_of(text: str) -> float:
-    """About how many tokens a text is, in either language."""
+    """The approximate number of tokens of a text, in either language."""
     return TOKENS_A_WORD * len(words(text)) + 0.3 * text.count("\n")
 
 
@@ -23,13 +23,13 @@ class Estimate:
     """Adds up requests by backend."""
 
     def __init__(self, backends: ConfigDict) -> None:
-        """Prices and tokens an image are those of the config."""
+        """Prices and tokens for an image come from the config."""
         self._backends = backends
         self._sums: dict[str, dict[str, float]] = {}
         self._missing: set[str] = set()
 
     def add(self, name: str, requests: Sequence[Request], times: float = 1.0, kept: int = 0) -> None:
-        """Each request is asked of a backend `times`; `kept` of them are in the cache already."""
+        """Add requests that a backend is asked `times` each; `kept` of them are in the cache."""
         config = backend_config(self._backends, name)
         sums = self._sums.setdefault(
             name, dict.fromkeys(("requests", "from_cache", "calls", "prompt_tokens", "completion_tokens"), 0.0)
@@ -45,7 +45,7 @@ class Estimate:
         sums["calls"] += (len(requests) - kept) * times
 
     def result(self) -> dict[str, Any]:
-        """Per backend and together: requests, calls, tokens, cost; and images that are not there."""
+        """Requests, calls, tokens and cost, per backend and in total; and missing images."""
         backends = {}
         for name, sums in self._sums.items():
             money = cost(self._backends[name], sums["prompt_tokens"], sums["completion_tokens"])

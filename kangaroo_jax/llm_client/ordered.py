@@ -1,4 +1,4 @@
-"""Many coroutines at once whose results come in order, and a line now and then that says how far they are."""
+"""Runs many coroutines at once with results in order, and prints lines of progress."""
 
 import asyncio
 import time
@@ -13,30 +13,30 @@ EVERY = 10.0  # seconds between two lines of progress
 
 
 class Progress:
-    """Counts what is done, and tells its rate and how long the rest takes."""
+    """Counts finished items, and prints the rate and the time left."""
 
     def __init__(self, total: int, what: str, tell: Callable[[str], None], more: Callable[[], str] = str) -> None:
-        """`more` gives the end of each line, such as rates of calls."""
+        """`more` returns the end of each line, such as rates of calls."""
         self._total, self._what, self._tell, self._more = total, what, tell, more
         self._done = self._skipped = 0
         self._start = self._told = time.monotonic()
 
     def skip(self, count: int) -> None:
-        """So many were done by an earlier run; they say nothing about this run's rate."""
+        """Count items of an earlier run, which do not count in this run's rate."""
         self._skipped += count
 
     def expect(self, count: int) -> None:
-        """So many more are to be done than was known."""
+        """Raise the total by so many items."""
         self._total += count
 
     def step(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count finished items."""
         self._done += count
         if time.monotonic() - self._told >= EVERY:
             self.line()
 
     def line(self) -> None:
-        """Tell now."""
+        """Print a line now."""
         self._told = time.monotonic()
         rate = self._done / max(self._told - self._start, 1e-9)
         finished = self._done + self._skipped
@@ -49,9 +49,9 @@ class Progress:
 async def in_order(
     function: Callable[[Item], Awaitable[Result]], items: Sequence[Item], at_once: int, done: Callable[[], None]
 ) -> list[Result]:
-    """function(item) for each, `at_once` under way; the results in the order of the items.
+    """Run function(item) for each item, `at_once` at a time; returns the results in the order of the items.
 
-    The first exception ends all others and is raised as itself.
+    The first exception cancels all others and is raised unchanged.
     """
     results: list[Result | None] = [None] * len(items)
     numbers = iter(range(len(items)))

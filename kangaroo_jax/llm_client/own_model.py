@@ -11,15 +11,15 @@ from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 
 
 class OwnModel:
-    """A model that training wrote. Requests that wait at the same time are answered as one batch.
+    """A model that training wrote. Requests that wait at the same time are answered in one batch.
 
-    It has no structured outputs: an answer to a request with a schema is checked as it comes.
+    It has no structured outputs: an answer to a request with a schema is only checked.
     """
 
     cached = True
 
     def __init__(self, name: str, checkpoint: str, *, batch_size: int = 16, settings: Mapping[str, Any]) -> None:
-        """`settings`: temperature, top_p and seed. Raises UserError where there is none."""
+        """`settings`: temperature, top_p and seed. Raises UserError if there is no checkpoint."""
         self.name, self.settings = name, dict(settings)
         folder = _folder_of(checkpoint)
         self._path = str(folder)
@@ -49,8 +49,8 @@ class OwnModel:
         return Completion(answer, "length" if written >= max_tokens else "stop", len(encode(text)), written)
 
     async def _work(self) -> None:
-        """Answer batches of like `max_tokens` until nobody waits."""
-        await asyncio.sleep(0)  # those who ask in this very moment come along
+        """Answer batches of requests with equal `max_tokens` until none waits."""
+        await asyncio.sleep(0)  # lets requests made at the same moment join the batch
         while self._waiting:
             longest = self._waiting[0][1]
             indices = [i for i, item in enumerate(self._waiting) if item[1] == longest][: self._batch_size]
@@ -62,7 +62,7 @@ class OwnModel:
                 answers = await asyncio.to_thread(self._answer, conversations, longest)
             except Exception as error:
                 answers = [error] * len(batch)
-            if len(batch) > 1 and isinstance(answers[0], UserError):  # one bad file: each for itself
+            if len(batch) > 1 and isinstance(answers[0], UserError):  # one file is bad: answer one by one
                 answers = [await asyncio.to_thread(self._answer_one, one, longest) for one in conversations]
             for (_, _, future), answer in zip(batch, answers, strict=True):
                 if future.done():
@@ -104,7 +104,7 @@ def _load(checkpoint: str) -> Any:
 
 
 def _folder_of(checkpoint: str) -> Path:
-    """The folder of the one step that a curriculum's, stage's or step's folder stands for. Raises UserError."""
+    """The folder of the step that a folder of a curriculum, stage or step stands for. Raises UserError."""
     from kangaroo_jax.checkpoints.reading import find
 
     return Path(find(checkpoint)).resolve()

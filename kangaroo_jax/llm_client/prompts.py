@@ -1,7 +1,7 @@
-"""Prompts as files: `prompts/NAME.LANGUAGE.txt`, whose first line says its version.
+"""Prompts as files: `prompts/NAME.LANGUAGE.txt`, with the version in the first line.
 
-An answer is traced to its prompt by `NAME.LANGUAGE@VERSION:HASH`; the hash is of the whole file, so that an edit
-without a new version shows too, and asks anew.
+`NAME.LANGUAGE@VERSION:HASH` traces an answer to its prompt. The hash covers the whole file, so that an edit without a
+new version is noticed too, and its questions are asked again.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ _SYSTEM_END = "\n---\n"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt: what the model is told it is (`system`, may be empty), and the text with gaps like `{language}`."""
+    """A prompt: the system text (may be empty), and the text with gaps like `{language}`."""
 
     version: str
     system: str
     text: str
 
     def fill(self, **values: object) -> tuple[str, str]:
-        """(system, text) with every gap filled. Raises ValueError where values and gaps do not match."""
+        """(system, text) with every gap filled. Raises ValueError if values and gaps do not match."""
         gaps = set(_GAP.findall(self.system + self.text))
         if gaps != set(values):
             raise ValueError(f"{self.version} has the gaps {sorted(gaps)}, got {sorted(values)}")
@@ -58,12 +58,12 @@ def load_prompt(folder: Path, name: str, language: str) -> Prompt:
 
 
 def prompt_folder(package_file: str, configured: str) -> Path:
-    """The folder of prompts: the config's own, or `prompts/` beside a module."""
+    """The folder of prompts: the configured one, or `prompts/` beside a module."""
     return Path(configured) if configured else Path(package_file).parent / "prompts"
 
 
 def check_language(language: str) -> str:
-    """The language. Raises UserError for one that there are no prompts in."""
+    """The language. Raises UserError for one without prompts."""
     if language not in LANGUAGES:
         raise UserError(f"no language {language!r}: there are {', '.join(LANGUAGES)}")
     return language

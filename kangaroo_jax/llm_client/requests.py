@@ -1,4 +1,4 @@
-"""What models are asked and what comes of it: the types that every backend shares."""
+"""Requests to models and their replies: the types that every backend shares."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ class Request:
 
     `prompt` is the version of the prompt that the text was made from (`prompts.Prompt.version`), `images` are
     paths of JPEG or PNG files that stand before the text, `schema` is a JSON schema that the answer must obey
-    (None: plain text). `task` says the same as the text to a backend of rules; it is no part of the cache key.
+    (None: plain text). `task` has the contents of the text for a rule-based backend; it is not in the cache key.
     """
 
     prompt: str
@@ -29,7 +29,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a backend answered, as it came. `finish` is "stop", "length" or "refused"."""
+    """A backend's unprocessed answer. `finish` is "stop", "length" or "refused"."""
 
     text: str
     finish: str = "stop"
@@ -38,10 +38,10 @@ class Completion:
 
 
 class Failure(Exception):
-    """A call that brought no answer.
+    """A call without an answer.
 
-    `kind` is a word for the counts (timeout, status 429, ...), `transient` whether another attempt may succeed,
-    `retry_after` the seconds that the server asked to wait.
+    `kind` is the name under which it is counted (timeout, status 429, ...), `transient` says whether another attempt
+    may succeed, `retry_after` is the number of seconds that the server asked to wait.
     """
 
     def __init__(self, kind: str, detail: str = "", *, transient: bool = True, retry_after: float | None = None):
@@ -51,11 +51,11 @@ class Failure(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The end of a request, after retries. `data` is the parsed answer where the request has a schema.
+    """The result of a request, after retries. `data` is the parsed answer if the request has a schema.
 
-    `outcome` is one of `OUTCOMES`; `reason` says more where it is not ok. `transient` marks an error that
-    another run may not have. `attempts` is 0 for a reply out of the cache. Tokens are those of the answer that
-    counts; `spent_*` are those of all attempts.
+    `outcome` is one of `OUTCOMES`; `reason` explains one that is not ok. `transient` marks an error that another
+    run may not have. `attempts` is 0 for a cached reply. Token counts are those of the final answer; `spent_*` are
+    those of all attempts.
     """
 
     outcome: str
@@ -80,25 +80,25 @@ class Backend(Protocol):
 
     @property
     def model(self) -> str:
-        """Which model answers."""
+        """The model that answers."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What changes an answer besides the request: temperature, seed, ..."""
+        """Settings that affect an answer besides the request: temperature, seed, ..."""
 
     @property
     def cached(self) -> bool:
-        """Whether its answers are worth keeping."""
+        """Whether its answers go into the cache."""
 
     async def complete(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
-        """One attempt, counted from 0. Raises Failure; UserError where no request can ever succeed."""
+        """One attempt, counted from 0. Raises Failure; UserError if no request can succeed."""
 
     async def close(self) -> None:
-        """Give back connections and memory."""
+        """Release connections and memory."""
 
 
 def key_of(backend: Backend, request: Request, images: tuple[bytes, ...]) -> str:
-    """SHA-256 over all that decides the answer: model, parameters, prompt and its version, bytes of the images."""
+    """SHA-256 of all that the answer depends on: model, parameters, prompt and its version, bytes of the images."""
     parts = {
         "model": backend.model,
         "settings": dict(backend.settings),
@@ -113,7 +113,7 @@ def key_of(backend: Backend, request: Request, images: tuple[bytes, ...]) -> str
 
 
 def canonical(value: Any) -> str:
-    """JSON in which equal values are equal texts."""
+    """Canonical JSON: equal values give equal texts."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
 
 

@@ -1,4 +1,4 @@
-"""JSON out of answers, and whether it obeys a JSON schema."""
+"""Parses JSON from answers, and checks it against a JSON schema."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from kangaroo_jax.system.json_text import parse_json
 
 
 def json_of(answer: str) -> Any:
-    """The JSON value of an answer, also where a model wrapped it in a Markdown fence. Raises ValueError."""
+    """The JSON value of an answer, even inside a Markdown fence. Raises ValueError."""
     text = answer.strip()
     if text.startswith("```"):
         text = text.split("\n", 1)[-1].rsplit("```", 1)[0]
@@ -23,14 +23,14 @@ def json_of(answer: str) -> Any:
 
 
 def mistake(data: object, schema: Mapping[str, Any]) -> str:
-    """What is wrong with a value by a schema (draft 2020-12), in one line; "" where nothing is.
+    """The error of a value by a schema (draft 2020-12), in one line; "" if it is valid.
 
-    Raises UserError where `jsonschema` is not installed.
+    Raises UserError if `jsonschema` is not installed.
     """
     validator = _validator(canonical(schema))
     try:
         error = next(validator.iter_errors(data), None)
-    except RecursionError:  # of a message that would show the value
+    except RecursionError:  # raised while the message prints the value
         return "nested too deep"
     if error is None:
         return ""
@@ -39,7 +39,7 @@ def mistake(data: object, schema: Mapping[str, Any]) -> str:
 
 
 def writable(data: Any) -> Any:
-    """The same value with "?" for each half of a surrogate pair in its texts, which UTF-8 has no place for."""
+    """The same value with "?" for each lone surrogate in its texts, which UTF-8 cannot encode."""
     if isinstance(data, str):
         return data.encode("utf-8", "replace").decode()
     if isinstance(data, list):
@@ -57,7 +57,7 @@ def _validator(schema: str) -> Any:
 
 
 def object_schema(**properties: Any) -> dict[str, Any]:
-    """The schema of an object that has just these properties, as structured outputs want it."""
+    """The schema of an object with exactly these properties, in the form that structured outputs require."""
     return {
         "type": "object",
         "properties": properties,
@@ -67,5 +67,5 @@ def object_schema(**properties: Any) -> dict[str, Any]:
 
 
 def text_schema(longest: int = 4000) -> dict[str, Any]:
-    """The schema of a text with something in it."""
+    """The schema of a text that is not empty."""
     return {"type": "string", "minLength": 1, "maxLength": longest}

@@ -1,4 +1,4 @@
-"""The backends of a config, made and asked through clients."""
+"""The clients of a config's backends."""
 
 import collections
 import dataclasses
@@ -16,10 +16,10 @@ from kangaroo_jax.llm_client.requests import Backend
 
 
 class Clients:
-    """Clients by the names of `config.backends`, one each, made when the team is."""
+    """One client for each named backend of `config.backends`."""
 
     def __init__(self, backends: ConfigDict, names: Iterable[str], cache: ReplyCache | None = None) -> None:
-        """Only the backends that `names` names are made. Raises UserError for a name or setting that is wrong."""
+        """Make the backends in `names`. Raises UserError for a wrong name or setting."""
         self.clients: dict[str, Client] = {}
         self._configs: dict[str, ConfigDict] = {}
         configs = {name: backend_config(backends, name) for name in names}
@@ -33,11 +33,11 @@ class Clients:
         return self.clients[name]
 
     def identity(self) -> dict[str, Any]:
-        """What decides the answers: for each name its model and settings."""
+        """The model and settings of each name, on which the answers depend."""
         return {n: [c.backend.model, dict(c.backend.settings)] for n, c in self.clients.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Counts of each client, and what its tokens cost in this run."""
+        """Counts of each client, and the cost of its tokens in this run."""
         summaries = {}
         for name, client in self.clients.items():
             counts = client.counts
@@ -46,7 +46,7 @@ class Clients:
         return summaries
 
     def line(self) -> str:
-        """Counts of all for a line of progress."""
+        """The counts of all clients for a line of progress."""
         counts = [client.counts for client in self.clients.values()]
         total = {key: sum(count[key] for count in counts) for key in ("calls", "from_cache", "error")}
         faults = sum(sum(client.faults.values()) for client in self.clients.values())
@@ -63,7 +63,7 @@ class Clients:
 
 
 def backend_config(backends: ConfigDict, name: str) -> ConfigDict:
-    """The config of a backend. Raises UserError where there is none of the name."""
+    """The config of a backend. Raises UserError if there is none with the name."""
     if name not in backends:
         known = ", ".join(backends)
         raise UserError(f"no backend {name!r}{nearest(name, backends)}: config.backends has {known}")
@@ -71,11 +71,11 @@ def backend_config(backends: ConfigDict, name: str) -> ConfigDict:
 
 
 def cost(config: ConfigDict, prompt_tokens: float, completion_tokens: float) -> float:
-    """Money, in the currency of the prices."""
+    """The cost of so many tokens, in the currency of the prices."""
     return (prompt_tokens * config.price_in + completion_tokens * config.price_out) / 1e6
 
 
-# kind -> the key that every backend of it needs, and what that is
+# kind -> the key that every backend of this kind needs, and its meaning
 _NEEDED = {
     "endpoint": ("model", "the name that its server knows a model by"),
     "kangaroo": ("checkpoint", "a folder that training wrote"),
@@ -84,7 +84,7 @@ _NEEDED = {
 
 
 def _check_settings(configs: Mapping[str, ConfigDict]) -> None:
-    """Raise a UserError that names all settings that backends lack."""
+    """Raise a UserError that names all missing settings of backends."""
     lacking = collections.defaultdict(list)
     for name, config in configs.items():
         if config.kind not in _NEEDED:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Set
 
 LANGUAGES = ("en", "zh")
-_SENTENCE_END = re.compile(  # a space after the mark (and a quote), or in Chinese nothing
+_SENTENCE_END = re.compile(  # a mark (and a quote) with a space after it; Chinese needs no space
     r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[^a-z\s])|(?<=[。！？；])(?![”’）」])|(?<=[。！？；][”’）」])|\n+"
 )
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+(?:\.\d+)?|[\u3400-\u4dbf\u4e00-\u9fff]")
@@ -40,12 +40,12 @@ def joined(parts: list[str], language: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case; each Chinese character is one, and each number."""
+    """Words in lower case; each Chinese character and each number is a word."""
     return [word.lower() for word in _WORD.findall(text)]
 
 
 def content_words(text: str) -> set[str]:
-    """The set of words that say something: without articles, prepositions and words for pictures themselves."""
+    """The content words: without articles, prepositions and words for the picture itself."""
     return {_stem(word) for word in words(text)} - _COMMON
 
 
@@ -55,14 +55,14 @@ def _stem(word: str) -> str:
 
 
 def iou(a: Set[str], b: Set[str]) -> float:
-    """Share of the words of both that they have in common, from 0 to 1; 0 for two empty sets."""
+    """Intersection over union of two sets of words, from 0 to 1; 0 for two empty sets."""
     return len(a & b) / len(a | b) if a or b else 0.0
 
 
 def repeats(sentence: str, earlier: str, threshold: float) -> bool:
-    """Whether a sentence says again what an earlier one said: IoU of their word sets above a threshold.
+    """Whether a sentence repeats an earlier one: the IoU of their word sets is above a threshold.
 
-    Sentences with other numbers in them never repeat each other.
+    Sentences with different numbers never repeat each other.
     """
     if set(_NUMBER.findall(sentence)) != set(_NUMBER.findall(earlier)):
         return False
@@ -81,12 +81,12 @@ def language_share(text: str, language: str) -> float:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a sentence or answer declines to describe, in either language."""
+    """Whether a sentence or answer is a refusal, in either language."""
     return _REFUSALS.search(text) is not None
 
 
 def length(text: str) -> float:
-    """Words, where two Chinese characters are one."""
+    """The number of words, where two Chinese characters count as one."""
     found = words(text)
     han = sum(1 for word in found if _HAN.match(word))
     return len(found) - han / 2
