@@ -1,7 +1,7 @@
 """`kangaroo bench annotate`: requests a second through the real client, against a server that fails on purpose.
 
-The server (`faulty_server.py`) is another process behind a socket. The same requests are asked twice: the second
-time every answer must come out of the cache.
+The server (`faulty_server.py`) is another process behind a socket. The same requests are asked twice; the second time
+every answer must come from the cache.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ def faulty_server(*arguments: str) -> Iterator[str]:
 
 
 def statistics_of(url: str) -> dict[str, Any]:
-    """What a faulty server gave and answered so far."""
+    """The faulty server's counts of faults and answers so far."""
     with urllib.request.urlopen(f"{url}/stats", timeout=30) as response:
         return json.load(response)
 
@@ -53,10 +53,10 @@ def bench_annotate(
 ) -> dict[str, Any]:
     """Ask `requests` different questions with an image each, `in_flight` at a time, then all of them again.
 
-    A call without an answer is given up after `timeout` seconds; the server's longest answer takes 0.3.
+    A call without an answer fails after `timeout` seconds; the server's longest answer takes 0.3.
 
-    Returns rates of both passes, outcomes, faults that were met, CPU milliseconds of this process a request, and
-    how many answers were lost, doubled, or other the second time: all of these should be 0.
+    Returns rates of both passes, outcomes, faults, CPU milliseconds of this process for a request, and the numbers of
+    answers that were lost, doubled, or different the second time: these three should be 0.
     """
     with tempfile.TemporaryDirectory() as name, faulty_server(f"--faults={faults}") as url:
         image = Path(name) / "image.jpg"
@@ -85,7 +85,7 @@ def bench_annotate(
 async def _ask_all(
     url: str, asked: Sequence[Request], limits: Limits, cache: ReplyCache, replies: list[Reply], timeout: float
 ) -> tuple[Client, float, float]:
-    """Ask everything; returns the client, and the wall and CPU seconds of the asking alone."""
+    """Ask everything; returns the client, and the wall and CPU seconds of the requests alone."""
     client = Client(Endpoint("bench", url, "stub", timeout=timeout), limits, cache)
     start, cpu = time.perf_counter(), _cpu_seconds()
     replies += await asyncio.gather(*(client.ask(request) for request in asked))

@@ -1,7 +1,7 @@
-"""`kangaroo bench checkpoint`: how long a save holds training up, of the time that it takes, and what memory it needs.
+"""`kangaroo bench checkpoint`: how long an asynchronous save blocks training, how long it takes, and its memory.
 
-A state of random numbers, so that nothing compresses: weights in float32 and two moments of each, saved by what
-training saves with, again and again. A save that nothing else waited for would hold a step up for all of its time.
+It repeatedly saves a state of random numbers, which do not compress (float32 weights and two moments of each), with the
+code that training uses. A synchronous save would block training for its whole time.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ def random_state(gib: float) -> TrainState:
 
 
 def bench_checkpoint(folder: Path, gib: float, rounds: int) -> dict[str, float]:
-    """Saves `rounds` times after one that is not counted.
+    """Save `rounds` times after one that is not counted.
 
-    Returns state_gib, held_seconds and save_seconds (medians), held_share (of the save; median) and held_share_worst,
-    memory_over_state (what the peak of resident memory grew by from the first save on, over the state).
+    Returns state_gib, held_seconds and save_seconds (medians), held_share (share of the save that blocks; median) and
+    held_share_worst, memory_over_state (growth of peak resident memory from the first save on, over the state).
     """
     state = jax.block_until_ready(random_state(gib))
     total = sum(x.nbytes for x in jax.tree.leaves(state))

@@ -1,7 +1,7 @@
-"""`kangaroo bench convert`: a large checkpoint of random numbers from Hugging Face's layout to ours and back.
+"""`kangaroo bench convert`: converts a large checkpoint of random numbers from Hugging Face's layout to ours and back.
 
-Each conversion runs in a process of its own, whose peak resident memory the kernel keeps. A plain copy of the
-same files, before and after, says what the disk can do.
+Each conversion runs in its own process, whose peak resident memory the kernel reports. A plain copy of the same files,
+before and after, measures the disk.
 """
 
 import filecmp
@@ -29,7 +29,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.memory import peak_mib
 
-BLOCK = (64 << 20) - 39  # random numbers, used again and again from other places
+BLOCK = (64 << 20) - 39  # bytes of random numbers, reused from different offsets
 
 
 class RandomWeights:
@@ -55,12 +55,12 @@ class RandomWeights:
 
 
 def hash_of(path: str, box: Box) -> int:
-    """A number that depends on what is read, the same in every process."""
+    """A number that depends on path and box, the same in every process."""
     return int.from_bytes(f"{path} {[s.start for s in box]}".encode(), "little") % 1_000_003 * 7919
 
 
 def published_sizes(layers: int) -> ConfigDict:
-    """A Kangaroo of the published sizes, but with `layers` layers in its decoder."""
+    """The config of the published sizes, but with `layers` decoder layers."""
     config = stage_config("kangaroo_8b")
     config.model.llm.depth = layers
     return config
@@ -72,7 +72,7 @@ def make_checkpoint(folder: Path, config: ConfigDict, tell: Tell = print) -> int
     rows = [row for row in table_for("kangaroo", config.model) if row.ours != SPECIAL]
     total = sum(nbytes_there(row, weights) for row in rows)
     with Building(folder, {"made": total}) as building:
-        building.need(int(4.1 * total))  # this, our checkpoint, the way back, and a copy
+        building.need(int(4.1 * total))  # this checkpoint, ours, the one converted back, and a copy
         write_json(building.folder / "config.json", formats.write_hf(config, "bfloat16"))
         write_safetensors(weights, rows, building, Progress("made", total, tell))
     return total
@@ -81,9 +81,9 @@ def make_checkpoint(folder: Path, config: ConfigDict, tell: Tell = print) -> int
 def bench_convert(folder: Path, config: ConfigDict, tell: Tell = print) -> dict[str, Any]:
     """Make a checkpoint in `folder`, copy it, convert it to ours and back, copy it again, and compare.
 
-    Returns gigabytes, MB/s of each, seconds of a CPU and peak GiB of each conversion, and how many files came
-    back as they were. Where other work shares the machine, the CPU's seconds say more than the MB/s.
-    Everything that is written is removed. Raises UserError where the disk has no room.
+    Returns gigabytes, MB/s of each, CPU seconds and peak GiB of each conversion, and the number of files that came
+    back unchanged. On a shared machine CPU seconds are more reliable than MB/s. Everything that is written is
+    removed. Raises UserError if the disk lacks room.
     """
     folder = make_folder(folder.absolute())
     names = {name: folder / name for name in ("source", "orbax", "back", "copy")}
@@ -111,7 +111,7 @@ def bench_convert(folder: Path, config: ConfigDict, tell: Tell = print) -> dict[
 
 
 def _copy(source: Path, target: Path, total: int) -> int:
-    """MB/s of a plain copy of every file, which is removed again."""
+    """MB/s of a plain copy of every file; the copies are removed."""
     start = time.perf_counter()
     shutil.copytree(source, target)
     seconds = time.perf_counter() - start
@@ -120,12 +120,12 @@ def _copy(source: Path, target: Path, total: int) -> int:
 
 
 def _convert(source: Path, target: Path) -> tuple[float, float, float]:
-    """(seconds, seconds of a CPU, peak GiB) of `kangaroo convert` in a process of its own. Raises UserError."""
+    """(seconds, CPU seconds, peak GiB) of `kangaroo convert` in its own process. Raises UserError."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "kangaroo_jax", "convert", f"--from={source}", f"--to={target}"]
     start, peak = time.perf_counter(), 0.0
-    # In a group of its own it meets no Ctrl-C of the terminal: this process alone answers that.
+    # In its own process group it gets no Ctrl-C from the terminal: only this process handles that.
     process = subprocess.Popen(command, env={**environment, "JAX_PLATFORMS": "cpu"}, process_group=0)
     ended = 0
     try:

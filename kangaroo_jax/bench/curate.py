@@ -1,7 +1,7 @@
-"""`kangaroo bench curate`: CPU seconds of each stage on each file, and how two workers do against one.
+"""`kangaroo bench curate`: CPU seconds of each stage on each file, and the speed of two workers against one.
 
-The stages run as they do in `kangaroo curate`, each file a shard of its own; seconds are those of the process that
-decodes, user and system, without waiting. Scores go to a folder that is removed at the end.
+The stages run as in `kangaroo curate`, with each file as a shard. Seconds are user and system time of the worker
+process. Scores go to a folder that is removed at the end.
 """
 
 import collections
@@ -25,7 +25,7 @@ from kangaroo_jax.errors import UserError
 
 
 def bench_stages(items: Sequence[Item], config: dict[str, Any], root: Path) -> dict[str, dict[str, float]]:
-    """CPU seconds of each stage, by file; the first file is scored twice and counted once, with models loaded."""
+    """CPU seconds of each stage, by file; the first file is scored twice and counted only once models are loaded."""
     plan = ShardPlan(root, enabled(config), config)
     guard = plan.guard()
     found: dict[str, dict[str, float]] = {}
@@ -44,11 +44,11 @@ def bench_stages(items: Sequence[Item], config: dict[str, Any], root: Path) -> d
 
 
 def bench_workers(items: Sequence[Item], config: dict[str, Any], root: Path, rounds: int) -> list[dict[str, float]]:
-    """One worker and two in turn, on all files; for each round.
+    """Run one worker and two in turn on all files; a result for each round.
 
-    `speedup` is how many times faster two are by the clock, which says nothing where other work keeps the cores busy.
-    `more_cpu` is how many times the CPU time two take, and `parent` the share of it that the one parent process takes,
-    which workers cannot do at the same time: without other work the speedup is at most 2 / (more_cpu * (1 + parent)).
+    `speedup` is the ratio of wall times, which is meaningless if other work keeps the cores busy. `more_cpu` is the
+    ratio of CPU times, and `parent` the parent process's share of CPU time, which is serial: without other work the
+    speedup is at most 2 / (more_cpu * (1 + parent)).
     """
     stages, rows, shards = enabled(config), list[dict[str, float]](), make_shards(items, 1)
     for number in range(rounds):
@@ -67,12 +67,12 @@ def bench_workers(items: Sequence[Item], config: dict[str, Any], root: Path, rou
 
 
 def _stage_seconds(root: Path) -> float:
-    """CPU seconds of all stages, as a run has written them."""
+    """CPU seconds of all stages, from the files that a run has written."""
     return sum(sum(json.loads(file.read_bytes())["cpu_seconds"]) for file in (root / "timings").rglob("*.json"))
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """A line a file, and the mean."""
+    """A table with a line for each file, and the mean."""
     stages = sorted({stage for seconds in found.values() for stage in seconds})
     mean = {stage: statistics.fmean(seconds.get(stage, 0.0) for seconds in found.values()) for stage in stages}
     lines = [f"{'':28}" + "".join(f"{stage[:11]:>12}" for stage in (*stages, "all"))]
@@ -83,9 +83,9 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def bench_curate(inputs: Sequence[str], rounds: int) -> dict[str, Any]:
-    """cpu_seconds (`bench_stages`) and one_worker_and_two (`bench_workers`) of the media in `inputs`.
+    """cpu_seconds (`bench_stages`) and one_worker_and_two (`bench_workers`) for the media in `inputs`.
 
-    Raises UserError: there are none.
+    Raises UserError: there are no media.
     """
     config = plain_config(load_config("curation"))
     items = read_inputs(inputs, "", False)

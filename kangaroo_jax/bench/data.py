@@ -1,10 +1,9 @@
-"""`kangaroo bench data`: how fast videos become batches, beside torchcodec, decord and OpenCV.
+"""`kangaroo bench data`: the speed of turning videos into batches, against torchcodec, decord and OpenCV.
 
-Every reader gets the same files and the same frame numbers, resizes to the same letterboxed size and fills a
-uint8 batch, in two worker processes; they take turns. The others resize with torch's antialiased bicubic filter,
-or with `--own-resize` in the quickest way that each has (decord bilinear, OpenCV bicubic without averaging).
-`--costs` measures what the choice between seeking and decoding on is made from. Readers that are not installed
-are left out.
+Every reader gets the same files and frame numbers, resizes to the same letterboxed size and fills a uint8 batch, in two
+worker processes; the readers take turns. The others resize with torch's antialiased bicubic filter, or with
+`--own-resize` in their fastest way (decord bilinear, OpenCV bicubic without averaging). `--costs` measures the costs by
+which `picker` chooses between seeking and decoding on. Readers that are not installed are left out.
 """
 
 import json
@@ -29,11 +28,11 @@ LENGTHS = {"10s": 10, "3min": 180, "20min": 1200}
 # Frames a second that a v5p chip takes at stage 5's shape: a pack of 26,624 tokens and 204 frames costs about 2.0e15
 # FLOPs (6 a token and parameter of the LLM, causal attention, the frozen ViT forward), at 40% of 459 TFLOP/s.
 V5P_FRAMES = 18.5
-_ENCODED_SECONDS = 60  # longer videos repeat what was encoded, packet by packet
+_ENCODED_SECONDS = 60  # longer videos repeat the encoded packets
 
 
 def make_video(path: Path, seconds: int, seed: int) -> Path:
-    """A moving picture with cuts, H.264 at 480p and 30 frames a second, a key frame every 250 as x264 has it."""
+    """A moving picture with cuts, H.264 at 480p and 30 frames a second, with x264's key frame every 250 frames."""
     if seconds > _ENCODED_SECONDS:
         return _repeated(make_video(path.with_name(f"part-{seed}.mp4"), _ENCODED_SECONDS, seed), path, seconds)
     if path.exists():
@@ -87,7 +86,7 @@ Job = tuple[str, tuple[int, ...]]  # file and frame numbers
 
 
 def fit(frame: Any) -> np.ndarray:
-    """uint8[S, S, 3] of a frame uint8[height, width, 3], by torch's antialiased bicubic filter (torchvision's)."""
+    """A frame uint8[height, width, 3] as uint8[S, S, 3], by torch's antialiased bicubic filter (torchvision's)."""
     import torch
 
     height, width = _inside(frame.shape[0], frame.shape[1])
@@ -97,7 +96,7 @@ def fit(frame: Any) -> np.ndarray:
 
 
 def read_torchcodec(job: Job, own: bool) -> np.ndarray:
-    """uint8[n, S, S, 3] by torchcodec, approximate seeks (its fast mode), one thread; its own filter is no quicker."""
+    """uint8[n, S, S, 3] by torchcodec with approximate seeks (its fast mode), one thread; its filter is no faster."""
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(job[0], seek_mode="approximate", num_ffmpeg_threads=1, dimension_order="NHWC")
@@ -105,7 +104,7 @@ def read_torchcodec(job: Job, own: bool) -> np.ndarray:
 
 
 def read_decord(job: Job, own: bool) -> np.ndarray:
-    """By decord, one thread; its own way of resizing is FFmpeg's bilinear."""
+    """uint8[n, S, S, 3] by decord with one thread; it resizes with FFmpeg's bilinear filter."""
     import decord
 
     if own:
@@ -118,9 +117,9 @@ def read_decord(job: Job, own: bool) -> np.ndarray:
 
 
 def read_opencv(job: Job, own: bool) -> np.ndarray:
-    """By OpenCV: seeks where frames are far apart, grabs where they are near, as its users write it.
+    """uint8[n, S, S, 3] by OpenCV: it seeks to distant frames and grabs near ones, as usual in its users' code.
 
-    Its own resizing is bicubic without averaging, which is quick and leaves stairs.
+    Its own resizing is bicubic without averaging, which is fast and aliases.
     """
     import cv2
 
@@ -147,7 +146,7 @@ def read_opencv(job: Job, own: bool) -> np.ndarray:
 
 
 def _inside(height: int, width: int) -> tuple[int, int]:
-    """The height and width of the frame once its longest side is S."""
+    """The height and width of the frame when its longest side is S."""
     return fitted(width / height, SIDE)[::-1]
 
 
@@ -162,7 +161,7 @@ READERS: dict[str, Reader] = {"torchcodec": read_torchcodec, "decord": read_deco
 
 
 class Jobs:
-    """A dataset of PyTorch's: a clip a job."""
+    """A PyTorch dataset with a clip for each job."""
 
     def __init__(self, jobs: Sequence[Job], name: str, own: bool) -> None:
         self._jobs, self._name, self._own = jobs, name, own
@@ -177,16 +176,16 @@ class Jobs:
 
 
 class Peer:
-    """A reader behind a PyTorch DataLoader whose workers have started and imported, as ours have."""
+    """A reader behind a PyTorch DataLoader whose workers have started and finished imports, as ours have."""
 
     def __init__(self, name: str, jobs: Sequence[Job], workers: int, own: bool) -> None:
-        """Starts the workers with a tiny video each."""
+        """Start the workers with a tiny video each."""
         import torch.utils.data
 
-        self._order: list[int] = list(range(workers))  # what an epoch reads; the loader's sampler
+        self._order: list[int] = list(range(workers))  # the indices of an epoch: the loader's sampler
         self._shape = (len(jobs), len(jobs[0][1]), SIDE, SIDE, 3)
         first = (_tiny_video(Path(jobs[0][0]).parent), (0,))
-        dataset: Any = Jobs([first] * workers + list(jobs), name, own)  # a sequence serves; torch wants its own
+        dataset: Any = Jobs([first] * workers + list(jobs), name, own)  # any sequence works; torch types it as Dataset
         self._loader: Any = torch.utils.data.DataLoader(
             dataset, batch_size=None, sampler=self._order, num_workers=workers, persistent_workers=True,
             multiprocessing_context="spawn", prefetch_factor=2,
@@ -196,7 +195,7 @@ class Peer:
         self._order[:] = range(workers, workers + len(jobs))
 
     def run(self) -> np.ndarray:
-        """A batch of all jobs."""
+        """Read all jobs into a batch."""
         batch = np.zeros(self._shape, np.uint8)
         for i, clip in enumerate(self._loader):
             batch[i] = clip.numpy()
@@ -204,7 +203,7 @@ class Peer:
 
 
 def run_ours(decoder: ProcessDecoder, jobs: Sequence[Job]) -> np.ndarray:
-    """A batch by our decoder."""
+    """Read all jobs into a batch with our decoder."""
     refs = [MediaRef("video", path, tuple((n + 0.5) / RATE for n in numbers)) for path, numbers in jobs]
     batch = np.zeros((len(jobs), len(jobs[0][1]), SIDE, SIDE, 3), np.uint8)
     for i, outcome in enumerate(decoder.decode(refs, SIDE)):
@@ -215,7 +214,7 @@ def run_ours(decoder: ProcessDecoder, jobs: Sequence[Job]) -> np.ndarray:
 
 
 def bare_seconds(job: Job) -> float:
-    """CPU seconds of FFmpeg's own decoding of what the frames need: seek to each key frame, decode, no pixels out."""
+    """CPU seconds of FFmpeg's decoding alone: seek to each key frame, decode up to the frames, convert nothing."""
     start = time.process_time()
     with open_video(job[0]) as (container, stream):
         tick = float(stream.time_base)
@@ -237,9 +236,9 @@ def bare_seconds(job: Job) -> float:
 def compare(
     folder: Path, lengths: Sequence[str], counts: Sequence[int], rounds: int, workers: int, own: bool = False
 ) -> list[dict]:
-    """A row a length and number of frames: frames a second of each reader, best of the rounds, and ratios.
+    """A row for each length and number of frames: frames a second of each reader (best round), and ratios.
 
-    `own`: the other readers resize in the quickest way that they have, and not by an antialiased bicubic filter.
+    With `own` the other readers resize in their fastest way, not with an antialiased bicubic filter.
     """
     peers = [name for name in READERS if _installed(name)]
     decoder, rows = ProcessDecoder(workers, 600.0), []
@@ -263,7 +262,7 @@ def _compare_one(
     decoder: ProcessDecoder, peers: Sequence[str], jobs: Sequence[Job], rounds: int, workers: int, own: bool
 ) -> dict[str, Any]:
     frames = len(jobs) * len(jobs[0][1])
-    run_ours(decoder, jobs[:workers])  # processes start
+    run_ours(decoder, jobs[:workers])  # starts the processes
     runs: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: run_ours(decoder, jobs)}
     runs |= {name: Peer(name, jobs, workers, own).run for name in peers}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -291,7 +290,7 @@ def _read_ours(job: Job, _: bool) -> np.ndarray:
 
 
 def _cpu_seconds(reader: Reader, job: Job, own: bool) -> float:
-    """Of one clip in this process, the least of two: what other work on the machine disturbs little."""
+    """CPU seconds for one clip in this process, the smaller of two runs: other work disturbs that little."""
     seconds = []
     for _ in range(2):
         start = time.process_time()
@@ -315,7 +314,7 @@ def _decode_seconds(job: Job) -> float:
 
 
 def _tiny_video(folder: Path) -> str:
-    """Of one second, made once beside the videos that are measured."""
+    """A video of one second, made once, beside the measured videos."""
     path = folder / "1s.mp4"
     if not path.exists():
         make_video(path, 1, 0)
@@ -332,7 +331,7 @@ def _installed(name: str) -> bool:
 
 
 def costs(folder: Path) -> dict[str, float]:
-    """Microseconds of a seek and nanoseconds a pixel of decoding on, from which `picker` has its constants."""
+    """Microseconds of a seek and nanoseconds of decoding a pixel: the source of `picker`'s constants."""
     make_folder(folder)
     path = folder / "10s-0.mp4"
     if not path.exists():
@@ -352,7 +351,7 @@ def costs(folder: Path) -> dict[str, float]:
 
 
 def summary(rows: Sequence[dict[str, Any]], workers: int) -> str:
-    """A line: how many cores like these a chip needs for the slowest of the rows of `compare`."""
+    """A line with the number of such cores that a chip needs in the slowest row of `compare`."""
     worst = min(row["ours_frames_per_second"] for row in rows) / workers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return (

@@ -1,13 +1,13 @@
-"""A server of OpenAI's chat completions that fails on purpose: what the annotation client is measured against.
+"""An OpenAI chat completions server that fails on purpose, to measure the annotation client against.
 
-    python -m kangaroo_jax.bench.faulty_server --faults=0.1        prints its port, serves until it is ended
+    python -m kangaroo_jax.bench.faulty_server --faults=0.1        prints its port, serves until it is killed
 
-Answers depend on the request alone: words drawn by a hash of it, in the language that it is written in, filled
-into the JSON schema where one is asked for. A share of the calls gets a fault in place of the answer: status 429
-(with Retry-After), status 503, no answer at all, half an answer (finish_reason length), or JSON that is none.
+Answers depend on the request alone: words drawn by its hash, in its language, filled into the JSON schema if it has
+one. A share of the calls gets a fault instead of the answer: status 429 (with Retry-After), status 503, no answer at
+all, half an answer (finish_reason length), or invalid JSON.
 
-With `--hostile` no answer is one: each call gets the next of the table `HOSTILE`, which holds what a broken or hostile
-server may send.
+With `--hostile` no answer is valid: each call gets the next entry of the table `HOSTILE`, which has responses of broken
+and hostile servers.
 """
 
 import argparse
@@ -31,12 +31,12 @@ _DEEP, _LONG = b"[" * 100_000, b" " * 16_000_000
 
 
 def _said(content: Any, **more: Any) -> bytes:
-    """A body whose message has that content, whatever it is; `usage` and others in place of the usual."""
+    """A body whose message has that content, of any type; `more` replaces other keys, such as `usage`."""
     choices = [{"message": {"content": content} | more.pop("message", {}), "finish_reason": "stop"}]
     return json.dumps({"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1}} | more).encode()
 
 
-# Name -> status, headers, body. In a body, b"KEY" stands for what the request has after "Bearer ".
+# Name -> status, headers, body. In a body, b"KEY" stands for the request's API key.
 HOSTILE: dict[str, tuple[int, tuple[str, ...], bytes]] = {
     "content list": (200, (), _said([1])),
     "content number": (200, (), _said(7)),
@@ -75,7 +75,7 @@ HOSTILE: dict[str, tuple[int, tuple[str, ...], bytes]] = {
 
 
 class Server:
-    """Counts what it gets. `truths` maps a part of a question to the answer that anybody knows."""
+    """Counts its requests. `truths` maps a part of a question to an answer of common knowledge."""
 
     def __init__(
         self,
@@ -86,19 +86,19 @@ class Server:
         truths: Mapping[str, str] | None = None,
         hostile: Sequence[str] = (),
     ) -> None:
-        """`faults` is a share from 0 to 1 of all kinds together; `latency` (the longest) and `hang` are seconds.
+        """`faults` is the share from 0 to 1 of all kinds together; `latency` (the longest) and `hang` are seconds.
 
-        `hostile` names entries of `HOSTILE` that are sent in turn, in place of everything else; a request that says
-        "Say NAME." gets the one of that name.
+        `hostile` names entries of `HOSTILE` that are sent in turn instead of answers; a request that says "Say NAME."
+        gets the entry with that name.
         """
         self._hostile, self._in_turn = tuple(hostile), itertools.cycle(hostile)
         self._faults, self._latency, self._hang = faults, latency, hang
         self._random, self._truths = random.Random(seed), dict(truths or {})
         self.given: Counter[str] = Counter()
-        self.answered: Counter[str] = Counter()  # by hash of the request: good answers
+        self.answered: Counter[str] = Counter()  # good answers by the request's hash
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, kept open for further requests."""
+        """Serve one connection, kept open for further requests."""
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -120,7 +120,7 @@ class Server:
             writer.close()
 
     async def _harm(self, name: str, head: bytes, writer: asyncio.StreamWriter) -> None:
-        """Send an entry of `HOSTILE`; "drip" a letter now and then."""
+        """Send an entry of `HOSTILE`; "drip" is sent a byte at a time."""
         self.given[name] += 1
         key = next(
             (line[22:] for line in head.split(b"\r\n") if line.lower().startswith(b"authorization: bearer ")), b""
@@ -160,7 +160,7 @@ class Server:
         if fault == "truncated":
             text, finish = text[: len(text) // 2], "length"
         elif fault == "malformed":
-            half = _completion('{"short": ', "stop", request)  # an answer that breaks off
+            half = _completion('{"short": ', "stop", request)  # an answer that is cut short
             return 200, [], half if "response_format" in request and digest[0] < "8" else b'{"choices": [{'
         else:
             self.answered[digest] += 1
@@ -185,7 +185,7 @@ def _completion(text: str, finish: str, request: Mapping[str, Any]) -> dict[str,
 
 
 def _letter_of(answer: str, said: str) -> str:
-    """The letter before an option."""
+    """The letter of an option."""
     line = next(line for line in said.splitlines() if line[:1] in "ABCDEFGH" and line[2:].strip() == answer)
     return line[0]
 
@@ -198,7 +198,7 @@ def _sentences(rng: random.Random, chinese: bool, count: int) -> str:
 
 
 def _fill(schema: Mapping[str, Any], rng: random.Random, chinese: bool, key: str, truths: Mapping[str, str]) -> Any:
-    """A value that obeys a schema. A share of the questions is one that anybody can answer."""
+    """A value that obeys a schema. A share of the questions has a truth of common knowledge."""
     if "enum" in schema:
         return rng.choice(schema["enum"])
     kind = schema["type"]
@@ -230,7 +230,7 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the server; see the module's docstring."""
     parser = argparse.ArgumentParser(description="a server of chat completions that fails on purpose")
     parser.add_argument("--faults", type=float, default=0.1, help="share of the calls")
     parser.add_argument("--latency", type=float, default=0.3, help="longest, in seconds")

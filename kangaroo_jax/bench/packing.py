@@ -1,8 +1,8 @@
-"""`kangaroo bench packing`: how full rows get on made-up samples with the lengths of the paper's stages.
+"""`kangaroo bench packing`: how full rows get with synthetic samples of the paper's stages.
 
-Beside what the streaming packer reaches stand two figures of the same samples: what first-fit and best-fit decreasing
-reach that see all of them at once, and what no packing can exceed. And what a useful token costs then: longer rows are
-fuller, but attention looks at every token of the row.
+Beside the streaming packer's fullness stand two figures for the same samples: that of first-fit and best-fit
+decreasing, which see all samples at once, and an upper bound for any packing. The table also has the cost of a useful
+token: longer rows are fuller, but attention covers every token of the row.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ from kangaroo_jax.training.flops import step_flops
 
 STAGES = ("stage3_refine", "stage4_instruct", "stage5_long_video")
 TEXT = (50, 1500)  # tokens of a caption or conversation
-LONG_SHARE = 0.7  # of the samples, where a stage has a range of its own for long videos
+LONG_SHARE = 0.7  # share of long videos among the samples of a stage with a separate range for them
 _COLUMNS = ("useful_tokens", "useful_frames", "offline_tokens", "offline_frames", "tokens_at_most", "frames_at_most")
 
 
 def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[Sizes]:
-    """Samples of a stage: frames uniform in its ranges, text uniform or log-uniform in TEXT.
+    """Synthetic samples of a stage: frames uniform in its ranges, text uniform or log-uniform in TEXT.
 
-    Text is cut to what `max_sample_tokens` leaves, as a trainer would.
+    Text is cut to the room that `max_sample_tokens` leaves, as in training.
     """
     data, rng = config.data, np.random.default_rng(seed)
     model = ModelConfig.from_config(config.model)
@@ -45,7 +45,7 @@ def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[
 
 
 def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) -> dict[str, Any]:
-    """The shares of `data_stats.fullness` for a stage's rows, and gflops_per_useful_token (of a train step, causal)."""
+    """The shares of `stats.fullness` for a stage's rows, and gflops_per_useful_token (of a causal train step)."""
     data = config.data
     found = fullness(
         made_up(config, samples, text, seed), data.tokens_per_pack, data.frames_per_pack, data.packing_bins, again=1
@@ -57,10 +57,10 @@ def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) ->
 def bench_rows(
     specs: Sequence[str], row: str, samples: int, seed: int, tell: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """`bench_packing` with either kind of text, for each STAGE:PRESET; with none for STAGES of the published model.
+    """`bench_packing` with both kinds of text, for each STAGE:PRESET; without any for STAGES of the published model.
 
-    `row` (TOKENSxFRAMES) stands in place of the config's; of STAGES those whose samples it does not hold are left out,
-    with a line. Raises UserError.
+    `row` (TOKENSxFRAMES) replaces the config's row. STAGES whose samples do not fit into it are left out, with a
+    printed line. Raises UserError.
     """
     results = []
     for spec in specs or [f"{stage}:kangaroo_8b" for stage in STAGES]:

@@ -1,6 +1,6 @@
-"""Kangaroo written plainly in PyTorch, to measure against: eager, the decoder is transformers' Llama.
+"""A plain PyTorch Kangaroo to measure against: eager mode, with transformers' Llama as decoder.
 
-Needs the extra `convert`; nothing but the benchmark and its test imports it.
+It needs the extra `convert`; only the benchmark and its test import it.
 """
 
 import os
@@ -20,7 +20,7 @@ from kangaroo_jax.training.optimizer import NO_DECAY, make_schedule
 
 
 class Attention(nn.Module):
-    """Self-attention of EVA-02, as timm writes it."""
+    """Self-attention of EVA-02, as in timm."""
 
     def __init__(self, width: int, heads: int, eps: float):
         super().__init__()
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class Vision(nn.Module):
-    """EVA-02 up to its last block, for frames of the side that its position embedding is for."""
+    """EVA-02 up to its last block, for frames of the size of its position embedding."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -104,7 +104,7 @@ class Vision(nn.Module):
 
 
 class PlainKangaroo(nn.Module):
-    """The whole model; `config` is `config.model` of ours. `forward` gives the mean loss of a batch."""
+    """The whole model; `config` is our `config.model`. `forward` returns the mean loss of a batch."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -158,7 +158,7 @@ class PlainKangaroo(nn.Module):
 
 
 class TorchTrainer:
-    """PlainKangaroo from our weights, with the optimiser of `config`, on one batch again and again."""
+    """Trains a PlainKangaroo with our weights and the optimiser of `config` repeatedly on one batch."""
 
     def __init__(self, config: Any, batch: PackedBatch, params: Mapping[str, Any]) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -187,7 +187,7 @@ class TorchTrainer:
 
 
 def torch_batch(batch: PackedBatch) -> dict[str, Tensor]:
-    """A batch whose weights are 0 or 1, as torch wants it; without a mask where each row is one segment."""
+    """A batch with weights 0 or 1 as torch tensors; without a mask if each row is one segment."""
     arrays = {name: torch.from_numpy(np.array(getattr(batch, name))) for name in ("frames", "frame_times")}
     for name in ("tokens", "positions", "vision_index"):
         arrays[name] = torch.from_numpy(np.array(getattr(batch, name))).long()
@@ -219,7 +219,7 @@ LLAMA = {
 
 
 def copy_weights(params: Mapping[str, Any], model: PlainKangaroo) -> None:
-    """Put our flat parameters ("llm/layers/..." -> array) into `model`. Raises KeyError where a name is left over."""
+    """Copy our flat parameters ("llm/layers/..." -> array) into `model`. Raises KeyError if a name is left over."""
     targets = dict(model.named_parameters())
     with torch.no_grad():
         for path, array in params.items():
@@ -233,7 +233,7 @@ def copy_weights(params: Mapping[str, Any], model: PlainKangaroo) -> None:
 
 
 def torch_name(name: str, layer: int) -> str:
-    """Our name of a weight, and the number of its layer -> its name in PlainKangaroo."""
+    """The name in PlainKangaroo of a weight, from our name and the layer's number."""
     for ours, theirs in LLAMA.items():
         if name == ours or name.startswith(ours + "."):
             name = name.replace(ours, theirs.format(layer))
@@ -242,7 +242,7 @@ def torch_name(name: str, layer: int) -> str:
 
 
 def torch_layout(name: str, array: np.ndarray) -> np.ndarray:
-    """One layer's weight in torch's order of dimensions (up to a reshape)."""
+    """One layer's weight in torch's dimension order (up to a reshape)."""
     if name == "patchify.kernel":
         return array.transpose(3, 0, 1, 2)
     if name == "vision.patch_embedding.kernel":

@@ -1,6 +1,6 @@
-"""How fast the real train step runs on this machine, on full packs of made-up pixels, and beside PyTorch.
+"""The speed of the real train step on this machine, on full packs of random pixels, and against PyTorch.
 
-Imports nothing of the data stack, so that it runs where only jax, flax and optax are.
+It imports nothing of the data stack, so that it needs only jax, flax and optax.
 """
 
 import time
@@ -25,7 +25,7 @@ from kangaroo_jax.training.state import build_step, make_state
 
 
 def bench_config(spec: str, packs: int = 0, moment_dtype: str = "") -> ConfigDict:
-    """The config of STAGE:PRESET, placed on one device; `packs` and `moment_dtype` in place of its own where given."""
+    """The config of STAGE:PRESET, placed on one device; `packs` and `moment_dtype` replace its own values if given."""
     config = load_config(spec)
     with config.unlocked():
         config.train.mesh = (1, 1, 1, 1)
@@ -66,11 +66,11 @@ def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBa
 
 
 def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
-    """Compile the step of a stage's config and run it `steps` times; the median counts.
+    """Compile the step of a stage's config and run it `steps` times; the result is the median.
 
     Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, model_tflops, loss and device;
-    on a chip whose peak is known (`kangaroo_jax.chips`) also mfu_causal and mfu_full. Logits count for the
-    targets that have weight.
+    on a chip whose peak is known (`kangaroo_jax.chips`) also mfu_causal and mfu_full. Logits are counted for
+    targets with weight.
     """
     batch = full_batch(config)
     flops = step_flops(config, head_tokens=int((batch.weights > 0).sum()))
@@ -134,14 +134,14 @@ def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float
 
 
 def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: int) -> dict[str, float | str]:
-    """Our step and the same model in plain PyTorch in turn, from the same weights on the same batch.
+    """Run our step and the same model in plain PyTorch in turn, from the same weights on the same batch.
 
-    Both take real steps of AdamW with clipping, in float32, with all CPU threads; the first step of each turn is not
-    measured, because it gets the memory back that the other's turn had. Returns the fastest
-    ms_per_step of each (the steps that other work on the machine disturbed least), `ratio` (torch's
-    time / ours: above 1 we are faster), that of the medians, and the losses of the first and last step.
+    Both take real AdamW steps with clipping, in float32, with all CPU threads. The first step of each turn is not
+    measured, because it reclaims the memory of the other's turn. Returns the fastest ms_per_step of each (the steps
+    that other work on the machine disturbed least), `ratio` (torch's time / ours: above 1 we are faster), the ratio
+    of the medians, and the losses of the first and last step.
 
-    Raises UserError where torch or transformers is not installed, or the losses differ by more than 1e-4.
+    Raises UserError if torch or transformers is not installed, or the losses differ by more than 1e-4.
     """
     try:
         from kangaroo_jax.bench.torch_kangaroo import TorchTrainer
@@ -179,25 +179,25 @@ def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: in
 
 
 class JaxTrainer:
-    """The real train step of a config on one batch, again and again."""
+    """Runs the real train step of a config repeatedly on one batch."""
 
     def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
         model = ModelConfig.from_config(config.model)
         binding = abstract_model(model)
         make = lambda: make_state(config, binding.flatten(KangarooModel(model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
-        self.state = jax.jit(make)()  # in one program: what is frozen never exists in float32
+        self.state = jax.jit(make)()  # in one program, so that frozen weights never exist in float32
         self._step = build_step(config, binding, self.state)
         self._batch = jax.device_put(batch)
 
     def step(self) -> float:
-        """One step; returns its loss, for which it waits."""
+        """One step; waits for its loss and returns it."""
         self.state, metrics = self._step(self.state, self._batch)
         jax.block_until_ready(self.state)
         return float(metrics["loss"])
 
 
 def torch_config() -> ConfigDict:
-    """What `train-vs-torch` runs: `base_100m`, float32, all trained; 2 rows of 4 frames at 224 px and 512 tokens."""
+    """The config of `train-vs-torch`: `base_100m`, float32, all trained; 2 rows of 4 frames at 224 px, 512 tokens."""
     config = stage_config("base_100m")
     config.model.update(dtype="float32", scan=False)
     config.data.update(image_size=224, packs_per_batch=2, tokens_per_pack=512, frames_per_pack=4)

@@ -1,4 +1,4 @@
-"""Held-out questions answered by generation, and what share is right."""
+"""Answers held-out questions by generation, and measures the share of right answers."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ class Answers:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Answers":
-        """What `to_json` gave."""
+        """The answers that `to_json` wrote."""
         return cls(tuple(value["records"]))
 
     def share(self, **wanted: str) -> float:
@@ -32,7 +32,7 @@ class Answers:
         return sum(chosen) / max(len(chosen), 1)
 
     def metrics(self) -> dict[str, float]:
-        """Shares of right answers; `open_exact`, `en_mcq` and `zh_mcq` are of the short clips."""
+        """Shares of right answers; `open_exact`, `en_mcq` and `zh_mcq` cover the short clips only."""
         return {
             "image_mcq": self.share(split="image", format="mcq"),
             "short_mcq": self.share(split="short", format="mcq"),

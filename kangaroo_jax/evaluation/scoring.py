@@ -1,7 +1,7 @@
-"""Scoring of generated answers: the letter of a multiple-choice answer, exact match of an open one, and shares.
+"""Scores generated answers: the letter of a multiple-choice answer, exact match of an open one, and shares.
 
-The rules are the usual ones of video benchmarks: the model generates text, the letter is read out of it, and
-an answer without a letter is wrong.
+The rules are those usual in video benchmarks: the model generates text, the letter is extracted from it, and an
+answer without a letter is wrong.
 """
 
 import re
@@ -18,15 +18,15 @@ _STATED = (
 
 
 def extract_letter(text: str, choices: str = "ABCD") -> str:
-    """The option letter that an answer gives, upper case, or "" where it gives none or more than one.
+    """The option letter in an answer, upper case, or "" if there is none or more than one.
 
-    Read in this order; the first rule that finds a letter decides:
+    The first of these rules that finds a letter decides:
 
     1. the answer is the letter, or begins with it and a mark: `B`, `(b)`, `B. blue`, `B、蓝色`, full width too;
     2. the letter follows words like `the answer is`, `option`, `答案是`, `选`; the last such letter counts;
     3. exactly one of the letters stands alone, in upper case, somewhere in the text: `It is red (C)`.
 
-    The article in `A red ring` is no letter. Raises ValueError where `choices` is empty or not of letters.
+    The article in `A red ring` is no letter. Raises ValueError if `choices` is empty or has other characters.
     """
     if not choices.isalpha() or not choices.isascii():
         raise ValueError(f"choices must be letters, not {choices!r}")
@@ -46,8 +46,8 @@ def extract_letter(text: str, choices: str = "ABCD") -> str:
 def normalise(text: str) -> str:
     """Text as `exact_match` compares it.
 
-    Full-width forms become plain ones (NFKC), case is folded, punctuation goes (but a point, comma or minus
-    inside a number stays), and so does a leading `a`, `an` or `the`; spaces become one, and none beside Chinese.
+    Full-width forms become plain ones (NFKC) and case is folded. Punctuation is removed, except a point, comma or
+    minus inside a number, and so is a leading `a`, `an` or `the`. Runs of spaces become one, and none beside Chinese.
     """
     plain = re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold())
     plain = re.sub(r"(?<!\d)[.,]|[.,](?!\d)", " ", plain)  # not inside a number
@@ -83,7 +83,7 @@ def score(records: Sequence[Mapping], predictions: Sequence[str]) -> dict:
     `accuracy` and `chance` from 0 to 1 (chance is 1 / options, 0 for an open question), `count`, and `no_letter`,
     the count of multiple-choice answers from which no letter could be read. An empty list gives accuracy 0.
 
-    Raises ValueError where the two lists differ in length.
+    Raises ValueError if the two lists differ in length.
     """
     if len(records) != len(predictions):
         raise ValueError(f"{len(records)} records but {len(predictions)} predictions")
