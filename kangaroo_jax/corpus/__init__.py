@@ -1,1 +1,1 @@
-"""The small world of the quickstart: scenes, drawings, sentences and damaged clips."""
+"""The quickstart's generated corpus: scenes, drawings, sentences and damaged clips."""

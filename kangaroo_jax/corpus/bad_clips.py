@@ -1,12 +1,12 @@
-"""Raw clips for the quickstart: good ones of its corpus, and bad ones of each kind that curation is to drop.
+"""Raw clips for the quickstart: good clips of its corpus, and bad ones of each kind that curation should drop.
 
     FOLDER/media/text_0.mp4 ...    the bad clips, real files of other sizes than the corpus's own
-    FOLDER/manifest.jsonl          path and caption of every raw clip, good and bad in one order; what `curate` reads
-    FOLDER/planted.json            {path: the rule that should drop it}; nothing of curation reads it
+    FOLDER/manifest.jsonl          path and caption of every raw clip, good and bad mixed; the input of `curate`
+    FOLDER/planted.json            {path: the rule that should drop it}; curation does not read it
 
-Faces are those of photographs that ship in packages (matplotlib's Grace Hopper; scikit-image's astronaut where that is
-installed), stills are parts of scikit-learn's photographs, copies are smaller, coarser and sometimes brighter clips of
-the corpus, and broken files are cut short, overwritten, web pages and empty ones.
+Faces come from photographs in packages (matplotlib's Grace Hopper; scikit-image's astronaut if that is installed).
+Stills are parts of scikit-learn's photographs. Copies are smaller, coarser and sometimes brighter clips of the corpus.
+Broken files are truncated, overwritten, web pages or empty.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from kangaroo_jax.system.files import write_json, write_text
 SIZE = (320, 240)  # pixels of the bad clips, width and height
 FPS = 8
 SECONDS = 4
-COPY_SIDE = 80  # pixels of a copy, which has fewer than its original: that one is kept
+COPY_SIDE = 80  # pixels of a copy: fewer than the original's, so that the original is kept
 _LINES = (
     "Terms and conditions apply to all offers shown",
     "Call now and save up to forty percent today",
@@ -38,12 +38,12 @@ _LINES = (
     "Questions and answers follow after the break",
     "Please read the safety notice on the package",
 )
-ALT_TEXT = "Watch this video now"  # the caption of a bad clip, as pages on the web have them
+ALT_TEXT = "Watch this video now"  # the caption of a bad clip, typical of web pages
 
 
 @dataclasses.dataclass(frozen=True)
 class RawClips:
-    """What was written: the manifest, good clips, and the rule that each bad one should be dropped by."""
+    """The written files: the manifest, good clips, and bad clips with the rule that should drop each."""
 
     manifest: Path
     good: tuple[Path, ...]
@@ -54,10 +54,10 @@ def write_raw_clips(folder: Path, good: Sequence[tuple[Path, Scene]], bad: int, 
     """Write `bad` bad clips and the manifest of all into a folder.
 
     Args:
-        folder: gets the files named at the top of this module.
-        good: clips of the corpus, and what is true of them; copies are made of the first ones.
-        bad: how many bad clips; their kinds take turns.
-        seed: of their pixels and of the order of the manifest.
+        folder: receives the files named at the top of this module.
+        good: clips of the corpus and their scenes; copies are made of the first ones.
+        bad: the number of bad clips; their kinds take turns.
+        seed: determines their pixels and the order of the manifest.
     """
     (folder / "media").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed}/raw")
@@ -108,7 +108,7 @@ def _write_still(path: Path, number: int, clips: Sequence[Path], rng: random.Ran
 
     images = load_sample_images().images
     picture = _crop(images[number % len(images)], rng.uniform(0.5, 0.9), rng)
-    write_clip(path, [picture] * (FPS * SECONDS), FPS, crf=12)  # a coarser coder sharpens a still by and by
+    write_clip(path, [picture] * (FPS * SECONDS), FPS, crf=12)  # a coarser encoding sharpens a still over time
 
 
 def _write_faces(path: Path, number: int, clips: Sequence[Path], rng: random.Random) -> None:
@@ -135,7 +135,7 @@ def _write_copy(path: Path, number: int, clips: Sequence[Path], rng: random.Rand
 
 
 def _write_broken(path: Path, number: int, clips: Sequence[Path], rng: random.Random) -> None:
-    """A clip cut short, one whose pictures are overwritten, a web page, and nothing, in turn."""
+    """A truncated clip, one with overwritten pictures, a web page, and an empty file, in turn."""
     data = bytearray(clips[number % len(clips)].read_bytes())
     pictures = data.index(b"mdat") + 4
     page = b"<!doctype html><title>404</title><p>This video is no longer available.</p>"
@@ -143,7 +143,7 @@ def _write_broken(path: Path, number: int, clips: Sequence[Path], rng: random.Ra
     path.write_bytes((data[: len(data) * 2 // 5], noise, page, b"")[number % 4])
 
 
-# In the order in which they take turns: the rule that drops each, and what writes it.
+# Kinds in the order in which they take turns: the rule that should drop each, and its writer.
 KINDS: dict[str, tuple[str, Callable[[Path, int, Sequence[Path], random.Random], None]]] = {
     "text": ("text", _write_text_heavy),
     "still": ("motion", _write_still),
@@ -166,7 +166,7 @@ def read_clip(path: Path) -> tuple[list[np.ndarray], int]:
 
 
 def _crop(picture: np.ndarray, share: float, rng: random.Random) -> np.ndarray:
-    """A part of a picture of the size of the bad clips, which is `share` of its width."""
+    """A random part of a picture, `share` of its width, resized to the size of the bad clips."""
     height, width = picture.shape[:2]
     wide = width * share
     high = wide * SIZE[1] / SIZE[0]
@@ -177,7 +177,7 @@ def _crop(picture: np.ndarray, share: float, rng: random.Random) -> np.ndarray:
 
 @functools.cache
 def _portraits() -> list[tuple[np.ndarray, tuple[int, int, int, int]]]:
-    """Photographs of people in installed packages, and where their faces are (left, top, right, bottom)."""
+    """Photographs of people in installed packages, and the boxes of their faces (left, top, right, bottom)."""
     places = (
         ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", (161, 124, 362, 333)),
         ("skimage", "data/astronaut.png", (180, 70, 270, 195)),

@@ -27,7 +27,7 @@ DRIFT_SIZE, DRIFT_LEVEL = 10, 70  # the dim square that wanders through some lon
 
 @functools.cache
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's scans: ink float32[n, 8, 8] from 0 to 1, and the digit int[n] that each one is."""
+    """Scikit-learn's scans: ink float32[n, 8, 8] from 0 to 1, and the digits int[n] that they show."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -35,7 +35,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_scans(held_share: float = 0.2) -> dict[str, dict[str, list[int]]]:
-    """Numbers of the scans of each digit, for "train" and "eval": every fifth scan of a digit is held out."""
+    """Indices of the scans of each digit, for "train" and "eval": every fifth scan of a digit is held out."""
     _, target = load_scans()
     every = round(1 / held_share)
     split: dict[str, dict[str, list[int]]] = {"train": {}, "eval": {}}
@@ -47,13 +47,13 @@ def split_scans(held_share: float = 0.2) -> dict[str, dict[str, list[int]]]:
 
 
 def _enlarge(centre: np.ndarray | float, size: float, cells: int = 8) -> np.ndarray:
-    """Bilinear weights float32[..., CANVAS, cells] that lay `cells` samples over `size` pixels around `centre`[...]."""
+    """Bilinear weights float32[..., CANVAS, cells] that spread `cells` samples over `size` pixels at `centre`[...]."""
     pixels = (np.arange(CANVAS) + 0.5 - np.asarray(centre)[..., None]) / size * cells + cells / 2 - 0.5
     return np.clip(1 - np.abs(pixels[..., None] - np.arange(cells)), 0, 1).astype(np.float32)
 
 
 def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape's outline, negative inside, where the shape spans -1 to 1."""
+    """Signed distance to the outline of a shape that spans -1 to 1; negative inside."""
     if name == "circle":
         return np.hypot(x, y) - 0.95
     if name == "ring":
@@ -70,16 +70,16 @@ def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a thing of one scene differs from others of its name and colour; it keeps its look for the whole scene."""
+    """The individual look of a thing, which it keeps for the whole scene."""
 
     rgb: np.ndarray  # float32[3]
-    stretch: tuple[float, float]  # of its width and height
-    turn: float  # of shapes, in radians; of digits, the slant (pixels right for a pixel up)
+    stretch: tuple[float, float]  # factors of width and height
+    turn: float  # a shape's rotation in radians; a digit's slant (pixels right for a pixel up)
     ink: float  # exponent of a digit's ink: below 1 is a broad pen, above 1 a fine one
 
     @classmethod
     def random(cls, thing: Thing, rng: np.random.Generator) -> "Look":
-        """A darker or paler shade of the colour, a little stretched and turned, by another pen."""
+        """A random look: a darker or paler shade of the colour, slightly stretched and turned, another pen."""
         shade, pale = rng.uniform(0.65, 1.0), rng.uniform(0, 40)
         rgb = np.array(RGB[thing.colour], np.float32) * np.float32(shade)
         stretch = (rng.uniform(0.85, 1.1), rng.uniform(0.85, 1.1))
@@ -87,11 +87,11 @@ class Look:
 
 
 def _alpha(event: Event, x: float, y: float, look: Look) -> np.ndarray:
-    """How much of each pixel the thing covers, float32[CANVAS, CANVAS], centred on pixel (x, y)."""
+    """The coverage of each pixel by the thing, float32[CANVAS, CANVAS], centred on pixel (x, y)."""
     wide, high = (event.size * s for s in look.stretch)
     if event.thing.scan >= 0:
         scan = load_scans()[0][event.thing.scan] ** np.float32(look.ink)
-        rows = (np.arange(8) - 3.5) * high / 8  # of the scan, in pixels below its middle
+        rows = (np.arange(8) - 3.5) * high / 8  # rows of the scan, in pixels below its middle
         lines = np.einsum("rc,rxc->rx", scan, _enlarge(x - rows * look.turn, wide))
         return _enlarge(y, high) @ lines
     pixels = np.arange(CANVAS, dtype=np.float32) + 0.5
@@ -102,7 +102,7 @@ def _alpha(event: Event, x: float, y: float, look: Look) -> np.ndarray:
 
 
 class Painter:
-    """Frames of one scene. A frame that equals the last one is not drawn again."""
+    """Draws frames of one scene. A frame that equals the last one is not drawn again."""
 
     def __init__(self, scene: Scene):
         self.scene = scene
@@ -114,7 +114,7 @@ class Painter:
         self._frame = np.zeros(0, np.uint8)
 
     def frame(self, seconds: float) -> np.ndarray:
-        """uint8[CANVAS, CANVAS, 3] at a time in seconds (an image has only time 0)."""
+        """The frame uint8[CANVAS, CANVAS, 3] at a time in seconds (an image has only time 0)."""
         places = [(event, *event.at(seconds)) for event in self.scene.seen(seconds)]
         drift = self._drift(seconds)
         if (places, drift) == self._key:

@@ -26,8 +26,8 @@ def record_of(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> 
 def evaluation_records(scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int) -> list[dict]:
     """Questions on held-out media: kinds take turns, letters are balanced, each is asked in both languages.
 
-    The two languages of a question have the same options in the same order. Questions on one medium stand
-    together, so that its vision tokens can be shared.
+    A question has the same options in the same order in both languages. Questions on one medium are adjacent, so that
+    its vision tokens can be shared.
     """
     rng = random.Random(f"{seed}/{folder}/evaluation")
     chosen: list[tuple[int, Fact, str, str]] = []
@@ -47,7 +47,7 @@ def evaluation_records(scenes: Sequence[Scene], folder: str, counts: tuple[int, 
 
 
 def _by_turns(scenes: Sequence[Scene], rng: random.Random) -> Iterator[tuple[int, Fact]]:
-    """(number of the scene, fact), each once, in random order but one of every kind in turn."""
+    """(number of the scene, fact), each once, in random order, with the kinds taking turns."""
     by_kind: dict[str, list[tuple[int, Fact]]] = {}
     for number, scene in enumerate(scenes):
         for fact in facts(scene):

@@ -1,11 +1,11 @@
-"""What happens in a generated image or video, before anything is drawn or written about it.
+"""The content of generated images and videos, before anything is drawn or written about it.
 
-A `Scene` is plain data: things, when and where they are seen. Pixels (`corpus_draw`) and words
-(`corpus_text`) are both functions of it. Coordinates are pixels of the 96 x 96 canvas, times are seconds.
+A `Scene` is plain data: things, and when and where they are visible. Pixels (`draw`) and words (`text`) are both
+functions of it. Coordinates are pixels of the 96 x 96 canvas, times are seconds.
 
-Held out from training: scans of handwritten digits (the caller passes disjoint pools), one colour of every
-thing, and one direction of motion of every thing. In evaluation every digit is a held-out scan, and half of
-the things have their held-out colour.
+Held out from training are scans of handwritten digits (the caller passes disjoint pools), one colour of every thing,
+and one direction of motion of every thing. In evaluation every digit is a held-out scan, and half of the things have
+their held-out colour.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 CANVAS = 96
 COLOURS = ("red", "green", "blue", "yellow", "white", "purple")
-DIGITS = tuple("0234567")  # at 8 x 8 pixels, scans of 1, 8 and 9 look too much like each other and like 5 and 7
+DIGITS = tuple("0234567")  # 8 x 8 scans of 1, 8 and 9 look too much like each other and like 5 and 7
 SHAPES = ("circle", "triangle", "cross", "ring", "bar")
 THINGS = DIGITS + SHAPES
 DIRECTIONS = ("left", "right", "up", "down")
@@ -22,7 +22,7 @@ PLACES = ("left", "right", "top", "bottom")
 SHORT_SECONDS = (2, 4, 6, 8, 10, 12, 14, 16)
 LONG_SECONDS = (70, 90, 110, 130, 150)
 MARK = 10  # things of a long video are on screen around a multiple of this many seconds
-HELD_SHARE = 0.5  # of the things of evaluation scenes that have their held-out colour, and of the moves
+HELD_SHARE = 0.5  # share of things in evaluation scenes with their held-out colour, and of held-out moves
 SPLITS = ("train", "eval", "any")
 
 
@@ -37,7 +37,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A thing on screen from `start` to `end` seconds, going straight from (x0, y0) to (x1, y1), centre to centre."""
+    """A thing on screen from `start` to `end` seconds; its centre moves in a line from (x0, y0) to (x1, y1)."""
 
     thing: Thing
     start: float
@@ -79,7 +79,7 @@ class Scene:
 
 
 def held_colour(name: str) -> str:
-    """The colour in which a thing is never trained on."""
+    """The colour that a thing never has in training."""
     return COLOURS[-THINGS.index(name) % len(COLOURS)]
 
 
@@ -89,16 +89,16 @@ def held_direction(name: str) -> str:
 
 
 def has_held_combination(scene: Scene) -> bool:
-    """Whether a scene shows a thing in a colour, or moving in a direction, that training never shows it in."""
+    """Whether a scene shows a thing in a colour, or in a direction of motion, that it never has in training."""
     names = [event.thing.name for event in scene.events]
     coloured = any(event.thing.colour == held_colour(event.thing.name) for event in scene.events)
     return coloured or (scene.kind == "move" and scene.direction == held_direction(names[0]))
 
 
 class SceneMaker:
-    """Makes random scenes of one split; "any" holds nothing out and favours nothing.
+    """Makes random scenes of one split; the split "any" holds nothing out and favours nothing.
 
-    `scans` maps each digit to the numbers of the scans that this split may use; `rng` decides everything.
+    `scans` maps each digit to the indices of the scans that this split may use; all randomness comes from `rng`.
     """
 
     def __init__(self, split: str, scans: Mapping[str, Sequence[int]], rng: random.Random):
@@ -107,7 +107,7 @@ class SceneMaker:
         self.split, self.scans, self.rng = split, scans, rng
 
     def make(self, kind: str) -> Scene:
-        """A random scene of a kind; `image` and `image_aside`, `image_count` are stills of 0 seconds."""
+        """A random scene of a kind; `image`, `image_aside` and `image_count` are stills of 0 seconds."""
         maker: dict[str, Callable[[], Scene]] = {
             "image": lambda: self._still(0),
             "image_aside": self._aside,
@@ -150,7 +150,7 @@ class SceneMaker:
         return Event(thing, start, end, x, y, x, y, self.rng.uniform(62, 70))
 
     def _cuts(self, seconds: int, parts: int) -> list[int]:
-        """Where a clip's parts begin and the last ends: whole seconds, even ones from 8 seconds up."""
+        """The times at which a clip's parts begin and the last ends: whole seconds, even ones from 8 seconds up."""
         step = 2 if seconds >= 8 else 1
         shift = step * self.rng.randint(-(seconds // 16), seconds // 16)
         return [0, *(step * round(seconds * i / parts / step) + shift for i in range(1, parts)), seconds]
@@ -159,7 +159,7 @@ class SceneMaker:
         return self._scene("still", seconds, [self._event(self.thing(), 0, seconds)])
 
     def _aside(self) -> Scene:
-        """An image whose thing is where a moving one begins or ends."""
+        """An image with a thing at a position where a moving one begins or ends."""
         thing, place = self.thing(), self.rng.choice(PLACES)
         near, far, across = self.rng.uniform(22, 27), self.rng.uniform(69, 74), CANVAS / 2 + self.rng.uniform(-6, 6)
         along = near if place in ("left", "top") else far
@@ -167,7 +167,7 @@ class SceneMaker:
         return self._scene("aside", 0, [Event(thing, 0, 0, x, y, x, y, self.rng.uniform(48, 54))], direction=place)
 
     def _count(self, seconds: int) -> Scene:
-        """One to four alike, each in a quarter of its own."""
+        """One to four equal things, each in its own quarter."""
         thing, size = self.thing(digits=0), self.rng.uniform(30, 36)  # digits would be too small to read
         quarters = self.rng.sample(range(4), self.rng.randint(1, 4))
         events = []

@@ -1,8 +1,7 @@
 """Words about scenes of the generated corpus: captions, questions, and written notes, in English and Chinese.
 
-Phrases are few and fixed, because a decoder of a million weights must learn them in minutes. A *note* is a
-scene written out moment by moment, in the order in which the tokens of its video would come; in the text
-warm-up it stands where the video will stand later.
+Phrases are few and fixed, because a decoder of a million weights must learn them in minutes. A *note* is a scene
+written out moment by moment, in the order of its video's tokens; in the text warm-up it takes the place of the video.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ CHINESE = {
     **dict(appears="出现", disappears="消失", moves="移动"),
 }
 
-# Chinese phrases are cut into words by "|", which is for the tokenizer and never shown.
+# "|" cuts Chinese phrases into words for the tokenizer; it is never shown.
 _QUESTIONS = {
     "what": ("What is it?", "这|是|什么|？"),
     "colour": ("What colour is it?", "它|是|什么|颜色|？"),
@@ -69,11 +68,10 @@ def chinese_words() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something true of a scene that can be asked.
+    """A fact about a scene that can be asked.
 
-    `kind` is what results are counted by, `question` the key of the wording, `about` what it asks of,
-    `answer` and `others` (at least three wrong answers, the first ones preferred) are words in English or
-    whole seconds.
+    Results are counted by `kind`; `question` is the key of the wording, `about` its subject. `answer` and `others`
+    (at least three wrong answers, the first ones preferred) are words in English or whole seconds.
     """
 
     kind: str
@@ -96,12 +94,12 @@ class Question:
 
     @property
     def told(self) -> str:
-        """What an assistant says: the words, and behind them the letter of the option."""
+        """The assistant's answer: the words, followed by the letter of the option."""
         return _chosen(self.options[LETTERS.index(self.answer)], self.answer) if self.options else self.answer
 
 
 def word(key: str | int, language: str) -> str:
-    """A word of the corpus in a language; a whole number is a length in seconds."""
+    """A word of the corpus in a language; a whole number is a number of seconds."""
     if isinstance(key, int):
         return str(key)
     return key if language == "en" else CHINESE.get(key, key)
@@ -125,7 +123,7 @@ def _fact(
 
 
 def _duration(scene: Scene) -> Fact:
-    """Options of a length are far apart: at least 4 seconds for short videos, 20 for long ones."""
+    """The scene's duration, with options at least 4 seconds apart for short videos, 20 for long ones."""
     short = [s for s in SHORT_SECONDS if (s - scene.seconds) % 4 == 0]
     return _fact("duration", scene.seconds, LONG_SECONDS if scene.kind == "long" else short)
 
@@ -182,19 +180,19 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
-# The share of them that is put: these are learnt from few.
+# The share of these questions that is asked: they are learnt from few examples.
 EASY = dict(duration=0.35, what=0.8, colour=0.5, first=0.75, last=0.75, first_colour=0.4, last_colour=0.4)
 
 
 def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
-    """Up to `count` different facts, in random order; of short scenes the easy ones, which all have, less often."""
+    """Up to `count` different facts, in random order; the easy ones, which all short scenes have, are rarer."""
     found, easy = facts(scene), {} if scene.kind == "long" else EASY
     rng.shuffle(found)
     return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
 
 
 def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
-    """Put a fact as a multiple-choice question whose answer is `letter` (one of "ABCD", "?" for any), else open."""
+    """Ask a fact by multiple choice with the answer `letter` (one of "ABCD", "?" for any), or openly for ""."""
     about = str(fact.about) if isinstance(fact.about, int) else word(fact.about, language)
     text = QUESTIONS[fact.question][LANGUAGES.index(language)].format(about)
     if not letter:
@@ -211,25 +209,25 @@ def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Ques
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 SECONDS = (*SHORT_SECONDS, *LONG_SECONDS)
-# Of one sort, as in questions, or of all sorts, which makes any word found, not these words.
+# Pools of one sort each, as in questions, and one of all sorts, which teaches finding any word, not certain words.
 SORTS: tuple[Sequence[str | int], ...] = (THINGS, COLOURS, DIRECTIONS, PLACES, COUNTS, SECONDS)
 WORDS = (*SORTS, tuple({str(key): key for sort in SORTS for key in sort}.values()))
 
 
 def _chosen(option: str, letter: str) -> str:
-    """An option said in full. The words come first: the letter is then only looked up."""
+    """An option in full. The words come first, so that the letter is only looked up."""
     return f"{option} {letter}"
 
 
 def drill(
     language: str, rng: random.Random, pool: Sequence[str | int] = (), options: int = 4, every: bool = False
 ) -> Turn:
-    """(question, answer) on nothing but options: `Which is red?` with 2 to 4 of them -> `red B`.
+    """(question, answer) about options alone: `Which is red?` with 2 to 4 of them -> `red B`.
 
-    With `every` one of them after the other, in any order: `Name them.` -> `red B. 7 D. blue A. ring C`.
+    With `every`, all of them in random order: `Name them.` -> `red B. 7 D. blue A. ring C`.
 
-    Teaches the bond of a letter and its option, which a tiny decoder takes very long to find in scenes. `pool` is
-    by default one of WORDS.
+    Drills teach the link between a letter and its option, which a tiny decoder takes very long to learn from scenes.
+    `pool` is by default one of WORDS.
     """
     pool = pool or rng.choices(WORDS, weights=(4, 3, 1, 1, 1, 2, 4))[0]
     keys = rng.sample(list(pool), min(options, len(pool)))
@@ -259,7 +257,7 @@ def _named(event: Event, language: str, article: bool = True) -> str:
 
 
 def _counted(scene: Scene, language: str, plural: bool = True) -> str:
-    """Several things alike: `three red circles`."""
+    """Several equal things: `three red circles`."""
     event, count = scene.events[0], word(COUNTS[len(scene.events) - 1], language)
     name = _named(event, language, article=False)
     if language == "zh":
@@ -269,7 +267,7 @@ def _counted(scene: Scene, language: str, plural: bool = True) -> str:
 
 
 def caption(scene: Scene, language: str) -> str:
-    """One sentence on what is seen or happens, with no times."""
+    """One sentence on what is visible or happens, without times."""
     first, last = scene.events[0], scene.events[-1]
     en = language == "en"
     if scene.kind == "count":
@@ -291,9 +289,9 @@ def caption(scene: Scene, language: str) -> str:
 
 
 def dense_caption(scene: Scene, language: str) -> str:
-    """What is seen from which second on, and the length: `0s: red 7. 4s: blue circle. 8s: end.`
+    """What is visible from which second on, and the length: `0s: red 7. 4s: blue circle. 8s: end.`
 
-    Of a long video the marks: `40s: red 7. 90s: blue ring. 110s: end.`
+    A long video has its marks: `40s: red 7. 90s: blue ring. 110s: end.`
     """
     en = language == "en"
     comma = ", " if en else "，"
@@ -318,7 +316,7 @@ def dense_caption(scene: Scene, language: str) -> str:
 
 
 def describe(scene: Scene, language: str, dense: bool) -> Turn:
-    """A request for a description and the description; `dense` is the one with times."""
+    """A request for a description and the description; with `dense` it has times."""
     request = "dense" if dense else "video" if scene.seconds else "image"
     told = dense_caption(scene, language) if dense else caption(scene, language)
     return REQUESTS[request][LANGUAGES.index(language)], told
@@ -328,7 +326,7 @@ def describe(scene: Scene, language: str, dense: bool) -> Turn:
 
 
 def place(event: Event, seconds: float, language: str) -> tuple[str, ...]:
-    """Where a thing is at a time: none of the words for the middle, else its row, its column or both."""
+    """A thing's place at a time, as words: none for the middle, else its row, its column or both."""
     x, y = event.at(seconds)
     column = ("left", "", "right")[min(int(3 * x / CANVAS), 2)]
     row = ("top", "", "bottom")[min(int(3 * y / CANVAS), 2)]
@@ -336,7 +334,7 @@ def place(event: Event, seconds: float, language: str) -> tuple[str, ...]:
 
 
 def moments(scene: Scene) -> list[int]:
-    """The whole seconds of a note: the middle of every part, both ends of a motion, marks of a long video."""
+    """The whole seconds that a note covers: the middle of every part, both ends of a motion, marks of a long video."""
     if not scene.seconds:
         return [0]
     if scene.kind == "long":

@@ -1,10 +1,9 @@
-"""Lessons of the text warm-up, from simple to hard: stands in for the pretraining of a decoder of a million weights.
+"""Lessons of the text warm-up, from simple to hard: they replace the pretraining of a decoder of a million weights.
 
-Two skills must meet before a video can be asked about by multiple choice: to read an answer off what was told, and
-the bond of a letter and its option. A decoder of this size hardly ever finds the second in scenes from the start. It
-finds both in minutes where few words come first (six colours, two options, one language) and the two skills are
-taught side by side; then come more options, all words, the other language, longer notes, and questions on notes by
-multiple choice.
+Multiple choice on a video needs two skills: finding the answer in the given content, and the link between a letter and
+its option. A decoder of this size hardly ever learns the second from scenes at the start. It learns both in minutes if
+few words come first (six colours, two options, one language) and both skills are taught side by side. Then come more
+options, all words, the other language, longer notes, and multiple choice on notes.
 """
 
 import dataclasses
@@ -23,9 +22,9 @@ EN, ZH = ("en",), ("zh",)
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-    """Questions on nothing but 2 to 4 options, of the words of `pool` (none: of any sort).
+    """Questions on 2 to 4 options alone, with words from `pool` (empty: words of any sort).
 
-    A share `every` asks for all of them (`Name them.`), the others for one (`Which is red?`).
+    A share `every` of them asks for all options (`Name them.`), the others for one (`Which is red?`).
     """
 
     options: tuple[int, ...] = (2, 3, 4, 4)
@@ -42,7 +41,7 @@ class Drill:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """A scene written out, and up to `rounds` questions on it, a share of them `multiple_choice`.
+    """A scene written out, and up to `rounds` questions on it, of which a share `multiple_choice` has options.
 
     `scenes` are kinds and weights; None means all: images, short clips and long videos. With `describe` a share
     of the conversations also has a description.
@@ -71,7 +70,7 @@ class Note:
 
 
 Mix = tuple[tuple[float, Drill | Note], ...]
-# (records at scale 1, what they are drawn from and with which weight)
+# (records at scale 1, the sources that they are drawn from with weights)
 LESSONS: tuple[tuple[int, Mix], ...] = (
     (2_500, ((1, Drill((2,), COLOURS, EN)),)),
     (4_000, ((1, Drill((2, 3, 4, 4), COLOURS, EN)),)),
