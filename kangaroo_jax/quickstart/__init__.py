@@ -1,1 +1,1 @@
-"""`kangaroo quickstart`: a small world, a small model trained on it, and a report."""
+"""`kangaroo quickstart`: a generated corpus, a small model trained on it, and a report."""

@@ -1,4 +1,4 @@
-"""`kangaroo quickstart --ablate`: the same road without one part of the design at a time.
+"""`kangaroo quickstart --ablate`: the same run without one part of the design at a time.
 
 Each variant starts from the last checkpoint that it shares with the complete run, trains the same number of
 steps, and answers the same held-out questions.
@@ -21,16 +21,16 @@ from kangaroo_jax.training.loop import Tell, train
 from kangaroo_jax.training.metrics import read_metrics
 
 PRESET = "tiny"
-PACKING_STEPS = 30  # of each side of the packing comparison
+PACKING_STEPS = 30  # steps of each side of the packing comparison
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A run without one part: the stages it trains anew, what it starts from, and what it changes."""
+    """A run without one part: the stages that it trains again, its starting point, and its change to the config."""
 
     name: str
     stages: tuple[str, ...]
-    start: str  # folder of the complete run
+    start: str  # a stage's folder in the complete run
     change: Callable[[ConfigDict], None]
 
 
@@ -40,16 +40,16 @@ def without_times(config: ConfigDict) -> None:
 
 
 def without_patchify(config: ConfigDict) -> None:
-    """Every patch of every frame is a token; as many frames as then fit the same pack."""
+    """No patchify: every patch of every frame is a token, with as many frames as then fit the same pack."""
     config.model.patchify.enabled = False
     grid_tokens = tokens_per_group(ModelConfig.from_config(config.model), config.data.image_size) + 1
-    room = (config.data.tokens_per_pack - 200) // grid_tokens // 2 * 2  # 200 tokens stay for the text
+    room = (config.data.tokens_per_pack - 200) // grid_tokens // 2 * 2  # 200 tokens are left for the text
     for key in ("min_frames", "max_frames", "long_min_frames", "long_max_frames", "frames_per_pack"):
         config.data[key] = min(config.data[key], room)
 
 
 def without_curriculum(config: ConfigDict) -> None:
-    """The data and shapes of the last stage from the start, everything training."""
+    """No curriculum: the data and shapes of the last stage from the start, with all weights training."""
     config.optimizer.trainable = ((".*", 1.0),)
 
 
@@ -65,8 +65,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train and evaluate every variant of the finished quickstart in `workdir`; rows for the table of the report.
 
-    `data` is the folder of stage files that the complete run read. A row has `name`, `steps` and `metrics`; that of
-    packing has samples and steps a minute. Variants that are done are not run again.
+    `data` is the folder of stage files that the complete run read. A row has `name`, `steps` and `metrics`; the rows
+    on packing have samples and steps a minute. Finished variants are not run again.
     """
     rows = [row("complete", workdir / STAGES[-1], steps_of(workdir, STAGES))]
     for variant in VARIANTS:
@@ -104,7 +104,7 @@ def steps_of(workdir: Path, stages: Sequence[str]) -> int:
 
 
 def row(name: str, stage: Path, steps: int) -> dict[str, Any]:
-    """A line of the table; `time_questions` is the share right of what asks for a time."""
+    """A line of the table; `time_questions` is the share of right answers to questions about times."""
     answers = Answers.from_json(json.loads((stage / "eval.json").read_text(encoding="utf-8")))
     timed = [r["correct"] for r in answers.records if r["question_kind"] in ("duration", "second_t")]
     metrics = {key: round(answers.metrics()[key], 4) for key in ("short_mcq", "long_mcq", "open_exact")}
@@ -113,7 +113,7 @@ def row(name: str, stage: Path, steps: int) -> dict[str, Any]:
 
 
 def packing_rows(workdir: Path, data: Path, tokenizer: Path, tell: Tell) -> list[dict[str, Any]]:
-    """Samples and steps a minute of stage 4 with and without packing, by the log of a few steps each."""
+    """Samples and steps a minute of stage 4 with and without packing, from the logs of a few steps each."""
     rows = []
     for name, bins in (("with packing", None), ("without packing", 0)):
         folder = workdir / "ablations" / name.replace(" ", "_")

@@ -1,8 +1,8 @@
-"""Curation in the quickstart: raw clips are scored and chosen, and training reads only what was kept.
+"""Curation in the quickstart: raw clips are scored and chosen, and training reads only the kept ones.
 
-A part of the corpus's short clips and bad clips planted among them (`corpus_raw`) go through the real `kangaroo
-curate`: all stages, thresholds and the search for duplicates. What it drops, training does not read. The planted ones
-are known, so its verdicts can be counted.
+Some of the corpus's short clips, with bad clips planted among them (`corpus.bad_clips`), go through the real `kangaroo
+curate`: all stages, thresholds and the search for duplicates. Training does not read what it drops. The planted clips
+are known, so that its verdicts can be checked.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from kangaroo_jax.training.loop import Tell
 GOOD, BAD = 100, 25  # raw clips at scale 1
 NEEDS = ("cv2", "scenedetect", "rapidocr", "onnxruntime", "sklearn")
 RULES = ("text", "motion", "face", "duplicate", "broken")  # in the order of the report
-SHOWN = 2  # pictures of each
+SHOWN = 2  # pictures of each rule in the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Curated:
-    """What curation decided about raw clips. Paths are relative to `folder`."""
+    """Curation's verdicts about raw clips. Paths are relative to `folder`."""
 
-    folder: Path  # scored/ is what `kangaroo curate` wrote; its report.html shows every score
+    folder: Path  # in it, scored/ is the output of `kangaroo curate`; its report.html shows every score
     kept: tuple[str, ...]
     dropped: dict[str, str]  # path: the rule
     planted: dict[str, str]  # path: the rule that should drop it
@@ -44,7 +44,7 @@ class Curated:
 
     @property
     def wrong(self) -> dict[str, tuple[str, str]]:
-        """Clips that were judged in another way than planted: path: (the rule expected, the rule), "" for kept."""
+        """Clips with an unexpected verdict: path -> (the expected rule, the rule), "" for kept."""
         paths = sorted({*self.planted, *self.dropped})
         pairs = {path: (self.planted.get(path, ""), self.dropped.get(path, "")) for path in paths}
         return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
@@ -60,10 +60,10 @@ def missing() -> list[str]:
 def curate_corpus(
     corpus: Corpus, folder: Path, *, seed: int = 0, scale: float = 1.0, tell: Tell = print
 ) -> Curated | None:
-    """Plant bad clips among some of the corpus's, curate them, and say how many verdicts are as planted.
+    """Plant bad clips among some of the corpus's, curate them, and print how many verdicts are as expected.
 
-    Returns None, after a line that says so, where the extra `curation` is not installed. A folder in which this is
-    done already is read.
+    If the extra `curation` is not installed, it prints a line and returns None. If the folder has a finished result,
+    that is read.
     """
     if lacks := missing():
         tell(f"raw clips are not curated: {', '.join(lacks)} missing; {install_line('curation')}")
@@ -89,10 +89,10 @@ def curate_corpus(
 
 
 def training_data(corpus: Corpus, curated: Curated | None) -> Path:
-    """The folder of stage0.jsonl ... stage5.jsonl that training reads: nothing in them is about a dropped clip.
+    """The folder of stage0.jsonl ... stage5.jsonl for training, without records about dropped clips.
 
-    Each planted clip comes with a caption that stage 2 would read, had curation kept it. Where all verdicts are as
-    planted, what is left is the corpus, and that is its folder.
+    Each planted clip has a caption, which stage 2 would read if curation kept the clip. If all verdicts are as
+    expected, the rest is the corpus itself, and its folder is returned.
     """
     if curated is None or not curated.wrong:
         return corpus.folder
@@ -110,7 +110,7 @@ def training_data(corpus: Corpus, curated: Curated | None) -> Path:
 
 
 def _placed(record: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """A record of the corpus with the whole path of its medium."""
+    """A record of the corpus with the absolute path of its medium."""
     places = {key: str((corpus.folder / record[key]).resolve()) for key in ("video", "image") if key in record}
     return record | places
 
@@ -123,7 +123,7 @@ def _captioned(medium: str) -> dict[str, Any]:
 
 
 def _good_clips(corpus: Corpus, seed: int, scale: float) -> list[tuple[Path, Any]]:
-    """Short clips of the corpus in which something happens (others would be dropped as still), by the seed."""
+    """Short clips of the corpus in which something happens (others would be dropped as still), chosen by the seed."""
     scenes = {name: scene for name, scene in scenes_of(corpus.folder).items() if name.startswith("media/short/")}
     names = sorted(name for name, scene in scenes.items() if scene.kind not in ("still", "count"))
     chosen = random.Random(f"{seed}/good").sample(names, min(max(round(GOOD * scale), 10), len(names)))
@@ -131,19 +131,19 @@ def _good_clips(corpus: Corpus, seed: int, scale: float) -> list[tuple[Path, Any
 
 
 def settings() -> ConfigDict:
-    """The config of `kangaroo curate` for clips of 96 pixels at 4 frames a second, on flat grounds."""
+    """The config of `kangaroo curate` for clips of 96 pixels at 4 frames a second with flat backgrounds."""
     config = load_config("curation").unlock()
     config.face.update(width=160, height=96)
-    # A thing comes or goes now and then, in the second after a frame; nothing else moves, and nothing is a cut.
+    # Clips have no cuts; often the only motion is a thing that appears or disappears, so pairs are a second apart.
     config.cuts.threshold = 255.0
     config.motion.update(places=16, pairs=1, gap_seconds=1.0, quantile=1.0)
-    # Flat grounds look alike, left is not right, and an empty picture is not a full one: more rows are compared, noise
-    # is passed over, and four of five key frames, taken at the same times of all, must be alike.
+    # Flat backgrounds look alike, mirror images differ, and an empty picture is not a full one. So hashes have more
+    # rows and ignore noise, and four of five key frames, taken at the same times in all clips, must be alike.
     config.keyframes.candidates = 1
     config.fingerprint.update(grid=16, min_step=2, trim_bars=False)
     config.select.update(duplicate_bits=1.8, duplicate_share=0.75, duplicate_mirror=False, duplicate_flat=False)
     config.select.duplicate_seconds = 0.5
-    # Digits are read as text, and are large here.
+    # Digits count as text, and they are large here.
     config.select.update(max_text=0.5, min_short_side=64, min_seconds=1.5)
     config.caption_language.enabled = False
     return config
@@ -153,14 +153,14 @@ def _curate(raw: RawClips, root: Path) -> tuple[list[str], dict[str, str]]:
     """Run `kangaroo curate`; returns the paths that it keeps, and the rule for each that it drops."""
     from kangaroo_jax.curation.curate import Options, curate
 
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress; this part has a line of its own
+    with contextlib.redirect_stdout(io.StringIO()):  # hides its progress lines; this part prints its own
         curate(Options(str(root), (str(raw.manifest),)), settings())
     kept = [entry["media"] for entry in read_records(root / "selected.jsonl")]
     return kept, {entry["media"]: entry["rule"] for entry in read_records(root / "dropped.jsonl")}
 
 
 def report_section(curated: Curated) -> str:
-    """A section of the quickstart's report (HTML): the funnel, and pictures of clips that were dropped."""
+    """A section of the quickstart's report (HTML): the funnel, and pictures of dropped clips."""
     from kangaroo_jax.curation.engine.shards import all_scores
     from kangaroo_jax.curation.report import funnel_bars, gallery
 

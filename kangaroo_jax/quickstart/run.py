@@ -1,4 +1,4 @@
-"""`kangaroo quickstart`: from nothing to a small Kangaroo that answers questions about videos it has never seen.
+"""`kangaroo quickstart`: trains a small Kangaroo from nothing, until it answers questions about unseen videos.
 
     corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat
     -> export compared with PyTorch -> report.html, results.json
@@ -40,20 +40,20 @@ from kangaroo_jax.training.loop import Tell
 WARMUP = "stage0_text_warmup"
 STAGES = (WARMUP, *OF_THE_PAPER)
 PRESET = "tiny"
-TORCH_QUESTIONS = 100  # that the exported model answers in PyTorch
+TORCH_QUESTIONS = 100  # questions that the exported model answers in PyTorch
 
 
 class Clock:
-    """Seconds of each part of the work, added up over restarts, in `seconds.json`."""
+    """Seconds of each part of the run, added up over restarts, in `seconds.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what an earlier run wrote to `path`."""
+        """Read the seconds that an earlier run wrote to `path`."""
         self._path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the time inside to part `name`, also when it is cut short by an exception."""
+        """Add the time spent inside to part `name`, even if an exception ends it."""
         start = time.perf_counter()
         try:
             yield
@@ -67,19 +67,19 @@ class Clock:
 
 
 def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool = False, tell: Tell = print) -> dict:
-    """The whole road at tiny size in `workdir`; returns what it writes to `results.json`.
+    """Run the whole pipeline at tiny size in `workdir`; returns the contents of `results.json`.
 
     Args:
-        workdir: gets corpus/, curation/, tokenizer.model, a folder a stage, report.html and results.json.
-        seed: of the corpus, the weights and the order of samples.
+        workdir: receives corpus/, curation/, tokenizer.model, a folder for each stage, report.html and results.json.
+        seed: determines the corpus, the weights and the order of samples.
         scale: size of the corpus and number of steps as a share of the usual ones; small for tests.
         ablate: afterwards train and evaluate the model without each part of the design.
         tell: prints a line.
 
     Raises:
-        UserError: where the workdir belongs to a run with another seed or scale.
+        UserError: the workdir belongs to a run with another seed or scale.
     """
-    jax.devices()  # where there are none no work is begun
+    jax.devices()  # fails early if there are no devices
     workdir = Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     claim(workdir, {"seed": seed, "scale": scale})
@@ -134,14 +134,14 @@ def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool 
 
 
 def chat_command(workdir: Path) -> str:
-    """The command to talk to the model, that works in a shell whose PATH lacks the `.venv` that a script made."""
+    """The command to talk to the model; it works even if PATH lacks the `.venv` that a script made."""
     script = Path(sys.prefix, "bin/kangaroo")
     command = str(script) if script.exists() else "kangaroo"
     return shlex.join([command, "chat", f"--checkpoint={workdir}", "--video=FILE"])
 
 
 def claim(workdir: Path, settings: dict[str, Any]) -> None:
-    """Write the run's settings, or check that they are those of the run that began here. Raises UserError."""
+    """Write the run's settings, or check that they equal those of the run that began here. Raises UserError."""
     path = workdir / "quickstart.json"
     if not path.exists():
         write_json(path, settings)
@@ -163,12 +163,12 @@ def shorten(config: ConfigDict, scale: float) -> None:
 
 
 def clock_stage(clock: Clock, name: str, folder: Path) -> None:
-    """Take over a stage's own time (its record adds up its restarts)."""
+    """Copy a stage's time from its own record, which adds up its restarts."""
     clock.seconds[name] = json.loads((folder / "done.json").read_text())["seconds"]
 
 
 def evaluate_stage(name: str, folder: Path, corpus: Corpus, tell: Tell) -> Answers:
-    """Answer the held-out questions with a stage's model, once; kept in `eval.json`."""
+    """Answer the held-out questions with a stage's model; the result is kept in `eval.json`."""
     path = folder / "eval.json"
     if path.exists():
         return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -179,7 +179,7 @@ def evaluate_stage(name: str, folder: Path, corpus: Corpus, tell: Tell) -> Answe
 
 
 def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]:
-    """Two rounds with a short and with a long held-out video, as a user would."""
+    """A chat of several rounds about a short and about a long held-out video."""
     path = workdir / "chat.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -197,7 +197,7 @@ def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]
 
 
 def compare_with_torch(workdir: Path, corpus: Corpus, tell: Tell) -> dict[str, int] | None:
-    """Answers of the exported last stage that PyTorch and JAX give alike; None where torch is not installed."""
+    """Counts of equal answers of PyTorch and JAX for the exported last stage; None if torch is not installed."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         tell(f"the export was not compared with PyTorch: {install_line('convert')} and run this again")
         return None
@@ -232,7 +232,7 @@ def collect(workdir: Path, stages: list[dict[str, Any]], clock: Clock) -> dict[s
 
 
 def environment() -> dict[str, str]:
-    """What the figures were measured on."""
+    """The machine and versions on which the figures were measured."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "av")
     return {
         "cores": str(usable_cpus()),
