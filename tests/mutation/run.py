@@ -188,7 +188,7 @@ def main() -> None:
         tree = copy_tree(options.work)
         for name in IMPORTED:
             importlib.import_module(name)
-        sound: list[list[str]] = []
+        sound: set[str] = set()
         for room in options.rooms:
             for mutant in sample_of(room, tree, options.sample, options.seed):
                 known = read_results(results_file).get(mutant.name)
@@ -197,9 +197,9 @@ def main() -> None:
                 if known and not (options.again and known["result"] == "survived" and mutant.name not in EQUIVALENT):
                     continue
                 tests = [test for test in ROOMS[room][mutant.path] if (tree / test).exists()]
-                if tests not in sound:
-                    check_sound(tree, tests, options.work / "log", options.cpu_seconds, options.slow)
-                    sound.append(tests)
+                if unknown := [test for test in tests if test not in sound]:
+                    check_sound(tree, unknown, options.work / "log", options.cpu_seconds, options.slow)
+                    sound.update(unknown)
                 result = run_one(tree, mutant, tests, options.work / "log", options.cpu_seconds, options.slow)
                 with results_file.open("a") as file:
                     file.write(json.dumps(result) + "\n")
