@@ -187,6 +187,11 @@ def test_each_part_uses_the_attention_that_is_set(part):
         jax.eval_shape(run[part], model)
 
 
+def test_logits_are_float32_of_states_in_bfloat16():
+    llm = small_model().llm
+    assert llm.unembed(jnp.ones((1, 2, 24), jnp.bfloat16)).dtype == jnp.float32
+
+
 def test_logits_give_the_loss():
     model, batch = small_model(), BATCH
     log = jax.nn.log_softmax(model.logits(batch))

@@ -11,9 +11,11 @@ from kangaroo_jax.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    RopeScaling,
     lookup,
     rotary_1d,
     rotary_2d,
+    rotary_frequencies,
     rotate_half,
     rotate_pairs,
 )
@@ -41,6 +43,15 @@ def test_rotary_products_depend_on_the_distance_alone():
 
     assert np.isclose(product(3, 1), product(1003, 1001), atol=1e-3)
     assert not np.isclose(product(3, 1), product(3, 2), atol=1e-3)
+
+
+def test_a_scaled_pair_is_slowed_down_by_how_often_it_turns_within_the_original_length():
+    """Half-way between 1 and 4 turns, above 4, and below 1 (Llama 3.1)."""
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=1000)
+    for turns, kept in ((2.5, 0.5), (1.75, 0.25), (4.5, 1.0), (0.9, 0.0)):
+        frequency = 2 * np.pi * turns / 1000
+        found = rotary_frequencies(4, frequency**-2.0, scaling)
+        np.testing.assert_allclose(found, [1.0, frequency * (kept + (1 - kept) / 8)], rtol=1e-6)
 
 
 def test_pairs_turn_with_the_row_then_with_the_column():

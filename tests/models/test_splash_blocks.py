@@ -1,5 +1,8 @@
 """Which blocks the splash kernel is given, and what it visits: numbers only, no kernel runs."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,6 +83,16 @@ def test_the_kernel_has_the_masks_of_every_piece(fused):
     assert (blocks > 0).sum(axis=-1).tolist() == [[2, 2]]  # late halves see keys of both blocks
     piece = module._piece_of(kernel, jnp.int32(1), 2)
     assert piece.fwd_mask_info.block_mask.shape[1] == 1
+
+
+@pytest.mark.parametrize(("heads", "fused"), [(64, True), (65, False)])
+def test_the_backward_kernel_is_fused_while_its_query_gradients_fit_an_eighth_of_the_memory(heads, fused, monkeypatch):
+    """Of 16 GiB, where the device is not known: 16 blocks of keys, 2 MiB of bfloat16 a head and block."""
+    chosen = []
+    monkeypatch.setattr(module, "make_kernel", lambda *given: chosen.append(given[5]) or (lambda q, k, v, ids: q))
+    query = jax.ShapeDtypeStruct((1, 16_384, heads, 64), jnp.bfloat16)
+    jax.eval_shape(functools.partial(splash, causal=False), query, query, query, None)
+    assert chosen == [fused]
 
 
 def test_pieces_need_whole_blocks():

@@ -13,4 +13,8 @@ EQUIVALENT: dict[str, str] = {
     " | seconds = max(now - self._clock, 2e-09)": "no two readings of a clock are so near with a step between them",
     "kangaroo_jax/models/parameters.py | by_path = {path: leaf for path, leaf in zip(self._paths, leaves, "
     "strict=True)} | by_path = {path: leaf for path, leaf in zip(self._paths, leaves)}": "both are of the same state",
+    "kangaroo_jax/models/losses.py | order = jnp.argsort(weights == 0, axis=1, stable=True)"
+    " | order = jnp.argsort(weights == 0, axis=1)": "JAX sorts stably where nothing is said",
+    "kangaroo_jax/models/attention.py | if queries.segments is not None and keys.segments is not None:"
+    " | if queries.segments is not None or keys.segments is not None:": "segments are a pair of both, or None",
 }

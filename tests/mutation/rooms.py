@@ -17,7 +17,7 @@ ROOMS: dict[str, dict[str, list[str]]] = {
         "kangaroo_jax/models/eva_clip.py": _of(_MODELS, "layers parity initial"),
         "kangaroo_jax/models/kangaroo.py": _of(_MODELS, "initial kangaroo"),
         "kangaroo_jax/models/layers.py": _of(_MODELS, "layers parity initial"),
-        "kangaroo_jax/models/llama.py": _of(_MODELS, "parity initial"),
+        "kangaroo_jax/models/llama.py": _of(_MODELS, "parity initial kangaroo"),
         "kangaroo_jax/models/losses.py": _of(_MODELS, "losses"),
         "kangaroo_jax/models/parameters.py": _of(_TRAINING, "parameters"),
         "kangaroo_jax/models/patchify.py": _of(_MODELS, "layers parity initial"),

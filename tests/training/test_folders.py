@@ -92,6 +92,15 @@ def saved(tmp_path_factory):
     return folder, config
 
 
+@pytest.mark.parametrize("config", [[], {"model": []}, {"model": {}, "data": 1}, {"data": {}}])
+def test_a_config_of_another_shape_is_damage(config, tmp_path):
+    (tmp_path / "7" / "params").mkdir(parents=True)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(tmp_path / "7" / "config", args=ocp.args.JsonSave(config))
+    with pytest.raises(UserError, match="this checkpoint is damaged .*(no section|no model)"):
+        load_config(tmp_path)
+
+
 def test_a_config_comes_back_with_its_tuples_and_cannot_get_a_new_key(saved):
     folder, config = saved
     found = load_config(folder)

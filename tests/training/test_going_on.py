@@ -210,6 +210,8 @@ def test_digests_see_every_bit_and_no_sharding():
     tree = {"f": jnp.arange(24, dtype=jnp.float32).reshape(2, 3, 4), "h": jnp.ones(5, jnp.bfloat16), "n": jnp.int32(3)}
     sums, wrong = digests(tree)
     assert wrong == [] and sums == digests(tree)[0]
+    of_f = np.asarray(tree["f"]).view(np.uint32).ravel().astype(object)  # what a checkpoint of before holds
+    assert sums["f"] == (int(of_f @ (2 * np.arange(24) + 1)) % 2**32, "float32")
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]) if len(jax.devices()) > 1 else None
     if mesh is not None:
         cut_up = jax.device_put(tree["f"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
