@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face, PyTorch and Meta files to our checkpoints and back."""
+"""Converts weights: Hugging Face, PyTorch and Meta files to our checkpoints and back."""

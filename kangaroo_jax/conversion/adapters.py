@@ -1,4 +1,4 @@
-"""A LoRA adapter converted by itself: PEFT's folder to ours and back, bit for bit."""
+"""Converts a LoRA adapter by itself: PEFT's folder to ours and back, bit for bit."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,11 +33,11 @@ def convert_adapter(
     """Convert an adapter.
 
     Args:
-        source: a PEFT folder, or an adapter of ours.
+        source: a PEFT folder, or one of our adapters.
         target: a new folder.
-        model: config.model of what it adapts; None is what an adapter of ours says itself.
+        model: config.model of the model that it adapts; None takes it from an adapter of ours.
         format: `orbax` or `peft`; by default the other one.
-        dtype: `keep`, or what every factor is rounded to.
+        dtype: `keep`, or the type that every factor is rounded to.
         tell: prints a line.
 
     Returns:
@@ -86,7 +86,7 @@ def _write_peft(adapter: Adapter, weights: Weights, building: Building, tell: Te
 
 
 def _settings(adapter: Adapter) -> Mapping[str, Any]:
-    """Those that PEFT wrote; where training made the adapter, also what PEFT wants to be told."""
+    """adapter_config.json as PEFT wrote it; for an adapter from training, with the keys that PEFT requires."""
     every = kernels(adapter.model)
     modules = [module(row) for path, layers in adapter.adapted.items() for row in every[path] if row.layer in layers]
     usual = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, bias="none")
@@ -94,7 +94,7 @@ def _settings(adapter: Adapter) -> Mapping[str, Any]:
 
 
 def _check_zeros(adapter: Adapter, rows: list[NameRow]) -> None:
-    """Raise UserError where a layer that the config calls not adapted has an adapter, which would be lost."""
+    """Raise UserError if a layer that the config does not list as adapted has an adapter, which would be lost."""
     kept = {(row.ours, row.layer) for row in rows}
     for path, spec in adapter.weights.specs.items():
         if (path, None) in kept:
@@ -110,9 +110,9 @@ def _check_zeros(adapter: Adapter, rows: list[NameRow]) -> None:
 def model_of(
     source: str | Path, base: str | Path | None, preset: str, overrides: Mapping[str, Any] | None
 ) -> ConfigDict | None:
-    """config.model of what an adapter adapts: of `base`, or of the preset; None where the adapter says it.
+    """config.model of the model that an adapter adapts: from `base`, or the preset; None if the adapter states it.
 
-    Raises UserError where both say it, or the base cannot be read.
+    Raises UserError if both state it, or the base cannot be read.
     """
     if layout_of(source) == "orbax":
         if base is not None:

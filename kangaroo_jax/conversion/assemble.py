@@ -1,4 +1,4 @@
-"""A starting checkpoint from public parts: an EVA-CLIP encoder, a Llama, and what joins them, freshly initialised."""
+"""A starting checkpoint from public parts: an EVA-CLIP encoder, a Llama, and a newly initialised connector."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from kangaroo_jax.conversion.weights import Arrays, Box, Joined, Spec, Weights, 
 from kangaroo_jax.errors import UserError
 
 POSITIONS = "vision/position_embedding"
-SPECIAL_NOISE = 0.1  # of the deviation that the rows of the token embedding have
-FRESH = ("patchify/", "projector/", SPECIAL)  # what is initialised where no part has it
+SPECIAL_NOISE = 0.1  # noise of new marks, as a share of the deviation of the token embedding's rows
+FRESH = ("patchify/", "projector/", SPECIAL)  # parts that are initialised if no source has them
 
 
 class Resized:
     """Weights with the vision encoder's position embedding resized to another grid; CLS keeps its row."""
 
     def __init__(self, weights: Weights, grid: int, target: int) -> None:
-        """From `grid` to `target` patches a side: bicubic, antialiased (`models.eva_clip.resize_matrix`)."""
+        """Resize from `grid` to `target` patches a side: bicubic, antialiased (`models.eva_clip.resize_matrix`)."""
         self._weights, self._grid, self._target = weights, grid, target
         spec = weights.specs[POSITIONS]
         self.specs: Mapping[str, Spec] = {**weights.specs, POSITIONS: Spec((1 + target**2, spec.shape[1]), spec.dtype)}
@@ -41,10 +41,10 @@ class Resized:
 def combine(
     sources: Sequence[WeightSource], preset: str, overrides: Mapping[str, Any], seed: int
 ) -> tuple[Weights, ConfigDict, list[str]]:
-    """(weights, a stage's config, what was initialised) of one source, or of several that make a model together.
+    """(weights, a stage's config, notes on what was initialised) of one source, or of several that form one model.
 
     Raises:
-        UserError: two sources have the same part, or, of several, the encoder or the decoder is missing.
+        UserError: two sources have the same part, or several sources lack the encoder or the decoder.
     """
     if len(sources) == 1:
         return sources[0].weights, sources[0].config, []
@@ -104,7 +104,7 @@ def initialise(shapes: Mapping[str, tuple[int, ...]], known: Weights, seed: int)
 
 
 def _linear(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """A normal cut at two deviations, as `models.layers.truncated_normal` draws it."""
+    """A normal distribution cut at two deviations, as in `models.layers.truncated_normal`."""
     values = rng.standard_normal(shape)
     while (far := np.abs(values) > 2).any():
         values[far] = rng.standard_normal(int(far.sum()))

@@ -1,4 +1,4 @@
-"""A folder under construction: whole or not there at all, resumable, and with a line that says how far it is."""
+"""A folder under construction: it exists whole or not at all, is resumable, and reports its progress."""
 
 import contextlib
 import errno
@@ -21,19 +21,19 @@ from kangaroo_jax.system.terminal import rewrite
 Tell = Callable[[str], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-PLAN, DONE = "plan.json", "done.txt"  # in a folder under construction only
+PLAN, DONE = "plan.json", "done.txt"  # files that exist only during construction
 _FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "has used up its quota", errno.EFBIG: "takes no file of that size"}
 
 
 class Building:
-    """`with Building(target, plan) as b`: what is put into `b.folder` becomes `target` where all goes well.
+    """`with Building(target, plan) as b`: the contents of `b.folder` become `target` at the end.
 
-    Bad input and a full disk leave nothing. An interruption (Ctrl-C, kill) leaves `TARGET.partial`, and the
-    next construction with the same plan goes on there.
+    Bad input and a full disk leave nothing. An interruption (Ctrl-C, kill) leaves `TARGET.partial`, where the next
+    construction with the same plan goes on.
     """
 
     def __init__(self, target: str | Path, plan: Mapping[str, Any]) -> None:
-        """`plan`: JSON that says what is built from what. Raises UserError where the target is there already."""
+        """`plan`: JSON that identifies the inputs and the result. Raises UserError if the target exists."""
         self.target = Path(target).absolute()
         self.folder = self.target.with_name(self.target.name + ".partial")
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
@@ -58,7 +58,7 @@ class Building:
         return name in self._done
 
     def done(self, name: str) -> None:
-        """This part is finished and need not be made again."""
+        """Record that this part is finished and need not be made again."""
         self._journal.write(name + "\n")
         self._journal.flush()
 
@@ -72,7 +72,7 @@ class Building:
                 for name in (PLAN, DONE):
                     (self.folder / name).unlink(missing_ok=True)
                 if self.target.is_dir():
-                    self.target.rmdir()  # it is empty
+                    self.target.rmdir()  # an empty target is replaced
                 os.replace(self.folder, self.target)
         elif isinstance(error, Exception):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -93,7 +93,7 @@ class Building:
         return UserError(f"{error.filename or self.target}: {error.strerror or error}")
 
     def need(self, nbytes: int) -> None:
-        """Raise UserError where the disk has less room than `nbytes`."""
+        """Raise UserError if the disk has less room than `nbytes`, less the bytes already written."""
         have = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.folder).free
         if nbytes - have > free:
@@ -103,7 +103,7 @@ class Building:
 
 
 class Progress:
-    """A line with the share done, MB/s and the time left: rewritten on a terminal, else one every few seconds."""
+    """Reports the share done, MB/s and the time left: a rewritten line on a terminal, else one every few seconds."""
 
     def __init__(self, what: str, total: int, tell: Tell = print) -> None:
         """`total` in bytes."""
@@ -113,7 +113,7 @@ class Progress:
         self._terminal = tell is print and sys.stdout.isatty()
 
     def add(self, nbytes: int, *, skipped: bool = False) -> None:
-        """So many more bytes are written (or were, by an earlier attempt)."""
+        """Count bytes that were written now, or (`skipped`) by an earlier attempt."""
         self._bytes += nbytes
         self._skipped += nbytes if skipped else 0
         now = time.perf_counter()
@@ -126,7 +126,7 @@ class Progress:
                 self._tell(line)
 
     def line(self) -> str:
-        """How far it is."""
+        """The progress line."""
         rate = self.megabytes_per_second()
         left = (self._total - self._bytes) / 1e6 / max(rate, 1e-9)
         return (
@@ -135,7 +135,7 @@ class Progress:
         )
 
     def finish(self) -> None:
-        """The last line."""
+        """Print the last line."""
         if self._terminal:
             rewrite("")
         seconds = time.perf_counter() - self._start
@@ -144,12 +144,12 @@ class Progress:
         )
 
     def megabytes_per_second(self) -> float:
-        """Rate of what was not skipped, in 10^6 bytes a second."""
+        """The rate of bytes that were not skipped, in 10^6 bytes a second."""
         return (self._bytes - self._skipped) / 1e6 / max(time.perf_counter() - self._start, 1e-9)
 
 
 def ahead(read: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 2) -> Iterator[tuple[Item, Result]]:
-    """(item, read(item)) in order, with `workers` of them read at once while earlier ones are used."""
+    """(item, read(item)) in order; `workers` items are read ahead at a time."""
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         waiting: deque = deque()
         source = iter(items)

@@ -1,8 +1,8 @@
-"""`kangaroo convert`: weights of any layout of the table into files of any other.
+"""`kangaroo convert`: converts weights from any layout of the table into files of any other.
 
     source files -> `Weights` under our names -> target files
 
-Nothing but a few boxes is in memory at a time; the target is there whole or not at all.
+Only a few boxes are in memory at a time; the target exists whole or not at all.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ from kangaroo_jax.errors import UserError
 
 FORMATS = ("orbax", "hf", "llama", "meta", "eva", "timm")
 LAYOUT_OF = {"hf": "kangaroo", **{name: name for name in ("llama", "meta", "eva", "timm")}}
-SAME_NAME = {"kangaroo": "hf"}  # format that a layout is written as
+SAME_NAME = {"kangaroo": "hf"}  # layout -> the format that it is written as
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is written: weights under our names, a stage's config, a tokenizer's file or None, and what the source says
-    of lengths, ids and generation (`WeightSource.said`)."""
+    """A model to write: weights under our names, a stage's config, a tokenizer's file or None, and the source's own
+    lengths, ids and generation settings (`WeightSource.said`)."""
 
     weights: Weights
     config: ConfigDict
@@ -62,17 +62,17 @@ def convert(
     A source that is a LoRA adapter is converted by itself; see `adapters.convert_adapter`.
 
     Args:
-        sources: files or folders; what they hold is found out.
+        sources: files or folders; their layout is detected.
         target: a new folder.
         format: one of FORMATS; by default `hf` for one of our checkpoints and `orbax` for everything else.
-        dtype: `keep`, or what every weight is rounded to: float32, bfloat16 or float16.
-        preset: the model where the files do not say (an encoder has no config of its own).
-        overrides: keys of a stage's config that win over both.
-        tokenizer: file that goes with the model; by default the one beside the source.
+        dtype: `keep`, or the type that every weight is rounded to: float32, bfloat16 or float16.
+        preset: the model, if the files do not state it (an encoder has no config of its own).
+        overrides: keys of a stage's config that take precedence over both.
+        tokenizer: the model's tokenizer file; by default the one beside the source.
         lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
-        base: of a source that is a PEFT adapter, the model that it adapts; by default that of `preset`.
-        seed: of what an assembled model initialises.
-        shard_bytes: largest safetensors file.
+        base: the model that a PEFT adapter as source adapts; by default that of `preset`.
+        seed: determines the new weights of an assembled model.
+        shard_bytes: size of the largest safetensors file.
         tell: prints a line.
 
     Raises:
@@ -108,7 +108,7 @@ def convert(
 def _joined(
     opened: Sequence[WeightSource], preset: str, overrides: Mapping[str, Any], seed: int, tell: Tell
 ) -> tuple[Weights, ConfigDict]:
-    """The sources as one, and said what they are; see `combine`."""
+    """Combine the sources, and print what they are; see `combine`."""
     for source in opened:
         tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
     weights, config, told = combine(opened, preset, overrides, seed)
@@ -126,7 +126,7 @@ def _adapter_alone(
     lora: str | Path | None,
     **options: Any,
 ) -> Path:
-    """Convert a source that is a LoRA adapter. Raises UserError where there is more than that."""
+    """Convert a source that is a LoRA adapter. Raises UserError if there are other sources."""
     if len(sources) > 1 or lora is not None:
         raise UserError(
             f"{', '.join(map(str, sources))}: a LoRA adapter is converted alone; "
@@ -140,7 +140,7 @@ def _and(words: str) -> str:
 
 
 def _check_complete(model: Model, format: str, where: list[str]) -> None:
-    """Raise UserError where the source lacks what the format holds."""
+    """Raise UserError if the source lacks a part that the format holds."""
     parts = LAYOUTS[LAYOUT_OF[format]] if format != "orbax" else ("",)
     lacking = [path for path in shapes_of(model.config.model) if path.startswith(parts)]
     lacking = [path for path in lacking if path not in model.weights.specs]
@@ -200,7 +200,7 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
 def _write_config_there(
     format: str, model: Model, weights: Weights, rows: Sequence[NameRow], building: Building, tell: Tell
 ) -> None:
-    """config.json or params.json, first, so that what cannot be said there is found at once."""
+    """Write config.json or params.json, before the weights, so that settings it cannot express fail at once."""
     llm, folder = model.config.model.llm, building.folder
     if format == "meta":
         export.write_json(folder / "params.json", formats.write_meta(llm))

@@ -1,4 +1,4 @@
-"""What makes a folder of weights a model that others can load: configs, tokenizer, and the code that runs it."""
+"""Writes what other libraries need beside the weights to load a model: configs, tokenizer, and model code."""
 
 import json
 import math
@@ -23,7 +23,7 @@ CODE_FILES = ("configuration_kangaroo.py", "media_kangaroo.py", "modeling_kangar
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON, two spaces a level."""
+    """Write an object as JSON, indented by two spaces."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -36,14 +36,14 @@ def widest(weights: Weights, paths: Iterable[str] | None = None) -> str:
 def write_beside(
     ours: Weights, theirs: Weights, config: ConfigDict, tokenizer: Path | None, folder: Path, tell: Tell
 ) -> None:
-    """Write all that stands beside the weights of an exported Kangaroo.
+    """Write all files beside the weights of an exported Kangaroo.
 
     Args:
-        ours: the weights as our checkpoints have them.
+        ours: the weights as in our checkpoints.
         theirs: the same with the marks in their rows of the embedding.
-        config: the stage's.
-        tokenizer: its file; without one the export has none, and `chat` needs to be given one.
-        folder: the export.
+        config: the stage's config.
+        tokenizer: the tokenizer's file; without one the export has none, and `chat` has to be given one.
+        folder: the export's folder.
         tell: prints a line.
     """
     raw = formats.write_hf(config, widest(theirs))
@@ -74,10 +74,10 @@ def write_beside_llama(
     """Write config.json, generation_config.json and the tokenizer's files of a bare Llama.
 
     Args:
-        raw: keys of config.json that the weights decide.
-        config: the stage's.
-        tokenizer: its file, or None.
-        said: lengths, ids and settings of generation of the Llama that this one comes from; they win.
+        raw: the keys of config.json that follow from the weights.
+        config: the stage's config.
+        tokenizer: the tokenizer's file, or None.
+        said: lengths, ids and generation settings of the Llama that this one comes from; they take precedence.
         folder: the target.
         tell: prints a line.
     """
@@ -87,7 +87,7 @@ def write_beside_llama(
     if tokenizer is not None:
         try:
             tokens = write_tokenizer(tokenizer, config, folder)
-        except UserError as error:  # a bare Llama may have a tokenizer that no Kangaroo has
+        except UserError as error:  # a bare Llama may have a tokenizer that Kangaroo does not support
             shutil.copyfile(tokenizer, folder / tokenizer.name)
             tell(f"{error}; copied as it is")
         if not carry_settings(tokenizer, folder):
@@ -95,7 +95,7 @@ def write_beside_llama(
     elif "eos_token_id" not in said:
         tell("no tokenizer beside the source: nothing says which token ends an answer; give one by --tokenizer")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    # Named in any case: what is not said would be Llama 2's.
+    # Always written: the defaults would be Llama 2's.
     raw.update({key: said.get(key, tokens.get(key)) for key in ids})
     raw["max_position_embeddings"] = said.get("max_position_embeddings", formats.longest(config.model.llm))
     write_json(folder / "config.json", raw)
@@ -104,7 +104,7 @@ def write_beside_llama(
 
 
 def _generation(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The release's way to answer: sampled, 512 tokens at most."""
+    """The release's generation settings: sampled, 512 tokens at most."""
     value = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 512}
     if "bos_token_id" in raw:
         value.update({key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
@@ -130,14 +130,14 @@ def _preprocessor(config: ConfigDict) -> dict[str, Any]:
 
 
 def _write_hidden_rows(ours: Weights, config: ConfigDict, path: Path) -> None:
-    """Keep the rows of the embedding that the marks replace there: dead weight, but ours again after a round trip."""
+    """Keep the embedding's rows that the marks replace: they are unused, but a round trip restores them."""
     spec = ours.specs["llm/embedding"]
     rows = [ours.read("llm/embedding", (slice(i, i + 1), slice(0, spec.shape[1]))) for i in special_ids(config.model)]
     write_small_safetensors(path, {HIDDEN_ROWS: np.concatenate(rows)})
 
 
 def write_small_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file of a few arrays. Raises UserError for a type that the format does not know."""
+    """Write a safetensors file of a few arrays. Raises UserError for a type that the format lacks."""
     entries, position = {}, 0
     for name, array in arrays.items():
         if array.dtype not in NAMES:

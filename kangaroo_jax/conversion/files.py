@@ -1,6 +1,6 @@
-"""Reading files of tensors: safetensors, torch's zip or pickle (weights only) and Meta's shards.
+"""Reads files of tensors: safetensors, torch's zip or pickle (weights only) and Meta's shards.
 
-Nothing is read before it is asked for, and then one tensor or some of its rows at a time.
+Data are read on demand, one tensor or some of its rows at a time.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors library
 LARGEST_JSON = 256 << 20  # bytes of a config or index
-PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # that wrappers of a model put before every name
-POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched
-# What transformers' Trainer leaves beside the weights.
+PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # prefixes that model wrappers add to every name
+POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file that git-lfs has not fetched
+# Files without weights that transformers' Trainer leaves beside them.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
-# What torch raises for files that are damaged.
+# Errors that torch raises for damaged files.
 _DAMAGED = (
     RuntimeError,
     EOFError,
@@ -50,7 +50,7 @@ _DAMAGED = (
     AssertionError,
 )
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")  # keys under which checkpoints hold their weights
-# Along which axis Meta cuts a tensor for several files ("model parallel"); norms are in every file.
+# The axis along which Meta cuts a tensor for several files ("model parallel"); norms are in every file.
 META_AXES = {r"tok_embeddings|output|.*\.(wq|wk|wv|w1|w3)": 0, r".*\.(wo|w2)": 1}
 
 
@@ -64,12 +64,12 @@ class Tensor:
     read_rows: Callable[[int, int], np.ndarray] = dataclasses.field(repr=False)  # first, last + 1 -> an array
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The tensor, or its rows `start` to `stop` (along the first axis). Raises UserError where the file is cut."""
+        """The tensor, or its rows `start` to `stop` (along the first axis). Raises UserError for a short file."""
         return self.read_rows(start, self.shape[0] if stop is None and self.shape else stop or 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole."""
+        """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -77,8 +77,8 @@ Tensors = Mapping[str, Tensor]
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of a folder: of several files there those that transformers takes, else Meta's
-    consolidated.*.pth, else all of one kind.
+    """The tensors of a file or folder. In a folder they come from the files that transformers would take, else from
+    Meta's consolidated.*.pth, else from all files of one kind.
 
     Raises:
         UserError: nothing to read, a damaged file, a missing shard, or a name in two files.
@@ -88,7 +88,7 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return _open_file(path)
-    for kind in ("model.safetensors", "pytorch_model.bin"):  # in this order, as transformers
+    for kind in ("model.safetensors", "pytorch_model.bin"):  # in the order of transformers
         if (path / kind).is_file():
             return _open_file(path / kind)
         if (path / f"{kind}.index.json").is_file():
@@ -102,13 +102,13 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def open_model(path: str | Path) -> dict[str, Tensor]:
-    """`open_tensors`, without what wrappers put before the names (see `unwrapped`)."""
+    """`open_tensors`, with wrappers' prefixes removed from the names (see `unwrapped`)."""
     tensors = open_tensors(path)
     return {short: tensors[name] for name, short in unwrapped(tensors).items()}
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """name -> the name without the prefixes of DDP, `torch.compile` and PEFT, where every name has them."""
+    """name -> the name without the prefixes of DDP, `torch.compile` and PEFT, if every name has them."""
     short = {name: name for name in names}
     while prefix := next((p for p in PREFIXES if short and all(n.startswith(p) for n in short.values())), ""):
         short = {name: now.removeprefix(prefix) for name, now in short.items()}
@@ -116,7 +116,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def left_aside(path: Path, read: Iterable[Path]) -> list[str]:
-    """The names of files in a folder that look like weights too, but were not read."""
+    """The names of files in a folder that look like weights but were not read."""
     if path.is_file():
         return []
     taken = {file.name for file in read}
@@ -167,7 +167,7 @@ def _open_index(path: Path) -> dict[str, Tensor]:
 
 
 def _complete(files: list[Path]) -> list[Path]:
-    """The files, after a check that of NAME-00001-of-0000N none is missing."""
+    """The files, after a check that no shard NAME-00001-of-0000N is missing."""
     for file in files:
         parts = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", file.name)
         for number in range(1, int(parts[4]) + 1) if parts else ():
@@ -204,7 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by the header: 8 bytes of length, that many of JSON, then the data without holes."""
+    """Tensors of a safetensors file: 8 bytes with the header's length, the header in JSON, then data without holes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -275,7 +275,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # also reads the format before torch 1.6
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\w+\.[\w.]+)", str(error))
         what = f"it refers to {found[1].rstrip('.')}" if found else "it holds more than tensors"
@@ -293,7 +293,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _state_dict(loaded: Any, depth: int = len(WRAPPERS)) -> dict[str, Any]:
-    """The names and tensors in what a file holds; those of a training script are one level down, or some more."""
+    """The state dict in a loaded object; a training script may nest it under keys of WRAPPERS."""
     if not isinstance(loaded, Mapping) or not depth:
         return {}
     for key in WRAPPERS:
@@ -311,7 +311,7 @@ def _torch_tensor(path: Path, name: str, tensor: Any) -> Tensor:
         dtype = dtype or np.dtype(str(tensor.dtype).removeprefix("torch."))
     except TypeError:
         dtype = None
-    if dtype is None or (dtype.itemsize < 2 and dtype.kind in "fV"):  # float8, whose scales stand elsewhere
+    if dtype is None or (dtype.itemsize < 2 and dtype.kind in "fV"):  # float8: its scales are stored elsewhere
         raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, which is not read; use bfloat16 or float32")
     if str(tensor.layout) != "torch.strided" or tensor.is_meta:
         raise UserError(f"{path}: tensor {name} holds no plain numbers ({tensor.layout}, {tensor.device})")
@@ -330,7 +330,7 @@ def _torch_tensor(path: Path, name: str, tensor: Any) -> Tensor:
 
 
 def import_torch(why: str) -> Any:
-    """torch. Raises UserError that begins with `why` where it is not installed."""
+    """The module torch. Raises UserError that begins with `why` if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -343,7 +343,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _join_meta(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Meta's files of one model as one: tensors cut over several are put together as they are read."""
+    """Meta's files of one model as one: tensors that are cut over files are joined as they are read."""
     if len(shards) == 1:
         return shards[0]
     joined = {}

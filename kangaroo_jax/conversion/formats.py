@@ -1,4 +1,4 @@
-"""Configurations of other projects to ours and back: Hugging Face's config.json, Meta's params.json."""
+"""Converts configs of other projects to ours and back: Hugging Face's config.json, Meta's params.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ LLM_KEYS = (
     ("rms_norm_eps", "norm_eps"),
 )
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# Sections that our exports add to config.json, with our own key names; keys that only say how to compute stay here.
+# Sections that our exports add to config.json, with our key names, and the keys in them that are not exported.
 SECTIONS = {
     "vision_config": ("vision", ("remat",)),
     "patchify_config": ("patchify", ()),
@@ -35,16 +35,16 @@ SAMPLING = (
     "long_seconds",
     "long_min_frames",
     "long_max_frames",
-)  # keys of config.data that say what a model wants to see
+)  # keys of config.data that describe a model's inputs
 ROPE_KEYS = (
     ("factor", "factor"),
     ("low_freq_factor", "low_freq_factor"),
     ("high_freq_factor", "high_freq_factor"),
     ("original_max_position_embeddings", "original_length"),
 )
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what the decoder cannot vary
-LLAMA_31_LENGTH = 131_072  # tokens, of Llama 3.1 and 3.2
-USUAL_THETA, USUAL_EPS = 10_000.0, 1e-6  # of transformers' LlamaConfig, where config.json says nothing
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # settings that our decoder cannot vary
+LLAMA_31_LENGTH = 131_072  # tokens; the context of Llama 3.1 and 3.2
+USUAL_THETA, USUAL_EPS = 10_000.0, 1e-6  # defaults of transformers' LlamaConfig
 
 
 def section(model: ConfigDict, name: str) -> ConfigDict:
@@ -55,10 +55,10 @@ def section(model: ConfigDict, name: str) -> ConfigDict:
 
 
 def read_hf(raw: Mapping[str, Any], model: ConfigDict, where: Path) -> None:
-    """Set the keys of `model` (config.model) that a config.json decides.
+    """Set the keys of `model` (config.model) that a config.json determines.
 
     Raises:
-        UserError: the file lacks a size, or asks for something that the decoder does not do.
+        UserError: the file lacks a size, or requires something that the decoder does not support.
     """
     lacking = [key for key in REQUIRED if not isinstance(raw.get(key), int) or raw[key] < 1]
     if lacking:
@@ -87,7 +87,7 @@ def _update(target: ConfigDict, values: Any, where: str) -> None:
 
 
 def _read_rope(raw: Mapping[str, Any], llm: ConfigDict, where: Path) -> None:
-    """`rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them."""
+    """Read `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5."""
     parameters = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta")
     llm.rope_theta = float(USUAL_THETA if theta is None else theta)
@@ -105,7 +105,7 @@ def _read_rope(raw: Mapping[str, Any], llm: ConfigDict, where: Path) -> None:
 
 
 def write_llm(llm: ConfigDict) -> dict[str, Any]:
-    """The keys of a config.json that a Llama of transformers 4 and 5 reads."""
+    """The keys of config.json for a Llama in transformers 4 and 5."""
     raw: dict[str, Any] = {theirs: llm[ours] for theirs, ours in LLM_KEYS}
     scaling = llm.get("rope_scaling")
     raw.update(rope_theta=llm.rope_theta, rope_scaling=None, **FIXED, tie_word_embeddings=False)
@@ -115,8 +115,8 @@ def write_llm(llm: ConfigDict) -> dict[str, Any]:
 
 
 def longest(llm: ConfigDict, packed: int = 0) -> int:
-    """How many tokens a decoder is good for: 131,072 as published with Llama 3's scaled rope, else 8,192 as Llama 3,
-    or the `packed` that it was trained with."""
+    """The longest context of a decoder in tokens: 131,072, as published, with Llama 3.1's scaled rope; else the 8,192
+    of Llama 3, or `packed`, the length it was trained with, if that is more."""
     scaling = llm.get("rope_scaling")
     if scaling and scaling.factor != 1.0:
         scaled = int(scaling.original_length * scaling.factor)
@@ -125,7 +125,7 @@ def longest(llm: ConfigDict, packed: int = 0) -> int:
 
 
 def write_hf(config: ConfigDict, dtype: str) -> dict[str, Any]:
-    """config.json of a Kangaroo. `config` is a stage's; `dtype` that of the weights."""
+    """config.json of a Kangaroo. `config` is a stage's config, `dtype` the weights' type."""
     model = config.model
     raw: dict[str, Any] = {
         "architectures": ["KangarooForCausalLM"],
@@ -148,11 +148,11 @@ def write_hf(config: ConfigDict, dtype: str) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------- Meta
 
-_META_SIZES = ((1024, 1.3), (4096, 1.3), (256, 1.5), (256, None))  # (multiple_of, ffn_dim_multiplier) of published ones
+_META_SIZES = ((1024, 1.3), (4096, 1.3), (256, 1.5), (256, None))  # published (multiple_of, ffn_dim_multiplier)
 
 
 def meta_mlp_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """How Meta's models come to their MLP width."""
+    """The MLP width by the rule of Meta's models."""
     hidden = int(2 * 4 * dim / 3)
     hidden = int(multiplier * hidden) if multiplier is not None else hidden
     return multiple_of * -(-hidden // multiple_of)
@@ -162,12 +162,12 @@ _LLAMA_32 = ((2048, 16), (3072, 28))  # width and layers of Llama 3.2 1B and 3B
 
 
 def usual_factor(raw: Mapping[str, Any]) -> float:
-    """The factor of the rope scaling that a params.json asks for without saying it: 32 in Llama 3.2, 8 in 3.1."""
+    """The rope scaling's factor of a params.json that does not state it: 32 in Llama 3.2, 8 in 3.1."""
     return 32.0 if (raw.get("dim"), raw.get("n_layers")) in _LLAMA_32 else 8.0
 
 
 def read_meta(raw: Mapping[str, Any], model: ConfigDict, where: Path, vocabulary: int) -> None:
-    """Set config.model.llm from params.json; `vocabulary` is that of the weights, where the file gives -1 or none.
+    """Set config.model.llm from params.json; `vocabulary`, from the weights, counts if the file has -1 or none.
 
     Raises:
         UserError: a key is missing.
@@ -187,7 +187,7 @@ def read_meta(raw: Mapping[str, Any], model: ConfigDict, where: Path, vocabulary
 
 
 def write_meta(llm: ConfigDict) -> dict[str, Any]:
-    """params.json. Raises UserError for sizes or a rope scaling that Meta's format cannot say."""
+    """params.json. Raises UserError for sizes or a rope scaling that Meta's format cannot express."""
     raw: dict[str, Any] = dict(
         dim=llm.width,
         n_layers=llm.depth,
@@ -199,7 +199,7 @@ def write_meta(llm: ConfigDict) -> dict[str, Any]:
     )
     if llm.head_dim * llm.heads != llm.width:
         raise UserError(f"format meta: heads of {llm.head_dim} times {llm.heads} must be the width {llm.width}")
-    # Where no published pair gives the width, one that always does: the width itself is the multiple.
+    # If no published pair gives the width, use one that always does: the width itself as the multiple.
     sizes = [*_META_SIZES, (llm.mlp_width, llm.mlp_width / int(8 * llm.width / 3))]
     fits = [pair for pair in sizes if meta_mlp_width(llm.width, *pair) == llm.mlp_width]
     raw["multiple_of"], raw["ffn_dim_multiplier"] = fits[0]

@@ -1,11 +1,11 @@
-"""LoRA adapters (Hu et al. 2021): as PEFT stores them, as our checkpoints would, and added to the weights.
+"""LoRA adapters (Hu et al. 2021): in PEFT's layout, in ours, and added to the weights.
 
-    here   kernel [*in, *out] + scale * lora_a [*in, r] lora_b [r, *out], the two beside the kernel
-    there  weight [out, in] + scale * lora_B [out, r] lora_A [r, in]; scale = alpha / r, or alpha / sqrt(r)
+    ours   kernel [*in, *out] + scale * lora_a [*in, r] lora_b [r, *out], the two beside the kernel
+    PEFT   weight [out, in] + scale * lora_B [out, r] lora_A [r, in]; scale = alpha / r, or alpha / sqrt(r)
 
 An adapter of ours is a folder like a checkpoint's: `params`, a flat dictionary with the leading axis of layers,
 and `config` with `lora` (PEFT's adapter_config.json), `model`, and `adapted`, the layers of each kernel that
-have an adapter (None where there is no axis of layers). In the other layers both factors are zero.
+have an adapter (None for a kernel without an axis of layers). In the other layers both factors are zero.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"),
     *("inference_mode", "lora_dropout", "init_lora_weights", "bias", "megatron_core", "qalora_group_size"),
-    "eva_config",  # how PEFT found the first factors, which the file holds
+    "eva_config",  # how PEFT initialised the factors, which the file holds
 }
-# Ways to initialise that leave the base as it was; others (PiSSA, OLoRA, LoftQ) also change the base.
+# Initialisations that leave the base unchanged; others (PiSSA, OLoRA, LoftQ) also change the base.
 PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-Layers = Mapping[str, tuple[int | None, ...]]  # path of a kernel -> those of its layers that have an adapter
+Layers = Mapping[str, tuple[int | None, ...]]  # path of a kernel -> its layers with an adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Adapter:
     """An adapter of either layout.
 
     Attributes:
-        path: what was given.
+        path: the given path.
         layout: `peft` or `orbax`.
         weights: `lora_a` and `lora_b` under our names.
-        adapted: what it adapts.
-        settings: adapter_config.json.
+        adapted: the adapted kernels and their layers.
+        settings: the contents of adapter_config.json.
         model: config.model of the model that it adapts.
-        files: what the weights are read from.
+        files: the files that the weights are read from.
     """
 
     path: Path
@@ -63,18 +63,18 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """The number that the factors' product is multiplied by."""
         rank = self.settings["r"]
         return self.settings["lora_alpha"] / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
     @property
     def rows(self) -> list[NameRow]:
-        """The table of its factors."""
+        """The table's rows for its factors."""
         return factor_rows(kernels(self.model), self.adapted, self.settings["r"])
 
 
 def layout_of(path: str | Path) -> str:
-    """`peft` or `orbax` where the path is an adapter, "" where it is none."""
+    """`peft` or `orbax` if the path is an adapter, else ""."""
     path = Path(path)
     if (path / SETTINGS).is_file():
         return "peft"
@@ -87,14 +87,14 @@ def layout_of(path: str | Path) -> str:
 
 
 def open_adapter(path: str | Path, model: ConfigDict | None) -> Adapter:
-    """Open an adapter and check it against the table; reads no weight yet.
+    """Open an adapter and check it against the table, without reading weights.
 
     Args:
         path: a PEFT folder, or one of ours.
-        model: config.model of the model to adapt; None is what an adapter of ours says itself.
+        model: config.model of the model to adapt; None takes it from an adapter of ours.
 
     Raises:
-        UserError: it is no adapter, asks for what is not done here, or does not fit the model; every tensor that is
+        UserError: it is no adapter, needs an unsupported feature, or does not fit the model; every tensor that is
             missing, unknown or of another shape is named.
     """
     folder = Path(path)
@@ -126,12 +126,12 @@ def module(row: NameRow) -> str:
 
 
 def beside(path: str, factor: str) -> str:
-    """The path of a kernel's factor: `lora_a` or `lora_b` in place of `kernel`."""
+    """The path of a kernel's factor, with `lora_a` or `lora_b` instead of `kernel`."""
     return f"{path.removesuffix('kernel')}{factor}"
 
 
 def factor_rows(kernels: Mapping[str, Sequence[NameRow]], adapted: Layers, rank: int) -> list[NameRow]:
-    """Two rows, A and B, for every adapted linear map; they follow from the row of its weight."""
+    """Two rows, A and B, for every adapted linear map, derived from the row of its weight."""
     rows: list[NameRow] = []
     for path, layers in adapted.items():
         for row in kernels[path]:
@@ -154,7 +154,7 @@ def _factors(row: NameRow, rank: int) -> tuple[NameRow, NameRow]:
 
 
 def factor_shapes(model: ConfigDict, adapted: Layers, rank: int) -> dict[str, names.Shape]:
-    """path -> shape of every factor here, with all layers of a stack."""
+    """path -> shape of every factor in our layout, with all layers of a stack."""
     shapes, every = shapes_of(model), kernels(model)
     found = {}
     for path in adapted:
@@ -167,7 +167,7 @@ def factor_shapes(model: ConfigDict, adapted: Layers, rank: int) -> dict[str, na
 
 
 def check_settings(settings: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """adapter_config.json with its numbers checked. Raises UserError that names what is not done here."""
+    """adapter_config.json with its numbers checked. Raises UserError that names unsupported settings."""
     odd = [f"{key}={settings[key]!r}" for key in sorted(set(settings) - UNDERSTOOD) if settings[key]]
     if settings.get("bias", "none") != "none":
         odd.append(f"bias={settings['bias']!r}")
@@ -184,7 +184,7 @@ def check_settings(settings: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def selected(settings: Mapping[str, Any], candidates: Iterable[str], where: Path) -> list[str]:
-    """Those of the linear maps that PEFT adapts by these settings. Raises UserError for odd settings."""
+    """The linear maps that PEFT adapts with these settings. Raises UserError for invalid settings."""
     wanted, excluded = settings.get("target_modules"), settings.get("exclude_modules") or []
     if not wanted or not all(isinstance(value, str | list) for value in (wanted, excluded)):
         raise UserError(f"{where}: needs target_modules, a list of names or a regular expression; save it with PEFT")
@@ -230,7 +230,7 @@ def _open_peft(folder: Path, model: ConfigDict) -> Adapter:
         tensors[usual] = tensor
     every = kernels(model)
     rows = {module(row): row for rows in every.values() for row in rows}
-    # An adapter of a bare Llama means the decoder alone, though an encoder's maps have the same last names.
+    # An adapter of a bare Llama adapts only the decoder, though the encoder's maps have the same last names.
     llm = not any(name.startswith(("base_model.model.vision_tower.", "base_model.model.mm_")) for name in tensors)
     candidates = [name for name, row in rows.items() if row.ours.startswith("llm/") or not llm]
     adapted: dict[str, tuple[int | None, ...]] = {}
@@ -249,7 +249,7 @@ def _open_peft(folder: Path, model: ConfigDict) -> Adapter:
 
 
 class _Sparse:
-    """Stacked parameters of which some layers are not there: those are zero."""
+    """Stacked parameters in which missing layers are zero."""
 
     def __init__(self, weights: Weights, specs: Mapping[str, Spec], present: set[tuple[str, int | None]]) -> None:
         self._weights, self.specs, self._present = weights, specs, present
@@ -305,7 +305,7 @@ def _check_shapes(found: Mapping[str, Spec], wanted: Mapping[str, names.Shape], 
 
 
 def _lists(value: Any) -> Any:
-    """Sequences of a config are tuples, those of JSON lists."""
+    """The value with tuples as lists, as in JSON."""
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
@@ -315,14 +315,14 @@ def _lists(value: Any) -> Any:
 
 
 class Merged:
-    """Weights with an adapter added, in float32, and each sum rounded once to the weight's type.
+    """Weights with an adapter added in float32; each sum is rounded once to the weight's type.
 
     Attributes:
-        adapted: what changes.
+        adapted: the kernels and layers that change.
     """
 
     def __init__(self, weights: Weights, adapter: Adapter) -> None:
-        """Raises UserError where the adapter is for a part that the weights do not have."""
+        """Raises UserError if the adapter is for a part that the weights lack."""
         lacking = [path for path in adapter.adapted if path not in weights.specs]
         if lacking:
             raise UserError(f"{adapter.path}: adapts {', '.join(lacking)}, which these weights do not have")

@@ -1,14 +1,15 @@
-"""The two-way table of names: for every parameter its path here, its name there, and how the two are laid out.
+"""The two-way table of names: for every parameter its path in our layout ("here"), its name in another layout
+("there"), and the rearrangement between the two.
 
-A row holds one rearrangement (cut dimensions, then reorder them). `here` applies it and `there` undoes it, so
-that both directions come from the same row, move every number once, and change none.
+A row holds one rearrangement (split dimensions, then reorder them). `here` applies it and `there` inverts it, so that
+both directions come from the same row, move every number once, and change none.
 
     layout     what it is                                                      covers
     kangaroo   the released Kangaroo: Llama, `vision_tower.*`, `mm_projector.*`  everything
     llama      Llama on Hugging Face                                           llm/
     meta       Llama as Meta publishes it                                      llm/
     eva        EVA-CLIP and OpenCLIP, `visual.*` (or without that prefix)      vision/
-    timm       the same encoder as timm names it                               vision/
+    timm       the same encoder with timm's names                              vision/
 """
 
 import dataclasses
@@ -27,21 +28,21 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """A shape there, its dimensions cut to `split`, and the order in which those stand here."""
+    """A shape there, its dimensions split to `split`, and the order of these here."""
 
     shape: Shape
     split: Shape
     order: tuple[int, ...]
 
 
-# How a parameter of a given shape here is laid out there. Linear maps are [out, in] in torch and [in, out] here.
+# Layouts there of a parameter with a given shape here. Linear maps are [out, in] in torch and [in, out] here.
 LAID_OUT: dict[str, Callable[[Shape], Arrangement]] = {
     "same": lambda s: Arrangement(s, s, tuple(range(len(s)))),
     "linear": lambda s: Arrangement((s[1], s[0]), (s[1], s[0]), (1, 0)),
     "to_heads": lambda s: Arrangement((s[1] * s[2], s[0]), (s[1], s[2], s[0]), (2, 0, 1)),  # [N H, D], [D, N, H]
     "from_heads": lambda s: Arrangement((s[2], s[0] * s[1]), (s[2], s[0], s[1]), (1, 2, 0)),  # [D, N H], [N, H, D]
     "heads_bias": lambda s: Arrangement((s[0] * s[1],), s, (0, 1)),  # [N H], [N, H]
-    # Meta rotates the neighbours (2i, 2i + 1), we (as Hugging Face) the halves (i, i + H / 2).
+    # Meta rotates the pairs (2i, 2i + 1); we rotate (i, i + H / 2), like Hugging Face.
     "to_rotary_heads": lambda s: Arrangement(
         (s[1] * s[2], s[0]), (s[1], s[2] // 2, 2, s[0]), (3, 0, 2, 1)
     ),  # [N (H/2 2), D], [D, N, (2 H/2)]
@@ -61,28 +62,28 @@ class NameRow:
     """One parameter (of one layer) here and there."""
 
     ours: str  # path, as in `training.parameters`
-    layer: int | None  # its place on the leading axis of a stacked parameter
+    layer: int | None  # its index on the leading axis of a stacked parameter
     theirs: str
-    shape_here: Shape  # of the one layer
+    shape_here: Shape  # shape of the one layer
     arrangement: Arrangement
-    rows: tuple[int, ...] = ()  # not the whole of theirs, but these of its rows
+    rows: tuple[int, ...] = ()  # if not empty, only these rows of their tensor
 
     @property
     def shape_there(self) -> Shape:
-        """Shape of the whole tensor there; ValueError for a row that is only some rows of one."""
+        """Shape of the whole tensor there. Raises ValueError for a row that is only some rows of a tensor."""
         if self.rows:
             raise ValueError(f"{self.theirs}: its shape is not that of {self.ours}")
         return self.arrangement.shape
 
     @property
     def cut_axis(self) -> int | None:
-        """The axis here that is the first one there, where both may be cut into ranges; None where they may not."""
+        """The axis here that is the first axis there, if both can be cut into ranges along it; else None."""
         a = self.arrangement
         whole = a.split == a.shape and len(self.shape_here) == len(a.split) and not self.rows
         return a.order.index(0) if whole else None
 
     def here(self, array: np.ndarray) -> np.ndarray:
-        """A tensor of theirs (or a range of it along its first axis) as it is laid out here."""
+        """A tensor of theirs (or a range of it along its first axis) in the layout here."""
         a = self.arrangement
         if array.shape == a.shape:
             return array.reshape(a.split).transpose(a.order).reshape(self.shape_here)
@@ -99,7 +100,7 @@ class NameRow:
 
 # ----------------------------------------------------------------------------------- the table
 
-# path here, how it is laid out, name on Hugging Face, name at Meta
+# path here, layout, name on Hugging Face, name at Meta
 LLM = (
     ("llm/embedding", "same", "model.embed_tokens.weight", "tok_embeddings.weight"),
     ("llm/norm/scale", "same", "model.norm.weight", "norm.weight"),
@@ -121,7 +122,7 @@ LLM = (
 )
 ROTARY_AT_META = ("llm/layers/attention/query/kernel", "llm/layers/attention/key/kernel")
 
-# path here, how it is laid out, EVA's name, timm's name
+# path here, layout, EVA's name, timm's name
 VISION = (
     ("vision/cls_token", "token", "cls_token", "cls_token"),
     ("vision/position_embedding", "positions", "pos_embed", "pos_embed"),
@@ -157,7 +158,7 @@ VISION = (
     ),
 )
 
-# path here, how it is laid out, name in the release; {patchify} is the name that its config gives to the convolution
+# path here, layout, name in the release; {patchify} is the name that its config gives to the convolution
 JOINT = (
     ("patchify/kernel", "depthwise", "{patchify}.weight"),
     ("patchify/bias", "same", "{patchify}.bias"),
@@ -174,15 +175,15 @@ PROJECTORS = {
         ("projector/first/bias", "same", "mm_projector.bias"),
     ),
 }
-SPECIAL = "special_embedding"  # stands in the rows `special_ids` of the token embedding there
+SPECIAL = "special_embedding"  # there it is in the rows `special_ids` of the token embedding
 
-# Tensors that files of a layout may hold and that are no weights of this model: what they are, by pattern.
+# Tensors that files of a layout may hold but that are no weights of this model: pattern -> description.
 CLIP_HEAD = "CLIP's projection, text tower and temperature"
 NOT_WEIGHTS = {
     "eva": ((r"text\..*|logit_scale|logit_bias|(visual\.)?head\.(weight|bias)", CLIP_HEAD),),
     "timm": ((r"head\.(weight|bias)", CLIP_HEAD),),
 }
-# Tables that a file may carry and that follow from its config: they are compared with what we compute.
+# Tables in a file that follow from its config: they are compared with computed ones.
 DERIVED = {
     "kangaroo": ((r"vision_tower\.(.*\.)?freqs_(cos|sin)", "vision"), (r"model\..*rotary_emb\.inv_freq", "llm")),
     "eva": ((r"(visual\.)?(.*\.)?freqs_(cos|sin)", "vision"),),
@@ -192,9 +193,9 @@ DERIVED = {
 
 
 def entries(layout: str, *, projector: str = "mlp2x_gelu", patchify: str = "patchify", prefix: str = "visual.") -> list:
-    """(path here, how, name there) of every parameter of a layout; "{i}" in a name is the layer.
+    """(path here, layout, name there) of every parameter; "{i}" in a name is the layer.
 
-    `prefix` is that of the layout `eva`. Raises KeyError for a layout or projector that is unknown.
+    `prefix` is for the layout `eva`. Raises KeyError for an unknown layout or projector.
     """
     if layout == "llama":
         return [(ours, how, hf) for ours, how, hf, _ in LLM]
@@ -215,7 +216,7 @@ def table(layout: str, shapes: Mapping[str, Shape], special_ids: Sequence[int] =
 
     Args:
         layout: a key of LAYOUTS.
-        shapes: path -> shape, of the whole model.
+        shapes: path -> shape, for the whole model.
         special_ids: rows of the token embedding that hold the marks around a video (layout `kangaroo`).
         options: see `entries`.
 
@@ -244,13 +245,13 @@ def table(layout: str, shapes: Mapping[str, Shape], special_ids: Sequence[int] =
 
 
 def match(rows: Iterable[NameRow], found: Mapping[str, Shape], where: str, known: Iterable[str] = ()) -> None:
-    """Check that the tensors of a file are those of the table, each once.
+    """Check that a file has exactly the tensors of the table, each once.
 
     Args:
         rows: the table.
         found: name there -> shape.
         where: the file or folder, for the message.
-        known: patterns of names that may be there without a row.
+        known: patterns of names that are allowed without a row.
 
     Raises:
         UserError: naming every tensor that is missing, unknown or of another shape.
@@ -272,7 +273,7 @@ def match(rows: Iterable[NameRow], found: Mapping[str, Shape], where: str, known
 
 
 def brief(names: Iterable[str]) -> str:
-    """Every name, those that differ in the layer's number alone as one: "model.layers.{0-31}.mlp.up_proj.weight"."""
+    """All names, those that differ only in the layer's number as one: "model.layers.{0-31}.mlp.up_proj.weight"."""
     groups: dict[tuple[str, str], list[int | None]] = {}
     for name in names:
         parts = re.fullmatch(r"(.*?(?:layers|blocks)\.)(\d+)(\..*)", name)

@@ -1,7 +1,7 @@
-"""Runs a checkpoint in JAX or PyTorch and returns what can be compared.
+"""Runs a checkpoint in JAX or PyTorch and returns logits, answers or features to compare.
 
-The torch side reads the files by itself, by the names that stand there, and never runs code that came with them:
-models are those of transformers and of this package.
+The torch side reads the files independently, by the names in them, and never runs code that comes with them: the models
+are those of transformers and of this package.
 """
 
 import re
@@ -28,8 +28,8 @@ from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
 from kangaroo_jax.models.kangaroo import KangarooModel as Model
 from kangaroo_jax.system.installing import install_line
 
-GREEDY = 32  # tokens of the answers that are compared, whatever ends them
-# What timm calls by another name than EVA does: written down apart from the table, which is what is tested.
+GREEDY = 32  # tokens of each answer that are compared, without stop tokens
+# timm's names -> EVA's names: kept apart from the table of names, which the comparison tests.
 FROM_TIMM = (
     (r"\.attn\.norm\.", ".attn.inner_attn_ln."),
     (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
@@ -38,7 +38,7 @@ FROM_TIMM = (
     (r"\.mlp\.fc1_x\.", ".mlp.w2."),
     (r"\.mlp\.fc2\.", ".mlp.w3."),
 )
-# The keys of a config.json that a model of torch is made from; others may name code, kernels to fetch among it.
+# The keys of config.json that torch models are made from; others may name code, or kernels to fetch.
 _DECODER = (
     *(theirs for theirs, _ in formats.LLM_KEYS),
     *(
@@ -65,9 +65,9 @@ def turn(media: Path, query: str) -> dict[str, Any]:
 
 
 class InJax:
-    """A model in JAX, computing in float32, also where products are less exact by default (TPU, GPU).
+    """A model in JAX that computes in float32, even where matrix products are less exact by default (TPU, GPU).
 
-    What the source lacks is small and zero, and is never run.
+    Parts that the source lacks are small zeros, and are never run.
     """
 
     def __init__(self, source: WeightSource) -> None:
@@ -87,7 +87,7 @@ class InJax:
         self.model = binding.bind(params)
 
     def chat(self) -> Kangaroo:
-        """The model with its tokenizer. Raises UserError where it has none."""
+        """The model with its tokenizer. Raises UserError if it has none."""
         from kangaroo_jax.data.tokenizer import load_tokenizer
 
         if self.source.tokenizer is None:
@@ -95,7 +95,7 @@ class InJax:
         return Kangaroo(self.model, self.config, load_tokenizer(self.source.tokenizer))
 
     def answer(self, recipe: Any) -> Run:
-        """What a prompt with media gives (see `Kangaroo.recipe`)."""
+        """The run of a prompt with media (see `Kangaroo.recipe`)."""
         ref = recipe.media[0]
         clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
         with jax.default_matmul_precision("highest"):
@@ -103,7 +103,7 @@ class InJax:
         return self._run(Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens))), vision)
 
     def continue_text(self, ids: list[int]) -> Run:
-        """What a prompt of text gives."""
+        """The run of a text prompt."""
         tokens = np.zeros((1, bucket(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
         return self._run(Prompts(tokens, np.full_like(tokens, -1), np.asarray([len(ids)], np.int32)), None)
@@ -123,7 +123,7 @@ class InJax:
 
 
 def _shrink(model: ConfigDict, parts: set[str]) -> None:
-    """Make the parts of a config that are not among `parts` as small as they can be."""
+    """Make the parts of a config that are not in `parts` as small as possible."""
     if "vision" not in parts:
         model.vision.update(width=8, depth=1, heads=1, mlp_width=8, pos_embed_grid=1)
         model.projector = "linear"
@@ -188,7 +188,7 @@ class InTorch:
         return (*self._run(inputs), inputs["input_ids"][0].tolist())
 
     def continue_text(self, ids: list[int]) -> Run:
-        """What a prompt of text gives."""
+        """The run of a text prompt."""
         tokens = self._torch.tensor([ids])
         return self._run({"input_ids": tokens, "attention_mask": self._torch.ones_like(tokens)})
 
@@ -200,12 +200,12 @@ class InTorch:
         return logits, ids[inputs["input_ids"].shape[1] :]
 
     def chat(self, media: Path, query: str, max_new_tokens: int) -> str:
-        """The greedy answer, by the method that users call."""
+        """The greedy answer, from the method that users call."""
         options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, do_sample=False)
         return self.model.chat(video_path=str(media), query=query, tokenizer=self.tokenizer, **options)[0]
 
 
-Loaded = tuple[Any, Mapping[str, Any], Any]  # a model, what was not loaded, a tokenizer or None
+Loaded = tuple[Any, Mapping[str, Any], Any]  # a model, the report of names that do not match, a tokenizer or None
 
 
 def _llama(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
@@ -216,7 +216,7 @@ def _llama(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
 
 
 def _llama_config(folder: Path) -> Any:
-    """transformers 4 overlooks `rope_parameters`, which 5 writes in place of `rope_theta` and `rope_scaling`."""
+    """The LlamaConfig of a folder. For transformers 4 the `rope_parameters` that 5 writes are translated."""
     from transformers import LlamaConfig
 
     raw = read_json(folder / "config.json")
@@ -229,10 +229,10 @@ def _llama_config(folder: Path) -> Any:
 
 
 def _kangaroo(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
-    """Weights in the release's names, run by our modelling file.
+    """A model with the release's names, run by our model file.
 
-    The config.json of an export says all; of another's the decoder's keys are handed on as they stand there, and
-    what it does not say is the preset's.
+    The config.json of an export is complete. From another one the decoder's keys are taken, and the preset gives the
+    rest.
     """
     from kangaroo_jax.conversion.torch_model.configuration_kangaroo import KangarooConfig
     from kangaroo_jax.conversion.torch_model.modeling_kangaroo import KangarooForCausalLM
@@ -254,7 +254,7 @@ def _kangaroo(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
 
 
 def _state(source: WeightSource) -> dict[str, Any]:
-    """The weights of a source by the names that the libraries' models use."""
+    """The weights of a source, by the names in the libraries' models."""
     given = read_json((source.path if source.path.is_dir() else source.path.parent) / "config.json")
     convolution = ""
     if source.layout == "kangaroo":
@@ -273,13 +273,13 @@ def _state(source: WeightSource) -> dict[str, Any]:
 
 
 def _filled(kind: Any, config: Any, state: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """(a model of a class that is installed here, what of the weights was not loaded).
+    """(a model of an installed class with these weights, the report of names that do not match).
 
-    `from_pretrained` is not used: by its leave some releases of transformers run files of the folder.
+    `from_pretrained` is not used, because in some releases of transformers it runs files of the folder.
     """
     import torch
 
-    with torch.device("meta"):  # the tensors read become the parameters: the model is in memory once
+    with torch.device("meta"):  # the read tensors become the parameters, so the model is in memory once
         model = kind(config)
     result = model.load_state_dict(state, strict=False, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.model.config)
@@ -287,7 +287,7 @@ def _filled(kind: Any, config: Any, state: Mapping[str, Any]) -> tuple[Any, Mapp
 
 
 def _own_tokenizer(folder: Path) -> Any:
-    """The tokenizer.json of a folder, None where it has none. Raises UserError for one that is not read here."""
+    """The tokenizer.json of a folder, None if it has none. Raises UserError for an unsupported one."""
     from transformers import PreTrainedTokenizerFast
 
     from kangaroo_jax.data.tokenizer import load_tokenizer
@@ -295,12 +295,12 @@ def _own_tokenizer(folder: Path) -> Any:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    load_tokenizer(file)  # what it may hold is checked there
+    load_tokenizer(file)  # raises for unsupported parts
     return PreTrainedTokenizerFast(tokenizer_file=str(file))
 
 
 def code_of(source: WeightSource) -> str:
-    """Whose code PyTorch runs for a source, in words."""
+    """The origin of the code that PyTorch runs for a source, in words."""
     if source.layout == "llama":
         return "transformers' LlamaForCausalLM"
     mine = "this package's model file"
@@ -317,7 +317,7 @@ def _rows(source: WeightSource) -> list[names.NameRow]:
 
 
 def torch_state(path: Path, rename: Callable[[str], str]) -> dict[str, Any]:
-    """The tensors of a file or folder as the safetensors and torch libraries read them, in float32."""
+    """The tensors of a file or folder in float32, read by the safetensors and torch libraries."""
     torch = import_torch("the comparison is run in torch")
     files = sorted({tensor.file for tensor in open_tensors(path).values()})
     state: dict[str, Any] = {}
@@ -337,7 +337,7 @@ def _as_torch(torch: Any, array: np.ndarray) -> Any:
 
 
 def torch_features(source: WeightSource, frames: np.ndarray, scratch: Path) -> np.ndarray:
-    """frames uint8[F, S, S, 3] -> patch tokens float32[F, P, D] of a bare encoder, or of a Kangaroo's, in PyTorch.
+    """frames uint8[F, S, S, 3] -> patch tokens float32[F, P, D] from a bare encoder, or a Kangaroo's, in PyTorch.
 
     Raises UserError.
     """
@@ -373,7 +373,7 @@ def _name_in_tower(layout: str) -> Callable[[str], str]:
 
 
 class _quiet:
-    """transformers without its progress bars and warnings."""
+    """A context in which transformers prints no progress bars or warnings."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""Writing files of another layout: safetensors in shards with an index, or one torch file."""
+"""Writes files in another layout: safetensors in shards with an index, or one torch file."""
 
 import io
 import json
@@ -18,17 +18,17 @@ from kangaroo_jax.conversion.files import NAMES, import_torch
 from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.weights import Box, Weights, boxes, contiguous
 
-SHARD_BYTES = 4_000_000_000  # of a file, unless one tensor is larger
+SHARD_BYTES = 4_000_000_000  # largest file, unless one tensor is larger
 Piece = tuple[NameRow, Box]
 
 
 def nbytes_there(row: NameRow, weights: Weights) -> int:
-    """Bytes of a row's tensor there."""
+    """Bytes of a row's tensor in the other layout."""
     return math.prod(row.shape_there) * weights.specs[row.ours].dtype.itemsize
 
 
 def plan_shards(rows: Sequence[NameRow], weights: Weights, limit: int = SHARD_BYTES) -> list[list[NameRow]]:
-    """The rows, in their order, in shards of at most `limit` bytes; in a shard the widest types come first."""
+    """The rows, in order, in shards of at most `limit` bytes; within a shard the widest types come first."""
     shards: list[list[NameRow]] = [[]]
     size = 0
     for row in rows:
@@ -50,7 +50,7 @@ def write_safetensors(
     limit: int = SHARD_BYTES,
     stem: str = "model",
 ) -> None:
-    """Write every row's tensor into `stem`*.safetensors, with an index where there are several."""
+    """Write every row's tensor into `stem`*.safetensors, with an index if there are several files."""
     shards = plan_shards(rows, weights, limit)
     count = len(shards)
     names = [
@@ -88,7 +88,7 @@ def _header(shard: Sequence[NameRow], weights: Weights) -> bytes:
 
 
 def _pieces(rows: Sequence[NameRow], weights: Weights) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Every tensor there, whole or in ranges of its first axis, in order."""
+    """Every tensor in the other layout, whole or in ranges of its first axis, in order."""
     work: list[Piece] = []
     for row in rows:
         cut = boxes(weights.specs[row.ours], row.ours, row.cut_axis)
@@ -108,8 +108,8 @@ def _pieces(rows: Sequence[NameRow], weights: Weights) -> Iterator[tuple[Piece, 
 def write_torch(weights: Weights, rows: Sequence[NameRow], building: Building, progress: Progress, name: str) -> None:
     """Write one torch file (zip) with a dictionary of all tensors, one after another.
 
-    `torch.save` wants the whole dictionary in memory; the format is a zip of the pickled dictionary, in
-    which each tensor refers to a storage by number, and of those storages.
+    `torch.save` needs the whole dictionary in memory. The format is a zip of the storages and of the pickled
+    dictionary, in which each tensor refers to a storage by number.
     """
     torch = import_torch(f"{name} is a torch file")
     with zipfile.ZipFile(building.folder / name, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -132,16 +132,16 @@ def write_torch(weights: Weights, rows: Sequence[NameRow], building: Building, p
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Any:
-    """A file in the archive whose content begins at a multiple of 64 bytes, as torch's own do."""
+    """A file in the archive whose content begins at a multiple of 64 bytes, as torch writes it."""
     info = zipfile.ZipInfo(name)
-    begin = archive.start_dir + 30 + len(name) + 20  # where the local header and its 64-bit field end
+    begin = archive.start_dir + 30 + len(name) + 20  # the end of the local header and its 64-bit field
     padding = -(begin + 4) % 64
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     return archive.open(info, "w", force_zip64=True)
 
 
 class _Tensor:
-    """Pickles as torch's tensor of one storage."""
+    """Pickles as a torch tensor with one storage."""
 
     def __init__(self, rebuild: Callable[..., Any], storage: "_Storage", shape: tuple[int, ...]) -> None:
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]

@@ -1,4 +1,4 @@
-"""What there is to convert from: finds out what a path holds, checks it against the table, reads its config."""
+"""Sources of a conversion: detects what a path holds, checks it against the table, reads its config."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights, whole
 from kangaroo_jax.errors import UserError
 
-SIDECAR, SHADOWED = "kangaroo_jax.json", "kangaroo_jax.safetensors"  # what of ours a folder of theirs also holds
-HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks hide
-# A tensor that only this layout has, by which it is known.
+SIDECAR, SHADOWED = "kangaroo_jax.json", "kangaroo_jax.safetensors"  # files of ours in an exported folder
+HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks replace
+# A tensor that only this layout has, by which it is detected.
 SIGNS = (
     ("kangaroo", "vision_tower.cls_token"),
     ("llama", "model.embed_tokens.weight"),
@@ -34,18 +34,18 @@ SIGNS = (
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """Weights under our names, and what else is known of the model.
+    """Weights under our names, with all that is known of the model.
 
     Attributes:
-        path: what was given.
+        path: the given path.
         layout: `orbax`, or a key of `names.LAYOUTS`.
         weights: everything that the layout covers.
-        config: a stage's config; of its `model`, what the layout does not cover is the preset's.
-        tokenizer: file, or None.
-        files: what the weights were read from.
-        left_out: what else the files hold, and what was taken for granted, in words.
-        said: what is known of a decoder beside the sizes: its longest text, and where its files say so its ids and how
-            it generates.
+        config: a stage's config; parts of its `model` that the layout does not cover are the preset's.
+        tokenizer: the tokenizer's file, or None.
+        files: the files that the weights are read from.
+        left_out: in words, what else the files hold, and assumptions that were made.
+        said: settings of a decoder besides its sizes: its longest text and, if its files state them, its ids and
+            generation settings.
     """
 
     path: Path
@@ -61,15 +61,15 @@ class WeightSource:
 def open_source(
     path: str | Path, preset: str = "kangaroo_8b", overrides: Mapping[str, Any] | None = None
 ) -> WeightSource:
-    """Find out what `path` holds and open it, reading no weight yet.
+    """Detect what `path` holds and open it, without reading weights.
 
     Args:
         path: a folder or file.
-        preset: what the model is where the files do not say.
-        overrides: keys of a stage's config that win over both.
+        preset: the model, if the files do not state it.
+        overrides: keys of a stage's config that take precedence over both.
 
     Raises:
-        UserError: nothing is known there, or its tensors are not those of the table.
+        UserError: the path holds nothing known, or its tensors are not those of the table.
     """
     path = Path(path)
     if not path.exists():
@@ -95,7 +95,7 @@ def open_source(
 
 
 def _check_head(path: Path, tensors: Tensors) -> None:
-    """Raise UserError where the head is missing and nothing says that the token embedding stands in for it."""
+    """Raise UserError if the head is missing and the config does not tie it to the token embedding."""
     folder = path if path.is_dir() else path.parent
     if "lm_head.weight" not in tensors and not read_json(folder / "config.json").get("tie_word_embeddings"):
         raise UserError(
@@ -117,14 +117,14 @@ def _taken_for_granted(path: Path, layout: str, files: Sequence[Path]) -> list[s
 
 
 def _said(path: Path) -> dict[str, Any]:
-    """What a decoder's folder says of lengths, of the tokens that begin, end and fill a text, and how it generates."""
+    """A decoder's longest text, BOS, EOS and padding tokens and generation settings, as its folder states them."""
     folder = path if path.is_dir() else path.parent
     keys = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     said: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         raw = read_json(folder / name) if (folder / name).is_file() else {}
         said.update({key: raw[key] for key in keys if raw.get(key) is not None})
-        if name == "generation_config.json":  # but not which program wrote it
+        if name == "generation_config.json":  # all keys, except those about the program that wrote it
             others = (key for key in raw if key not in (*keys, "transformers_version") and not key.startswith("_"))
             said["generation"] = {key: raw[key] for key in others}
     return said
@@ -166,12 +166,12 @@ def model_shapes(model: ConfigDict) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _model_shapes(model: ModelConfig) -> dict[str, Any]:
-    """Tracing a model takes a second; a conversion wants its shapes several times."""
+    """`model_shapes`, cached: tracing a model takes a second, and a conversion needs the shapes several times."""
     from kangaroo_jax.models.parameters import abstract_model
 
     try:
         return dict(abstract_model(model).shapes)
-    except Exception as error:  # whatever sizes that fit nothing lead to
+    except Exception as error:  # inconsistent sizes may raise anything
         why = (str(error).strip().splitlines() or [""])[0][:160]
         raise UserError(f"config.model makes no model: {type(error).__name__}: {why}; check its sizes") from None
 
@@ -225,10 +225,10 @@ def _tuples(value: Any) -> Any:
 
 
 def _stored_grid(tensors: Tensors, config: ConfigDict, path: Path) -> int:
-    """The side of the grid of an encoder's position embedding; it differs between 224, 336 and 448 pixels."""
+    """The side of the grid of an encoder's stored position embedding; it depends on the image size."""
     name = next((name for name in ("visual.pos_embed", "pos_embed") if name in tensors), None)
     if name is None:
-        return config.model.vision.pos_embed_grid  # `names.match` will say that it is missing
+        return config.model.vision.pos_embed_grid  # `names.match` reports it as missing
     shape = tensors[name].shape
     side = round((shape[1] - 1) ** 0.5) if len(shape) == 3 and shape[1] > 1 else 0
     if side * side != (shape[1] - 1 if len(shape) == 3 else -1):
@@ -248,7 +248,7 @@ def _tokenizer(path: Path) -> Path | None:
 
 
 def _mapped(path: Path, layout: str, tensors: Tensors, config: ConfigDict) -> tuple[Weights, str]:
-    """The tensors under our names, and what else the files hold. Raises UserError; see `names.match`."""
+    """The tensors under our names, and a note on what else the files hold. Raises UserError; see `names.match`."""
     rows = table_for(layout, config.model, tensors)
     not_weights = names.NOT_WEIGHTS.get(layout, ())
     derived = names.DERIVED.get(layout, ())
@@ -264,7 +264,7 @@ def _mapped(path: Path, layout: str, tensors: Tensors, config: ConfigDict) -> tu
 
 
 def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None = None) -> list[NameRow]:
-    """The rows of a layout for `config.model`, with the names that the files at hand use where those may differ."""
+    """The rows of a layout for `config.model`, with the names in `tensors` where files may differ."""
     tensors = tensors or {}
     options = {"projector": model.projector}
     if layout == "kangaroo":
@@ -274,19 +274,19 @@ def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None 
     rows = names.table(layout, shapes_of(model), special_ids(model), **options)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if layout in ("llama", "kangaroo") and head not in tensors and embedding in tensors:
-        rows = [dataclasses.replace(r, theirs=embedding) if r.theirs == head else r for r in rows]  # tied
+        rows = [dataclasses.replace(r, theirs=embedding) if r.theirs == head else r for r in rows]  # tied embeddings
     return rows
 
 
 def _patchify_name(tensors: Mapping[str, Any], model: ConfigDict) -> str | None:
-    """The convolution's name is not known of the release: it is the one weight of that shape."""
+    """The convolution's name in the release, which is unknown: it is the only weight of that shape."""
     wanted = (model.vision.width, 1, *model.patchify.kernel)
     found = [name for name, tensor in tensors.items() if tensor.shape == wanted and name.endswith(".weight")]
     return found[0].removesuffix(".weight") if len(found) == 1 else None
 
 
 def _check_derived(path: Path, layout: str, tensors: Tensors, model: ConfigDict) -> None:
-    """Compare tables that follow from the config with what we compute. Raises UserError where they differ."""
+    """Compare stored tables that follow from the config with computed ones. Raises UserError if they differ."""
     for name, tensor in tensors.items():
         kind = next((k for p, k in names.DERIVED.get(layout, ()) if re.fullmatch(p, name)), None)
         if kind is None:
@@ -316,7 +316,7 @@ def _llm_rope(layout: str, llm: ConfigDict) -> np.ndarray:
 
 
 def _as_it_was(weights: Weights, folder: Path, model: ConfigDict) -> Weights:
-    """Undo what our export had to do to fit the layout: the rows that the marks hide, and types made wider."""
+    """Undo the changes that our export made to fit the layout: rows replaced by the marks, and widened types."""
     if (folder / SHADOWED).is_file():
         hidden = open_tensors(folder / SHADOWED).get(HIDDEN_ROWS)
         ids = special_ids(model)
@@ -337,7 +337,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _is_exact(weights: Weights, path: str, dtype: np.dtype) -> bool:
-    """Whether a parameter loses nothing in the type that it had before an export made it wider."""
+    """Whether a parameter is exact in the type that it had before an export widened it."""
     spec = weights.specs[path]
     if spec.dtype == dtype:
         return True
@@ -351,6 +351,6 @@ def _is_exact(weights: Weights, path: str, dtype: np.dtype) -> bool:
 
 
 def fingerprint(path: Path, files: Sequence[Path]) -> list[Any]:
-    """Changes when the files do; part of the plan of a resumable conversion."""
+    """A value that changes when the files do; part of the plan of a resumable conversion."""
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return json.loads(json.dumps([str(path.resolve()), stats]))

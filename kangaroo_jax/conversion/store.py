@@ -1,9 +1,9 @@
-"""Our own checkpoints (Orbax), a box at a time: read whatever training wrote, write without a whole array in memory.
+"""Our own checkpoints (Orbax), a box at a time: reads what training wrote, writes without a whole array in memory.
 
     DIR/params/{_METADATA, PATH/{.zarray, 0.0.0}}    DIR/config    DIR/tokenizer.*
 
-What is written are Orbax's plain (not OCDBT) zarr arrays, uncompressed, one file for each layer of a stacked
-parameter, so that a conversion may stop and go on at any file. Orbax restores it like any other.
+It writes Orbax's plain (not OCDBT) zarr arrays, uncompressed, with one file for each layer of a stacked parameter, so
+that a conversion can stop and go on at any file. Orbax restores them like any other checkpoint.
 """
 
 import json
@@ -20,9 +20,9 @@ from kangaroo_jax.conversion.files import read_json
 from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_finite
 from kangaroo_jax.errors import UserError
 
-# Large parameters that are no stack are cut along the dimension of the vocabulary.
+# Large parameters without layers are cut along the vocabulary's dimension.
 CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}
-MOST_PACKED = 100  # bytes of arrays for one of their files, at most: compressed weights take more than half their size
+MOST_PACKED = 100  # largest ratio of bytes in arrays to bytes in files: weights compress by less than 2
 _ZARR_DTYPES = {"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"}
 
 
@@ -30,7 +30,7 @@ class Stored:
     """The parameters of an Orbax checkpoint."""
 
     def __init__(self, *folders: Path) -> None:
-        """`folders`: `params`, and that of the frozen weights. Raises UserError where one is no flat dictionary."""
+        """`folders`: `params`, and the folder of frozen weights. Raises UserError if one is no flat dictionary."""
         self._arrays: dict[str, Any] = {}
         self._folders: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
@@ -82,7 +82,7 @@ def _open(tensorstore: Any, folder: Path, path: str, metadata: Mapping[str, Any]
     spec = {"driver": driver, "kvstore": kvstore}
     try:
         array = tensorstore.open(spec, read=True, open=True).result()
-        # Room for the chunks that hold one layer: where a chunk holds several, each is decoded but once.
+        # A cache for the chunks of one layer: a chunk of several layers is decoded only once.
         layers = array.chunk_layout.read_chunk.shape[0] if array.ndim else 1
         nbytes = math.prod(array.shape[1:]) * layers * array.dtype.numpy_dtype.itemsize
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": nbytes + 1 if layers > 1 else 0}})
@@ -92,7 +92,7 @@ def _open(tensorstore: Any, folder: Path, path: str, metadata: Mapping[str, Any]
 
 
 def write_params(weights: Weights, building: Building, progress: Progress) -> None:
-    """Write `params` of a checkpoint into the folder under construction. Raises UserError and OSError."""
+    """Write a checkpoint's `params` into the folder under construction. Raises UserError and OSError."""
     folder = building.folder / "params"
     work = []
     for path, spec in weights.specs.items():
@@ -144,7 +144,7 @@ def _chunk_name(path: str, box: Box, first: Box) -> str:
 
 
 def _padded(array: np.ndarray, first: Box) -> np.ndarray:
-    """A chunk at the border is stored whole."""
+    """The chunk padded to the full chunk size, as zarr stores it at the border."""
     pad = [(0, s.stop - s.start - n) for s, n in zip(first, array.shape, strict=True)]
     return np.ascontiguousarray(np.pad(array, pad) if any(after for _, after in pad) else array)
 

@@ -1,4 +1,4 @@
-"""Any of our tokenizers as a tokenizer.json that transformers loads with no code of its own."""
+"""Converts any of our tokenizers to a tokenizer.json that transformers loads without extra code."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ from kangaroo_jax.data.tokenizer import (
     load_tokenizer,
 )
 
-# The text of `data.sample`: a list of parts stands for media and text, a string is text.
+# The chat template of `data.batches.sample`: content is a text, or a list of media and text parts.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -45,10 +45,10 @@ CHAT_TEMPLATE = """\
 
 
 def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json, tokenizer_config.json and the chat template; keep the file that they come from.
+    """Write tokenizer.json, tokenizer_config.json and the chat template, and copy the source file.
 
-    Returns the keys of config.json that name tokens. Raises UserError for a file that is no tokenizer, or one
-    of a larger vocabulary than the model's.
+    Returns the keys of config.json that name tokens. Raises UserError for a file that is no tokenizer, or has a
+    larger vocabulary than the model.
     """
     from kangaroo_jax.errors import UserError
 
@@ -82,7 +82,7 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
     return _token_keys(tokenizer)
 
 
-# Of a tokenizer_config.json: the rest names classes and code, which differ between versions of transformers.
+# Keys kept from a tokenizer_config.json: the others name classes and code, which differ between transformers versions.
 _CARRIED = (
     *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
     *("additional_special_tokens", "chat_template", "clean_up_tokenization_spaces", "model_max_length"),
@@ -91,10 +91,10 @@ _CARRIED = (
 
 
 def carry_settings(source: Path, folder: Path) -> bool:
-    """Write to the tokenizer in `folder` what stands beside the tokenizer `source`: its tokens and its chat template.
+    """Copy the special tokens and the chat template from beside the tokenizer `source` to the tokenizer in `folder`.
 
-    Any version of transformers reads the result. A tokenizer.json that is not in `folder` yet is copied. Returns
-    whether there is one, without which nothing is written. Raises UserError for settings that are no JSON object.
+    Any version of transformers reads the result. If `folder` lacks a tokenizer.json, it is copied. Returns whether
+    there is one; without it nothing is written. Raises UserError for settings that are no JSON object.
     """
     beside, target = source.parent, folder / "tokenizer_config.json"
     if not (folder / "tokenizer.json").is_file():
@@ -105,7 +105,7 @@ def carry_settings(source: Path, folder: Path) -> bool:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (beside / name).is_file():
             theirs |= read_json(beside / name)
-    if isinstance(more := theirs.get("extra_special_tokens"), list):  # transformers 5's name; a mapping to 4
+    if isinstance(more := theirs.get("extra_special_tokens"), list):  # a list in transformers 5, a mapping in 4
         theirs.setdefault("additional_special_tokens", more)
     if (beside / "chat_template.jinja").is_file():
         theirs["chat_template"] = (beside / "chat_template.jinja").read_text(encoding="utf-8")
@@ -119,14 +119,14 @@ def carry_settings(source: Path, folder: Path) -> bool:
 
 
 def _content(value: Any) -> Any:
-    """A token that is described by more than its text (`AddedToken`) as its text."""
+    """A token's text, which may be in an `AddedToken` object."""
     if isinstance(value, list):
         return [_content(item) for item in value]
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def _copy_json(source: Path, target: Path) -> None:
-    """Copy a tokenizer.json; a mark of ours that it calls no special token becomes one, as it is here."""
+    """Copy a tokenizer.json; marks of ours become special tokens if they are not."""
     spec = json.loads(source.read_bytes())
     odd = [e for e in spec["added_tokens"] if e["content"] in SPECIAL_NAMES.values() and not e.get("special")]
     if not odd:
@@ -162,8 +162,8 @@ def _spec(model: dict[str, Any], specials: dict[int, str], **parts: Any) -> dict
 def from_sentencepiece(path: Path) -> dict[str, Any]:
     """A SentencePiece model of `train_sentencepiece` as a tokenizer.json.
 
-    SentencePiece joins the neighbours whose union has the best score; here the same is said by a list of
-    pairs in the order of the score of their union.
+    SentencePiece merges the adjacent pieces whose union has the best score. The equivalent merge list has all pairs in
+    the order of the score of their union.
     """
     import sentencepiece
 
@@ -230,9 +230,9 @@ def from_ranks(path: Path) -> dict[str, Any]:
 
 
 def _halves(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that are joined last to make `piece`, found by joining its bytes as the encoder would.
+    """The two tokens whose merge gives `piece`, found by merging its bytes as the encoder would.
 
-    Empty for a single byte, and for the few pieces that are made by no pair: the encoder finds those whole.
+    Empty for a single byte, and for the few pieces that no merge gives: the encoder matches those whole.
     """
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 2:
@@ -245,7 +245,7 @@ def _halves(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """A printable character for every byte: itself where it is one, else the next from U+0100 on (as GPT-2 does)."""
+    """A printable character for every byte: itself if it is printable, else the next from U+0100 on (as in GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]

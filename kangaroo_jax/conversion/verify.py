@@ -1,9 +1,8 @@
-"""Is a model still the same after a conversion? Both sides are loaded and run on the same prompt.
+"""Checks that a model is the same after a conversion: both sides are loaded and run on the same prompt.
 
-One side runs in JAX, the other in PyTorch from its own weights, config and tokenizer: a Kangaroo by the model file and
-the reading of videos that an export of this package ships; a bare Llama by transformers; a bare encoder by our vision
-tower. Code that stands in a folder is never run. What is compared are token ids, then logits, then greedy answers; of
-an encoder the features.
+One side runs in JAX, the other in PyTorch from its own weights, config and tokenizer: a Kangaroo with the model file
+and video reader that our exports ship, a bare Llama with transformers, a bare encoder with our vision tower. Code in a
+folder is never run. The comparison covers token ids, then logits, then greedy answers; for an encoder, features.
 """
 
 import dataclasses
@@ -24,26 +23,26 @@ from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import conversation
 
-LEAST_TOKENS = 600  # of the prompt: an error in the rotary embedding shows only far from the beginning
-FRAMES = 4  # of the video, that a bare encoder looks at
+LEAST_TOKENS = 600  # length of the prompt: an error in the rotary embedding shows only far from the beginning
+FRAMES = 4  # frames of the video for a bare encoder
 QUESTION = "What happens in the video? "
 FILLER = "Look at every frame, say what is in it, which way it moves, and when it comes and goes. "
-TOLERANCE = 1e-4  # largest difference, in float32, relative to the largest number where that is above 1
-# What PyTorch runs of the whole, of the decoder and of the encoder; the first that is there.
+TOLERANCE = 1e-4  # largest difference in float32, relative to the largest number if that is above 1
+# Layouts that PyTorch can run, by part (whole model, decoder, encoder); the first available one is used.
 RUN_BY_TORCH = {"": ("kangaroo",), "llm/": ("llama", "kangaroo"), "vision/": ("eva", "timm", "kangaroo")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far apart two models are on one prompt, or two encoders on some frames."""
+    """The differences between two models on one prompt, or two encoders on some frames."""
 
-    tokens: int  # of the prompt, vision included
+    tokens: int  # tokens of the prompt, including vision tokens
     vision_tokens: int
-    largest_difference: float  # of logits, or of an encoder's features
-    largest_logit: float  # or feature
-    kl: float = 0.0  # of the two distributions of the next token, mean over the prompt, nats
-    same_greedy: int = 0  # tokens of the answers that are equal, from the first on
-    greedy: int = 0  # tokens that were compared; 0 of an encoder
+    largest_difference: float  # between logits, or an encoder's features
+    largest_logit: float  # largest magnitude of logits, or features
+    kl: float = 0.0  # KL divergence of next-token distributions in nats, mean over the prompt
+    same_greedy: int = 0  # equal tokens of the answers, up to the first difference
+    greedy: int = 0  # compared tokens; 0 for an encoder
 
     @property
     def relative_difference(self) -> float:
@@ -77,13 +76,13 @@ def verify(
     overrides: Mapping[str, Any] | None = None,
     tell: Tell = print,
 ) -> Comparison:
-    """Compare what two paths hold in common, in float32: whole models on a prompt of at least 600 tokens with a
-    video, decoders on one of text, encoders on frames. One after the other is in memory.
+    """Compare the common parts of two paths in float32: whole models on a prompt of at least 600 tokens with a video,
+    decoders on a text prompt, encoders on frames. Only one model is in memory at a time.
 
     Args:
-        first, second: what `convert` reads, in two layouts; at least one of them is run by PyTorch.
-        media: video or image; by default a video made for the occasion.
-        query: what is asked; made longer where the prompt is too short.
+        first, second: sources of `convert` in two layouts; PyTorch must be able to run one of them.
+        media: video or image; by default a generated video.
+        query: the question, repeated if the prompt would be too short.
         preset, overrides: see `convert`.
         tell: prints a line.
 
@@ -111,12 +110,12 @@ def verify(
 
 
 def verify_all(sources: Sequence[str | Path], target: str | Path, **options: Any) -> list[Comparison]:
-    """`verify` of every source with the target. Raises UserError, see there."""
+    """`verify` every source with the target. Raises UserError, see `verify`."""
     return [verify(source, target, **options) for source in sources]
 
 
 def sides(sources: Sequence[WeightSource]) -> tuple[str, WeightSource, WeightSource]:
-    """(what both have: "", "llm/" or "vision/", what JAX runs, what PyTorch runs). Raises UserError."""
+    """(the common part: "", "llm/" or "vision/", the source for JAX, the source for PyTorch). Raises UserError."""
     first, second = sources
     parts = {LAYOUTS.get(source.layout, ("",))[0] for source in sources} - {""}
     part = parts.pop() if parts else ""
@@ -162,7 +161,7 @@ def _compare_decoders(ours: WeightSource, theirs: WeightSource, query: str, scra
 
 
 def _text(ours: WeightSource, theirs: WeightSource, query: str) -> tuple[list[int], str]:
-    """(ids of a prompt of text, the text); random ids and no text where no tokenizer is beside the weights."""
+    """(ids of a text prompt, the text); random ids and no text if there is no tokenizer beside the weights."""
     file = ours.tokenizer or theirs.tokenizer
     model = ours.config.model
     if file is None:
@@ -177,7 +176,7 @@ def _text(ours: WeightSource, theirs: WeightSource, query: str) -> tuple[list[in
 
 
 def _compare_encoders(ours: WeightSource, theirs: WeightSource, media: Path, scratch: Path) -> Comparison:
-    """Of an assembled model PyTorch resizes the position embedding that the file has, as JAX did before."""
+    """Compare features. For an assembled model PyTorch resizes the file's position embedding, as JAX did before."""
     vision = ours.config.model.vision
     frames = _frames(media, vision.pos_embed_grid * vision.patch_size)
     here = InJax(ours).features(frames).astype(np.float64)
@@ -188,7 +187,7 @@ def _compare_encoders(ours: WeightSource, theirs: WeightSource, media: Path, scr
 
 
 def _frames(media: Path, side: int) -> np.ndarray:
-    """uint8[F, side, side, 3] of a video at even distances, or of an image."""
+    """uint8[F, side, side, 3]: evenly spaced frames of a video, or an image."""
     from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, FramePolicy, load_image, load_video
 
     if media.suffix.lower() in IMAGE_SUFFIXES:
@@ -199,7 +198,7 @@ def _frames(media: Path, side: int) -> np.ndarray:
 def _compare(
     here: np.ndarray, there: np.ndarray, answer_here: list[int], answer_there: list[int], vision: int
 ) -> Comparison:
-    """Logits float32[T, V] of both, and both answers."""
+    """Compare both logits float32[T, V], and both answers."""
     a, b = here.astype(np.float64), there.astype(np.float64)
     log_a = a - np.logaddexp.reduce(a, axis=-1, keepdims=True)
     log_b = b - np.logaddexp.reduce(b, axis=-1, keepdims=True)

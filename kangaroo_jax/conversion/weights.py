@@ -1,7 +1,6 @@
-"""Weights under our names, wherever they come from, read a box at a time.
+"""Weights under our names, from any source, read a box at a time.
 
-A conversion is `Weights` of one kind written as files of another; between the two there is never more than
-a few boxes in memory.
+A conversion writes `Weights` of one kind as files of another, with only a few boxes in memory.
 """
 
 import dataclasses
@@ -17,8 +16,8 @@ from kangaroo_jax.conversion.names import SPECIAL, STACKED, NameRow
 from kangaroo_jax.errors import UserError
 
 Box = tuple[slice, ...]  # a range of every dimension
-BOX_BYTES = 192 << 20  # of the largest box that is read at once, where the layout lets it be cut
-TILE = 128  # numbers, of each side of a tile
+BOX_BYTES = 192 << 20  # the largest box that is read at once, if the layout allows cutting
+TILE = 128  # side of a tile in numbers
 _EXPONENTS = {2: (np.uint16, {"bfloat16": 0x7F80, "float16": 0x7C00}), 4: (np.uint32, {"float32": 0x7F800000})}
 
 
@@ -35,19 +34,19 @@ class Weights(Protocol):
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Shape and type of each."""
+        """Shape and type of each parameter."""
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """The numbers in `box` of a parameter. Raises UserError for a damaged file."""
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of an array."""
+    """The box that covers a whole array."""
     return tuple(slice(0, n) for n in shape)
 
 
 def boxes(spec: Spec, path: str, cut_axis: int | None) -> list[Box]:
-    """A parameter in boxes: one a layer where it is stacked, and ranges of `cut_axis` where it is large."""
+    """A parameter in boxes: one for each layer of a stack, and ranges of `cut_axis` if it is large."""
     if STACKED.match(path):
         return [(slice(i, i + 1), *whole(spec.shape[1:])) for i in range(spec.shape[0])]
     nbytes = int(np.prod(spec.shape)) * spec.dtype.itemsize
@@ -60,7 +59,7 @@ def boxes(spec: Spec, path: str, cut_axis: int | None) -> list[Box]:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order. Copies tiles that fit a CPU's cache where the order changes: half the time of numpy."""
+    """The array in C order. If the order changes, it copies tiles that fit a CPU's cache: half of numpy's time."""
     fast = min(range(array.ndim), key=lambda axis: (array.shape[axis] == 1, array.strides[axis]), default=0)
     last = array.ndim - 1
     if array.flags.c_contiguous or fast == last or array.size < TILE**2:
@@ -75,7 +74,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def check_finite(array: np.ndarray, name: str, where: object) -> None:
-    """Raise UserError where a number is NaN or infinite, with their count; looks at the exponents, in one pass."""
+    """Raise UserError with the count of NaN and infinite numbers if there are any; one pass over the exponents."""
     itemsize = array.dtype.itemsize
     mask = _EXPONENTS.get(itemsize, (None, {}))[1].get(array.dtype.name)
     if mask is None:
@@ -92,7 +91,7 @@ def check_finite(array: np.ndarray, name: str, where: object) -> None:
 
 
 class Mapped:
-    """Files of another layout, seen under our names."""
+    """Files of another layout as weights under our names."""
 
     def __init__(self, tensors: Tensors, rows: Sequence[NameRow]) -> None:
         """The tensors must be those of the rows (see `names.match`). Raises UserError for layers of several types."""
@@ -138,7 +137,7 @@ class Mapped:
 
 
 class Joined:
-    """Several weights as one; of a path that several have the first counts."""
+    """Several weights as one; a path in several of them comes from the first."""
 
     def __init__(self, *parts: Weights) -> None:
         self._parts: dict[str, Weights] = {}
@@ -152,10 +151,10 @@ class Joined:
 
 
 class Arrays:
-    """Small weights that are made when they are first asked for."""
+    """Small weights that are made at the first read."""
 
     def __init__(self, makers: Mapping[str, tuple[Spec, Callable[[], np.ndarray]]]) -> None:
-        """path -> what it is, and what makes it."""
+        """path -> its spec, and the function that makes it."""
         self.specs = {path: spec for path, (spec, _) in makers.items()}
         self._makers, self._made = makers, dict[str, np.ndarray]()
 
@@ -171,12 +170,12 @@ class Cast:
     """Weights in other types."""
 
     def __init__(self, weights: Weights, dtypes: Mapping[str, np.dtype]) -> None:
-        """The types, by path; a path without one keeps its own."""
+        """`dtypes` by path; a path without one keeps its own."""
         self._weights = weights
         self.specs = {path: Spec(s.shape, dtypes.get(path, s.dtype)) for path, s in weights.specs.items()}
 
     def read(self, path: str, box: Box) -> np.ndarray:
-        """See `Weights`; rounds to nearest even. Raises UserError where a number overflows."""
+        """See `Weights`; rounds to nearest even. Raises UserError if a number overflows."""
         array, dtype = self._weights.read(path, box), self.specs[path].dtype
         if array.dtype == dtype:
             return array
@@ -188,10 +187,10 @@ class Cast:
 
 
 class Overlaid:
-    """Weights, but with other numbers in some rows of the token embedding: those that the special marks hide."""
+    """Weights with other numbers in some rows of the token embedding: those that the marks replace."""
 
     def __init__(self, weights: Weights, rows: Sequence[int], values: np.ndarray) -> None:
-        """`values` [len(rows), D] stand in `rows` of llm/embedding."""
+        """`values` [len(rows), D] replace `rows` of llm/embedding."""
         self._weights, self._rows, self._values = weights, tuple(rows), values
         self.specs = weights.specs
 
@@ -207,7 +206,7 @@ class Overlaid:
 
 
 class Marked:
-    """The token embedding as the release has it: with the four marks in their rows, and no `special_embedding`."""
+    """Weights with the release's token embedding: the four marks are in their rows, and `special_embedding` is gone."""
 
     def __init__(self, weights: Weights, rows: Sequence[int]) -> None:
         """`rows`: the ids of the marks."""

@@ -1,4 +1,4 @@
-"""The files that an export ships, so that PyTorch users can load it with nothing of ours installed.
+"""The files that an export ships, so that PyTorch users can load it without this package.
 
-They import torch, transformers, numpy and Pillow alone (and PyAV for videos), and each other.
+They import only torch, transformers, numpy and Pillow (and PyAV for videos), and each other.
 """

@@ -1,4 +1,4 @@
-"""Configuration of Kangaroo (arXiv 2408.15542) for transformers: a Llama's, and sections for what comes before it."""
+"""Configuration of Kangaroo (arXiv 2408.15542) for transformers: a Llama's keys, and sections for the vision parts."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class KangarooConfig(PretrainedConfig):
     """The keys of a Llama's config.json, and one dictionary each for the other parts."""
 
     model_type = "kangaroo"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the cache's name before transformers 5.24 and since
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the cache's names before and since transformers 5.24
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class KangarooConfig(PretrainedConfig):
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
         self.rms_norm_eps, self.max_position_embeddings = rms_norm_eps, max_position_embeddings
-        # As transformers 5 has it: the theta among the parameters of the scaling.
+        # In transformers 5 the theta is one of the scaling's parameters.
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta, **(rope_scaling or {})}
         self.rope_parameters.update(rope_parameters or {})
         self.vision_config = {**VISION, **(vision_config or {})}

@@ -1,4 +1,4 @@
-"""Files of videos and images to letterboxed frames and their seconds, sampled and decoded as in training."""
+"""Decodes videos and images to letterboxed frames and their times, sampled and decoded as in training."""
 
 import math
 import os
@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# What Pillow may read: others run programs (EPS). Playlists make FFmpeg open other files.
+# Formats that Pillow may read: others run programs (EPS). Playlists make FFmpeg open other files.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 PLAYLISTS = {"concat", "concatf", "dash", "hls", "imf", "rtsp", "sap", "sdp", "webm_dash_manifest"}
 ROUNDING = 1e-3  # seconds by which a requested time may fall short of the frame that it means
 
 
 def load_media(part: dict[str, Any], sampling: dict[str, Any], multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """A part of a message -> frames uint8[F, S, S, 3] and their seconds float64[F]; F is a multiple of `multiple`."""
+    """A part of a message -> frames uint8[F, S, S, 3] and their times float64[F] (s); F is a multiple of `multiple`."""
     side = sampling["image_size"]
     if part["type"] == "image":
         frames, times = letterbox(open_image(part["image"]), side)[None], np.zeros(1)
@@ -33,7 +33,7 @@ def load_media(part: dict[str, Any], sampling: dict[str, Any], multiple: int) ->
 
 
 def open_image(source: Any) -> Image.Image:
-    """A path, an array uint8[height, width, 3] or a PIL image, turned upright, transparency laid on white."""
+    """A path, an array uint8[height, width, 3] or a PIL image as an upright image; transparency becomes white."""
     image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
     if isinstance(image, (str, os.PathLike)):
         _check_file(image)
@@ -48,7 +48,7 @@ def open_image(source: Any) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
-    """A grey of more than 8 bits: of 16 bits by its mode, else by its brightest pixel."""
+    """A grey of more than 8 bits, scaled to 8: 16 bits by its mode, others by the brightest pixel."""
     grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=np.inf, neginf=0.0)
     top = float(np.max(grey, where=np.isfinite(grey), initial=0.0))
     divisor, factor = 1.0, 1.0
@@ -66,7 +66,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _check_file(path: str | os.PathLike) -> None:
-    """Refuse what is no regular file, such as a pipe, which would be waited for without end."""
+    """Raise ValueError for a path that is no regular file, such as a pipe, whose reading may never end."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file, or no regular one")
 
@@ -83,7 +83,7 @@ def fitted(aspect: float, side: int) -> tuple[int, int]:
 
 
 def on_black(image: np.ndarray, side: int) -> np.ndarray:
-    """The picture in the middle of uint8[S, S, 3]."""
+    """The picture centred on black: uint8[S, S, 3]."""
     canvas = np.zeros((side, side, 3), np.uint8)
     top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
     canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
@@ -91,7 +91,7 @@ def on_black(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def sample_times(seconds: float, sampling: dict[str, Any], multiple: int) -> np.ndarray:
-    """The middles of n equal segments: n is `fps` a second, clipped to the range for that length, and a multiple."""
+    """The middles of n equal segments: n is `fps` a second, clipped to the length's range, rounded to a multiple."""
     prefix = "long_" if seconds > sampling["long_seconds"] else ""
     least, most = sampling[prefix + "min_frames"], sampling[prefix + "max_frames"]
     count = round(min(max(seconds * sampling["fps"], least), most))
@@ -108,7 +108,7 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
         from av.video.reformatter import VideoReformatter
     except ImportError as error:
         raise ImportError("videos are read by PyAV: pip install av (or give a list of frames)") from error
-    # Since PyAV 19 text that is not UTF-8 is no error anyhow.
+    # PyAV 19 and later ignore text that is not UTF-8 by default.
     metadata: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     _check_file(path)
     options = {
@@ -147,8 +147,8 @@ def load_video(path: str | os.PathLike, sampling: dict[str, Any], multiple: int)
 
 
 def _frames(container: Any, stream: Any, interval: float) -> Any:
-    """(frame, seconds since the first) in the order of display."""
-    guesses = container.format.name == "avi" and stream.codec_context.has_b_frames  # it has decoding times alone
+    """(frame, seconds since the first) in display order."""
+    guesses = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI has only decoding times
     known = stream.start_time is not None and not guesses
     zero = float(stream.start_time * stream.time_base) if known else None
     last = -interval
@@ -190,7 +190,7 @@ def _pixels(frame: Any, scaler: Any, converter: Any, ratio: float, side: int) ->
         full = "yuvj444p" if form.name.startswith("yuvj") else "yuv444p"
         small = scaler.reformat(frame, width=width, height=height, format=full, interpolation="BICUBIC", threads=1)
         rgb = converter.reformat(small, format="rgb24", threads=1).to_ndarray()
-    right, down = (c, b) if turned else (a, d)  # where the picture's columns and rows go on display
+    right, down = (c, b) if turned else (a, d)  # directions of the picture's columns and rows on display
     rgb = rgb.swapaxes(0, 1) if turned else rgb
     return on_black(rgb[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], side)
 
@@ -199,7 +199,7 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """Where a frame's x axis and y axis point on display, (x, y) each."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # beside it lies what PyAV has no name for, as EXIF
+    except ValueError:  # the frame has side data unknown to PyAV, such as EXIF
         return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
     if not matrix:
         return 1, 0, 0, 1

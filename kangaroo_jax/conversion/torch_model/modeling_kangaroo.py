@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_kangaroo import KangarooConfig
 from .processing_kangaroo import KangarooProcessor, as_part
 
-FRAMES_AT_A_TIME = 16  # that the ViT looks at
-# What the cache of keys and values is called, as an argument of a decoder and in what it returns.
+FRAMES_AT_A_TIME = 16  # frames that the ViT encodes at a time
+# The name of the key-value cache in a decoder's arguments and results.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -44,7 +44,7 @@ def llama_config(config: KangarooConfig) -> LlamaConfig:
 
 
 class Attention(nn.Module):
-    """Full attention; q and v have biases of their own, and a LayerNorm stands before the output."""
+    """Full attention; q and v have separate biases, and a LayerNorm precedes the output projection."""
 
     def __init__(self, c: dict[str, Any]):
         super().__init__()
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q = self.q_proj(x) + self.q_bias  # the module itself, so that an adapter in its place counts
+        q = self.q_proj(x) + self.q_bias  # called as a module, so that an adapter in its place is used
         k = self.k_proj(x)
         v = self.v_proj(x) + self.v_bias
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -116,14 +116,14 @@ class VisionTower(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(grid).to(x.dtype)
         cos, sin = self.rotary(grid, x.device, x.dtype)
         if self.training and torch.is_grad_enabled() and not x.requires_grad:
-            # A checkpointed block gives gradients only where its input has some: adapters of frozen weights need them.
+            # A checkpointed block has gradients only if its input requires them; adapters on frozen weights need that.
             x.requires_grad_(any(weight.requires_grad for weight in self.blocks.parameters()))
         for block in self.blocks:
             x = block(x, cos, sin)
         return (self.norm(x) if self.c["output_norm"] else x)[:, 1:]
 
     def positions(self, grid: int) -> torch.Tensor:
-        """The position embedding, resized from the stored grid; the row of CLS stays."""
+        """The position embedding, resized from the stored grid; the CLS row is unchanged."""
         stored = self.c["pos_embed_grid"]
         if grid == stored:
             return self.pos_embed
@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
     def rotary(self, grid: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [1 + P, H/2]: a quarter of the width turns with the row, a quarter with the column; not CLS."""
+        """cos and sin [1 + P, H/2]: a quarter of the width rotates by row, a quarter by column; CLS does not."""
         half = self.c["width"] // self.c["heads"] // 2
         power = torch.arange(0, half, 2, dtype=torch.float64, device="cpu") / half
         place = torch.arange(grid, dtype=torch.float64, device="cpu") / grid * self.c["rope_reference_grid"]
@@ -146,13 +146,13 @@ class VisionTower(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the neighbours (2i, 2i + 1) of x [..., tokens, H]."""
+    """Rotate the pairs (2i, 2i + 1) of x [..., tokens, H]."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
 def time_encoding(seconds: torch.Tensor, width: int, theta: float) -> torch.Tensor:
-    """float32[F] -> float32[F, width]: sines and cosines of the frames' real times, in turn."""
+    """float32[F] -> float32[F, width]: alternating sines and cosines of the frames' real times."""
     power = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
     angles = seconds.float()[:, None] * (theta**-power).float().to(seconds.device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
@@ -163,16 +163,16 @@ def time_encoding(seconds: torch.Tensor, width: int, theta: float) -> torch.Tens
 
 @dataclasses.dataclass
 class Seen:
-    """What the prompts of one `generate` show: their length in tokens, and of each the vision tokens [n, D] that a
-    cache does not have yet, behind the number of those that it has."""
+    """The vision tokens of the prompts of one `generate`: the prompts' length in tokens, and for each prompt the number
+    of vision tokens in the cache and the others, [n, D]."""
 
     prompt: int
     rows: list[tuple[int, torch.Tensor]]
 
 
 class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
-    """The whole model. `chat` answers questions; `forward` and `generate` are those of any causal model, and take
-    `pixel_values` [F, 3, S, S] and `frame_times` [F] besides: the frames of all rows of the batch, one after the other
+    """The whole model. `chat` answers questions; `forward` and `generate` are those of any causal model, and also
+    take `pixel_values` [F, 3, S, S] and `frame_times` [F]: the frames of all rows of the batch, one after the other
     (see `KangarooProcessor`)."""
 
     config_class = KangarooConfig
@@ -228,9 +228,9 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, frame_times: torch.Tensor | None
     ) -> torch.Tensor:
-        """ids [B, T] -> embeddings [B, T, D], with the vision tokens, in order, where the placeholder stands.
+        """ids [B, T] -> embeddings [B, T, D], with the vision tokens, in order, in place of the placeholders.
 
-        Raises ValueError where there are more or fewer of those than places.
+        Raises ValueError if the numbers of vision tokens and placeholders differ.
         """
         if pixel_values is None:
             return self.model.embed_tokens(input_ids)
@@ -240,7 +240,7 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     def _look(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, frame_times: torch.Tensor | None, cached: int = 0
     ) -> Seen:
-        """Encode the frames of prompts [B, T] but for those that stand among the first `cached` tokens."""
+        """Encode the frames of prompts [B, T], except those among the first `cached` tokens."""
         if frame_times is None:
             raise ValueError("pixel_values need frame_times, the frames' seconds")
         grid = pixel_values.shape[-1] // self.config.vision_config["patch_size"]
@@ -262,9 +262,9 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         return Seen(input_ids.shape[1], list(zip(firsts, parts, strict=True)))
 
     def _laid_in(self, input_ids: torch.Tensor, latest: torch.Tensor, seen: Seen) -> torch.Tensor:
-        """Embeddings [B, n, D] of `latest` [B, n], the last of `input_ids` [B, T], with the vision tokens laid in.
+        """Embeddings [B, n, D] of `latest` [B, n], the last of `input_ids` [B, T], with the vision tokens in place.
 
-        A placeholder behind the prompt is a token like any other: generated, or guessed from the prompt.
+        A placeholder after the prompt is an ordinary token: generated, or guessed from the prompt.
         """
         x = self.model.embed_tokens(latest)
         place = input_ids == self.config.special_ids["vision"]
@@ -285,9 +285,9 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Frames are looked at once for the whole of `generate`, and all copies of a prompt show the same."""
+        """Encode frames once for the whole of `generate`; all copies of a prompt share them."""
         frames = {name: kwargs.pop(name, None) for name in ("pixel_values", "frame_times")}
-        assisted, seen = kwargs.pop("seen", None), None  # of the model that this one guesses tokens for
+        assisted, seen = kwargs.pop("seen", None), None  # those of the model that this one drafts tokens for
         if frames["pixel_values"] is not None:
             if input_ids is None or kwargs.get("inputs_embeds") is not None:
                 raise ValueError("pixel_values need input_ids: embeddings do not say where the frames stand")
@@ -308,7 +308,7 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         seen: Seen | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What transformers makes of it, with the vision tokens among the embeddings."""
+        """The inputs that transformers prepares, with the vision tokens in the embeddings."""
         if seen is not None:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "frame_times")}
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
@@ -333,10 +333,10 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """What a Llama takes and returns; `cache` is the name of `past_key_values` since transformers 5.24.
+        """Arguments and results as in a Llama; `cache` is the name of `past_key_values` since transformers 5.24.
 
-        With a filled cache the frames are those of `input_ids`, not those that the cache has. The loss is the mean
-        over the labels, or where the batch is a part of one of `num_items_in_batch` labels their sum over that.
+        With a filled cache the frames are those of `input_ids`, without those in the cache. The loss is the mean over
+        the labels, or, for a part of a batch with `num_items_in_batch` labels, their sum divided by that number.
         """
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
@@ -387,16 +387,16 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             video_path: file of a video or image, a PIL image, or a list of frames (paths, arrays, PIL images). It
-                may be given again in later rounds: what the history has is not shown twice.
-            query: what to ask.
+                may be given again in later rounds: media in the history are not shown twice.
+            query: the question.
             tokenizer: `AutoTokenizer.from_pretrained` of the same folder.
-            history: what the last round returned.
+            history: the history that the last round returned.
             max_new_tokens: longest answer.
-            eos_token_id: what ends the answer; by default the end of text and the end of a turn.
-            do_sample: False always takes the likeliest token.
-            temperature, top_p: of the sampling.
-            frame_times: seconds of the frames of a list; one a second by default.
-            kwargs: for `generate`.
+            eos_token_id: tokens that end the answer; by default the end of text and the end of a turn.
+            do_sample: False always takes the most likely token.
+            temperature, top_p: settings of the sampling.
+            frame_times: times of the frames of a list in seconds; by default one a second.
+            kwargs: passed to `generate`.
 
         Returns:
             The answer, and the history with this round in it.
@@ -437,7 +437,7 @@ def _media(turn: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two parts are the same file, or the very same frames."""
+    """Whether two parts are the same file, or identical frames."""
     if a["type"] != b["type"]:
         return False
     x, y = a[a["type"]], b[b["type"]]

@@ -1,4 +1,4 @@
-"""From what a user gives (a video, an image, frames, words) to what Kangaroo takes: token ids, pixels, seconds.
+"""Turns user input (a video, an image, frames, text) into Kangaroo's input: token ids, pixels, seconds.
 
 Frames are sampled, decoded and letterboxed exactly as in training. Text never becomes a special token.
 """
@@ -23,7 +23,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Inputs(BatchFeature):
-    """Inputs of the model. `to` moves them; a type is that of the pixels alone, as seconds need their 32 bits."""
+    """Inputs of the model. `to` moves them; a dtype applies only to the pixels, as seconds need their 32 bits."""
 
     def to(self, *args: Any, **kwargs: Any) -> "Inputs":
         """See `BatchFeature.to`."""
@@ -54,7 +54,7 @@ class KangarooProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> "KangarooProcessor":
-        """Reads the model's config and tokenizer."""
+        """Read the model's config and tokenizer."""
         from transformers import AutoConfig, AutoTokenizer
 
         known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
@@ -63,8 +63,8 @@ class KangarooProcessor(ProcessorMixin):
         return cls(config, AutoTokenizer.from_pretrained(path, trust_remote_code=True, **known))
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write what `AutoProcessor.from_pretrained` reads: the tokenizer, preprocessor_config.json, the code, and
-        the config where no model has written one there."""
+        """Write the files that `AutoProcessor.from_pretrained` reads: the tokenizer, preprocessor_config.json, the
+        code, and the config if no model has written one there."""
         if push_to_hub:
             raise ValueError("save to a folder, and push that")
         folder = Path(save_directory)
@@ -89,11 +89,11 @@ class KangarooProcessor(ProcessorMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoProcessor") -> None:
-        """transformers asks for it; the folder's auto_map names the class already."""
+        """Does nothing; transformers calls it, but the folder's auto_map already names the class."""
 
     @property
     def model_input_names(self) -> list[str]:
-        """What `apply_chat_template` returns."""
+        """The keys that `apply_chat_template` returns."""
         return ["input_ids", "attention_mask", "pixel_values", "frame_times"]
 
     def apply_chat_template(  # type: ignore[override]
@@ -111,8 +111,8 @@ class KangarooProcessor(ProcessorMixin):
 
         A message is {"role", "content"}; content is text, or a list of {"type": "text", "text"},
         {"type": "video", "video": path or list of frames, "times": seconds, optional} and
-        {"type": "image", "image": path or PIL image}. A list of conversations gives a batch, its frames one row's
-        after the other's. With `tokenize=False` it is the text, or a list of them, as `processor(text=...)` takes it.
+        {"type": "image", "image": path or PIL image}. A list of conversations gives a batch, with its rows' frames one
+        after the other. With `tokenize=False` it returns the text, or a list of texts, for `processor(text=...)`.
         """
         _only(return_dict=(return_dict, True), return_tensors=(return_tensors, "pt"))
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
@@ -134,9 +134,9 @@ class KangarooProcessor(ProcessorMixin):
     ) -> Inputs:
         """Whole prompts with special tokens in them (`apply_chat_template(..., tokenize=False)`) to inputs.
 
-        `videos` and `images` are one or a list, those of the tags `<video>` and `<image>` in order over all the texts:
-        files or lists of frames, and files or PIL images. A special token that is spelled in the text is one here:
-        text of a user goes through `apply_chat_template` with its messages, which spells it out.
+        `videos` (files or lists of frames) and `images` (files or PIL images) are one or a list, for the tags `<video>`
+        and `<image>` in order over all texts. Special tokens in the text are encoded as such here; pass a user's text
+        as messages to `apply_chat_template`, which encodes them as ordinary text.
         """
         _only(return_tensors=(return_tensors, "pt"), add_special_tokens=(add_special_tokens, False))
         if text is None:
@@ -186,7 +186,7 @@ class KangarooProcessor(ProcessorMixin):
         row.times.append(seconds)
 
     def _batch(self, rows: Sequence["_Row"], padding: bool | str, side: str) -> Inputs:
-        """Rows as one batch, filled up on the left, where answers go on, or on the right."""
+        """Rows as one batch, padded on the left, for generation, or on the right."""
         longest = max(len(row.ids) for row in rows)
         if padding not in (True, "longest") and any(len(row.ids) != longest for row in rows):
             raise ValueError(f"padding={padding!r}: rows of different lengths need padding=True")
@@ -219,7 +219,7 @@ class KangarooProcessor(ProcessorMixin):
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _block(self, groups: int) -> list[int]:
-        """<vi_start>, the groups' places each followed by <eof> (the last by <eov>), <vi_end>."""
+        """<vi_start>, each group's placeholders followed by <eof> (the last by <eov>), <vi_end>."""
         s, group = self.special, [self.special["vision"]] * self.tokens_per_group
         body = [token for _ in range(groups) for token in (*group, s["eof"])]
         return [s["vi_start"], *body[:-1], s["eov"], s["vi_end"]]
@@ -227,7 +227,7 @@ class KangarooProcessor(ProcessorMixin):
 
 @dataclasses.dataclass
 class _Row:
-    """One prompt: its ids, and the frames and their seconds of each of its media."""
+    """One prompt: its ids, and the frames and times of each of its media."""
 
     ids: list[int] = dataclasses.field(default_factory=list)
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -235,7 +235,7 @@ class _Row:
 
 
 def _only(**arguments: tuple[Any, Any]) -> None:
-    """Raise ValueError where an argument is not the one thing that is done here (None stands for it)."""
+    """Raise ValueError if an argument is neither None nor the only supported value."""
     for name, (given, done) in arguments.items():
         if given not in (done, None):
             raise ValueError(f"{name}={given!r}: only {done!r} is done here")
@@ -249,8 +249,8 @@ def _waiting(media: Any, kind: str) -> list[dict[str, Any]]:
 
 
 def _parts(content: Any) -> list[Any]:
-    """The pieces of a message in order: texts, and media as dictionaries. Media stand before the text, a line each,
-    unless the text says with `<video>` and `<image>` where."""
+    """The pieces of a message in order: texts, and media as dictionaries. Media come before the text, a line each,
+    unless `<video>` and `<image>` in the text give their positions."""
     if isinstance(content, str):
         return [content.strip()] if content.strip() else []
     media = [part for part in content if part["type"] != "text"]
