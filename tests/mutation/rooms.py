@@ -43,7 +43,7 @@ ROOMS: dict[str, dict[str, list[str]]] = {
             "reporting": "stopping loop going_on",
             "resume": "going_on",
             "state": "state meshes",
-            "step": "step",
+            "step": "step state meshes",
             "stopping": "stopping watchdog folders going_on",
         }.items()
     },

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoints.reading import load_params
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.training import array_writing
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 
@@ -34,6 +36,15 @@ def test_an_array_far_larger_than_all_others_is_saved_and_restored(tmp_path):
         assert found.keys() == saved.keys()
         for name in saved:
             np.testing.assert_array_equal(found[name], saved[name])
+
+
+@pytest.mark.parametrize(("count", "mib"), [(100, 10), (10, 3), (0, 1)])
+def test_a_tenth_of_an_item_is_written_at_a_time_or_three_arrays_where_they_are_more(count, mib, monkeypatch):
+    """Arrays of 1 MiB."""
+    handlers = []
+    monkeypatch.setattr(array_writing.ocp, "StandardCheckpointHandler", lambda **given: handlers.append(given))
+    array_writing.array_handler([jnp.zeros(2**18)] * count)
+    assert handlers == [{"save_concurrent_gb": mib * 2**20 / 10**9}]
 
 
 def test_weights_are_read_back_without_a_warning(tmp_path, micro_config, caplog):

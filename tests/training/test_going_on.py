@@ -248,9 +248,12 @@ def test_a_config_without_keys_of_today_is_filled_and_one_of_tomorrow_is_refused
         reading.load_config(tmp_path)
 
 
-def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path):
+def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path, monkeypatch):
+    """On a CPU the memory that a step frees is kept; functions are compiled into the cache that is asked for."""
     shutil.copytree(trained / "run", tmp_path / "run")
     config = config_of(trained, corpus, **{"train.steps": 5})
+    kept, cache = [], jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: kept.append(True))
 
     def live() -> int:
         return sum(x.nbytes for x in jax.live_arrays())
@@ -259,11 +262,17 @@ def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path
     (tmp_path / "fresh").mkdir()
     fresh = loop.prepare(config, tmp_path / "fresh", lambda _: None)
     start = live() - before
+    assert kept == [True] and jax.config.jax_compilation_cache_dir == cache
     fresh.loader.close()
     fresh.checkpoints.close()
     del fresh
     before = live()
-    again = loop.prepare(config, tmp_path / "run", lambda _: None)
+    config.train.compile_cache = str(tmp_path / "compiled")
+    try:
+        again = loop.prepare(config, tmp_path / "run", lambda _: None)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
     assert live() - before <= 1.1 * start
     assert again.first == 4
     again.loader.close()

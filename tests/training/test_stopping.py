@@ -80,7 +80,7 @@ def test_no_checkpoint_replaces_another_while_steps_are_skipped(corpus, tmp_path
     """Weights may be finite and ruined: one that is due waits until a loss shows what they are worth."""
     settings = {"train.on_nonfinite": "skip", "train.checkpoint_every": 2, "train.keep_checkpoints": 1}
     config = small_stage("stage4_instruct", corpus, 4, **settings)
-    poison(4)
+    poison(1, 4)
     with pytest.raises(NotFinite, match=r"step 4, the last, was skipped.*--config.train.steps=5 "):
         train(config, tmp_path, tell=lambda _: None)
     assert reading.find(tmp_path).name == "2"
@@ -89,6 +89,7 @@ def test_no_checkpoint_replaces_another_while_steps_are_skipped(corpus, tmp_path
     with pytest.raises(NotFinite, match="step 6, the last"):
         train(config, tmp_path, tell=lambda _: None)
     assert reading.find(tmp_path).name == "5"
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 3  # with the one before the checkpoint
 
 
 def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -148,8 +149,10 @@ def test_an_error_is_this_process_own_where_nobody_is_lost_and_bad_input_is_not_
     two.values["kangaroo/alive/1"] = sign("finished")
     lines: list[str] = []
     with Watchdog(timeout=0.1, tell=lines.append) as watchdog:
+        began = time.monotonic()
         with pytest.raises(RuntimeError, match="mine"), explained(watchdog):
             raise RuntimeError("mine\n alone")
+        assert time.monotonic() - began >= 0.1 + 4 * 0.01  # in which a host that is lost would have been named
         assert lines == ["failed, looking whether a host is lost: mine alone"]
         with pytest.raises(UserError), explained(watchdog):
             raise UserError("a file is missing")
@@ -276,6 +279,7 @@ def test_processes_that_do_not_come_together_are_one_line(joining, monkeypatch):
 def test_a_process_is_stopped_at_once_with_a_code_that_says_try_again():
     program = """
 import threading
+import time
 from kangaroo_jax.training.distributed import stop_process
 threading.Thread(target=threading.Event().wait).start()  # which would wait for ever
 stop_process("host 2 is gone")
