@@ -1,1 +1,1 @@
-"""The step, the loop and the curriculum."""
+"""Training: the step, the loop and the curriculum."""

@@ -1,4 +1,4 @@
-"""One check of a stage's config before anything runs: values that would ruin a run, or end it hours later."""
+"""Checks a stage's config before anything runs: values that would spoil a run, or end it hours later."""
 
 import math
 import re
@@ -47,7 +47,7 @@ _DECAYS = ("optimizer.b1", "optimizer.b2")  # 0 to 1, 1 not included
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raise UserError that names the first key whose value cannot be meant, and what it may be."""
+    """Raise UserError that names the first key with an invalid value, and the valid ones."""
     for key in config_keys(config):
         value = _value(config, key)
         if isinstance(value, float) and not math.isfinite(value):
@@ -79,7 +79,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_trainable(config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Raise UserError where no rule of `optimizer.trainable` matches one of the parameters, or none of them trains."""
+    """Raise UserError if a parameter matches no rule of `optimizer.trainable`, or no parameter trains."""
     if all(not multiplier(path, config.optimizer.trainable) for path in shapes):
         raise UserError(
             "config.optimizer.trainable leaves nothing to train: every parameter is frozen, or has the rate 0; "

@@ -2,9 +2,9 @@
 
     STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen}      STAGE/tokenizer.*
 
-`params` is a flat dictionary of the weights that train (float32). Those that are frozen (as stored) are written once
-a stage, and `frozen` names their folder (`frozen.py`); `weight_folders` has both. Checkpoints of older versions hold
-all in `params`. `digests` are sums over the bits of all arrays, compared when they are read; older ones have none.
+`params` is a flat dictionary of the trained weights (float32). Frozen weights (in their stored type) are written once
+in a stage, and `frozen` names their folder (`frozen.py`); `weight_folders` returns both. Checkpoints of older versions
+hold all weights in `params`. `digests` are sums over the bits of all arrays, compared at reading; older ones lack them.
 """
 
 import base64
@@ -28,12 +28,12 @@ class Checkpoints:
     """The checkpoints of one stage."""
 
     def __init__(self, stage_dir: Path, state: TrainState, *, keep: int = 2, period: int = 0) -> None:
-        """Opens (and makes) `stage_dir/checkpoints`; keeps the last `keep` (0: all) and multiples of `period`.
+        """Open (or make) `stage_dir/checkpoints`; keep the last `keep` (0: all) and multiples of `period`.
 
-        The size of `state`, which may be abstract, says how much of a checkpoint is on its way to the disk at a time.
+        The size of `state`, which may be abstract, limits how much of a checkpoint is written at a time.
         """
         self.folder = Path(stage_dir).resolve() / "checkpoints"
-        self.begun: int | None = None  # the step of the last save of this process
+        self.begun: int | None = None  # step of this process's last save
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None, keep_period=period or None, enable_async_checkpointing=True
         )
@@ -50,15 +50,15 @@ class Checkpoints:
             },
         )
         self._frozen = FrozenWriter(self.folder, array_handler(state.frozen))
-        self._frozen_sums: Digests | None = None  # of what `keep_frozen` has written
+        self._frozen_sums: Digests | None = None  # digests of the frozen weights that `keep_frozen` wrote
 
     def latest(self) -> int | None:
-        """The last checkpoint's step, None where there is none."""
+        """The last checkpoint's step, None if there is none."""
         step: int | None = self._manager.latest_step()
         return step
 
     def latest_folder(self) -> Path | None:
-        """The last checkpoint's folder, None where there is none. Raises UserError where a part of it is missing."""
+        """The last checkpoint's folder, None if there is none. Raises UserError if a part of it is missing."""
         step = self.latest()
         if step is None:
             return None
@@ -70,9 +70,9 @@ class Checkpoints:
         return folder
 
     def keep_frozen(self, state: TrainState) -> None:
-        """Start writing the frozen weights of the stage, which `save` does where nobody has; see `frozen.py`.
+        """Start writing the stage's frozen weights; `save` does it if this was not called. See `frozen.py`.
 
-        Returns once they are copied off the devices. Raises NotFinite where they are not finite.
+        Returns once they are copied off the devices. Raises NotFinite if they are not finite.
         """
         self._frozen_sums = self._sums({FOLDER: state.frozen}, int(state.step))[FOLDER]
         if state.frozen:
@@ -92,9 +92,9 @@ class Checkpoints:
         return sums
 
     def save(self, state: TrainState, data_state: bytes, config: Mapping[str, Any]) -> None:
-        """Start saving; returns once the arrays are copied off the device.
+        """Start saving; returns once the arrays are copied off the devices.
 
-        Raises NotFinite, and saves nothing, where the state is not finite.
+        Raises NotFinite, and saves nothing, if the state is not finite.
         """
         if self._frozen_sums is None:
             self.keep_frozen(state)
@@ -119,9 +119,9 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState) -> tuple[TrainState, bytes]:
-        """The last checkpoint in the shapes and shardings of `state`, which may be abstract; the data iterator's state.
+        """The last checkpoint in the shapes and shardings of `state` (perhaps abstract), and the data iterator's state.
 
-        Raises UserError where it cannot be read as it was written, naming the one before it.
+        Raises UserError if it is damaged, naming the one before it.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         folder = self.latest_folder()
@@ -153,12 +153,12 @@ class Checkpoints:
         return new, iterator
 
     def wait(self) -> None:
-        """Wait until what was started is on disk."""
+        """Wait until the saves that were started are on disk."""
         self._frozen.wait()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go of the folder."""
+        """Wait, and release the folder."""
         self._frozen.close()
         self._manager.wait_until_finished()
         self._manager.close()

@@ -1,4 +1,4 @@
-"""The stages one after another, each from the last one's weights; restartable at any point in any stage."""
+"""Runs the stages one after another, each from the last one's weights; restartable at any point in any stage."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ def run(
     after_stage: AfterStage | None = None,
     tell: Tell = print,
 ) -> list[dict[str, Any]]:
-    """Run `stages` in order; a finished one is not run again, one cut off goes on from its last checkpoint.
+    """Run `stages` in order; a finished stage is not run again, an interrupted one goes on from its last checkpoint.
 
     Args:
         preset: a preset of `config.PRESETS`.
@@ -39,17 +39,17 @@ def run(
         data: folder of `stage1.jsonl` ... `stage5.jsonl` (the number is that of the stage's name) and their media.
         tokenizer: the tokenizer's file.
         stages: names of files in `configs/`.
-        init_from: checkpoint that the first of them starts from; "" is a fresh start.
+        init_from: checkpoint that the first stage starts from; "" is a fresh start.
         overrides: config keys ("optimizer.learning_rate") set in every stage.
         adjust: called with a stage's name and config before it runs, to change what an override cannot.
-        after_stage: called once a stage, after it is done: (name, config, stage folder).
+        after_stage: called after each finished stage: (name, config, stage folder).
         tell: prints a line.
 
     Returns:
         For each stage its record (`done.json`): name, steps, seconds, useful_token_share.
 
     Raises:
-        UserError: for missing data, an unknown override, or a checkpoint that does not fit.
+        UserError: data is missing, an override is unknown, or a checkpoint does not fit.
     """
     workdir, previous, records = Path(workdir), str(init_from), []
     for name in stages:

@@ -1,9 +1,9 @@
-"""Many hosts: how they find each other, and how each notices that another has died.
+"""Training on many hosts: how they find each other, and how each notices that another has died.
 
-Every host runs the same program (JAX multi-controller). A host that dies leaves the others waiting in a
-collective; the watchdog here ends that wait: every process writes a sign of life to the coordinator's store
-every few seconds and reads the others'. One that stays away stops this process with an error that names it,
-and the restart loop of the launch scripts brings all back.
+Every host runs the same program (JAX multi-controller). A host that dies leaves the others waiting in a collective. The
+watchdog here ends that wait: every process writes a heartbeat to the coordinator's store every few seconds and reads
+those of the others. If one is missing, this process stops with an error that names it, and the restart loop of the
+launch scripts starts all of them again.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ import jax
 from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.system.files import write_json
 
-LOST = 75  # exit code (EX_TEMPFAIL of sysexits.h): try again
+LOST = 75  # exit code EX_TEMPFAIL of sysexits.h: try again
 BEAT_SECONDS = 2.0
-WAITING_SECONDS = 10.0  # before a process says that it waits for others
+WAITING_SECONDS = 10.0  # seconds before a process prints that it waits for others
 ADDRESS, COUNT, INDEX = "KANGAROO_COORDINATOR", "KANGAROO_PROCESSES", "KANGAROO_PROCESS_ID"
-AUTO = "auto"  # of COUNT: whatever JAX detects (TPU pods and GKE, which the launch scripts start so)
+AUTO = "auto"  # value of COUNT: use what JAX detects (TPU pods and GKE, as the launch scripts start them)
 
 Tell = Callable[[str], None]
 
 
 def initialize(timeout: float = 300.0) -> int:
-    """Join the other processes, where the environment says that there are some; returns how many there are.
+    """Join the other processes if the environment names some; returns the number of processes.
 
-    Given addresses: KANGAROO_COORDINATOR=host:port, KANGAROO_PROCESSES, KANGAROO_PROCESS_ID. What JAX detects,
-    of TPU pods and GKE: KANGAROO_PROCESSES=auto. Under Slurm with several tasks nothing need be set. Call it
-    before anything touches a device. `timeout` in seconds is how long to wait for the others.
+    The environment sets KANGAROO_COORDINATOR=host:port, KANGAROO_PROCESSES and KANGAROO_PROCESS_ID, or
+    KANGAROO_PROCESSES=auto for what JAX detects (TPU pods, GKE). Slurm with several tasks needs no setting. Call it
+    before anything touches a device. It waits `timeout` seconds for the others.
 
-    Raises UserError where the addresses are incomplete or mean nothing. Where trying again may help (the others do not
-    come, the coordinator's port is in use) the process ends with one line and code LOST.
+    Raises UserError if the addresses are incomplete or invalid. Where trying again may help (the others do not come,
+    the coordinator's port is in use), the process ends with one line and code LOST.
     """
     if jax.distributed.is_initialized():
         return int(jax.process_count())
@@ -60,8 +60,8 @@ def initialize(timeout: float = 300.0) -> int:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         with _named_if_alone(where, options, timeout):
-            # JAX's own detection of a lost process ends the process without a word: ours comes first. So does our
-            # wait for the others: JAX aborts the process after its own.
+            # JAX's own detection of a lost process ends this process without a message, and JAX aborts after its own
+            # wait for the others. So both of its timeouts are longer than ours.
             jax.distributed.initialize(
                 initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=600, **options
             )
@@ -76,7 +76,7 @@ def initialize(timeout: float = 300.0) -> int:
 
 
 def _addresses(given: dict[str, str]) -> dict[str, Any]:
-    """What `jax.distributed.initialize` takes. Raises UserError; stops the process where the port is taken."""
+    """The arguments of `jax.distributed.initialize`. Raises UserError; stops the process if the port is in use."""
     missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
     if missing:
         raise UserError(f"{', '.join(given)} without {', '.join(missing)}: set all three, or none")
@@ -105,7 +105,7 @@ def _addresses(given: dict[str, str]) -> dict[str, Any]:
 
 
 def _slurm_tasks() -> bool:
-    """Whether this is one of several tasks that srun started. Raises UserError where it looks so but is not."""
+    """Whether srun started this process as one of several tasks. Raises UserError if Slurm's variables disagree."""
     value = os.environ.get("SLURM_NTASKS") or "1"
     if not value.isdigit():
         raise UserError(f"SLURM_NTASKS={value}: must be a whole number; unset it to train in this process alone")
@@ -124,7 +124,7 @@ def _slurm_tasks() -> bool:
 
 @contextlib.contextmanager
 def _named_if_alone(where: str, options: dict[str, Any], timeout: float) -> Iterator[None]:
-    """Inside, say for whom this process waits, and stop it, with code LOST, where they have not come in `timeout` s."""
+    """While inside, print whom this process waits for, and stop it with code LOST if they don't come in `timeout` s."""
     come, began = threading.Event(), time.monotonic()
     index, number = options.get("process_id"), options.get("num_processes")
     me = f"process {index}" if index is not None else "this process"
@@ -152,7 +152,7 @@ def _named_if_alone(where: str, options: dict[str, Any], timeout: float) -> Iter
 
 
 def _joined() -> Any:
-    """What JAX keeps of the processes that came together, which it shows to nobody: `client`, `coordinator_address`."""
+    """JAX's private state of the joined processes, with `client` and `coordinator_address`."""
     from jax._src import distributed
 
     return distributed.global_state
@@ -163,7 +163,7 @@ def _coordinator_answers() -> bool:
 
 
 def _answers(address: str) -> bool:
-    """Whether somebody listens at host:port."""
+    """Whether a process listens at host:port."""
     host, port = address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -174,27 +174,27 @@ def _answers(address: str) -> bool:
 
 _libc = ctypes.CDLL(None)
 _libc.signal.restype, _libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-_before: int | None = None  # the handler of SIGABRT that was there before ours; None is the default
+_before: int | None = None  # the handler of SIGABRT before ours; None is the default
 
 
 def _abort(number: int) -> None:
-    _libc.alarm(15)  # an abort for another reason may leave nothing here working: then this ends it
+    _libc.alarm(15)  # ends the process if an abort for another reason makes this handler hang
     if not _coordinator_answers():
         stop_process("host 0, the coordinator, has died or cannot be reached")
     _libc.signal(number, _before)
-    getattr(_libc, "raise")(number)  # comes when this returns
+    getattr(_libc, "raise")(number)  # delivered when this handler returns
 
 
 _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(_abort)
 
 
 def _name_a_lost_coordinator() -> None:
-    """Let the end that JAX's client makes where host 0 is gone be ours: an error that names it, with code LOST.
+    """Replace the abort of JAX's client when host 0 is gone by an error that names it, with code LOST.
 
-    The client aborts within milliseconds of the loss, before the watchdog can see it, and the callback that it
-    takes for this cannot be written in Python (its argument has no conversion). Any other abort stays what it was.
-    Python's own `signal` would run its handler only when the process is gone. To be called again after a library
-    that sets handlers of its own (as those that drive devices may).
+    The client aborts within milliseconds of the loss, before the watchdog can see it, and its callback for this
+    cannot be written in Python (its argument has no conversion). Other aborts are unchanged. Python's own `signal`
+    would run its handler too late, when the process is gone. Call this again after a library that sets its own
+    handlers (device drivers may).
     """
     global _before
     ours = ctypes.cast(_on_abort, ctypes.c_void_p).value
@@ -203,15 +203,15 @@ def _name_a_lost_coordinator() -> None:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes what there is one of."""
+    """Whether this is the main process, which writes the files that exist once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str, timeout: float = 1800.0) -> None:
-    """Wait until every process is here, at most `timeout` seconds; a name serves once in a run.
+    """Wait until every process is here, at most `timeout` seconds; a name can be used once in a run.
 
-    It asks the coordinator, no device: processes that are seconds or minutes apart, as they are before their
-    first collective, would let the collective itself time out. Raises UserError where the others do not come.
+    It uses the coordinator, not the devices: before their first collective, processes may be minutes apart, which
+    would time out the collective itself. Raises UserError if the others do not come.
     """
     if jax.process_count() > 1:
         try:
@@ -223,17 +223,17 @@ def barrier(name: str, timeout: float = 1800.0) -> None:
 
 
 def key_value_set(key: str, value: str) -> None:
-    """Let every process see `value` under `key`, in the store of the coordinator."""
+    """Store `value` under `key` in the coordinator's store, for every process."""
     _joined().client.key_value_set(f"kangaroo/{key}", value, allow_overwrite=True)
 
 
 def key_value_keys(folder: str) -> set[str]:
-    """The keys that were set under `folder`, which ends in a slash, without it."""
+    """The keys under `folder`, which ends in a slash, without this prefix."""
     return {key.rsplit("/", 1)[-1] for key, _ in _joined().client.key_value_dir_get(f"kangaroo/{folder}")}
 
 
 class Preempted(EndsTogether, SystemExit):
-    """The run was asked to stop, has saved, and ends with code 0, or 130 where it was Ctrl-C."""
+    """The run was asked to stop and has saved; it ends with code 0, or 130 after Ctrl-C."""
 
     def __init__(self, code: int = 0) -> None:
         super().__init__(code)
@@ -243,15 +243,15 @@ class Preempted(EndsTogether, SystemExit):
 
 
 class Watchdog:
-    """Signs of life of every process; stops this one, with an error that names it, when another gives none."""
+    """Exchanges heartbeats of all processes; stops this one when another's is missing, with an error that names it."""
 
     def __init__(self, *, timeout: float, tell: Tell = print, path: Path | None = None, stop: Any = None) -> None:
-        """Starts a thread, where there are several processes.
+        """Start a thread, if there are several processes.
 
         Args:
-            timeout: seconds without a sign of life after which a process counts as lost.
+            timeout: seconds without a heartbeat after which a process counts as lost.
             tell: prints a line.
-            path: file in which the main process keeps every host's step and the age of its last step.
+            path: file in which the main process records every host's step and the age of its last step.
             stop: called with the error's line; the default prints it and ends the process with code LOST.
         """
         self._timeout, self._tell, self._path = timeout, tell, path
@@ -268,14 +268,14 @@ class Watchdog:
             self._thread.start()
 
     def step(self, step: int) -> None:
-        """A step is done."""
+        """Record a finished step."""
         self._step, self._step_time = step, time.time()
 
     def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """The run is over, for this process: its silence means nothing from now on, or the others must stop too."""
+        """The run is over for this process: tell the others that it finished, or failed, so that they stop too."""
         if self._thread is not None:
             failed = error is not None and not isinstance(error, EndsTogether)
             self._finished.set()
@@ -286,9 +286,9 @@ class Watchdog:
             self._thread = None
 
     def explain(self, error: Exception) -> None:
-        """Something failed, perhaps because a process is lost: then wait until it is named and this one stopped.
+        """After an error that a lost process may have caused, wait until the watchdog names it and stops this process.
 
-        Returns where every host is alive, so that the error is this process's own.
+        Returns if every host is alive, so that the error is this process's own.
         """
         if self._thread is not None:
             self._tell(f"failed, looking whether a host is lost: {' '.join(str(error).split())[:200]}")
@@ -307,7 +307,7 @@ class Watchdog:
                     self._write()
                 values = dict(_joined().client.key_value_dir_get("kangaroo/alive/"))
                 failing_since = None
-            except Exception:  # the coordinator's own errors have no common class
+            except Exception:  # the coordinator's errors have no common class
                 failing_since = failing_since or time.time()
                 if time.time() - failing_since > self._timeout / 2:
                     self._stop("host 0, the coordinator, does not answer: it has died or cannot be reached")
@@ -315,20 +315,20 @@ class Watchdog:
                 continue
             lost = self._look(values, begin)
             if lost:
-                if is_main():  # the store goes with this process, and JAX aborts who loses it: the others look first
+                if is_main():  # the store ends with this process, and JAX aborts the others then: let them look first
                     time.sleep(3 * BEAT_SECONDS)
                 self._stop(lost)
                 return
 
     def _look(self, values: dict[str, str], begin: float) -> str:
-        """The error's line where a process is lost, else ""."""
+        """The error's line if a process is lost, else ""."""
         now, hosts = time.time(), {}
         for index in range(jax.process_count()):
             value = next((v for k, v in values.items() if k.rsplit("/", 1)[-1] == str(index)), "")
             if value != self._seen.get(index, ("", 0.0))[0] or index not in self._seen:
                 self._seen[index] = (value, now if value else begin)
             known: dict[str, Any] = json.loads(value) if value else {"step": 0, "step_time": begin, "state": ""}
-            silent = now - self._seen[index][1]  # by our own clock: theirs may differ
+            silent = now - self._seen[index][1]  # by this process's clock: others may differ
             hosts[index] = {"step": known["step"], "silent_seconds": round(silent, 1)}
             hosts[index]["last_step_seconds_ago"] = round(silent + known.get("beat", now) - known["step_time"], 1)
             if index != jax.process_index() and known["state"].startswith("failed"):
@@ -341,7 +341,7 @@ class Watchdog:
 
 
 def stop_process(message: str) -> None:
-    """End this process at once, whatever its threads wait for, with code LOST."""
+    """End this process at once, even if its threads are blocked, with code LOST."""
     _try_again(f"host {jax.process_index()} stops: {message}")
 
 
@@ -354,7 +354,7 @@ def _try_again(line: str) -> None:
 
 @contextlib.contextmanager
 def explained(watchdog: Watchdog) -> Iterator[None]:
-    """Inside, what fails because a host is lost (a collective, a save) ends the process with the name of that host."""
+    """While inside, a failure caused by a lost host (a collective, a save) ends the process with that host's name."""
     try:
         yield
     except UserError:

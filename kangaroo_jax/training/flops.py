@@ -1,8 +1,8 @@
-"""FLOPs of the model by formula: what a train step has to compute, part by part.
+"""FLOPs of a train step by formula, part by part.
 
-A multiplication and an addition are two FLOPs. Forward is one part, the gradient of the activations one
-more, the gradient of the weights another. A frozen part has no gradient of its weights, and none of its
-activations either where nothing below it trains. Nothing that remat computes again counts.
+A multiplication and an addition are two FLOPs. The forward pass, the gradient of the activations and the gradient of
+the weights cost the same. A frozen part has no gradient of its weights, and none of its activations if nothing below
+it trains. Recomputation by remat does not count.
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ PARTS = (*_SOME_WEIGHT, "special_embedding")
 class Flops:
     """FLOPs of one step over the whole batch."""
 
-    vision: float  # encoder, its attention in full
+    vision: float  # encoder, with full attention
     projector: float
     llm_linear: float
-    llm_attention_full: float  # every token with every token of its pack
+    llm_attention_full: float  # every token attends to every token of its pack
     llm_attention_causal: float  # half of that
     head: float
-    score_recomputation: float  # what FlashAttention's backward adds by formula: the scores, once more
+    score_recomputation: float  # scores that FlashAttention's backward computes again, by formula
 
     @property
     def full(self) -> float:
-        """A step's FLOPs, the decoder's attention counted in full (PaLM's convention)."""
+        """A step's FLOPs with full decoder attention (PaLM's convention)."""
         return self.vision + self.projector + self.llm_linear + self.llm_attention_full + self.head
 
     @property
     def causal(self) -> float:
-        """A step's FLOPs, the decoder's attention counted where the causal order lets it look."""
+        """A step's FLOPs with causal decoder attention."""
         return self.full - self.llm_attention_full + self.llm_attention_causal
 
     @property
@@ -50,9 +50,9 @@ class Flops:
 
 
 def step_flops(config: ConfigDict, head_tokens: int | None = None) -> Flops:
-    """FLOPs of a train step of a stage's config.
+    """FLOPs of a train step for a stage's config.
 
-    `head_tokens`: targets of weight over 0 in the batch, for which logits are computed; by default all.
+    `head_tokens`: targets of positive weight in the batch, for which logits are computed; by default all.
     """
     model, data = ModelConfig.from_config(config.model), config.data
     tokens, frames = data.packs_per_batch * data.tokens_per_pack, data.packs_per_batch * data.frames_per_pack

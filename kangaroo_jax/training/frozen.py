@@ -1,9 +1,9 @@
-"""Frozen weights: written once in a stage, and named by every checkpoint of it.
+"""Writes frozen weights: once in a stage, named by every checkpoint of it.
 
     STAGE/checkpoints/frozen/NAME/      STAGE/checkpoints/STEP/frozen: {"folder": NAME}
 
-NAME is a hash of the sums over the bits of its arrays (`digests.py`), which every checkpoint's `digests` hold as well.
-The folder takes its name when it is whole, and is never deleted: checkpoints that were moved away may need it.
+NAME is a hash of the sums over the bits of its arrays (`digests.py`), which are also in every checkpoint's `digests`.
+The folder gets its name when it is complete, and is never deleted: checkpoints that were moved away may need it.
 """
 
 import shutil
@@ -21,10 +21,10 @@ _UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class FrozenWriter:
-    """Writes the frozen weights of a stage in the background, from all hosts, unless they are there already."""
+    """Writes a stage's frozen weights in the background, from all hosts, unless they are already there."""
 
     def __init__(self, checkpoints: Path, handler: Any) -> None:
-        """`checkpoints`: the folder that holds them; `handler`: what writes the arrays."""
+        """`checkpoints`: the folder of checkpoints; `handler` writes the arrays."""
         self._folder = checkpoints / FOLDER
         self._writer = ocp.AsyncCheckpointer(handler)
 
@@ -39,7 +39,7 @@ class FrozenWriter:
         return name
 
     def wait(self) -> None:
-        """Wait until they are on disk."""
+        """Wait until the weights are on disk."""
         self._writer.wait_until_finished()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The state that a stage begins with: weights of another checkpoint, or fresh ones."""
+"""The initial state of a stage: weights of another checkpoint, or fresh ones."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A night of training, top to bottom: mesh, data, model, optimiser, checkpoint, loop."""
+"""The training loop, top to bottom: mesh, model, data, state, records, steps."""
 
 import contextlib
 import dataclasses
@@ -44,12 +44,12 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a stage came to."""
+    """The result of a stage."""
 
     stage_dir: Path
     steps: int
-    seconds: float  # of this process; a restarted stage counts from its restart
-    useful_token_share: float  # tokens of samples over token places
+    seconds: float  # time of this process; a restarted stage counts from its restart
+    useful_token_share: float  # tokens of samples over all token positions
 
 
 @dataclasses.dataclass
@@ -57,8 +57,8 @@ class Stage:
     """A stage that is ready to go on after step `first`."""
 
     config: ConfigDict  # resolved for these chips
-    plain: dict[str, Any]  # as given: another run of it may be on other chips
-    chip: Chip | None  # None where its peak is not known
+    plain: dict[str, Any]  # the config as given, which a run on other chips may resolve otherwise
+    chip: Chip | None  # None if its peak is unknown
     mesh: Mesh
     tokenizer: Tokenizer
     ledger: Ledger
@@ -70,25 +70,25 @@ class Stage:
     log: MetricLog
     samples: SampleLog
     first: int
-    before: dict[str, float]  # of the steps until `first`: skipped_steps, and the times of `observe.Observer`
+    before: dict[str, float]  # from the steps until `first`: skipped_steps, and the times of `observe.Observer`
 
 
 def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Result:
-    """Run one stage in `workdir`, from its last checkpoint where there is one, to `config.train.steps`.
+    """Run one stage in `workdir`, from its last checkpoint if there is one, to `config.train.steps`.
 
     Args:
         config: a stage's config (`config.stage_config`).
-        workdir: gets checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, first_batch.{txt,png}.
+        workdir: receives checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, first_batch.{txt,png}.
         tell: prints a progress line.
 
     Raises:
-        UserError: for missing files, values that cannot be meant, a tokenizer or checkpoint that does not fit, another
-            run in `workdir`, a full disk, or (`reading.NotFinite`) a loss that is not finite.
-        Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process may end with the code it has.
-            Where it came in the last step the stage is done as well: run again, it has no step left to do.
+        UserError: for missing files, invalid values, a tokenizer or checkpoint that does not fit, another run in
+            `workdir`, a full disk, or (`reading.NotFinite`) a loss that is not finite.
+        Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process should end with its code.
+            If it came in the last step, the stage is finished as well.
     """
     check_config(config)
-    mesh_devices()  # where there are none nothing is read or written
+    mesh_devices()  # fails early if there are none
     workdir, start = Path(workdir), time.perf_counter()
     tell = unbroken(tell) if is_main() else lambda line: None
     with contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
 
 def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
-    """Everything that a stage's steps need, restored from its last checkpoint where there is one. Raises UserError."""
+    """Everything that a stage's steps need, restored from its last checkpoint if there is one. Raises UserError."""
     # ------------------------------------------------------------------------------ mesh
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.train.compile_cache)
@@ -164,7 +164,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)
     first = int(state.step)
     before = rewind(workdir, log, samples, first)
-    barrier(f"{config.stage} is prepared")  # each host makes its state in its own time
+    barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
     return Stage(
         config,
         plain,
@@ -187,7 +187,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
 def changes(
     config: ConfigDict, plain: dict[str, Any], saved: Path | None, binding: Binding, tokenizer: Tokenizer
 ) -> Iterator[str]:
-    """Lines that say what is no longer as in the checkpoint that the stage goes on or starts from. Raises UserError."""
+    """Lines about differences from the checkpoint that the stage resumes or starts from. Raises UserError."""
     if saved is not None:
         yield from check_resume(saved, ConfigDict(plain), binding.shapes)
     elif config.init_from:
@@ -197,7 +197,7 @@ def changes(
 
 
 def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, begin: float) -> None:
-    """From the stage's state to its last step, saved on the way; closes what the stage has open. Raises Preempted."""
+    """Run the stage's steps to the last, with checkpoints; closes the stage's resources. Raises Preempted."""
     config, state, loader, checkpoints = stage.config, stage.state, stage.loader, stage.checkpoints
     stage.state = None  # type: ignore[assignment]  # the first step takes its memory
     progress = Progress(config.stage, config.train.steps, tell, chips=stage.mesh.size // jax.process_count())
@@ -214,11 +214,11 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
     watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
     clock = SaveClock(config.train.checkpoint_minutes)
     pending: Pending | None = None
-    aside = 0.0  # seconds since the step before was begun that went into saving
-    owed = False  # a checkpoint, which waits for a step whose loss is finite
+    aside = 0.0  # seconds spent on saving since the previous step began
+    owed = False  # whether a checkpoint is due and waits for a step with a finite loss
 
     def finish() -> None:
-        """Report the step that the device is at, when it is done."""
+        """Wait for the step on the device and report it."""
         nonlocal pending
         if pending is not None:
             reporter.report(pending)
@@ -258,7 +258,7 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
 
             observer.step(step, stage.step_fn, waiting + aside)
             aside = 0.0
-            finish()  # the step before: the device never waits for the host
+            finish()  # report the previous step, so that the device never waits for the host
             pending = Pending(step, metrics, stats, waiting)
             owed = clock.due(step) or saved_by_number(step, config) or owed
             if owed:
@@ -276,18 +276,18 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
 
 
 def saved_by_number(step: int, config: ConfigDict) -> bool:
-    """Whether a checkpoint follows `step`, whatever the time."""
+    """Whether a checkpoint follows `step` by its number, independently of time."""
     every = [number for number in (config.train.checkpoint_every, config.train.keep_period) if number]
     return step == config.train.steps or any(step % number == 0 for number in every)
 
 
 def mesh_devices() -> list[jax.Device]:
-    """The devices that a stage runs on: all there are, on all hosts."""
+    """The devices that a stage runs on: all devices of all hosts."""
     return jax.devices()
 
 
 def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict[str, float]:
-    """Drop what was logged after `step`, also by hosts that there were and are no more; see `Stage.before`."""
+    """Drop all log lines after `step`, even of hosts that no longer exist; returns `Stage.before`."""
     kept, last = log.rewind(step)
     samples.rewind(step)
     if is_main():
@@ -321,7 +321,7 @@ def open_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def _preset_for(tokenizer: Tokenizer) -> str:
-    """What to do with a tokenizer that is not the model's."""
+    """Advice for a tokenizer that does not fit the model."""
     models = {preset: model_config(preset) for preset in PRESETS}
     fit = [
         preset
@@ -335,7 +335,7 @@ def _preset_for(tokenizer: Tokenizer) -> str:
 
 
 def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
-    """The stage's batches: `rows` of them, which this host needs. Raises UserError."""
+    """The loader of the stage's batches, for the `rows` that this host needs. Raises UserError."""
     model = ModelConfig.from_config(config.model)
     return make_loader(
         config.data,
@@ -349,7 +349,7 @@ def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: 
 
 
 def show_first_batch(batch: PackedBatch, tokenizer: Tokenizer, workdir: Path, tell: Tell) -> None:
-    """The first batch as a tree and as a picture, in the workdir."""
+    """Write the first batch as a tree and as a picture into the workdir."""
     tree = batch_tree(batch)
     tell(tree)
     (workdir / "first_batch.txt").write_text(tree + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a step reports: a line for people, JSONL always, TensorBoard where asked for."""
+"""Reports of steps: progress lines, JSONL, and TensorBoard if the config asks for it."""
 
 import collections
 import json
@@ -13,10 +13,10 @@ from kangaroo_jax.system.files import write_text
 
 
 class MetricLog:
-    """`metrics.jsonl` of a stage: one line a step, in order, none twice even after a restart."""
+    """`metrics.jsonl` of a stage: one line for each step, in order, without repetition even after a restart."""
 
     def __init__(self, stage_dir: Path, *, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
-        """Appends to `stage_dir/name`; `tensorboard` also writes event files (package tensorboard)."""
+        """Append to `stage_dir/name`; with `tensorboard` also write event files (package tensorboard)."""
         self.path = Path(stage_dir) / name
         self._file = _appended(self.path)
         self._clock = time.perf_counter()
@@ -30,7 +30,7 @@ class MetricLog:
     def rewind(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Drop the lines after `step`: a run restored at `step` writes them again.
 
-        Returns the last line that is kept and the last of all, dropped ones included; {} where there is none.
+        Returns the last line that is kept, and the last of all including dropped ones; {} if there is none.
         """
         self._file.close()
         kept, last = drop_after(self.path, step)
@@ -38,7 +38,7 @@ class MetricLog:
         return kept, last
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one step's values, and the `seconds` since the step before."""
+        """Append one step's values, and the `seconds` since the previous step."""
         now = time.perf_counter()
         values = {**values, "seconds": round(now - self._clock, 4)}
         self._clock = now
@@ -50,20 +50,20 @@ class MetricLog:
             self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
-        """Close; every line was handed to the operating system when it was written."""
+        """Close the file; every line was flushed to the operating system when it was written."""
         self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 class SampleLog:
-    """`samples.jsonl` of a stage: the ids of the samples of each step, at most the last twice `limit` bytes of them.
+    """`samples.jsonl` of a stage: the sample ids of each step, up to about twice `limit` bytes of the latest.
 
-    What is older than `samples.jsonl` stands in `samples.jsonl.1`; what is older than that is gone.
+    Older lines are in `samples.jsonl.1`; still older ones are dropped.
     """
 
     def __init__(self, stage_dir: Path, *, name: str = "samples.jsonl", limit: int = 1 << 26) -> None:
-        """Appends to `stage_dir/name`."""
+        """Append to `stage_dir/name`."""
         self.path, self._limit = Path(stage_dir) / name, limit
         self._file = _appended(self.path)
 
@@ -89,7 +89,7 @@ class SampleLog:
 
 
 def _appended(path: Path) -> TextIO:
-    """Open to append; every line is handed to the operating system at once."""
+    """Open to append; every line is flushed to the operating system at once."""
     return path.open("a", encoding="utf-8", buffering=1)
 
 
@@ -98,7 +98,7 @@ def _older(path: Path) -> Path:
 
 
 def read_samples(path: str | Path) -> dict[int, list[str]]:
-    """The ids of each step's samples, of a `samples.jsonl` and what was there before it."""
+    """The ids of each step's samples, from a `samples.jsonl` and the older file beside it."""
     path = Path(path)
     files = [file for file in (_older(path), path) if file.exists()]
     return {line["step"]: line["samples"] for file in files for line in read_metrics(file)}
@@ -113,7 +113,7 @@ def drop_after(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of steps; what a kill or a full disk left of others is passed over."""
+    """The complete lines of a file of steps; fragments left by a kill or a full disk are skipped."""
     lines = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -126,13 +126,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def number(line: Mapping[str, Any], key: str) -> float:
-    """The number at `key` of a line that `read_metrics` gave; 0 where an edit or damage left none."""
+    """The number at `key` of a line from `read_metrics`; 0 if an edit or damage left none."""
     value = line.get(key)
     return value if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
 def duration(seconds: float) -> str:
-    """`h:mm:ss` for people."""
+    """A duration as `h:mm:ss`."""
     seconds = int(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
@@ -158,9 +158,9 @@ class Progress:
         frame_places: int = 0,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        """One step: useful tokens and frames, their places (B * T, B * F), seconds spent waiting for data.
+        """Add a step: useful tokens and frames, their positions (B * T, B * F), seconds spent waiting for data.
 
-        `counts` are samples by source and language, shown where there is more than one of them.
+        `counts` are samples by source and language, shown if there is more than one of them.
         """
         step = {"steps": 1, "tokens": tokens, "frames": frames, "places": places, "wait": wait}
         for key, value in (step | {"frame_places": frame_places}).items():
@@ -172,7 +172,7 @@ class Progress:
         return int(self._sums["steps"]), max(time.perf_counter() - self._clock, 1e-9)
 
     def rates(self) -> dict[str, float]:
-        """Useful tokens and frames a second and chip, and the share of the time spent waiting for data."""
+        """Useful tokens and frames a second for each chip, and the share of time spent waiting for data."""
         _, seconds = self.window()
         return {
             "tokens_per_second_per_chip": round(self._sums["tokens"] / seconds / self._chips, 1),
@@ -181,7 +181,7 @@ class Progress:
         }
 
     def line(self, step: int, metrics: dict[str, float], skipped: int, use: Mapping[str, float] | None = None) -> None:
-        """Print the line of `step` and begin a new window. `use`: what `training.observe` says of the chips."""
+        """Print the line of `step` and begin a new window. `use`: the values of `training.observe` for the chips."""
         now = time.perf_counter()
         seconds = max(now - self._clock, 1e-9)
         s, use = self._sums, use or {}

@@ -1,4 +1,4 @@
-"""How well the machine is used: MFU in both conventions, rates a chip, goodput, memory, recompilations, profiles."""
+"""Measures the use of the machine: MFU in both conventions, goodput, memory, recompilations, profiles."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -27,24 +27,24 @@ class Observer:
         begin: float | None = None,
         before: Mapping[str, float] | None = None,
     ) -> None:
-        """`chip`: what it runs on; None (a CPU, or an unknown accelerator) has no MFU.
+        """`chip`: the kind of chip; None (a CPU, or an unknown accelerator) has no MFU.
 
-        `begin`: when this process began, by `time.perf_counter`. `before`: `times` of the stage's earlier processes.
+        `begin`: the start of this process by `time.perf_counter`. `before`: `times` of the stage's earlier processes.
         """
         flops, self._devices = step_flops(config), jax.device_count()
         peak = chip.tflops * 1e12 * self._devices if chip else 0.0
-        self._perfect = {  # seconds of a step that would use the peak in full
+        self._perfect = {  # seconds of a step at the chip's peak
             name: value / peak for name, value in (("mfu_causal", flops.causal), ("mfu_full", flops.full)) if peak
         }
         self._profile, self._workdir, self._tell = tuple(config.train.profile), workdir, tell
         self._clock, before = time.perf_counter(), before or {}
         self._begin = (self._clock if begin is None else begin) - before.get("elapsed", 0.0)
-        self._stepping = before.get("stepping", 0.0)  # seconds of steps, without the first, which compiles
+        self._stepping = before.get("stepping", 0.0)  # seconds of steps, without the first one, which compiles
         self._compiled = 0
         self._profiling = False
 
     def step(self, step: int, step_fn: Any, aside: float = 0.0) -> float:
-        """A step has been started; returns the seconds since the one before, `aside` of them spent otherwise."""
+        """Record the start of a step; returns the seconds since the previous one, `aside` of them not for steps."""
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         size = step_fn._cache_size() if hasattr(step_fn, "_cache_size") else 0
@@ -58,11 +58,11 @@ class Observer:
         return seconds
 
     def values(self, steps: int, seconds: float) -> dict[str, float]:
-        """What to log of the last `steps`, which took `seconds`.
+        """The values to log for the last `steps`, which took `seconds`.
 
-        mfu_causal and mfu_full (where the chip's peak is known), goodput (the share of the time of all the stage's
-        processes that went into steps that count, not into starting, compiling, waiting for data, saving or steps
-        done again) and hbm_gib (the most used so far).
+        They are mfu_causal and mfu_full (if the chip's peak is known), goodput (the share of the time of all the
+        stage's processes spent on steps that count, not on starting, compiling, waiting for data, saving or repeated
+        steps) and hbm_gib (the peak so far).
         """
         known = {name: round(perfect * steps / seconds, 4) for name, perfect in self._perfect.items()}
         times = self.times()
@@ -73,7 +73,7 @@ class Observer:
         return known
 
     def times(self) -> dict[str, float]:
-        """Seconds: `elapsed` of all the stage's processes until now, `stepping` of the steps that count."""
+        """Seconds: `elapsed` over all the stage's processes until now, `stepping` for the steps that count."""
         return {"elapsed": round(time.perf_counter() - self._begin, 2), "stepping": round(self._stepping, 2)}
 
     def _trace(self, step: int) -> None:
@@ -85,7 +85,7 @@ class Observer:
             self.close()
 
     def close(self) -> None:
-        """End a profile that is being taken."""
+        """End a running profile."""
         if self._profiling:
             jax.profiler.stop_trace()
             self._profiling = False

@@ -1,4 +1,4 @@
-"""AdamW, Adafactor or Muon, with a rate for each group of parameters, given by one list of (regex, multiplier)."""
+"""AdamW, Adafactor or Muon, with learning rates set for groups of parameters by a list of (regex, multiplier)."""
 
 import math
 import re
@@ -15,8 +15,8 @@ from kangaroo_jax.models.parameters import Params, multiplier
 
 KINDS = ("adamw", "adafactor", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
-MUON_RMS = 0.2  # of an update, as large as AdamW's usually is (Liu et al. 2025, section 2.2)
-# Biases, norms and embeddings of position are not decayed (the usual rule; inferred for Kangaroo).
+MUON_RMS = 0.2  # root mean square of an update, matched to AdamW's usual one (Liu et al. 2025, section 2.2)
+# Biases, norms and position embeddings have no weight decay (the usual rule; inferred for Kangaroo).
 NO_DECAY = re.compile(r".*(bias|scale|norm|position_embedding|cls_token|special_embedding).*")
 
 
@@ -33,7 +33,7 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def decayed(paths: Iterable[str]) -> dict[str, bool]:
-    """Which parameters weight decay touches."""
+    """path -> whether weight decay applies to the parameter."""
     return {path: not NO_DECAY.fullmatch(path) for path in paths}
 
 
@@ -65,10 +65,10 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
 
 
 def scale_by_moments(config: ConfigDict, params: Params) -> optax.GradientTransformation:
-    """What turns a gradient into a step of about unit size, by `config.kind`.
+    """The transformation of a gradient into a step of about unit size, by `config.kind`.
 
-    adamw; adafactor (Shazeer and Stern 2018); muon (Jordan et al. 2024), for the matrices inside the layers of
-    `params` and in the projector, scaled so that the rates of adamw fit (Liu et al. 2025), with Adam for the rest.
+    Kinds are adamw; adafactor (Shazeer and Stern 2018); muon (Jordan et al. 2024) for the matrices in the layers of
+    `params` and in the projector, scaled to suit AdamW's rates (Liu et al. 2025), with Adam for the rest.
     """
     if config.moment_dtype not in MOMENT_DTYPES:
         raise UserError(f"optimizer.moment_dtype {config.moment_dtype!r}: one of {', '.join(MOMENT_DTYPES)}")
@@ -83,7 +83,7 @@ def scale_by_moments(config: ConfigDict, params: Params) -> optax.GradientTransf
 
 
 def scale_by_adam(config: ConfigDict) -> optax.GradientTransformation:
-    """Adam whose moments are stored in `config.moment_dtype` and computed in float32."""
+    """Adam with moments stored in `config.moment_dtype` and computed in float32."""
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.moment_dtype == "float32":
         return adam
@@ -106,24 +106,24 @@ def scale_by_adam(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers | None:
-    """Which axes of a weight are its matrix's inputs and outputs; None where it is no matrix inside the network.
+    """The input and output axes of a weight's matrix; None if it is no matrix inside the network.
 
-    Layers are stacked: axis 0 numbers them.
+    Layers are stacked along axis 0.
     """
     if path.startswith("projector/") and path.endswith("/kernel"):
         return contrib.MuonDimensionNumbers((0,), (1,))
     if not re.fullmatch(r".*/(layers|blocks)/.*/kernel", path):
         return None
-    inputs = ndim - 2 if path.endswith("/out/kernel") else 1  # heads are among the inputs of `out` alone
+    inputs = ndim - 2 if path.endswith("/out/kernel") else 1  # only `out` has heads among its inputs
     return contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, ndim)))
 
 
 def scale_by_muon(
     matrices: dict[str, contrib.MuonDimensionNumbers], others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Orthogonal steps for `matrices` (path -> axes), of the size that Adam's have on average; `others` for the rest.
+    """Orthogonal steps for `matrices` (path -> axes), of Adam's average size; `others` for the rest.
 
-    Raises ValueError where a matrix has no parameter.
+    Raises ValueError if a matrix has no parameter.
     """
     muon = contrib.scale_by_muon(weight_dimension_numbers=matrices)
 

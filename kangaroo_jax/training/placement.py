@@ -1,8 +1,8 @@
-"""How a stage lies on the chips at hand: mesh, remat policies and gradient accumulation, where the config says "auto".
+"""Chooses mesh, remat policies and gradient accumulation for the available chips, where the config says "auto".
 
-A config may name each itself. What it leaves open ("auto", an empty mesh, 0 for `accumulate`) comes from
-TABLE. Its rows are cautious: full remat, and a tensor axis on chips of 16 and 32 GB. `kangaroo plan --search` may find
-faster ones.
+A config may set each of them. Those that it leaves open ("auto", an empty mesh, 0 for `accumulate`) come from TABLE.
+Its rows are cautious: full remat, and a tensor axis on chips of 16 and 32 GB. `kangaroo plan --search` may find faster
+settings.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ class Placement:
     tensor: int = 1
     llm_remat: str = "full"
     vision_remat: str = "full"
-    packs_per_device: int = 1  # rows that a group of context * tensor devices works on at a time
+    packs_per_device: int = 1  # rows for a group of context * tensor devices at a time
 
 
-# (chip, tokens a pack at most) -> placement; the first row that fits is taken.
+# (chip, most tokens in a pack) -> placement; the first row that fits is used.
 TABLE: tuple[tuple[str, int, Placement], ...] = (
     ("v5e", 1 << 15, Placement(tensor=4)),
     ("v6e", 1 << 15, Placement(tensor=4)),
     ("v5p", 1 << 15, Placement()),
-    # In rows of hours attention is most of the work: not computed again, for some GiB a device.
+    # In packs of hours attention is most of the work; it is not recomputed, at the cost of some GiB on each device.
     ("v5p", 1 << 19, Placement(context=16, tensor=4, llm_remat="minimal")),
     ("v5p", 1 << 21, Placement(context=64, tensor=4, llm_remat="minimal")),
 )
@@ -39,15 +39,15 @@ DEFAULT = Placement()
 
 
 def resolve(config: ConfigDict, chip: Chip | None, devices: int, slices: int = 1) -> ConfigDict:
-    """A copy of a stage's config in which mesh, accumulation and remat policies are decided.
+    """A copy of a stage's config with mesh, accumulation and remat policies set.
 
     Args:
         config: a stage's config.
-        chip: what it runs on; None is a CPU.
-        devices: how many there are, over all slices.
-        slices: the data axis runs over them.
+        chip: the kind of chip; None is a CPU.
+        devices: the number of devices, over all slices.
+        slices: the number of slices; the data axis spans them.
 
-    Raises UserError where the mesh does not fit the devices, or the packs the mesh.
+    Raises UserError if the mesh does not fit the devices, or the packs do not fit the mesh.
     """
     config = config.copy_and_resolve_references()
     row = _row(config, chip, devices // slices)
@@ -79,16 +79,16 @@ def resolve(config: ConfigDict, chip: Chip | None, devices: int, slices: int = 1
 def _row(config: ConfigDict, chip: Chip | None, devices: int) -> Placement:
     for name, tokens, placement in TABLE:
         if chip is not None and chip.name == name and config.data.tokens_per_pack <= tokens:
-            # A slice smaller than the group of devices takes what it has.
+            # A slice that is smaller than the group of devices uses all it has.
             tensor = math.gcd(placement.tensor, devices)
             return dataclasses.replace(placement, tensor=tensor, context=math.gcd(placement.context, devices // tensor))
     return DEFAULT
 
 
 def _shared_rows(config: ConfigDict, row: Placement, chip: Chip | None, devices: int, slices: int) -> Placement:
-    """The placement with larger groups, where there are more groups of devices than packs to give them.
+    """The placement with larger groups of devices, if there are more groups than packs.
 
-    A longer context axis, or on GPUs, whose attention has none, a longer tensor axis.
+    The context axis grows; on GPUs, whose attention does not support it, the tensor axis grows.
     """
     packs, tokens = config.data.packs_per_batch, config.data.tokens_per_pack
     gpu = chip is not None and chip.platform == "gpu"
@@ -106,5 +106,5 @@ def _shared_rows(config: ConfigDict, row: Placement, chip: Chip | None, devices:
 
 
 def _accumulate(packs: int, at_a_time: int) -> int:
-    """Into how many steps `packs` of a device are cut, of at most `at_a_time` each."""
+    """The number of parts into which a device's `packs` are cut, of at most `at_a_time` packs each."""
     return next(parts for parts in range(-(-packs // at_a_time), packs + 1) if packs % parts == 0)

@@ -1,4 +1,4 @@
-"""What becomes of a finished step: its line in the logs and on the screen, and what is done where it is not finite."""
+"""Handles a finished step: its lines in the logs and on the screen, and the reaction to non-finite values."""
 
 import dataclasses
 import math
@@ -13,17 +13,17 @@ from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog
 from kangaroo_jax.training.observe import Observer
 
-_NAMED = 8  # samples of a step that a message names
+_NAMED = 8  # the most samples of a step that a message names
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step that has been started: the device may still be at it."""
+    """A step that has been started and may still run on the device."""
 
     step: int
     metrics: dict[str, jax.Array]
     stats: LoaderStats
-    wait: float  # seconds for its batch
+    wait: float  # seconds of waiting for its batch
 
 
 class Reporter:
@@ -40,8 +40,8 @@ class Reporter:
         tell: Callable[[str], None],
         skipped_steps: int = 0,
     ) -> None:
-        """`skipped_steps`: of the stage so far."""
-        self.finite = True  # the loss and gradient norm of the last step that was reported
+        """`skipped_steps`: the number of skipped steps of the stage so far."""
+        self.finite = True  # whether the loss and gradient norm of the last reported step were finite
         self._config, self._every = config, config.train.log_every
         self._log, self._samples, self._progress, self._observer = log, samples, progress, observer
         self._tell, self._skipped, self._in_a_row = tell, skipped_steps, 0
@@ -49,8 +49,8 @@ class Reporter:
     def report(self, pending: Pending) -> None:
         """Wait for a step, write its metrics and samples; print every `log_every` steps.
 
-        Raises NotFinite where its loss or gradient is not finite and `train.on_nonfinite` is "stop", or too many steps
-        in a row were skipped.
+        Raises NotFinite if its loss or gradient is not finite and `train.on_nonfinite` is "stop", or too many steps in
+        a row were skipped.
         """
         step, stats = pending.step, pending.stats
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}

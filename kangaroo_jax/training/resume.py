@@ -1,4 +1,4 @@
-"""What a run that goes on may change: the config and tokenizer of its checkpoint beside those that are given now."""
+"""Compares the config and tokenizer of a checkpoint with the current ones: some may change when a run goes on."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,23 +13,23 @@ from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model, multiplier
 
-# How the same model is computed: results differ by rounding at most. Any other setting of it makes another model.
+# Settings of how a model is computed, which change results only by rounding. Any other setting makes another model.
 _COMPUTATION = ("preset", "dtype", "scan", "attention", "vision.remat", "llm.remat", "llm.loss_chunk")
 _UNSAID = ("allow_changes",)
 
 
 def check_resume(folder: Path, config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """Lines that say what is no longer as in the checkpoint `folder`; `shapes` are those of the model of `config`.
+    """Lines about differences from the checkpoint `folder`; `shapes` are those of the model of `config`.
 
     Raises UserError that names the first key that cannot change within a stage, or that makes another model and is
-    not among `config.allow_changes`.
+    not in `config.allow_changes`.
     """
     saved = load_config(folder)
     before, now = dict(flat(saved.to_dict())), dict(flat(config.to_dict()))
     differ = {key: (before.get(key), now.get(key)) for key in now if _plain(before.get(key)) != _plain(now.get(key))}
     scaling = "model.llm.rope_scaling."
     if before[f"{scaling}factor"] == now[f"{scaling}factor"] == 1.0:
-        differ = {key: values for key, values in differ.items() if not key.startswith(scaling)}  # is none
+        differ = {key: values for key, values in differ.items() if not key.startswith(scaling)}  # no scaling
     for key, values in differ.items():
         if key.startswith("model.") and key.removeprefix("model.") not in _COMPUTATION:
             if dict(abstract_model(ModelConfig.from_config(saved.model)).shapes) != dict(shapes):
@@ -47,9 +47,9 @@ def _trained(config: ConfigDict, shapes: Iterable[str]) -> set[str]:
 
 
 def check_tokenizer(folder: Path, config: ConfigDict, tokenizer: Tokenizer) -> str:
-    """A line where the tokenizer beside the checkpoint `folder` makes other tokens than `tokenizer`, else "".
+    """A line if the tokenizer beside the checkpoint `folder` makes other tokens than `tokenizer`, else "".
 
-    Nothing can be said where none is kept there. Raises UserError where "data.tokenizer" is not among
+    It is also "" if there is no tokenizer to compare. Raises UserError if they differ and "data.tokenizer" is not in
     `config.allow_changes`.
     """
     try:
@@ -66,7 +66,7 @@ def check_tokenizer(folder: Path, config: ConfigDict, tokenizer: Tokenizer) -> s
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether the two, perhaps files of different kinds, have the same ids for the same pieces of text."""
+    """Whether two tokenizers, perhaps of different kinds, have the same ids for the same pieces of text."""
     return (
         a.vocab_size == b.vocab_size
         and a.stop_ids == b.stop_ids
@@ -75,7 +75,7 @@ def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key with dots between its levels, value) of everything that is no section."""
+    """(dotted key, value) of everything that is no section."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", x) for inner, x in flat(value))

@@ -1,4 +1,4 @@
-"""The train state: made from weights, and where each array of it lies on a mesh."""
+"""Makes the train state from weights, and the sharding of each of its arrays on a mesh."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ def make_state(config: ConfigDict, params: Params) -> TrainState:
 def state_shardings(state: Any, binding: Binding, mesh: Mesh) -> Any:
     """The sharding of every array of a (perhaps abstract) TrainState.
 
-    A weight is cut by its logical axes, and whatever of the optimiser has the weight's path and shape like
-    it; what has another shape (counts, factored moments) stays whole.
+    A weight is sharded by its logical axes, and so are the optimiser's arrays with the weight's path and shape; arrays
+    of other shapes (counts, factored moments) are replicated.
     """
 
     def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
@@ -38,7 +38,7 @@ def state_shardings(state: Any, binding: Binding, mesh: Mesh) -> Any:
 
 
 def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
-    """`make_state` without a single array: shapes, dtypes and shardings."""
+    """`make_state` without arrays: only shapes, dtypes and shardings."""
     state = jax.eval_shape(lambda params: make_state(config, params), dict(binding.shapes))
     places = state_shardings(state, binding, mesh)
     placed: TrainState = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The train step: one pure function, jitted once, its state donated."""
+"""The train step: one pure function, jitted once, with its state donated."""
 
 import dataclasses
 from typing import Any
@@ -15,16 +15,16 @@ from kangaroo_jax.sharding import Axes, batch_axes, constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes, and the frozen weights that it reads."""
+    """The state that a step changes, and the frozen weights that it reads."""
 
-    step: jax.Array  # int32[]; steps done
+    step: jax.Array  # int32[]; number of finished steps
     params: Params  # float32, trained
-    frozen: Params  # optimizer.frozen_dtype: no gradient, no optimiser state
+    frozen: Params  # in optimizer.frozen_dtype, without gradient or optimiser state
     opt_state: optax.OptState
 
 
 Metrics = dict[str, jax.Array]
-Sums = tuple[jax.Array, jax.Array, Params]  # of losses, of weights, of gradients
+Sums = tuple[jax.Array, jax.Array, Params]  # sums of losses, of weights, of gradients
 TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 
 
@@ -37,18 +37,18 @@ def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBat
 def gradient(
     binding: Binding, params: Params, frozen: Params, batch: PackedBatch, accumulate: int = 1
 ) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    """((mean loss, total weight), gradient by `params`), with each gradient cut over the mesh like its weight.
+    """((mean loss, total weight), gradient by `params`), with each gradient sharded like its weight.
 
-    With `accumulate` over 1 the batch is cut into as many parts (B must divide) that are computed one after
-    another. Sums of losses are differentiated and divided once by the weight of the whole batch, so that
-    parts of different weight give the gradient of the whole.
+    With `accumulate` over 1 the batch is cut into as many parts (which must divide B), computed one after another.
+    Sums of losses are differentiated and divided once by the weight of the whole batch, so that parts of different
+    weight give the gradient of the whole.
     """
     if accumulate == 1:
         value, grads = jax.value_and_grad(lambda p: mean_loss(binding, p, frozen, batch), has_aux=True)(params)
         return value, _like_weights(binding, grads)
 
     def split(x: jax.Array, axes: Axes) -> jax.Array:
-        """[B, ...] -> [accumulate, B / accumulate, ...]; every device's rows are spread evenly over the parts."""
+        """[B, ...] -> [accumulate, B / accumulate, ...], with every device's rows spread evenly over the parts."""
         parts = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
         return constrain(parts, (None, *axes))
 
@@ -82,9 +82,9 @@ def make_train_step(
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight.
 
-    `accumulate`: parts of the batch that are computed one after another. `places`: the shardings of the state;
-    it leaves the step as it came, so that the second step is not compiled anew. `skip_nonfinite`: a step whose loss or
-    gradient norm is not finite counts, but leaves weights and optimiser as they were.
+    `accumulate`: parts of the batch that are computed one after another. `places`: the shardings of the state, which
+    the step preserves, so that the second step is not compiled again. `skip_nonfinite`: a step whose loss or gradient
+    norm is not finite counts, but leaves weights and optimiser unchanged.
     """
 
     def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
@@ -102,7 +102,7 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state
 
         before = (state.params, state.opt_state)
-        if skip_nonfinite:  # a branch: a choice between two results would hold both, and round them otherwise
+        if skip_nonfinite:  # a branch, because a select would hold both results in memory and round them differently
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             params, opt_state = jax.lax.cond(finite, update, lambda *kept: kept, *before)
         else:

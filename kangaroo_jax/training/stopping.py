@@ -1,4 +1,4 @@
-"""How a run ends and is kept whole: signals, saves by the clock, the lock of its folder, a lost reader, a full disk."""
+"""Ends runs safely: signals, saves by the clock, the lock of the folder, closed output, a full disk."""
 
 import contextlib
 import errno
@@ -21,24 +21,24 @@ import jax
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.distributed import Preempted, is_main, key_value_keys, key_value_set
 
-INTERRUPTED = 130  # exit code of Ctrl-C: no launch script starts such a run again
+INTERRUPTED = 130  # exit code of Ctrl-C; launch scripts do not restart such a run
 
 Tell = Callable[[str], None]
 
 
 class Preemption:
-    """Whether somebody wants this run to end.
+    """Listens for requests to end this run.
 
-    SIGTERM (clouds and Slurm send it before they take a machine), SIGHUP (a terminal that is gone) and Ctrl-C let the
-    run save and end. Ctrl-C ends it at once where it comes a second time, or where no step has been done since the
-    start: there is nothing to save then, and while JAX compiles nothing but a thread could act on it. Until the first
-    step begins the others end it at once, too. A signal that this process was started to ignore (nohup) is ignored.
+    After SIGTERM (sent by clouds and Slurm before they take a machine), SIGHUP (a closed terminal) or Ctrl-C the run
+    saves and ends. A second Ctrl-C, or one before the first finished step, ends it at once: there is nothing to save
+    then, and while JAX compiles only a thread can act. Before the first step begins, the other signals end it at
+    once, too. Signals that this process was started to ignore (nohup) are ignored.
     """
 
-    _last_asked = 0  # JAX compares numbers, which must go on growing where a process runs one stage after another
+    _last_asked = 0  # JAX compares step numbers, which must keep growing if a process runs several stages
 
     def __init__(self, tell: Tell = print) -> None:
-        """Listens from now on, in the main thread. Of several processes JAX agrees on the step after which all stop."""
+        """Start listening, in the main thread. With several processes JAX chooses the step after which all stop."""
         self._asked, self._told, self._interrupts = "", False, 0
         self._stepping = self._done = self._agreed = False
         self._steps_before = Preemption._last_asked
@@ -52,12 +52,12 @@ class Preemption:
         read, write = os.pipe()
         os.set_blocking(write, False)
         self._pipe = (read, write)
-        # Python runs handlers between two lines of the main thread, which may compile for minutes; it writes the
-        # signal's number here at once.
+        # Python runs handlers only between bytecodes of the main thread, which may compile for minutes. It writes the
+        # signal's number into this pipe at once.
         self._wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
         self._listener.start()
-        # JAX itself listens to SIGTERM where there are several processes, and lets all stop after the same step.
+        # With several processes JAX itself handles SIGTERM, and stops all of them after the same step.
         for number in (signal.SIGINT, signal.SIGHUP, *(() if self._many else (signal.SIGTERM,))):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._ask)
@@ -66,7 +66,7 @@ class Preemption:
         while True:
             with contextlib.suppress(OSError):
                 for number in os.read(pipe, 64):
-                    if number == 0:  # of `close`
+                    if number == 0:  # written by `close`
                         os.close(pipe)
                         return
                     if number in self._before:
@@ -93,17 +93,17 @@ class Preemption:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def stepping(self) -> None:
-        """The first step begins: it is waited for, so that what has been prepared is not lost."""
+        """The first step begins: from now on signals wait for it, so that the preparation is not lost."""
         self._stepping = True
 
     def done(self) -> None:
-        """A step has been done: from now on there is something to save."""
+        """A step is finished: from now on there is something to save."""
         self._done = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop before `step` begins; once it is so, it stays so.
+        """Whether to save and stop before `step` begins; once true, it stays true.
 
-        To be asked by every process before every step, and once more after the last one.
+        Every process must call this before every step, and once more after the last one.
         """
         if not self._many:
             return bool(self._asked)
@@ -114,11 +114,11 @@ class Preemption:
         return self._agreed
 
     def saved(self) -> Preempted:
-        """What to raise once the state is saved."""
+        """The exception to raise once the state is saved."""
         return Preempted(INTERRUPTED if self._asked == "Ctrl-C" else 0)
 
     def close(self) -> None:
-        """Listen no more; what has come until now is said."""
+        """Stop listening, after the signals that have come so far are handled."""
         if self._pipe is None:
             return
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
@@ -132,22 +132,22 @@ class Preemption:
 
 
 class SaveClock:
-    """Says after which step a checkpoint is due because the last one is `minutes` old; the same to every process.
+    """Decides after which step a checkpoint is due because the last is `minutes` old, the same for all processes.
 
-    The main process decides, two steps ahead: another one has seen the end of the step before only after the main
-    process has begun it, and so finds the decision where it looks for it.
+    The main process decides two steps ahead. Another process sees the end of a step only after the main process has
+    begun it, and so always finds the decision.
     """
 
     AHEAD = 2
 
     def __init__(self, minutes: float) -> None:
-        """`minutes` 0: never."""
+        """With `minutes` 0 no checkpoint is ever due."""
         self._seconds, self._last = 60 * minutes, time.monotonic()
         self._many = jax.process_count() > 1
         self._decided = 0
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`. To be asked by every process once the step before is known to be done."""
+        """Whether to save after `step`. Every process must call this once the previous step is known to be finished."""
         if not self._seconds:
             return False
         late = time.monotonic() - self._last >= self._seconds
@@ -159,15 +159,15 @@ class SaveClock:
         return str(step) in key_value_keys("save/")
 
     def saved(self) -> None:
-        """A checkpoint has been begun, for whatever reason."""
+        """Restart the clock: a checkpoint has been started."""
         self._last, self._decided = time.monotonic(), 0
 
 
 @contextlib.contextmanager
 def locked(workdir: Path, tell: Tell) -> Iterator[None]:
-    """Let no other run use `workdir` meanwhile; the main process holds the lock, which its end, however it ends, frees.
+    """Keep other runs out of `workdir`. The main process holds the lock, which is released when it ends in any way.
 
-    Raises UserError where another run is in the folder.
+    Raises UserError if another run is in the folder.
     """
     if not is_main():
         yield
@@ -196,7 +196,7 @@ def locked(workdir: Path, tell: Tell) -> Iterator[None]:
 
 
 def unbroken(tell: Tell) -> Tell:
-    """`tell` that becomes silent where nobody can read it any more (a closed pipe or terminal): the run goes on."""
+    """`tell` that becomes silent once its output is closed (a pipe or terminal), so that the run goes on."""
     heard = True
 
     def told(line: str) -> None:
@@ -208,7 +208,7 @@ def unbroken(tell: Tell) -> Tell:
                 if error.errno not in (errno.EPIPE, errno.EIO):
                     raise
                 heard = False
-                with contextlib.suppress(OSError, ValueError):  # what is still in the buffer must not fail at the end
+                with contextlib.suppress(OSError, ValueError):  # so that flushing the buffer does not fail at exit
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return told
@@ -219,11 +219,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def explained_disk(workdir: Path) -> Iterator[None]:
-    """What fails inside because the disk is full or cannot be written ends in one line. Raises UserError.
+    """Turn failures inside because of a full or unwritable disk into one line. Raises UserError.
 
-    Orbax's threads also log what they raise, each with its traceback; here it is told once, by what is raised. What
-    tensorstore was still writing reports to an event loop that the failed save has closed, and prints that, again and
-    again, until the process ends.
+    Orbax's threads also log their exceptions with tracebacks; these are suppressed, as the raised error says it once.
+    Pending writes of tensorstore report to an event loop that the failed save has closed, which would print errors
+    until the process ends; these are suppressed, too.
     """
     log, printed = logging.getLogger("absl"), sys.unraisablehook
     log.addFilter(_no_traceback)
@@ -252,20 +252,20 @@ def explained_disk(workdir: Path) -> Iterator[None]:
 
 
 def _unless_too_late(printed: Callable[[Any], object], dropped: "sys.UnraisableHookArgs") -> None:
-    """Print an error that Python drops, but for that of asking an event loop that is closed."""
+    """Print an error that Python drops, unless it is about a closed event loop."""
     if not (isinstance(dropped.exc_value, RuntimeError) and str(dropped.exc_value) == "Event loop is closed"):
         printed(dropped)
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
-    """Whether `record` is none of an exception."""
+    """Whether `record` is not about an exception."""
     return not record.exc_info
 
 
 def _disk_errno(error: BaseException | None, workdir: Path) -> int:
-    """The number of the system's error behind `error`, which libraries wrap in texts of their own; 0 where none is.
+    """The system's error number behind `error`, which libraries wrap in their own texts; 0 if there is none.
 
-    An error that names a file elsewhere than in `workdir` is none.
+    An error about a file outside of `workdir` does not count.
     """
     seen = 0
     while error is not None and seen < 20:
