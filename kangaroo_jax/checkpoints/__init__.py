@@ -1,1 +1,1 @@
-"""Reads what training wrote: weights, configs, tokenizers; and the sums by which damage is found."""
+"""Reads checkpoints: weights, configs and tokenizers, and the digests that reveal damage."""

@@ -1,7 +1,7 @@
-"""Sums over the bits of arrays, made on the devices, by which a changed bit is found when they are read again.
+"""Sums over the bits of arrays, computed on the devices, that reveal a changed bit when the arrays are read again.
 
-A sum does not depend on how an array is cut over devices, so that what four hosts wrote one can check. A single changed
-bit always changes it: it is a sum modulo 2^32 in which every element's bits count an odd number of times.
+A sum does not depend on the sharding of an array, so that one host can check what four hosts wrote. A single changed
+bit always changes it: it is a sum modulo 2^32 of every element's bits times an odd number.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 @jax.jit
 def _sum_and_finite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(uint32 sum of the bits of every element times an odd number by its place, whether all are finite)."""
+    """(uint32 sum of every element's bits times an odd number from its position, whether all are finite)."""
     bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
@@ -27,9 +27,9 @@ def _sum_and_finite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def digests(tree: Any) -> tuple[Digests, list[str]]:
-    """(the sum of every array of `tree` by its name, names of those that hold what is not finite).
+    """(the sum of every array of `tree` by its name, names of arrays with non-finite values).
 
-    Waits for the arrays. To be called by every process.
+    It waits for the arrays. Every process must call it.
     """
     named = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     found = jax.device_get({name: _sum_and_finite(x) for name, x in named.items()})
@@ -38,9 +38,9 @@ def digests(tree: Any) -> tuple[Digests, list[str]]:
 
 
 def changed(tree: Any, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(arrays of `tree` whose sum is not the one that was saved, arrays that hold what is not finite).
+    """(arrays of `tree` whose sum differs from the saved one, arrays with non-finite values).
 
-    One that was saved in another dtype, or without a sum, cannot be compared.
+    An array that was saved in another dtype, or without a sum, is not compared.
     """
     now, not_finite = digests(tree)
     wrong = [name for name, value in now.items() if name in saved and _differs(value, saved[name])]

@@ -1,4 +1,4 @@
-"""Where frozen weights lie: once in a stage, named by every checkpoint (`training.frozen` writes them)."""
+"""Finds frozen weights: they are stored once in a stage, and every checkpoint names them (see `training.frozen`)."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from pathlib import Path
 from kangaroo_jax.checkpoints.digests import Digests
 from kangaroo_jax.errors import UserError
 
-FOLDER = "frozen"  # beside the checkpoints; in a checkpoint the item that names which one is its
+FOLDER = "frozen"  # the folder beside the checkpoints, and the item in a checkpoint that names its subfolder
 
 
 def weight_folders(checkpoint: Path) -> list[Path]:
-    """The folders that hold the weights of a checkpoint: its own `params`, and where some are frozen, theirs.
+    """The folders with the weights of a checkpoint: its own `params`, and that of frozen weights if there are some.
 
-    Checkpoints of older versions, and those of `kangaroo convert`, hold all in `params`. Raises UserError where the
+    Checkpoints of older versions and of `kangaroo convert` hold all weights in `params`. Raises UserError if the
     frozen weights are not beside it.
     """
     params, reference = checkpoint / "params", checkpoint / FOLDER

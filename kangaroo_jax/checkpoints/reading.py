@@ -1,4 +1,4 @@
-"""Reads checkpoints: finds a whole one, its config and tokenizer, and its weights for a model, checked as they come.
+"""Reads checkpoints: finds a complete one, its config and tokenizer, and its weights for a model, which are checked.
 
 STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen}      STAGE/tokenizer.*
 """
@@ -26,11 +26,11 @@ ITEMS = ("params", "optimizer", "data", "config")
 
 
 class NotFinite(EndsTogether, UserError):
-    """A loss, a gradient or a state is not finite; of several processes every one finds it at the same step."""
+    """A loss, a gradient or a state is not finite; all processes find it at the same step."""
 
 
 def damaged(folder: Path, reason: str) -> UserError:
-    """The error of a checkpoint that cannot be read as it was written; says which one can be taken in its place."""
+    """The error for a damaged checkpoint; it names the one to use instead."""
     if folder.parent.name == FOLDER:
         return UserError(
             f"{folder}: these frozen weights are damaged ({reason}), which the checkpoints beside them need; copy them "
@@ -54,13 +54,13 @@ def damaged(folder: Path, reason: str) -> UserError:
 
 @contextlib.contextmanager
 def named_if_damaged(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong inside comes of a checkpoint that is damaged: one line says so. Raises UserError."""
+    """Turn any failure inside into a line that says the checkpoint is damaged. Raises UserError."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # Orbax, tensorstore and JSON have no common class for what cannot be read
-        if "RESOURCE_EXHAUSTED" in str(error):  # a device's memory is too small: no fault of the files
+    except Exception as error:  # Orbax, tensorstore and JSON have no common class for unreadable files
+        if "RESOURCE_EXHAUSTED" in str(error):  # a device has too little memory; the files are not at fault
             raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise damaged(folder, f"{type(error).__name__}: {first[:160]}") from error
@@ -75,7 +75,7 @@ def restore_arrays(checkpoint: Path, item: str, folder: Path, target: Mapping[st
 
 
 def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
-    """Raise UserError where arrays read from `folder` are not those that were saved, or are not finite."""
+    """Raise UserError if arrays read from `folder` differ from those that were saved, or are not finite."""
     with named_if_damaged(folder):
         saved = _read_json(folder / "digests") if (folder / "digests").is_dir() else {}
         for item, tree in items.items():
@@ -91,9 +91,9 @@ def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The folder of one whole checkpoint: `path` is it, or a stage (or curriculum) that holds some.
+    """The folder of one complete checkpoint: `path` itself, or one in the stage or curriculum at `path`.
 
-    Of a stage the last step is taken; of a curriculum the last stage that has one. Raises UserError.
+    In a stage it is the last step; in a curriculum, that of the last stage with a checkpoint. Raises UserError.
     """
     path = Path(path).resolve()
     if not path.is_dir():
@@ -134,14 +134,14 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeSt
             )
 
 
-# What decides which angle a position has: no shape shows it, and weights of another setting give another model.
+# Settings of the rotation angles: shapes don't show them, and the same weights with others are another model.
 ROPE_SETTINGS = ("vision.rope_theta", "vision.rope_reference_grid", "tpe.theta", "llm.rope_theta", "llm.rope_scaling")
 
 
 def check_rope(path: str | Path, model: ml_collections.ConfigDict) -> None:
     """Raise UserError that names the first rope setting in which a checkpoint's config differs from `model`.
 
-    `llm.rope_scaling` with factor 1 is none, whatever the rest of it says, as is none at all (older checkpoints).
+    `llm.rope_scaling` with factor 1, or missing (older checkpoints), counts as no scaling.
     """
     folder = find(path)
     found, wanted = load_config(folder).model, model
@@ -159,7 +159,7 @@ def check_rope(path: str | Path, model: ml_collections.ConfigDict) -> None:
 
 
 def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) -> Params:
-    """The weights of a checkpoint for the model of `binding`, sharded over `mesh` where one is given.
+    """The weights of a checkpoint for the model of `binding`, sharded over `mesh` if it is given.
 
     Raises UserError for a missing folder or a checkpoint of another model, naming the first wrong tensor.
     """
@@ -186,20 +186,20 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
 def _stored(folder: Path) -> Mapping[str, Any]:
     """Name -> shape and dtype of every array in a folder of weights. Raises UserError."""
     with named_if_damaged(_holder(folder)):
-        # The handler, as a checkpointer warns that one item is no whole step.
+        # Uses the handler, because a checkpointer warns that one item is not a whole step.
         tree: Mapping[str, Any] = ocp.StandardCheckpointHandler().metadata(folder).tree
         return tree
 
 
 def _holder(weights: Path) -> Path:
-    """What is damaged where this folder of weights is: its checkpoint, or itself."""
+    """The folder to report as damaged for a folder of weights: its checkpoint, or itself."""
     return weights if weights.parent.name == FOLDER else weights.parent
 
 
 def load_config(path: str | Path) -> ml_collections.ConfigDict:
-    """The config that a checkpoint was trained with; what it lacks is as its preset has it.
+    """The config that a checkpoint was trained with; missing keys come from its preset.
 
-    Raises UserError where it is damaged, or its model has a setting that this version does not know.
+    Raises UserError if it is damaged, or its model has a setting that this version does not know.
     """
     folder = find(path)
     with named_if_damaged(folder):
@@ -212,10 +212,9 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
 
 
 def completed(plain: Mapping[str, Any], where: Path) -> ml_collections.ConfigDict:
-    """The config that an earlier version kept in `where`; what it lacks is as its preset has it.
+    """The config that an earlier version kept in `where`; missing keys come from its preset.
 
-    Keys that this version does not know are left out where they do not make the model. Raises UserError for a setting
-    of the model that it does not know.
+    Unknown keys outside of the model are left out. Raises UserError for an unknown setting of the model.
     """
     preset = plain["model"].get("preset")
     known = stage_config(preset if preset in PRESETS else PRESETS[0]).to_dict()
@@ -228,7 +227,7 @@ def completed(plain: Mapping[str, Any], where: Path) -> ml_collections.ConfigDic
 
 
 def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of `found` that `known` lacks, with dots between their levels."""
+    """Dotted keys of `found` that `known` lacks."""
     for key, value in found.items():
         if key not in known:
             yield key
@@ -237,7 +236,7 @@ def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator
 
 
 def _filled(found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `known`, with the values of `found` where it has them."""
+    """The keys of `known`, with the values of `found` if it has them."""
     filled = {key: found.get(key, value) for key, value in known.items()}
     sections = [key for key, value in known.items() if isinstance(value, Mapping) and isinstance(filled[key], Mapping)]
     return {**filled, **{key: _filled(filled[key], known[key]) for key in sections}}
@@ -249,7 +248,7 @@ def _read_json(folder: Path) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON knows lists only; every sequence of a config is a tuple."""
+    """The value with lists as tuples: JSON has only lists, a config only tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
@@ -276,7 +275,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def keep_tokenizer(source: str | Path, stage_dir: Path) -> None:
-    """Copy the tokenizer's file beside the checkpoints, in place of another that is there."""
+    """Copy the tokenizer's file beside the checkpoints, replacing another one there."""
     source = tokenizer_file(source)
     target, data = stage_dir / f"tokenizer{source.suffix}", source.read_bytes()
     if not target.exists() or target.read_bytes() != data:
