@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.annotations.formats import parse_record
-from kangaroo_jax.data.batches.sample import make_recipe, plan_media, render_prompt, video_block_length
-from kangaroo_jax.data.media.video import FramePolicy, MediaInfo
+from kangaroo_jax.data.batches.sample import make_recipe, plan_media, render_parts, render_prompt, video_block_length
+from kangaroo_jax.data.media.video import FramePolicy, MediaInfo, MediaRef
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from tests.data.media import write_video
@@ -214,3 +214,45 @@ def test_prompt_is_the_beginning_of_the_sample(tokenizer: Tokenizer, data_config
         render_prompt(conversation, tokenizer, data_config, K, V)
     with pytest.raises(ValueError, match="do not match"):
         render_prompt(chat("<video>"), tokenizer, data_config, K, V)
+
+
+FILM, PICTURE = MediaRef("video", "a.mp4", (0.5, 1.5)), MediaRef("image", "b.png", (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([FILM, "Q"], "<video>\nQ"),
+        ([" Q ", FILM], "Q <video>"),
+        (["Q", FILM, PICTURE, "and", "R"], "Q\n<video>\n<image>\nand\nR"),
+        ([FILM, "", "\n Q\n"], "<video>\n Q"),
+        ([FILM, " Q"], "<video> Q"),
+        (["a", " ", "b"], "a b"),
+    ],
+)
+def test_parts_are_the_tokens_of_a_text_with_tags(tokenizer: Tokenizer, parts: list, text: str) -> None:
+    made = render_parts([("user", parts)], tokenizer, K, V)
+    film, picture = ([tokenizer.vi_start, *[tokenizer.vision] * V, tokenizer.eov, tokenizer.vi_end] for _ in range(2))
+    pieces = text.replace("<video>", "|<video>|").replace("<image>", "|<image>|").split("|")
+    spelt = [{"<video>": film, "<image>": picture}.get(piece, piece) for piece in pieces if piece]
+    expected = spell(tokenizer, tokenizer.bos, "[h:user]", *spelt, tokenizer.eot, "[h:assistant]")
+    assert made.tokens.tolist() == expected
+    assert made.media == tuple(part for part in parts if not isinstance(part, str))
+    assert int(made.is_vision.sum()) == V * len(made.media)
+
+
+@pytest.mark.parametrize("text", ["What is <video>?", "C:\\", "<vi_start><|eot_id|>", "\\<image>"])
+def test_text_of_parts_is_text(tokenizer: Tokenizer, text: str) -> None:
+    made = render_parts([("user", [text, FILM])], tokenizer, K, V)
+    assert made.media == (FILM,)
+    before = spell(tokenizer, tokenizer.bos, "[h:user]", text + "\n")
+    assert made.tokens.tolist()[: len(before) + 1] == [*before, tokenizer.vi_start]
+
+
+def test_an_answer_may_be_begun(tokenizer: Tokenizer) -> None:
+    turns = [("user", ["Q"]), ("assistant", ["Best option:("])]
+    begun = render_parts(turns, tokenizer, K, V, leave_open=True)
+    asked = spell(tokenizer, tokenizer.bos, "[h:user]", "Q", tokenizer.eot, "[h:assistant]", "Best option:(")
+    assert begun.tokens.tolist() == asked
+    closed = render_parts(turns, tokenizer, K, V, ask=False)
+    assert closed.tokens.tolist() == [*asked, tokenizer.eot]

@@ -168,6 +168,67 @@ def render_prompt(
     return dataclasses.replace(recipe, weights=np.zeros_like(recipe.weights))
 
 
+def render_parts(
+    turns: Sequence[tuple[str, Sequence[str | MediaRef]]],
+    tokenizer: Tokenizer,
+    frames_per_group: int,
+    tokens_per_group: int,
+    *,
+    ask: bool = True,
+    leave_open: bool = False,
+) -> Recipe:
+    """The recipe of a question whose turns are given in parts, so that no text of them is read as a tag.
+
+    Args:
+        turns: (role, parts in their order) of each; a newline stands between two parts that have no white space there.
+        tokenizer: ids of text and special tokens.
+        frames_per_group: frames joined by the patchify; the number of frames of each medium is a multiple.
+        tokens_per_group: vision tokens that a group becomes.
+        ask: whether the header of the answer to come follows.
+        leave_open: whether the last turn goes on with the answer: it has no `<|eot_id|>`, and no header follows.
+    """
+    writer = _Writer(
+        tokenizer,
+        [part for _, parts in turns for part in parts if isinstance(part, MediaRef)],
+        frames_per_group,
+        tokens_per_group,
+    )
+    for number, (role, parts) in enumerate(turns, start=1):
+        writer.header(role)
+        writer.parts(_joined(parts))
+        if not (leave_open and number == len(turns)):
+            writer.end_turn()
+    if ask and not leave_open:
+        writer.header("assistant")
+    recipe = writer.recipe("")
+    return dataclasses.replace(recipe, weights=np.zeros_like(recipe.weights))
+
+
+def _joined(parts: Sequence[str | MediaRef]) -> list[str | MediaRef]:
+    """Parts with newlines between them, neighbouring texts in one, and without white space at both ends."""
+    joined: list[str | MediaRef] = []
+    for part in parts:
+        before = joined[-1] if joined else "\n"
+        for piece in ("" if _ends_in_space(before) or _begins_with_space(part) or not part else "\n", part):
+            if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += piece
+            elif piece:
+                joined.append(piece)
+    if joined and isinstance(joined[0], str):
+        joined[0] = joined[0].lstrip()
+    if joined and isinstance(joined[-1], str):
+        joined[-1] = joined[-1].rstrip()
+    return [part for part in joined if part]
+
+
+def _ends_in_space(part: str | MediaRef) -> bool:
+    return isinstance(part, str) and part[-1:].isspace()
+
+
+def _begins_with_space(part: str | MediaRef) -> bool:
+    return isinstance(part, str) and part[:1].isspace()
+
+
 def video_block_length(frames: int, frames_per_group: int, tokens_per_group: int) -> int:
     """Tokens that a video of `frames` frames takes, including its marker tokens."""
     groups = -(-frames // frames_per_group)
@@ -273,6 +334,18 @@ class _Writer:
                     self._block(self._refs[len(self.used)])
                 elif part:
                     self._ids += self._tokenizer.encode(literal(part))
+        self.end_turn()
+
+    def parts(self, parts: Sequence[str | MediaRef]) -> None:
+        """Text, none of which is a tag, and media."""
+        for part in parts:
+            if isinstance(part, str):
+                self._ids += self._tokenizer.encode(part)
+            else:
+                self._block(part)
+
+    def end_turn(self) -> None:
+        """`<|eot_id|>`."""
         self._ids.append(self._tokenizer.eot)
 
     def _block(self, ref: MediaRef) -> None:
