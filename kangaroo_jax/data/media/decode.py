@@ -173,9 +173,14 @@ class ProcessDecoder:
         time_limit: float = TIME_LIMIT,
         job: Job = decode_one,
         media_cache: MediaCache | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        """Processes start at the first use; `time_limit` in seconds for one file; `job` is what they do."""
-        prepare = functools.partial(use_cache, media_cache) if media_cache is not None else None
+        """Processes start at the first use; `time_limit` in seconds for one file; `job` is what they do.
+
+        `prepare` is called as each begins.
+        """
+        if media_cache is not None:
+            prepare = functools.partial(use_cache, media_cache)
         self._decoders = WorkerPool(job, num_workers, time_limit, prepare)
         self._probers = WorkerPool(probe_one, max(1, num_workers // 4), time_limit, prepare)
         self._probed: dict[tuple[str, str, int, int], MediaInfo] = {}
@@ -200,6 +205,11 @@ class ProcessDecoder:
                 self._probed.clear()
             self._probed[key] = _raised(self._probers.submit(path, kind).result())
         return self._probed[key]
+
+    @property
+    def replaced(self) -> int:
+        """Processes that crashed or took too long, and had another take their place."""
+        return self._decoders.replaced + self._probers.replaced
 
     def close(self) -> None:
         """See `Decoder`."""

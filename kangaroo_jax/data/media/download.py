@@ -20,17 +20,18 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.installing import install_line
 
 _BLOCK = 1 << 20  # bytes
-_REDIRECTS = 10
 _SILENCE = 60.0  # seconds without a byte after which a download fails
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits of fetching one address: size, time, and whether it may lead to private networks."""
+    """Limits of fetching one address: size, time, redirects, and where it may lead."""
 
     bytes: int = 4 << 30
     seconds: float = 600.0
     allow_private: bool = False  # this machine, and private networks
+    redirects: int = 10
+    check: Callable[[str], None] | None = None  # raises UserError for an address, or a redirect, that may not be read
 
 
 def download(address: str, file: BinaryIO, limits: Limits) -> None:
@@ -81,7 +82,9 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
     """The body of a web address; redirects are followed."""
     end = time.monotonic() + limits.seconds
     target = address
-    for _ in range(_REDIRECTS + 1):
+    for _ in range(limits.redirects + 1):
+        if limits.check is not None:
+            limits.check(target)
         connection = _connection(target, limits)
         timer = threading.Timer(max(end - time.monotonic(), 0.0), connection.cut)
         timer.daemon = True
@@ -106,7 +109,7 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
         if scheme_of(target) not in WEB:
             raise UserError(f"{short(address)}: leads to {short(target)}, which is no address of the web")
         check_scheme(target)
-    raise UserError(f"{short(address)}: leads from one address to another more than {_REDIRECTS} times")
+    raise UserError(f"{short(address)}: leads from one address to another more than {limits.redirects} times")
 
 
 def _connection(address: str, limits: Limits) -> "_Plain":
