@@ -1,1 +1,1 @@
-"""The command line: the table of jobs, their flags, and what runs them."""
+"""The command line: the table of jobs, their flags, and the code that runs them."""

@@ -1,7 +1,7 @@
-"""Words of a command line become the arguments of a function, whose signature and docstring say all of a command.
+"""Turns the words of a command line into the arguments of a function, whose signature and docstring define a command.
 
-A keyword parameter is a flag (`max_new_tokens`: --max-new-tokens), one that is given by position an argument. Flags
-stand in the order of their weight. Bad input is a UserError.
+A keyword parameter is a flag (`max_new_tokens`: --max-new-tokens), a positional parameter an argument. Flags are in the
+order of their importance. Bad input is a UserError.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Command = Callable[..., None]
 
 
 def _number(kind: type[int] | type[float], least: float) -> Parameter:
-    """Of a flag that is a finite number of `least` or more."""
+    """The parameter of a flag whose value is a finite number of `least` or more."""
 
     def convert(_: Any, tokens: Sequence[Any]) -> float:
         try:
@@ -47,7 +47,7 @@ Overrides = Annotated[Sequence[str], Parameter(parse=False)]  # the words of --c
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A command and what it is called with, by the names of its parameters."""
+    """A command and its arguments, by the names of its parameters."""
 
     command: Command
     given: Mapping[str, Any]
@@ -59,7 +59,7 @@ class Call:
 
 
 def choose(job: str, commands: Mapping[str, Command], words: Sequence[str]) -> tuple[str, Command, list[str]]:
-    """(title, command, other words): the command that the first word names, else that named "".
+    """(title, command, other words): the command that the first word names, else the one named "".
 
     Raises UserError.
     """
@@ -72,7 +72,7 @@ def choose(job: str, commands: Mapping[str, Command], words: Sequence[str]) -> t
         there = f"{nearest(words[0], named)}; there are {', '.join(named)}"
         raise UserError(f"{job}: no job {words[0]!r}{there}: kangaroo {job} --help lists them")
     for before, word in zip(words, words[1:], strict=False):
-        if word in named and (not before.startswith("--") or "=" in before):  # no value of a flag
+        if word in named and (not before.startswith("--") or "=" in before):  # not the value of a flag
             raise UserError(f"{job}: {word} stands first: kangaroo {job} {word} {before} ...")
     if "" not in commands:
         raise UserError(f"{job}: name a job of it, one of {', '.join(named)}: kangaroo {job} --help lists them")
@@ -80,7 +80,7 @@ def choose(job: str, commands: Mapping[str, Command], words: Sequence[str]) -> t
 
 
 def bind(title: str, command: Command, words: Sequence[str]) -> Call:
-    """The call of a command that `words` ask for. Raises UserError."""
+    """The call of a command with the arguments in `words`. Raises UserError."""
     own, overrides = _separated(words)
     arguments = arguments_of(command)
     has_config = "overrides" in inspect.signature(command).parameters
@@ -101,7 +101,7 @@ def bind(title: str, command: Command, words: Sequence[str]) -> Call:
 
 
 def require(title: str, command: Command, **values: str | None) -> None:
-    """Raise UserError for the first of the flags that has no value."""
+    """Raise UserError for the first flag without a value."""
     for argument in arguments_of(command):
         if not values.get(argument.field_info.name, "given"):
             raise UserError(f"{title}: {_missing(argument, command)}")
@@ -113,12 +113,12 @@ def arguments_of(command: Command, *, described: bool = False) -> list[Argument]
 
 
 def help_of(argument: Argument) -> str:
-    """What the docstring says of an argument that is described."""
+    """The docstring's text for an argument of `arguments_of(..., described=True)`."""
     return " ".join((argument.parameter.help or "").split())
 
 
 def listed(text: str) -> list[str]:
-    """What stands between the commas of a flag's value."""
+    """The items of a flag's comma-separated value."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -130,7 +130,7 @@ def _app_of(command: Command) -> App:
 
 
 def _separated(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(words that set no key of a config, words that do); a key without `=` takes the word after it as its value."""
+    """(words that set no config key, words that do); a key without `=` takes the next word as its value."""
     own: list[str] = []
     overrides: list[str] = []
     waits = False
@@ -142,7 +142,7 @@ def _separated(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _new_spelling(words: Sequence[str]) -> list[str]:
-    """`words` with hyphens in the names of flags, which had underscores once."""
+    """`words` with hyphens in the names of flags, which had underscores in earlier versions."""
     parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
     return [name.replace("_", "-") + equals + value for name, equals, value in parts]
 
@@ -161,7 +161,7 @@ def _missing(argument: Argument, command: Command) -> str:
 
 
 def _told(error: CycloptsError, title: str, command: Command, arguments: Sequence[Argument]) -> str:
-    """A line of what cyclopts found."""
+    """The error of cyclopts as a line."""
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         if error.keyword:
             return f"{error.keyword} needs a value; one that begins with a dash is written {error.keyword}=VALUE"

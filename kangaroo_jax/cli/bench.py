@@ -1,4 +1,4 @@
-"""`kangaroo bench NAME`: measures parts of the program on this machine, each by a module of `kangaroo_jax.bench`."""
+"""`kangaroo bench NAME`: measures parts of the program on this machine; the code is in `kangaroo_jax.bench`."""
 
 import json as json_text
 import tempfile
@@ -24,9 +24,9 @@ def train(
 
     Args:
         config: STAGE:PRESET
-        steps: steps that are measured
-        packs: packs a step, in place of the config's; 0 is the config's
-        moment_dtype: of Adam's moments, in place of the config's
+        steps: number of measured steps
+        packs: packs in a step; 0 is the config's number
+        moment_dtype: type of Adam's moments; by default the config's
         json: print JSON
     """
     _begin()
@@ -42,8 +42,8 @@ def vision(*, config: str = "stage4_instruct:tiny", frames: Count = 64, steps: C
 
     Args:
         config: STAGE:PRESET
-        frames: frames a call
-        steps: calls that are measured
+        frames: frames in a call
+        steps: number of measured calls
         json: print JSON
     """
     _begin()
@@ -53,13 +53,13 @@ def vision(*, config: str = "stage4_instruct:tiny", frames: Count = 64, steps: C
 
 
 def train_vs_torch(*, steps: Count = 10, rounds: Count = 3, segments: Count = 1, json: bool = False) -> None:
-    """Measure a model of 100M parameters beside the same in plain PyTorch.
+    """Measure a model of 100M parameters against the same in plain PyTorch.
 
         kangaroo bench train-vs-torch --steps=10 --rounds=3
 
     Args:
-        steps: steps of each that are measured in a round
-        rounds: how often the two take turns
+        steps: measured steps of each in a round
+        rounds: number of turns of the two
         segments: samples packed into a row
         json: print JSON
     """
@@ -70,13 +70,13 @@ def train_vs_torch(*, steps: Count = 10, rounds: Count = 3, segments: Count = 1,
 
 
 def convert(*, folder: str = "bench_convert", layers: Count = 32, json: bool = False) -> None:
-    """Measure converting a checkpoint both ways, beside plain copies.
+    """Measure converting a checkpoint both ways, against plain copies.
 
         kangaroo bench convert --folder=DIR
 
     Args:
         folder: an empty folder on the disk to measure
-        layers: of the decoder; 32 is the 8B model, 17 GB, for which 69 GB must be free
+        layers: decoder layers; 32 is the 8B model, 17 GB, which needs 69 GB of free disk
         json: print JSON
     """
     _begin()
@@ -96,21 +96,21 @@ def data(
     costs: bool = False,
     out: str = "",
 ) -> None:
-    """Measure how fast videos become batches, beside torchcodec, decord and OpenCV.
+    """Measure the speed of turning videos into batches, against torchcodec, decord and OpenCV.
 
         kangaroo bench data --lengths=10s --frames=8,64
 
-    Every reader gets the same files and the same frame numbers, resizes to the same letterboxed size and fills a
-    batch, in two worker processes; they take turns. Readers that are not installed are left out.
+    Every reader gets the same files and frame numbers, resizes to the same letterboxed size and fills a batch, in two
+    worker processes; the readers take turns. Readers that are not installed are left out.
 
     Args:
-        lengths: of the videos, with commas
-        frames: of a clip, with commas
-        folder: where the videos are made, once
-        rounds: how often the readers take turns
-        workers: processes
-        own_resize: the others resize in their own quickest way, and not by torch's antialiased bicubic filter
-        costs: measure a seek and a frame instead, what the choice between seeking and decoding on is made from
+        lengths: lengths of the videos, comma-separated
+        frames: frames of a clip, comma-separated
+        folder: folder for the videos, which are made once
+        rounds: number of turns of the readers
+        workers: number of processes
+        own_resize: let the others resize in their fastest way, not with torch's antialiased bicubic filter
+        costs: only measure a seek and a decoded frame, by which the reader chooses between the two
         out: JSON file for the rows
     """
     from kangaroo_jax.bench import data as bench
@@ -138,15 +138,15 @@ def packing(
     seed: Natural = 0,
     json: bool = False,
 ) -> None:
-    """Measure how full rows get on made-up samples with the lengths of the paper's stages.
+    """Measure how full rows get with synthetic samples of the paper's stages.
 
         kangaroo bench packing --config stage4_instruct:kangaroo_8b --row=20480x144
 
     Args:
         config: STAGE:PRESET, one or more, by default stages 3 to 5
-        row: TOKENSxFRAMES, such as 20480x144, in place of the config's
-        samples: made up for each
-        seed: of the samples
+        row: TOKENSxFRAMES, such as 20480x144; by default the config's
+        samples: synthetic samples for each
+        seed: seed of the samples
         json: print JSON
     """
     from kangaroo_jax.bench.packing import bench_rows, table
@@ -156,14 +156,14 @@ def packing(
 
 
 def checkpoint(*, folder: str = ".", gib: Number = 1.0, rounds: Count = 5) -> None:
-    """Measure how long a save holds training up, and what memory it needs.
+    """Measure how long a save blocks training, and the memory it needs.
 
         kangaroo bench checkpoint --gib=1.1
 
     Args:
         folder: a folder on the disk to measure; what is written is removed
-        gib: of the state
-        rounds: saves
+        gib: size of the state
+        rounds: number of saves
     """
     if not Path(folder).is_dir() or not gib:
         raise UserError("bench checkpoint: --folder must be there and --gib above 0")
@@ -176,15 +176,15 @@ def checkpoint(*, folder: str = ".", gib: Number = 1.0, rounds: Count = 5) -> No
 def annotate(
     *, requests: Count = 5000, in_flight: Count = 64, faults: Number = 0.1, timeout: Number = 5.0, json: bool = False
 ) -> None:
-    """Measure requests a second of the client of annotation, against a server that fails on purpose.
+    """Measure requests a second of the annotation client, against a server that fails on purpose.
 
         kangaroo bench annotate --requests=5000
 
     Args:
-        requests: different requests, each asked twice
+        requests: number of different requests, each asked twice
         in_flight: requests at a time
         faults: share of the calls that fail
-        timeout: seconds after which a call is given up
+        timeout: seconds after which a call fails
         json: print JSON
     """
     from kangaroo_jax.bench.annotate import bench_annotate
@@ -198,8 +198,8 @@ def curate(*, input: str, rounds: Natural = 0, json: bool = False) -> None:
         kangaroo bench curate --input=videos/ --rounds=1
 
     Args:
-        input: folders, media files or manifests, with commas
-        rounds: how often one worker and two take turns
+        input: folders, media files or manifests, comma-separated
+        rounds: number of turns of one worker and two
         json: print JSON
     """
     from kangaroo_jax.bench.curate import bench_curate, table
@@ -214,7 +214,7 @@ def curate(*, input: str, rounds: Natural = 0, json: bool = False) -> None:
 
 
 def _begin() -> None:
-    """What a process that measures begins with."""
+    """Set up a process for measurements."""
     from kangaroo_jax.system.memory import keep_freed_memory
 
     keep_freed_memory()

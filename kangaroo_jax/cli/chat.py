@@ -1,4 +1,4 @@
-"""`kangaroo chat`: one answer, or a conversation that is typed."""
+"""`kangaroo chat`: one answer, or an interactive conversation."""
 
 import contextlib
 import sys
@@ -28,15 +28,15 @@ def chat(
 
     Args:
         checkpoint: folder that training wrote: a curriculum, a stage or one step
-        video: file, folder of images or address of a video to talk about; given several times: its frames, as images
-        image: image to talk about: a file or an address
-        query: one question; without it a conversation begins
+        video: file, folder of images or address of a video to talk about; if given several times, its frames as images
+        image: file or address of an image to talk about
+        query: one question; without it an interactive conversation starts
         max_new_tokens: longest answer, in tokens
-        start: second of the video to begin at
-        end: second of the video to end at
-        temperature: 0 always takes the likeliest token
-        top_p: sample among the likeliest tokens of this total probability
-        seed: of the sampling
+        start: begin at this second of the video
+        end: end at this second of the video
+        temperature: sampling temperature; 0 always takes the most likely token
+        top_p: sample among the most likely tokens with this total probability
+        seed: seed of the sampling
     """
     media = {"video": video[0] if video and len(video) == 1 else video, "image": image, "start": start, "end": end}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -51,12 +51,12 @@ def talk(
     *,
     max_new_tokens: int = 512,
 ) -> None:
-    """Answer each of `lines`, until an empty one, to standard output.
+    """Answer each of `lines`, until an empty one, on standard output.
 
-    `media` are arguments of `inference.chat.ask` and go with the first line, `sampling` those of `Sampling`.
+    `media` are arguments of `inference.chat.ask` for the first line, `sampling` those of `Sampling`.
 
     Raises:
-        UserError: see there. What can be checked is checked before the model is loaded.
+        UserError: see `ask`. All possible checks come before the model is loaded.
     """
     from kangaroo_jax.inference.chat import History, Kangaroo, ask
     from kangaroo_jax.inference.sampling import Sampling
@@ -88,7 +88,7 @@ def typed() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _typed_addresses() -> Iterator[None]:
-    """Inside, addresses are what the user types: those of the user's own network too, unlike those of records."""
+    """While inside, addresses may lead to the user's own network: the user types them, unlike those of records."""
     from kangaroo_jax.data.media.storage import current_cache, use_cache
 
     cache = current_cache()

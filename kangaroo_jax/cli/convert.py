@@ -1,4 +1,4 @@
-"""`kangaroo convert`: convert weights, and compare what went in with what came out."""
+"""`kangaroo convert`: converts weights, and compares the result with the source."""
 
 import importlib.util
 from pathlib import Path
@@ -32,23 +32,23 @@ def convert(
 
         kangaroo convert --from=KANGAROO_FOLDER --to=runs/start
 
-    Keys of the model's config are flags, --config.KEY=VALUE, where the files do not say what they hold.
+    Keys of the model's config are flags, --config.KEY=VALUE, for what the files do not state.
 
     Args:
-        source: what to convert: a folder or file, or two that make a model, with a comma
+        source: folder or file to convert, or two that form a model, comma-separated
         to: new folder for the result
-        format: orbax, hf, llama, meta, eva, timm or, of an adapter, peft; by default hf from ours, else orbax
-        verify: run each source and the result, one in JAX and one in PyTorch, and compare; converts first if need be
+        format: orbax, hf, llama, meta, eva, timm or, for an adapter, peft; by default hf from ours, else orbax
+        verify: compare each source with the result, one run in JAX, one in PyTorch; converts first if necessary
         lora: LoRA adapter (a PEFT folder, or one of ours), added to the weights
         vision: EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm
         llm: Llama (a Hugging Face folder, or Meta's), with --vision
-        base: of a PEFT adapter in --from: the model that it adapts; else --preset
+        base: the model that a PEFT adapter in --from adapts; by default that of --preset
         dtype: keep, float32, bfloat16 or float16
-        preset: the model where the files do not say what it is
-        tokenizer: tokenizer that goes with it; by default the one beside the weights
-        video: video or image of --verify; by default one made for it
-        query: question of --verify
-        seed: of what --vision and --llm leave to be initialised
+        preset: the model, if the files do not state it
+        tokenizer: the model's tokenizer; by default the one beside the weights
+        video: video or image for --verify; by default a generated one
+        query: question for --verify
+        seed: seed of the parts that --vision and --llm leave to be initialised
     """
     from kangaroo_jax.cli.overrides import override, preset_of
     from kangaroo_jax.config import stage_config
@@ -64,7 +64,7 @@ def convert(
     options = {"format": format, "dtype": dtype, "tokenizer": tokenizer, "seed": seed, "lora": lora, "base": base}
     model = {"preset": preset, "overrides": changes}
     sources = [path for path in (vision, llm) if path]
-    if source:  # a name may have a comma
+    if source:  # a file's name may have a comma
         sources = [source] if Path(source).exists() else listed(source)
     checks = {"media": video, "query": query} if verify else None
     convert_and_verify(sources, to, options, model, checks)
@@ -73,9 +73,9 @@ def convert(
 def convert_and_verify(
     sources: list[str], target: str, options: dict[str, Any], model: dict[str, Any], checks: dict[str, Any] | None
 ) -> None:
-    """Convert by `options` and `model`; with `checks` (of `verify_all`) compare each source with the target.
+    """Convert with `options` and `model`; with `checks` (options of `verify_all`) compare each source with the target.
 
-    With `checks` a target that exists is not written again. Raises UserError.
+    With `checks` an existing target is not written again. Raises UserError.
     """
     from kangaroo_jax.conversion.convert import convert as convert_files
 

@@ -1,4 +1,4 @@
-"""`kangaroo curate`: score everything, then choose; and the jobs that look at what was found."""
+"""`kangaroo curate`: scores everything, then chooses; and the jobs that inspect the results."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,12 @@ def curate(
     Thresholds and stages are keys of configs/curation.py: --config.KEY=VALUE, or a copy of that file in --config.
 
     Args:
-        input: folders, media files or manifests (.jsonl, .csv, .parquet), with commas
+        input: folders, media files or manifests (.jsonl, .csv, .parquet), comma-separated
         output: folder of scores, key frames and the choice; run again to go on
         config: FILE; every threshold is in it
         engine: local (processes of this machine) or ray
-        retry: try again what failed
-        ray_address: of a Ray cluster; without it Ray is started here
+        retry: try failed items again
+        ray_address: address of a Ray cluster; without it Ray is started here
         annotations: conversations whose captions report.html shows
     """
     from kangaroo_jax.curation import curate as library
@@ -47,7 +47,7 @@ def curate(
 
 
 def select(*, output: str, config: str = "curation", overrides: Overrides = ()) -> None:
-    """Choose again, from the scores.
+    """Choose again from the existing scores.
 
         kangaroo curate select --output=curated/ --config.select.max_face=0.1
 
@@ -61,7 +61,7 @@ def select(*, output: str, config: str = "curation", overrides: Overrides = ()) 
 
 
 def explain(id: str, /, *, output: str, config: str = "curation", overrides: Overrides = ()) -> None:
-    """Say all that is known of one clip.
+    """Print all scores of one clip.
 
         kangaroo curate explain clip.mp4 --output=curated/
 
@@ -98,14 +98,14 @@ def export(
     config: str = "curation",
     overrides: Overrides = (),
 ) -> None:
-    """Write a dataset of what was chosen, for training.
+    """Write the chosen clips as a dataset for training.
 
         kangaroo curate export --output=curated/ --name=clips
 
     Args:
         output: folder of scores, key frames and the choice
-        name: of the dataset
-        annotations: conversations of it; by default captions of the input
+        name: name of the dataset
+        annotations: its conversations; by default the captions of the input
         config: FILE; every threshold is in it
     """
     from kangaroo_jax.curation.curate import export
@@ -114,7 +114,7 @@ def export(
 
 
 def doctor() -> None:
-    """Say what is installed, and works.
+    """Print what is installed and works.
 
     kangaroo curate doctor
     """
@@ -125,7 +125,7 @@ def doctor() -> None:
 
 
 def _prepared(job: str, output: str, config: str, overrides: Overrides, **options: Any) -> "tuple[Options, ConfigDict]":
-    """What a job of `curation.curate` is called with."""
+    """The arguments of a job of `curation.curate`."""
     from kangaroo_jax.cli.overrides import override
     from kangaroo_jax.config_files import load_config
     from kangaroo_jax.curation.curate import Options

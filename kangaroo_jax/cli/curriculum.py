@@ -11,10 +11,10 @@ def curriculum(*, workdir: str, data: str, tokenizer: str, preset: str = "tiny",
         kangaroo curriculum --preset=tiny --workdir=runs/c --data=FOLDER --tokenizer=FILE
 
     Every key of the configs is a flag, --config.KEY=VALUE, for all stages: --config.train.steps=100
-    --config.optimizer.learning_rate=1e-4. The last one of a key counts.
+    --config.optimizer.learning_rate=1e-4. If a key is given twice, the last value counts.
 
     Args:
-        workdir: every stage gets a folder here
+        workdir: folder in which every stage gets its own
         data: folder with stage1.jsonl ... stage5.jsonl and the media they name
         tokenizer: tokenizer.json, tokenizer.model or a SentencePiece model
         preset: sizes of the model: kangaroo_8b, base_100m or tiny

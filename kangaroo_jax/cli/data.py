@@ -1,4 +1,4 @@
-"""`kangaroo data check|stats|build|show`: look at data, and build a dataset of it, before training on it."""
+"""`kangaroo data check|stats|build|show`: inspects data, and builds a dataset, before training."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def check(
     media_root: str = "",
     allow_private: bool = False,
 ) -> None:
-    """Read every record, decode every medium in parallel, and report what is wrong with each.
+    """Read every record, decode every medium in parallel, and report all errors.
 
         kangaroo data check train.jsonl --workers=8
 
@@ -31,10 +31,10 @@ def check(
 
     Args:
         sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
-        media: media files or folders of them, in place of annotations
-        workers: processes
+        media: media files or folders of them, instead of annotations
+        workers: number of processes
         report: file for a line about each medium
-        seconds: for one file
+        seconds: time limit for one file
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
     """
@@ -66,7 +66,7 @@ def stats(
     media_root: str = "",
     allow_private: bool = False,
 ) -> None:
-    """Count lengths, languages and turns, and say how full packs would be in each stage.
+    """Count lengths, languages and turns, and compute how full packs would be in each stage.
 
         kangaroo data stats train.jsonl --tokenizer=tokenizer.json
 
@@ -74,7 +74,7 @@ def stats(
         sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
         tokenizer: tokenizer.json, tokenizer.model or a SentencePiece model
         config: a stage and a preset
-        limit: samples looked at, evenly chosen
+        limit: number of samples to read, evenly spaced
         out: folder for stats.json and stats.png
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
@@ -104,10 +104,10 @@ def build(
 
     Args:
         sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
-        name: of the dataset, as tfds.load(NAME, data_dir=OUT) has it
+        name: name of the dataset, as in tfds.load(NAME, data_dir=OUT)
         out: folder of datasets
-        embed: true: media in the records; false: by path
-        shard_samples: samples of a shard
+        embed: true: records hold their media; false: they name them by path
+        shard_samples: samples in a shard
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
     """
@@ -135,16 +135,16 @@ def show(
     media_root: str = "",
     allow_private: bool = False,
 ) -> None:
-    """Draw a picture of what the model is fed of sample N.
+    """Draw a picture of the model's input for sample N.
 
         kangaroo data show 17 train.jsonl --tokenizer=tokenizer.json
 
     Args:
-        number: of the sample, from 0
+        number: number of the sample, from 0
         sources: annotation files (JSON, JSONL, Parquet, tar), a dataset_info.json, or a built dataset
         tokenizer: tokenizer.json, tokenizer.model or a SentencePiece model
         config: a stage and a preset
-        out: the picture
+        out: file for the picture
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
     """
@@ -171,7 +171,7 @@ def show(
 
 
 def _allow(private: bool) -> None:
-    """Let addresses lead to private networks, if that is asked for."""
+    """Let addresses lead to private networks, if `private`."""
     from kangaroo_jax.data.media.storage import current_cache, use_cache
 
     if private:

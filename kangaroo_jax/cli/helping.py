@@ -1,4 +1,4 @@
-"""The help of commands, out of their docstrings: an example, the summary, flags by weight, and what else there is."""
+"""The help of commands, from their docstrings: an example, the summary, flags by importance, and further text."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ FIRST = 5  # flags that are listed before the others
 
 
 def help_text(job: str, summary: str, commands: Mapping[str, Command], words: Sequence[str]) -> str:
-    """The help of a job, or of the job within it that is the first of `words`; where there is none, of those there are.
+    """The help of a job, or of the inner job that the first of `words` names; without that, the list of inner jobs.
 
-    The docstring of a command is a summary, an example, what else there is to say, and Args.
+    The docstring of a command has a summary, an example, further text, and Args.
     """
     inner = {name: command for name, command in commands.items() if name}
     if words[0] not in inner and "" not in commands:

@@ -8,7 +8,7 @@ from kangaroo_jax.cli.arguments import Overrides
 def instruct(
     *, input: str, output: str = "", config: str = "instruct", dry_run: bool = False, overrides: Overrides = ()
 ) -> None:
-    """Make an instruction set out of captions.
+    """Make an instruction set from captions.
 
         kangaroo instruct --input=curated/refined.jsonl --dry-run
 
@@ -16,7 +16,7 @@ def instruct(
 
     Args:
         input: captions.jsonl or refined.jsonl, as kangaroo annotate writes them
-        output: folder of instruct.jsonl; by default that of --input
+        output: folder for instruct.jsonl; by default that of --input
         config: FILE[:PRESET], such as configs/instruct.py:captions
         dry_run: only estimate calls, tokens and cost
     """

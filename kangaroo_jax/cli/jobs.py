@@ -1,6 +1,6 @@
-"""The jobs of the command line, each a module of this package, imported when it is asked for.
+"""The jobs of the command line, each a module of this package that is imported on demand.
 
-`COMMANDS` of the module has its commands by name: typed functions. "" is the job itself, the others are jobs within it.
+The module's `COMMANDS` maps names to typed functions. "" is the job itself, the others are jobs within it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ class Job:
     """A line of the table."""
 
     summary: str
-    huge_pages: bool = False  # of what runs a model in its own process
+    huge_pages: bool = False  # for jobs that run a model in this process
 
 
 JOBS = {
@@ -26,7 +26,7 @@ JOBS = {
     "data": Job("check, measure, build and look at training data"),
     "curate": Job("score raw videos and images and choose among them"),
     "annotate": Job("caption clips by their key frames, with any models"),
-    "instruct": Job("make an instruction set out of captions"),
+    "instruct": Job("make an instruction set from captions"),
     "bench": Job("measure training, the data loader, packing, conversion, curation and annotation", huge_pages=True),
 }
 

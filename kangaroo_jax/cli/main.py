@@ -1,7 +1,6 @@
 """`kangaroo JOB ...`: runs one of the table of jobs.
 
-Bad input, a full disk and a place that may not be written are one line on stderr and exit code 2; Ctrl-C is exit
-code 130.
+Bad input, a full disk and an unwritable path give one line on stderr and exit code 2; Ctrl-C gives exit code 130.
 """
 
 import contextlib
@@ -25,13 +24,13 @@ Kangaroo, a video-language model for long videos, in JAX.
 
 jobs:
 """
-# Faults of the place and not of the program, wherever they are met.
+# Errors that are due to the disk or path, not the program.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_THE_DISK = frozenset((*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
 
 
 def start() -> int:
-    """`main`, of a process that is a command; `__main__` lets Ctrl-C wait until `main` answers it."""
+    """Run `main` as the command of this process; `__main__` defers Ctrl-C until `main` handles it."""
     job = JOBS.get(sys.argv[1]) if sys.argv[1:] else None
     if job is not None and job.huge_pages:
         from kangaroo_jax.system.memory import ensure_huge_pages
@@ -39,14 +38,14 @@ def start() -> int:
         ensure_huge_pages()
     code = main(interrupted=_end, pressed=_watch_interrupts())
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: _end())  # what libraries do at the end meets no exception either
+        signal.signal(signal.SIGINT, lambda *_: _end())  # so that no exception interrupts libraries at exit
     return code
 
 
 def _end() -> NoReturn:
-    """End this process as interrupted, now, whatever it is in: also within a write to stderr.
+    """End this process at once as interrupted, even during a write to stderr.
 
-    What a compilation of XLA leaves in the frames of the interruption crashes the process where they are freed.
+    A normal exit would free the interrupted frames, and objects of an XLA compilation in them crash the process then.
     """
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
@@ -62,13 +61,13 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def _watch_interrupts() -> Callable[[], bool]:
-    """Let a second Ctrl-C end the process at once, whatever it is in; returns what says whether one has come.
+    """Let a second Ctrl-C end the process at once; returns a function that says whether Ctrl-C was pressed.
 
-    The first is an exception that Python raises when a library's call returns, which may be minutes later, and that
-    closes what is open. Whoever presses it again does not want to wait for either. Where Python drops that exception
-    (in a callback of its garbage collector, in `__del__`) or C code prints it it ends the process, too: the run would
-    go on. So does one that comes during an import: modules in C++ (jaxlib's, by nanobind) abort the process where an
-    exception of Python meets them half imported.
+    The first one is an exception that Python raises when a library's call returns, perhaps minutes later, and that
+    closes open resources. A user who presses it again does not want to wait. If Python drops that exception (in a
+    garbage collector's callback, in `__del__`) or C code prints it, the process ends, too, because the run would go
+    on. It also ends if Ctrl-C comes during an import: C++ modules (jaxlib's, by nanobind) abort the process when a
+    Python exception interrupts their import.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -98,7 +97,7 @@ def _watch_interrupts() -> Callable[[], bool]:
             _end()
         sys.__excepthook__(kind, error, trace)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and the like ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless it is ignored, as under nohup
         signal.signal(signal.SIGINT, raised)
     sys.unraisablehook, sys.excepthook = dropped, printed
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
@@ -113,8 +112,8 @@ def main(
 ) -> int:
     """Run the job that the arguments (by default those of the process) name; returns the exit code.
 
-    `interrupted` is called when Ctrl-C has been pressed and what was open is closed; by default a line says so.
-    `pressed` says whether it has been: a library may raise an error of its own in its place.
+    `interrupted` is called after Ctrl-C, when open resources are closed; by default a line is printed. `pressed` says
+    whether Ctrl-C was pressed: a library may raise another error instead of KeyboardInterrupt.
     """
     with outputs():
         try:
@@ -127,12 +126,12 @@ def main(
             return 130
         except Exception as error:
             if pressed() and interrupted is not None:
-                interrupted()  # C code that is interrupted while it is imported raises ImportError
+                interrupted()  # C code raises ImportError if its import is interrupted
             from kangaroo_jax.errors import UserError
 
             error = _no_devices(error) or error
             full = os.strerror(errno.ENOSPC)
-            told = [full] if full in str(error) and not isinstance(error, UserError) else []  # Orbax: ValueError
+            told = [full] if full in str(error) and not isinstance(error, UserError) else []  # Orbax raises ValueError
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
                 told = [str(part) for part in (error.filename, error.strerror) if part]
             if told:
@@ -145,7 +144,7 @@ def main(
 
 
 def _no_devices(error: BaseException | None) -> Exception | None:
-    """What to say where `error` came of asking JAX for devices that JAX_PLATFORMS names and that are not here."""
+    """The error to print if `error` is due to devices in JAX_PLATFORMS that JAX does not find."""
     from kangaroo_jax.errors import UserError
 
     platforms = os.environ.get("JAX_PLATFORMS")
@@ -155,7 +154,7 @@ def _no_devices(error: BaseException | None) -> Exception | None:
         return None
     try:
         sys.modules["jax"].devices()
-    except (RuntimeError, AssertionError) as why:  # the latter, without a word, where the platform's plugin is missing
+    except (RuntimeError, AssertionError) as why:  # AssertionError, without text, if the platform's plugin is missing
         text = " ".join(str(why).split())[:300]
         found = f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{text and f' ({text})'}"
         return UserError(f"{found}; install what drives them, or set JAX_PLATFORMS=cpu")

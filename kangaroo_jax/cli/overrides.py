@@ -1,4 +1,4 @@
-"""`--config.KEY=VALUE`: the keys of a config as flags, typed by its values. Bad input is a UserError."""
+"""`--config.KEY=VALUE`: a config's keys as flags, with the types of its values. Bad input is a UserError."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ def config_of(job: str, spec: str, words: Sequence[str]) -> "ConfigDict":
 
 
 def preset_of(name: str) -> str:
-    """The name of a preset. Raises UserError for another."""
+    """The name, if it is a preset. Raises UserError for others."""
     from kangaroo_jax.config import PRESETS
     from kangaroo_jax.config_files import nearest
     from kangaroo_jax.errors import UserError
@@ -59,8 +59,8 @@ def _key(word: str) -> str:
 
 
 def _last_of_each(words: Sequence[str]) -> list[str]:
-    """`words` with the last `--config.KEY` of each KEY: a tuple's flag would add to what an earlier one says."""
-    said: list[list[str]] = []  # a flag, and its value where that is a word of its own
+    """`words` with only the last `--config.KEY` of each KEY: repeated flags of a tuple would add up."""
+    said: list[list[str]] = []  # a flag, and its value if that is a separate word
     for word in words:
         if said and not word.startswith("--") and "=" not in said[-1][0]:
             said[-1].append(word)

@@ -31,11 +31,11 @@ def plan(
         slices: slices (or nodes) of that size, joined by a slower network
         curriculum: all five stages of kangaroo_8b and their sum, without --config
         search: compile several meshes and remat policies, print the best that fits
-        price_per_chip_hour: in any currency
+        price_per_chip_hour: price in any currency
         mfu: assumed utilisation (causal attention counted), for time and cost
         json: print JSON
-        cache: folder that keeps results, so that the same step is compiled once
-        table: only print a file of lines of --json as a Markdown table
+        cache: folder for results, so that the same step is compiled only once
+        table: only print a file of --json lines as a Markdown table
     """
     from kangaroo_jax.config_files import config_folder
     from kangaroo_jax.planning.compile import prepare_environment
@@ -49,7 +49,7 @@ def plan(
         print(table_of_file(file))
         return
     require("plan", plan, topology=topology, config="all" if curriculum else config)
-    prepare_environment()  # before anything imports JAX
+    prepare_environment()  # must come before anything imports JAX
 
     from kangaroo_jax.cli.overrides import config_of
     from kangaroo_jax.config import STAGES

@@ -15,7 +15,7 @@ def quickstart(
     Args:
         workdir: folder for everything; run again to go on
         scale: share of the corpus and of the steps
-        seed: of the corpus, the weights and the order of samples
+        seed: seed of the corpus, the weights and the order of samples
         ablate: also train without each part of the design, and compare
     """
     from kangaroo_jax.system.files import make_folder

@@ -13,7 +13,8 @@ def train(*, config: str, workdir: str, strict: bool = False, overrides: Overrid
     Presets: kangaroo_8b (the published sizes), base_100m (benchmarks), tiny (CPU).
 
     Every key of the config is a flag: --config.train.steps=100 --config.optimizer.learning_rate=1e-4
-    --config.data.train='("a.jsonl",)'. The last one of a key counts. config.json in a work folder lists all keys.
+    --config.data.train='("a.jsonl",)'. If a key is given twice, the last value counts. config.json in a
+    work folder lists all keys.
 
     Args:
         config: FILE[:PRESET], such as configs/stage3_refine.py:tiny
