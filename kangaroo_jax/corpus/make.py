@@ -13,15 +13,10 @@ combinations held out are of pixels. The same seed and scale give the same recor
 """
 
 import dataclasses
-import functools
 import json
-import os
-import pickle
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +33,7 @@ from kangaroo_jax.corpus.text import (
 )
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.children import end_with_parent, uninterrupted
+from kangaroo_jax.system.processes import Lost, WorkerPool
 
 FORMAT = 5  # of the files; raise it when the same settings begin to give other records
 
@@ -274,28 +269,16 @@ def _draw_all(
         write_media(work)
         meanwhile()
         return
-    workers = [_start(functools.partial(write_media, work[i::processes])) for i in range(processes)]
+    pool = WorkerPool(write_media, processes, float("inf"))
     try:
+        drawn = [pool.submit(work[i::processes]) for i in range(processes)]
         meanwhile()
-        failed = [worker.returncode for worker in workers if worker.wait()]
+        for part in drawn:
+            part.result()
+    except Lost as error:
+        raise RuntimeError(f"a process that draws the corpus {error}; its message stands above") from None
     finally:
-        for worker in workers:
-            worker.kill()
-    if failed:
-        raise RuntimeError(f"a process that draws the corpus ended with code {failed[0]}; its message stands above")
-
-
-def _start(job: Callable[[], None]) -> subprocess.Popen:
-    """A fresh Python process that does a job; unlike multiprocessing's it does not import the caller's main module."""
-    code = "import pickle, sys; said = sys.stdin.buffer; sys.path[:] = pickle.load(said); "
-    code += "pickle.load(said)(); pickle.load(said)()"
-    with uninterrupted():
-        worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    assert worker.stdin is not None
-    ends = functools.partial(end_with_parent, os.getpid())
-    worker.stdin.write(pickle.dumps(sys.path) + pickle.dumps(ends) + pickle.dumps(job))
-    worker.stdin.close()
-    return worker
+        pool.close()
 
 
 # ---------------------------------------------------------------------------------------------- records

@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
 
 
 @contextlib.contextmanager
@@ -21,13 +19,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start(process: BaseProcess) -> None:
-    """Start a process of multiprocessing, `uninterrupted`."""
-    resource_tracker.ensure_running()  # its start unblocks the signal
-    with uninterrupted():
-        process.start()
 
 
 def end_with_parent(parent: int) -> None:

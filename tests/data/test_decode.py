@@ -91,9 +91,9 @@ def test_many_pixels_come_in_memory_of_their_own_which_is_freed_with_them() -> N
             np.testing.assert_array_equal(outcome.pixels, whole.pixels)
             np.testing.assert_array_equal(outcome.times, whole.times)
             outcome.pixels[0] = 0
-        assert Path("/proc/self/maps").read_text().count("memfd:kangaroo-pixels") == 2
+        assert Path("/proc/self/maps").read_text().count("memfd:kangaroo-array") == 2
     del outcome, outcomes
-    assert "memfd:kangaroo-pixels" not in Path("/proc/self/maps").read_text()
+    assert "memfd:kangaroo-array" not in Path("/proc/self/maps").read_text()
     assert len(os.listdir("/proc/self/fd")) == files
     decoder.close()
 

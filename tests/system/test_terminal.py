@@ -70,7 +70,7 @@ class InThisProcess:
 
 
 def test_a_path_of_lines_is_one_line_of_a_check(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data_check, "WorkerPool", InThisProcess)
+    monkeypatch.setattr(data_check, "media_pool", InThisProcess)
     bad, report = str(tmp_path / "x\nBAD \x1b[31mgood.png"), tmp_path / "report.jsonl"
     Path(bad).write_bytes(b"no image")
     assert data_check.check_media({(bad, "image"): "0"}, report, workers=1, seconds=9) == 1

@@ -13,7 +13,8 @@ from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages import run_stage
 from kangaroo_jax.curation.stages.base import Row, Stage
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.guard import Guard, Lost, SetupError
+from kangaroo_jax.system.guard import Guard, SetupError
+from kangaroo_jax.system.processes import Lost
 
 Job = Callable[..., Any]
 Tell = Callable[[str, str, float], None]  # stage, "" or the reason of a failure, CPU seconds

@@ -14,7 +14,7 @@ import numpy as np
 
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.media.containers import member_suffix
-from kangaroo_jax.data.media.decode import WorkerPool
+from kangaroo_jax.data.media.decode import media_pool
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
 from kangaroo_jax.data.media.picker import (
@@ -124,7 +124,7 @@ def check_media(
 
     Raises UserError where the report cannot be written.
     """
-    pool = WorkerPool(check_one, max(1, workers), seconds, functools.partial(use_cache, current_cache()))
+    pool = media_pool(check_one, max(1, workers), seconds, functools.partial(use_cache, current_cache()))
     start, bad, problems = time.perf_counter(), 0, collections.Counter[str]()
     temporary = report.with_name(report.name + ".tmp")
     total = {"image": 0, "video": 0, "frames": 0, "seconds": 0.0}

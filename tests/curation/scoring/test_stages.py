@@ -18,7 +18,8 @@ from kangaroo_jax.curation.stages.probe import probe
 from kangaroo_jax.curation.stages.text import coverage, static_share
 from kangaroo_jax.data.media.video import load_video
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.guard import Guard, Lost, Stopped
+from kangaroo_jax.system.guard import Guard, Stopped
+from kangaroo_jax.system.processes import Lost
 from tests.curation.scoring.clips import breaking_job, moving, scene, write_clip
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video
 
