@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import formats
-from kangaroo_jax.conversion.building import Building, Progress, Tell
+from kangaroo_jax.conversion.building import Building, Tell
 from kangaroo_jax.conversion.export import write_json
 from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
@@ -28,6 +28,7 @@ from kangaroo_jax.conversion.weights import Box, Spec
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.memory import peak_mib
+from kangaroo_jax.system.progress import Progress
 
 BLOCK = (64 << 20) - 39  # bytes of random numbers, reused from different offsets
 
@@ -74,7 +75,7 @@ def make_checkpoint(folder: Path, config: ConfigDict, tell: Tell = print) -> int
     with Building(folder, {"made": total}) as building:
         building.need(int(4.1 * total))  # this checkpoint, ours, the one converted back, and a copy
         write_json(building.folder / "config.json", formats.write_hf(config, "bfloat16"))
-        write_safetensors(weights, rows, building, Progress("made", total, tell))
+        write_safetensors(weights, rows, building, Progress("made", total, "GB", tell))
     return total
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import export
-from kangaroo_jax.conversion.building import Building, Progress, Tell
+from kangaroo_jax.conversion.building import Building, Tell
 from kangaroo_jax.conversion.lora import SETTINGS, Adapter, kernels, layout_of, module, open_adapter
 from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
@@ -17,6 +17,7 @@ from kangaroo_jax.conversion.sources import fingerprint, open_source
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Weights, dtype_named
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import Progress
 
 FORMATS = ("orbax", "peft")
 
@@ -66,7 +67,7 @@ def convert_adapter(
 def _write_ours(adapter: Adapter, weights: Weights, building: Building, tell: Tell) -> None:
     total = sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in weights.specs.values())
     building.need(total)
-    progress = Progress("orbax", total, tell)
+    progress = Progress("orbax", total, "GB", tell)
     write_params(weights, building, progress)
     adapted = {path: None if layers == (None,) else list(layers) for path, layers in adapter.adapted.items()}
     config = dict(lora=dict(adapter.settings), adapted=adapted, model=adapter.model.to_dict())
@@ -79,7 +80,7 @@ def _write_peft(adapter: Adapter, weights: Weights, building: Building, tell: Te
     _check_zeros(adapter, rows)
     total = sum(nbytes_there(row, weights) for row in rows)
     building.need(total)
-    progress = Progress("peft", total, tell)
+    progress = Progress("peft", total, "GB", tell)
     export.write_json(building.folder / SETTINGS, dict(sorted(_settings(adapter).items())))
     write_safetensors(weights, rows, building, progress, limit=total + 1, stem="adapter_model")
     progress.finish()

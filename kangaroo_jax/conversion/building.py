@@ -1,4 +1,4 @@
-"""A folder under construction: it exists whole or not at all, is resumable, and reports its progress."""
+"""A folder under construction: it exists whole or not at all, and is resumable."""
 
 import contextlib
 import errno
@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.terminal import rewrite
 
 Tell = Callable[[str], None]
 Item = TypeVar("Item")
@@ -100,52 +97,6 @@ class Building:
             raise UserError(
                 f"{self.target}: the disk is too full: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB free"
             )
-
-
-class Progress:
-    """Reports the share done, MB/s and the time left: a rewritten line on a terminal, else one every few seconds."""
-
-    def __init__(self, what: str, total: int, tell: Tell = print) -> None:
-        """`total` in bytes."""
-        self._what, self._total, self._tell = what, total, tell
-        self._bytes, self._skipped = 0, 0
-        self._start = self._shown = time.perf_counter()
-        self._terminal = tell is print and sys.stdout.isatty()
-
-    def add(self, nbytes: int, *, skipped: bool = False) -> None:
-        """Count bytes that were written now, or (`skipped`) by an earlier attempt."""
-        self._bytes += nbytes
-        self._skipped += nbytes if skipped else 0
-        now = time.perf_counter()
-        if now - self._shown >= (0.2 if self._terminal else 5.0):
-            self._shown = now
-            line = self.line()
-            if self._terminal:
-                rewrite(line)
-            else:
-                self._tell(line)
-
-    def line(self) -> str:
-        """The progress line."""
-        rate = self.megabytes_per_second()
-        left = (self._total - self._bytes) / 1e6 / max(rate, 1e-9)
-        return (
-            f"{self._what}: {self._bytes / 1e9:.2f} of {self._total / 1e9:.2f} GB "
-            f"({self._bytes / max(self._total, 1):.0%}), {rate:.0f} MB/s, {left:.0f} s left"
-        )
-
-    def finish(self) -> None:
-        """Print the last line."""
-        if self._terminal:
-            rewrite("")
-        seconds = time.perf_counter() - self._start
-        self._tell(
-            f"{self._what}: {self._bytes / 1e9:.3f} GB in {seconds:.1f} s, {self.megabytes_per_second():.0f} MB/s"
-        )
-
-    def megabytes_per_second(self) -> float:
-        """The rate of bytes that were not skipped, in 10^6 bytes a second."""
-        return (self._bytes - self._skipped) / 1e6 / max(time.perf_counter() - self._start, 1e-9)
 
 
 def ahead(read: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 2) -> Iterator[tuple[Item, Result]]:

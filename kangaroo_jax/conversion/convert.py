@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
-from kangaroo_jax.conversion.building import Building, Progress, Tell
+from kangaroo_jax.conversion.building import Building, Tell
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, NameRow
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
@@ -25,6 +25,7 @@ from kangaroo_jax.conversion.sources import WeightSource, fingerprint, open_sour
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import Progress
 
 FORMATS = ("orbax", "hf", "llama", "meta", "eva", "timm")
 LAYOUT_OF = {"hf": "kangaroo", **{name: name for name in ("llama", "meta", "eva", "timm")}}
@@ -166,7 +167,7 @@ def _write(
 def _write_ours(model: Model, building: Building, tell: Tell) -> None:
     total = sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in model.weights.specs.values())
     building.need(total)
-    progress = Progress("orbax", total, tell)
+    progress = Progress("orbax", total, "GB", tell)
     write_params(model.weights, building, progress)
     write_config(model.config.to_dict(), building.folder)
     if model.tokenizer is not None:
@@ -184,17 +185,17 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
     building.need(total)
     if left := sorted({path.split("/")[0] for path in weights.specs if not path.startswith(LAYOUTS[layout])}):
         tell(f"format {format} has no place for {', '.join(left)}: left out")
-    progress = Progress(format, total, tell)
+    progress = Progress(format, total, "GB", tell)
     _write_config_there(format, model, weights, rows, building, tell)
     if format == "meta":
         write_torch(weights, rows, building, progress, "consolidated.00.pth")
     else:
         write_safetensors(weights, rows, building, progress, limit=shard_bytes)
+    progress.finish()
     if layout == "kangaroo":
         export.write_beside(model.weights, weights, config, model.tokenizer, building.folder, tell)
     elif layout == "meta" and model.tokenizer is not None:
         shutil.copyfile(model.tokenizer, building.folder / model.tokenizer.name)
-    progress.finish()
 
 
 def _write_config_there(

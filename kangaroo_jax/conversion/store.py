@@ -15,10 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kangaroo_jax.conversion.building import Building, Progress, ahead
+from kangaroo_jax.conversion.building import Building, ahead
 from kangaroo_jax.conversion.files import read_json
 from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_finite
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import Progress
 
 # Large parameters without layers are cut along the vocabulary's dimension.
 CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}

@@ -1,7 +1,6 @@
-"""Runs many coroutines at once with results in order, and prints lines of progress."""
+"""Runs many coroutines at once, with results in order."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -9,41 +8,6 @@ from kangaroo_jax.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-EVERY = 10.0  # seconds between two lines of progress
-
-
-class Progress:
-    """Counts finished items, and prints the rate and the time left."""
-
-    def __init__(self, total: int, what: str, tell: Callable[[str], None], more: Callable[[], str] = str) -> None:
-        """`more` returns the end of each line, such as rates of calls."""
-        self._total, self._what, self._tell, self._more = total, what, tell, more
-        self._done = self._skipped = 0
-        self._start = self._told = time.monotonic()
-
-    def skip(self, count: int) -> None:
-        """Count items of an earlier run, which do not count in this run's rate."""
-        self._skipped += count
-
-    def expect(self, count: int) -> None:
-        """Raise the total by so many items."""
-        self._total += count
-
-    def step(self, count: int = 1) -> None:
-        """Count finished items."""
-        self._done += count
-        if time.monotonic() - self._told >= EVERY:
-            self.line()
-
-    def line(self) -> None:
-        """Print a line now."""
-        self._told = time.monotonic()
-        rate = self._done / max(self._told - self._start, 1e-9)
-        finished = self._done + self._skipped
-        left = (self._total - finished) / rate if rate else float("inf")
-        eta = f", ETA {left:.0f} s" if 0 < left < float("inf") else ""
-        more = self._more()
-        self._tell(f"{finished:,} of {self._total:,} {self._what}, {rate:.1f}/s{eta}{'; ' if more else ''}{more}")
 
 
 async def in_order(

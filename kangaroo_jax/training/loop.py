@@ -24,12 +24,13 @@ from kangaroo_jax.models.parameters import Binding, abstract_model
 from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.memory import keep_freed_memory
+from kangaroo_jax.system.progress import duration
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.host_rows import HostRows, whole_data_state
 from kangaroo_jax.training.initial import initial_state
-from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, drop_after, duration, number, read_metrics
+from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, drop_after, number, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count
 from kangaroo_jax.training.placement import resolve
@@ -200,13 +201,13 @@ def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, b
     """Run the stage's steps to the last, with checkpoints; closes the stage's resources. Raises Preempted."""
     config, state, loader, checkpoints = stage.config, stage.state, stage.loader, stage.checkpoints
     stage.state = None  # type: ignore[assignment]  # the first step takes its memory
-    progress = Progress(config.stage, config.train.steps, tell, chips=stage.mesh.size // jax.process_count())
+    line = StepLine(config.stage, config.train.steps, tell, chips=stage.mesh.size // jax.process_count())
     observer = Observer(config, stage.chip, workdir=workdir, tell=tell, begin=begin, before=stage.before)
     reporter = Reporter(
         config,
         log=stage.log,
         samples=stage.samples,
-        progress=progress,
+        line=line,
         observer=observer,
         tell=tell,
         skipped_steps=int(stage.before.get("skipped_steps", 0)),

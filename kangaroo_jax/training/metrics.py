@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from kangaroo_jax.errors import printable
 from kangaroo_jax.system.files import write_text
+from kangaroo_jax.system.progress import duration
 
 
 class MetricLog:
@@ -131,14 +132,8 @@ def number(line: Mapping[str, Any], key: str) -> float:
     return value if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
-def duration(seconds: float) -> str:
-    """A duration as `h:mm:ss`."""
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-class Progress:
-    """Rates over the steps since the last printed line, and the time left."""
+class StepLine:
+    """Sums and rates over the steps since the last printed line, and the line."""
 
     def __init__(self, stage: str, steps: int, tell: Callable[[str], None], *, chips: int = 1) -> None:
         """`tell` prints a line; `steps` is the stage's last step; rates are also given for each of `chips`."""
@@ -180,7 +175,7 @@ class Progress:
             "data_wait": round(self._sums["wait"] / seconds, 4),
         }
 
-    def line(self, step: int, metrics: dict[str, float], skipped: int, use: Mapping[str, float] | None = None) -> None:
+    def tell(self, step: int, metrics: dict[str, float], skipped: int, use: Mapping[str, float] | None = None) -> None:
         """Print the line of `step` and begin a new window. `use`: the values of `training.observe` for the chips."""
         now = time.perf_counter()
         seconds = max(now - self._clock, 1e-9)

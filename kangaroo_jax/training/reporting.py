@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.data.batches.stream import LoaderStats
-from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog
+from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine
 from kangaroo_jax.training.observe import Observer
 
 _NAMED = 8  # the most samples of a step that a message names
@@ -35,7 +35,7 @@ class Reporter:
         *,
         log: MetricLog,
         samples: SampleLog,
-        progress: Progress,
+        line: StepLine,
         observer: Observer,
         tell: Callable[[str], None],
         skipped_steps: int = 0,
@@ -43,7 +43,7 @@ class Reporter:
         """`skipped_steps`: the number of skipped steps of the stage so far."""
         self.finite = True  # whether the loss and gradient norm of the last reported step were finite
         self._config, self._every = config, config.train.log_every
-        self._log, self._samples, self._progress, self._observer = log, samples, progress, observer
+        self._log, self._samples, self._line, self._observer = log, samples, line, observer
         self._tell, self._skipped, self._in_a_row = tell, skipped_steps, 0
 
     def report(self, pending: Pending) -> None:
@@ -56,7 +56,7 @@ class Reporter:
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
         self.finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         self._skipped, self._in_a_row = (self._skipped, 0) if self.finite else (self._skipped + 1, self._in_a_row + 1)
-        self._progress.add(
+        self._line.add(
             tokens=stats.tokens,
             frames=stats.frames,
             places=stats.token_places,
@@ -66,13 +66,13 @@ class Reporter:
         )
         use = {}
         if step % self._every == 0:
-            steps, seconds = self._progress.window()
-            use = {**self._progress.rates(), **self._observer.values(steps, seconds)}
+            steps, seconds = self._line.window()
+            use = {**self._line.rates(), **self._observer.values(steps, seconds)}
         counts = {**stats.to_json(), "skipped_steps": self._skipped, **self._observer.times()}
         self._samples.write(step, stats.sample_ids)
         self._log.write(step, {**values, **counts, **use})
         if use:
-            self._progress.line(step, values, stats.skipped, use)
+            self._line.tell(step, values, stats.skipped, use)
         if not self.finite:
             self._not_finite(step, values, stats)
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from kangaroo_jax.training import metrics
-from kangaroo_jax.training.metrics import MetricLog, Progress, drop_after, duration, number, read_metrics
+from kangaroo_jax.training.metrics import MetricLog, StepLine, drop_after, number, read_metrics
 
 
 class Clock:
@@ -77,34 +77,27 @@ def test_strange_lines_are_passed_over_and_what_is_no_number_counts_nothing(tmp_
     assert [number(line, "elapsed") for line in lines] == [0, 0, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (61, "0:01:01"), (3 * 3600 + 62 * 60 + 5, "4:02:05")]
-)
-def test_durations_are_hours_minutes_and_seconds(seconds, text):
-    assert duration(seconds) == text
-
-
 VALUES = {"loss": 1.23456, "grad_norm": 0.5, "learning_rate": 2e-4}
 
 
 def test_rates_are_of_the_window_and_of_a_chip(clock):
     lines: list[str] = []
-    progress = Progress("stage9", 200, lines.append, chips=4)
+    line = StepLine("stage9", 200, lines.append, chips=4)
     for _ in range(2):
         clock.now += 5
-        progress.add(tokens=600, frames=30, places=1000, wait=1.02345, frame_places=40, counts={"a/en": 3, "b/zh": 1})
-    assert progress.window() == (2, 10.0)
+        line.add(tokens=600, frames=30, places=1000, wait=1.02345, frame_places=40, counts={"a/en": 3, "b/zh": 1})
+    assert line.window() == (2, 10.0)
     rates = {"tokens_per_second_per_chip": 30.0, "frames_per_second_per_chip": 1.5, "data_wait": 0.2047}
-    assert progress.rates() == rates
-    progress.line(20, VALUES, 3, {"mfu_causal": 0.4321, "mfu_full": 0.5})
+    assert line.rates() == rates
+    line.tell(20, VALUES, 3, {"mfu_causal": 0.4321, "mfu_full": 0.5})
     assert lines == [
         "stage9  20/200  loss 1.2346  grad 0.50  lr 2.0e-04  120 tok/s  6 frames/s  useful 60% frames 75%  "
         "a/en 75%  b/zh 25%  wait 20%  MFU 43.2% causal 50.0% full  skipped 3  ETA 0:15:00"
     ]
     clock.now += 2
-    progress.add(tokens=500, frames=0, places=1000, wait=0.0, counts={"a/en": 1})
-    assert progress.window() == (1, 2.0)
-    progress.line(199, VALUES, 0)
+    line.add(tokens=500, frames=0, places=1000, wait=0.0, counts={"a/en": 1})
+    assert line.window() == (1, 2.0)
+    line.tell(199, VALUES, 0)
     assert lines[1] == (
         "stage9 199/200  loss 1.2346  grad 0.50  lr 2.0e-04  250 tok/s  0 frames/s  useful 50%  wait 0%  ETA 0:00:02"
     )
@@ -112,12 +105,12 @@ def test_rates_are_of_the_window_and_of_a_chip(clock):
 
 def test_the_six_most_frequent_sources_are_shown(clock):
     lines: list[str] = []
-    progress = Progress("s", 10, lines.append)
+    line = StepLine("s", 10, lines.append)
     clock.now += 1
     counts = {f"{name}/en": i for i, name in enumerate("abcdefgh", start=1)}
-    progress.add(tokens=1, frames=1, places=1, wait=0.0, counts=counts)
-    assert progress.rates() == {"tokens_per_second_per_chip": 1.0, "frames_per_second_per_chip": 1.0, "data_wait": 0.0}
-    progress.line(1, VALUES, 0)
+    line.add(tokens=1, frames=1, places=1, wait=0.0, counts=counts)
+    assert line.rates() == {"tokens_per_second_per_chip": 1.0, "frames_per_second_per_chip": 1.0, "data_wait": 0.0}
+    line.tell(1, VALUES, 0)
     assert "h/en 22%  g/en 19%  f/en 17%  e/en 14%  d/en 11%  c/en 8%  wait" in lines[0]
-    progress.line(2, VALUES, 0)  # no time and no step since
+    line.tell(2, VALUES, 0)  # no time and no step since
     assert "0 tok/s" in lines[1]

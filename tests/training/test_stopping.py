@@ -25,7 +25,7 @@ from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.loop import train
-from kangaroo_jax.training.metrics import MetricLog, Progress, SampleLog, read_metrics, read_samples
+from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, read_metrics, read_samples
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.reporting import Pending, Reporter
 from kangaroo_jax.training.stopping import SaveClock, explained_disk, unbroken
@@ -108,7 +108,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(corpus, tmp_path):
         config,
         log=MetricLog(tmp_path),
         samples=SampleLog(tmp_path),
-        progress=Progress("s", 9, print),
+        line=StepLine("s", 9, print),
         observer=Observer(config, None, workdir=tmp_path, tell=print),
         tell=lambda _: None,
     )

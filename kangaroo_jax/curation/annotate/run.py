@@ -18,11 +18,12 @@ from kangaroo_jax.curation.annotate.files import ClipRecord, read_clips, read_li
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.estimate import Estimate, told
-from kangaroo_jax.llm_client.ordered import Progress, in_order
+from kangaroo_jax.llm_client.ordered import in_order
 from kangaroo_jax.llm_client.prompts import check_language
 from kangaroo_jax.llm_client.requests import Reply, canonical, key_of
 from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.progress import Progress
 
 Tell = Callable[[str], None]
 
@@ -159,22 +160,22 @@ async def _parts(
     Also returns the number of clips with a transient error.
     """
     assert captioner.team is not None
-    progress = Progress(clips, "clips", tell, captioner.team.line)
+    progress = Progress("", clips, "clips", tell, more=captioner.team.line)
     results: list[Path | list[dict[str, Any]]] = []
     missing = 0
     for path, part in parts:
         if path.is_file():
-            progress.skip(len(part))
+            progress.add(len(part), skipped=True)
             results.append(path)
             continue
-        made = await in_order(lambda clip: captioner.annotate(clip, output), part, _at_once(captioner), progress.step)
+        made = await in_order(lambda clip: captioner.annotate(clip, output), part, _at_once(captioner), progress.add)
         rows = [row for of_clip in made for row in of_clip]
         again = {row["clip"] for row in rows if row.get("transient")}
         missing += len(again)
         if not again:
             write_lines(path, rows)
         results.append(rows if again else path)
-    progress.line()
+    progress.finish()
     return results, missing
 
 

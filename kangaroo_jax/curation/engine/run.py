@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kangaroo_jax.curation.engine.ray_workers import Actors, ray_task
@@ -21,51 +21,48 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.guard import Guard, Stopped
 from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.progress import Progress
 
-_TELL_EVERY = 5.0  # seconds between progress lines
 _MOST_FAILURES_SHOWN = 20
 
 
-class Progress:
-    """Prints progress lines: shards, the rate of each stage, failures, time left. Threads share it."""
+class ShardProgress:
+    """Prints progress lines: items, shards, the rate of each stage, failures. Threads share it."""
 
-    def __init__(self, shards: Sequence[Shard], todo: Sequence[Shard], tell: Callable[[str], None] = print) -> None:
-        self._shards, self._tell, self._lock = len(shards), tell, threading.Lock()
-        self._done = self._shards - len(todo)
-        self._items, self._finished = sum(len(shard.items) for shard in todo), 0
-        self._begin = self._last = time.monotonic()
+    def __init__(self, shards: Sequence[Shard], todo: Sequence[Shard]) -> None:
+        """All shards, and those that are not done."""
+        self._done, self._shards = len(shards) - len(todo), len(shards)
+        self._begin, self._failures = time.monotonic(), 0
         self._calls: collections.Counter[str] = collections.Counter()
-        self._failures = 0
+        self._lock = threading.RLock()
+        items = sum(len(shard.items) for shard in todo)
+        self._progress = Progress("curate", items, "items", more=self._more)
         if todo:
             done = f"; {self._done} of {self._shards} shards are done" if self._done else ""
-            tell(f"curate: {self._items:,} items in {len(todo)} shards{done}")
+            self._progress.say(f"curate: {items:,} items in {len(todo)} shards{done}")
 
     def stage(self, stage: str, failure: str, seconds: float) -> None:
         """Count a row that a stage scored, or failed on."""
         with self._lock:
             self._calls[stage] += 1
-            if failure:
-                self._failures += 1
-                if self._failures <= _MOST_FAILURES_SHOWN:
-                    self._tell(f"curate: {stage}: {failure}")
-            if time.monotonic() - self._last > _TELL_EVERY:
-                self._line()
+            self._failures += bool(failure)
+            if failure and self._failures <= _MOST_FAILURES_SHOWN:
+                self._progress.say(f"curate: {stage}: {failure}")
+            self._progress.add(0)
 
     def shard(self, shard: Shard) -> None:
         """Count a finished shard."""
         with self._lock:
-            self._done, self._finished = self._done + 1, self._finished + len(shard.items)
-            if self._done == self._shards or time.monotonic() - self._last > _TELL_EVERY:
-                self._line()
+            self._done += 1
+            self._progress.add(len(shard.items))
+            if self._done == self._shards:
+                self._progress.finish()
 
-    def _line(self) -> None:
-        self._last = time.monotonic()
-        seconds = self._last - self._begin
-        rates = ", ".join(f"{name} {count / seconds:.1f}/s" for name, count in self._calls.items())
-        left = (self._items - self._finished) * seconds / self._finished if self._finished else 0.0
-        eta = f", ETA {int(left) // 60}:{int(left) % 60:02d}" if self._finished else ""
+    def _more(self) -> str:
+        seconds = time.monotonic() - self._begin
         failed = f", {self._failures} failed" if self._failures else ""
-        self._tell(f"curate: {self._done}/{self._shards} shards{eta}{failed}; {rates}")
+        rates = ", ".join(f"{name} {count / seconds:.1f}/s" for name, count in self._calls.items())
+        return f"{self._done} of {self._shards} shards{failed}; {rates}"
 
 
 def unfinished(shards: Sequence[Shard], plan: ShardPlan) -> list[Shard]:
@@ -83,7 +80,7 @@ def run_local(shards: Sequence[Shard], plan: ShardPlan, workers: int = 0) -> Non
     Ctrl-C ends them at once; finished work stays, and the next run goes on from there. Raises UserError.
     """
     todo = unfinished(shards, plan)
-    progress = Progress(shards, todo)
+    progress = ShardProgress(shards, todo)
     line: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     for shard in todo:
         line.put(shard)
@@ -141,7 +138,7 @@ def run_ray(shards: Sequence[Shard], plan: ShardPlan, address: str = "", workers
     except ImportError:
         raise UserError(f"--engine=ray needs the package ray: {install_line('curation', 'ray')}") from None
     todo = unfinished(shards, plan)
-    progress = Progress(shards, todo)
+    progress = ShardProgress(shards, todo)
     if not todo:
         return
     started = not ray.is_initialized()
@@ -172,7 +169,7 @@ def _connect(address: str, workers: int) -> None:
         raise UserError(f"--ray-address={address}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _ray_loop(todo: Sequence[Shard], plan: ShardPlan, progress: Progress) -> None:
+def _ray_loop(todo: Sequence[Shard], plan: ShardPlan, progress: ShardProgress) -> None:
     """Run shards as tasks, and then, if the config has actors, their other stages in actors."""
     import ray
 

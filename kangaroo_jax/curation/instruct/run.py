@@ -21,10 +21,11 @@ from kangaroo_jax.curation.instruct.taxonomy import CAPTION_TASKS
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.estimate import Estimate, told
-from kangaroo_jax.llm_client.ordered import Progress, in_order
+from kangaroo_jax.llm_client.ordered import in_order
 from kangaroo_jax.llm_client.requests import canonical
 from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.progress import Progress
 
 Tell = Callable[[str], None]
 AT_ONCE = 64  # conversations in flight
@@ -173,7 +174,7 @@ async def build(
     kept: dict[Cell, list[MakingResult]] = {cell: [] for cell in cells}
     dropped: list[MakingResult] = []
     asked: set[tuple[str, str, str]] = set()
-    progress = Progress(0, "conversations", tell, maker.team.line if maker.team else str)
+    progress = Progress("", 0, "conversations", tell, more=maker.team.line if maker.team else str)
     while True:
         batch = [
             slot for cell in cells for slot in itertools.islice(plans[cell], max(wanted[cell] - len(kept[cell]), 0))
@@ -181,12 +182,12 @@ async def build(
         if not batch:
             break
         progress.expect(len(batch))  # the captions may allow fewer than were asked for
-        for made in _not_twice(await in_order(maker.make, batch, AT_ONCE, progress.step), asked):
+        for made in _not_twice(await in_order(maker.make, batch, AT_ONCE, progress.add), asked):
             if made.reason:
                 dropped.append(made)
             else:
                 kept[made.slot.task, made.slot.language].append(made)
-    progress.line()
+    progress.finish()
     cut = _same_shares(kept, wanted) if config.keep_shares else []
     return [made for of_cell in kept.values() for made in of_cell], dropped + cut
 

@@ -31,6 +31,7 @@ from kangaroo_jax.data.media.storage import current_cache, short, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames, is_pictures, probe
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import json_line
+from kangaroo_jax.system.progress import Progress
 
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it
 _GLITCHES = 0.01  # the share of a video's frames that may step back a little
@@ -126,13 +127,14 @@ def check_media(
     """
     pool = media_pool(check_one, max(1, workers), seconds, functools.partial(use_cache, current_cache()))
     start, bad, problems = time.perf_counter(), 0, collections.Counter[str]()
+    progress = Progress("", len(media), "files", tell)
     temporary = report.with_name(report.name + ".tmp")
     total = {"image": 0, "video": 0, "frames": 0, "seconds": 0.0}
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             futures = [(path, kind, sample, pool.submit(path, kind)) for (path, kind), sample in media.items()]
-            for number, (path, kind, sample, future) in enumerate(futures, start=1):
+            for path, kind, sample, future in futures:
                 found = future.result()
                 if isinstance(found, UserError):
                     found = MediumReport(path, kind, problems=[str(found)])
@@ -145,16 +147,14 @@ def check_media(
                     bad += 1
                     said = [problem.removeprefix(f"{short(path)}: ") for problem in found.problems]
                     problems[said[0].split(" (")[0][:60]] += 1
-                    tell(f"BAD {short(path)}: {'; '.join(said)}")
-                if number % 1000 == 0:
-                    rate = number / (time.perf_counter() - start)
-                    tell(f"{number:,} of {len(media):,}, {rate:.1f} files/s, ETA {(len(media) - number) / rate:.0f} s")
+                    progress.say(f"BAD {short(path)}: {'; '.join(said)}")
+                progress.add()
     except OSError as error:
         raise UserError(f"{report}: cannot write the report ({error.strerror or error})") from None
     finally:
         pool.close()
     temporary.replace(report)
-    tell(
+    progress.say(
         f"{len(media):,} media ({total['image']:,} images, {total['video']:,} videos of "
         f"{total['seconds'] / 3600:.1f} h, {total['frames']:,} frames decoded) in "
         f"{time.perf_counter() - start:.1f} s: {bad:,} bad; see {report}"
