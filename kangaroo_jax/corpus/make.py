@@ -13,6 +13,7 @@ combinations held out are of pixels. The same seed and scale give the same recor
 """
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -33,6 +34,7 @@ from kangaroo_jax.corpus.text import (
 )
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import json_line, read_objects
 from kangaroo_jax.system.processes import Lost, WorkerPool
 
 FORMAT = 5  # of the files; raise it when the same settings begin to give other records
@@ -146,14 +148,13 @@ class Corpus:
         """
         english, numbers = set[str](), set[str]()
         for path in (self.warmup, *self.stages):
-            with path.open(encoding="utf-8") as lines:
-                for _, line in zip(range(limit), lines, strict=False):
-                    for turn in json.loads(line)["conversations"]:
-                        text = turn["value"].replace("<video>\n", "").replace("<image>\n", "")
-                        numbers.update(re.findall("[0-9]+", text))
-                        if text.isascii():
-                            english.update(re.findall("[A-Za-z]+", text))
-                            yield re.sub(r"(?<=\w)(?=[^\w\s])", "\n", text)
+            for record in itertools.islice(read_objects(path), limit):
+                for turn in record["conversations"]:
+                    text = turn["value"].replace("<video>\n", "").replace("<image>\n", "")
+                    numbers.update(re.findall("[0-9]+", text))
+                    if text.isascii():
+                        english.update(re.findall("[A-Za-z]+", text))
+                        yield re.sub(r"(?<=\w)(?=[^\w\s])", "\n", text)
         for _ in range(limit // 10):
             yield from ("user", "assistant", "system", *sorted(english), *sorted(numbers), *chinese_words())
             yield from (f"{word} B" for word in chinese_words())  # as an answer says it
@@ -161,7 +162,7 @@ class Corpus:
 
 def read_records(path: Path) -> list[dict]:
     """The records of a JSONL file of this corpus."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(read_objects(path))
 
 
 def scenes_of(folder: Path) -> dict[str, Scene]:
@@ -371,9 +372,7 @@ def _with_others(
 
 
 def _write(path: Path, records: Iterable[dict]) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        for record in records:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    path.write_bytes(b"".join(map(json_line, records)))
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

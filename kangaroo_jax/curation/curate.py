@@ -17,6 +17,7 @@ from kangaroo_jax.curation.engine.run_shard import ShardPlan, is_done
 from kangaroo_jax.curation.engine.shards import Shard
 from kangaroo_jax.curation.stages import STAGES, allow_private, enabled, run_stage, run_stage_anywhere
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import read_objects
 
 ENGINES = ("local", "ray")
 
@@ -69,7 +70,7 @@ def tell_replaced(root: Path, parts: Sequence[Shard], plan: ShardPlan) -> None:
     now = {part.name: part for part in parts}
     files = list((root / "scores").glob("*.jsonl"))
     changed = [file for file in files if file.stem not in now or not is_done(now[file.stem], plan)]
-    before = {row["item"] for file in changed for row in shards.rows_of(file)}
+    before = {row["item"] for file in changed for row in read_objects(file)}
     gone = before - {item["id"] for part in parts for item in part.items}
     if gone and len(gone) == len(before) and len(changed) == len(files):
         raise UserError(
@@ -89,7 +90,7 @@ def _choose(options: Options, settings: dict[str, Any]) -> None:
     print(write_report(root, settings, options.annotations))
     broken, clips = result["rules"][0]["dropped"], result["clips"]
     if broken == clips:
-        first = next(shards.rows_of(root / "dropped.jsonl"))["reason"]
+        first = next(read_objects(root / "dropped.jsonl"))["reason"]
         raise UserError(
             f"curate: all {clips:,} clips are broken, the first because of {first}; {root / 'dropped.jsonl'} has the "
             "others; kangaroo curate --retry with the same flags tries again"

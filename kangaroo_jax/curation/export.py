@@ -23,7 +23,6 @@ from typing import Any
 import av
 
 import kangaroo_jax
-from kangaroo_jax.curation.annotate.files import read_lines
 from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.stages import STAGES
 from kangaroo_jax.curation.stages.base import Row
@@ -36,7 +35,7 @@ from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.picker import open_video, start_seconds
 from kangaroo_jax.data.media.storage import absolute, join, local
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.json_text import utf8
+from kangaroo_jax.system.json_text import read_lines, read_objects, utf8
 
 MEDIA = ("embed", "reference", "keyframes")
 _WHOLE = 0.05  # seconds by which a clip may be shorter than its file and still count as the whole file
@@ -60,7 +59,7 @@ def export(
         )
     if not (root / "selected.jsonl").exists():
         raise UserError(f"{root}: nothing was chosen here yet; run kangaroo curate select first")
-    entries = list(shards.rows_of(root / "selected.jsonl"))
+    entries = list(read_objects(root / "selected.jsonl"))
     rows = {row["id"]: row for row in shards.all_scores(root)}
     source = Path(annotations) if annotations else _found(root)
     tell(

@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kangaroo_jax.curation.annotate.files import read_lines
 from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.select import RULES
 from kangaroo_jax.curation.stages.base import Row
@@ -18,7 +17,7 @@ from kangaroo_jax.errors import STEERS
 from kangaroo_jax.report.charts import escape
 from kangaroo_jax.report.histograms import bars, histogram
 from kangaroo_jax.report.style import STYLE
-from kangaroo_jax.system.json_text import utf8
+from kangaroo_jax.system.json_text import read_lines, read_objects, utf8
 
 _THUMBNAIL = 200  # pixels of the width
 _SHOWN = 12  # clips of each verdict
@@ -37,8 +36,8 @@ def write_report(root: Path, settings: Mapping[str, Any], annotations: str = "")
     Raises UserError: there are no scores or no choice.
     """
     rows = {row["id"]: row for row in shards.all_scores(root)}
-    kept = [rows[entry["id"]] for entry in shards.rows_of(root / "selected.jsonl")]
-    dropped = list(shards.rows_of(root / "dropped.jsonl"))
+    kept = [rows[entry["id"]] for entry in read_objects(root / "selected.jsonl")]
+    dropped = list(read_objects(root / "dropped.jsonl"))
     result = json.loads((root / "funnel.json").read_text(encoding="utf-8"))
     sections = [
         _header(result),

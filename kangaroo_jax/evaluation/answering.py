@@ -1,7 +1,6 @@
 """Answers held-out questions by generation, and measures the share of right answers."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.evaluation.scoring import is_correct, score
 from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.system.json_text import read_objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate(
     model = Kangaroo.load(checkpoint)
     marked = []
     for split, path in files.items():
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = list(read_objects(path))
         questions = [conversation.split_answer()[0] for conversation in read_conversations([path])]
         predictions = model.answer_many(questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
         for record, prediction in zip(records, predictions, strict=True):

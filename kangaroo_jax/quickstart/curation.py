@@ -22,8 +22,9 @@ from kangaroo_jax.config_files import load_config
 from kangaroo_jax.corpus.bad_clips import ALT_TEXT, RawClips, write_raw_clips
 from kangaroo_jax.corpus.make import Corpus, read_records, scenes_of
 from kangaroo_jax.report.charts import escape
-from kangaroo_jax.system.files import write_json, write_text
+from kangaroo_jax.system.files import write_bytes, write_json
 from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.json_text import json_line
 from kangaroo_jax.training.loop import Tell
 
 GOOD, BAD = 100, 25  # raw clips at scale 1
@@ -105,7 +106,7 @@ def training_data(corpus: Corpus, curated: Curated | None) -> Path:
         if path.name == "stage2.jsonl":
             records += [_captioned(medium) for medium in slipped]
         kept = [record for record in records if record.get("video") not in dropped]
-        write_text(folder / path.name, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept))
+        write_bytes(folder / path.name, b"".join(map(json_line, kept)))
     return folder
 
 

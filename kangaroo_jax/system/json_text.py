@@ -7,6 +7,8 @@ JSON too; all other text keeps its bytes.
 
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.errors import UserError
@@ -37,6 +39,42 @@ def parse_json(text: str | bytes, path: str, line: int | None = None) -> Any:
     except (ValueError, OverflowError):
         most = sys.get_int_max_str_digits()
         raise UserError(f"{where}: JSON with an integer of more than {most:,} digits") from None
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """("FILE, line N", its object) of every line of a JSONL file but those of white space alone.
+
+    In place of an object stands the UserError that says why a line is none. Raises UserError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = parse_json(line, str(path), number)
+                except UserError as error:
+                    row = error
+                else:
+                    if not isinstance(row, dict):
+                        row = UserError(f"{where}: expected an object, found {type(row).__name__}")
+                yield where, row
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same of a file whose lines are all objects; raises the UserError of one that is none."""
+    for where, row in json_lines(path):
+        if isinstance(row, UserError):
+            raise row
+        yield where, row
+
+
+def read_objects(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The objects of `read_lines`."""
+    return (row for _, row in read_lines(path))
 
 
 def json_line(value: Any) -> bytes:

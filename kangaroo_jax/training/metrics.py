@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from kangaroo_jax.errors import printable
 from kangaroo_jax.system.files import write_text
+from kangaroo_jax.system.json_text import json_lines
 from kangaroo_jax.system.progress import duration
 
 
@@ -115,15 +116,8 @@ def drop_after(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The complete lines of a file of steps; fragments left by a kill or a full disk are skipped."""
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict) and type(value.get("step")) is int:
-            lines.append(value)
-    return lines
+    rows = (row for _, row in json_lines(path) if isinstance(row, dict))
+    return [row for row in rows if type(row.get("step")) is int]
 
 
 def number(line: Mapping[str, Any], key: str) -> float:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.data.media import storage
 from kangaroo_jax.data.media.addresses import is_remote, short
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.json_text import json_line, parse_json
+from kangaroo_jax.system.json_text import json_line, read_lines
 
 _LONGEST = 1e9  # seconds, the longest accepted time: some thirty years
 
@@ -53,21 +53,6 @@ class ClipRecord:
         """The length as far as it is known; a clip without an end is taken up to its last key frame."""
         first, last = self.start or 0.0, max((frame.time for frame in self.keyframes), default=0.0)
         return max((self.end if self.end is not None else last) - first, 0.0)
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE, line N", object) of every line that is not empty. Raises UserError."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row, where = parse_json(line, str(path), number), f"{path}, line {number}"
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-                yield where, row
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.curation.annotate.captioning import Captioner, FrameCaptions
 from kangaroo_jax.curation.annotate.choose import choose, rule_size
-from kangaroo_jax.curation.annotate.files import ClipRecord, read_clips, read_lines, write_lines
+from kangaroo_jax.curation.annotate.files import ClipRecord, read_clips, write_lines
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.llm_client.cache import ReplyCache
 from kangaroo_jax.llm_client.estimate import Estimate, told
@@ -23,6 +23,7 @@ from kangaroo_jax.llm_client.prompts import check_language
 from kangaroo_jax.llm_client.requests import Reply, canonical, key_of
 from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.json_text import read_objects
 from kangaroo_jax.system.progress import Progress
 
 Tell = Callable[[str], None]
@@ -189,7 +190,7 @@ def _at_once(captioner: Captioner) -> int:
 def _rows_of(results: Sequence[Path | list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for part in results:
         if isinstance(part, Path):
-            yield from (row for _, row in read_lines(part))
+            yield from read_objects(part)
         else:
             yield from part
 

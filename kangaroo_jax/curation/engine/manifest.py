@@ -25,7 +25,7 @@ from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES
 from kangaroo_jax.data.media.storage import absolute, join
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.json_text import parse_json, utf8
+from kangaroo_jax.system.json_text import json_lines, utf8
 
 Item = dict[str, Any]
 VIDEO_SUFFIXES = (
@@ -178,20 +178,9 @@ def _rows(path: str) -> Iterator[dict[str, Any] | UserError]:
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
     elif path.endswith(".jsonl"):
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _json_row(line, path, number)
+        yield from (row for _, row in json_lines(path))
     else:
         yield from _csv_rows(path)
-
-
-def _json_row(line: bytes, path: str, number: int) -> dict[str, Any] | UserError:
-    try:
-        row = parse_json(line, path, number)
-    except UserError as error:
-        return error
-    return row if isinstance(row, dict) else UserError(f"{path}, line {number}: a JSON object is needed")
 
 
 def _csv_rows(path: str) -> Iterator[dict[str, Any] | UserError]:

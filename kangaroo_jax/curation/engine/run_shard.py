@@ -14,6 +14,7 @@ from kangaroo_jax.curation.stages import run_stage
 from kangaroo_jax.curation.stages.base import Row, Stage
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.guard import Guard, SetupError
+from kangaroo_jax.system.json_text import read_objects
 from kangaroo_jax.system.processes import Lost
 
 Job = Callable[..., Any]
@@ -72,7 +73,7 @@ def run_stages(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell, stages: 
             shards.put_rows(plan.root, files[stage], found, {"rows": len(found), "failed": failed})
             spent[stage].write(plan.root, stage.name, shard.name)
         for stage, file in files.items():
-            rows = _merged(rows, stage, {row["id"]: row for row in shards.rows_of(file)})
+            rows = _merged(rows, stage, {row["id"]: row for row in read_objects(file)})
     return rows
 
 
@@ -217,7 +218,7 @@ def _remove_others(file: Path) -> None:
 def _forget_old(root: Path, target: Path, ids: set[str]) -> None:
     """Remove the key frames of clips that the shard no longer has."""
     if target.exists():
-        for row in shards.rows_of(target):
+        for row in read_objects(target):
             if row["id"] not in ids:
                 shutil.rmtree(root / "keyframes" / row["id"], ignore_errors=True)
 

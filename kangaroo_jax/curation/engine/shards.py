@@ -25,7 +25,7 @@ from typing import Any
 from kangaroo_jax.curation.engine.manifest import FOLDERS, Item, is_output, item_state
 from kangaroo_jax.curation.stages.base import Row, Settings, Stage
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.json_text import utf8
+from kangaroo_jax.system.json_text import read_objects, utf8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +101,6 @@ def done(target: Path) -> Row | None:
         return None
 
 
-def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL file."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
 def stage_file(root: Path, stage: str, shard: str, key: str) -> Path:
     """The path of a stage's results for a shard."""
     return root / "stages" / stage / f"{shard}-{key}.jsonl"
@@ -121,7 +114,7 @@ def score_file(root: Path, shard: str) -> Path:
 def all_scores(root: Path) -> Iterator[Row]:
     """Every row of OUTPUT/scores, shard by shard. Raises UserError: there are none."""
     for file in score_files(root):
-        yield from rows_of(file)
+        yield from read_objects(file)
 
 
 def score_files(root: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.curation.annotate.files import read_lines, write_lines
+from kangaroo_jax.curation.annotate.files import write_lines
 from kangaroo_jax.curation.instruct.checks import normal
 from kangaroo_jax.curation.instruct.making import Maker, MakingResult
 from kangaroo_jax.curation.instruct.plan import CaptionRow, Cell, PlannedConversation, cells_of, slots, targets
@@ -25,6 +25,7 @@ from kangaroo_jax.llm_client.ordered import in_order
 from kangaroo_jax.llm_client.requests import canonical
 from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.json_text import read_lines
 from kangaroo_jax.system.progress import Progress
 
 Tell = Callable[[str], None]

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from kangaroo_jax.data.batches.sample import annotated_seconds
 from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import clip_range
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import read_objects
 
 _WRONG_DURATION = 0.1  # share of a file's length
 SHOWN = 20  # wrong records that are printed, of each kind of mistake
@@ -65,11 +65,9 @@ class Records:
         if not self._clips:
             return
         seconds = {}
-        with report.open("rb") as file:
-            for line in file:
-                row = json.loads(line)
-                if not row["problems"]:
-                    seconds[row["path"]] = row["stated_seconds"] or row["seconds"]
+        for row in read_objects(report):
+            if not row["problems"]:
+                seconds[row["path"]] = row["stated_seconds"] or row["seconds"]
         for clip in self._clips:
             if clip.path in seconds:
                 true = seconds[clip.path]

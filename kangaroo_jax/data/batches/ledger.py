@@ -1,12 +1,13 @@
 """A log of skipped samples: one JSON line, with the reason, for every sample that could not be used."""
 
-import json
+import contextlib
+import os
 import threading
 import time
 from pathlib import Path
 
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.json_text import json_line
+from kangaroo_jax.system.json_text import json_line, json_lines
 
 
 class Ledger:
@@ -27,21 +28,17 @@ class Ledger:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-            with self.path.open("ab") as file:
-                if lines[-1]:
-                    file.write(b"\n")
+            with self.path.open("ab+") as file:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    file.write(b"\n")  # a kill left half a line
         except OSError as error:
             raise UserError(f"{self.path}: cannot write the ledger ({error.strerror or error})") from None
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                if "source" in entry:
+        for _, entry in json_lines(self.path):
+            with contextlib.suppress(KeyError, TypeError):  # of an edit, or of what a kill left
+                if isinstance(entry, dict) and "source" in entry:
                     self._seen.add((str(entry["source"]), entry["number"]))
-                else:
+                elif isinstance(entry, dict):
                     self._seen_before.add((str(entry["id"]), str(entry["path"])))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
 
     @property
     def count(self) -> int:

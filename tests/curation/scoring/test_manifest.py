@@ -107,7 +107,7 @@ def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path):
         ("a.jsonl", '{"path": "ftp://x.example/a.mp4"}\n', "not ftp://"),
         ("a.jsonl", '{"path": "reference://x.png::file:///i.json"}\n', "not reference://"),
         ("a.jsonl", '{"path": "s3://b/x.mp4::file:///i"}\n', "a chain of file systems"),
-        ("a.jsonl", "[1]\n", "a JSON object is needed"),
+        ("a.jsonl", "[1]\n", "expected an object"),
         ("a.jsonl", '{"size": 3}\n', "names no medium; it has the columns size"),
         ("a.jsonl", '{"path": "x.mp4", "start": "soon"}\n', "'soon' is no time"),
         ("a.parquet", "no", "not a readable Parquet file"),
