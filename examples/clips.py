@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import av
 import numpy as np
+
+from kangaroo_jax.data.media.writing import write_h264
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (230, 200, 40)}
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -20,16 +21,14 @@ def write_clip(path: Path, colour: str, way: str = "", seed: int | None = None) 
     if seed is not None:
         blocks = np.random.default_rng(seed).integers(40, 180, (8, 8, 3), dtype=np.uint8)
         ground = np.kron(blocks, np.ones((SIDE // 8, SIDE // 8, 1), np.uint8))
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        for i in range(RATE * SECONDS):
-            moved = 48 * (i / (RATE * SECONDS - 1) - 0.5)
-            x, y = (int(36 + moved * step) for step in WAYS.get(way, (0, 0)))
-            picture = ground.copy()
-            picture[y : y + 24, x : x + 24] = COLOURS[colour]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    pictures = []
+    for i in range(RATE * SECONDS):
+        moved = 48 * (i / (RATE * SECONDS - 1) - 0.5)
+        x, y = (int(36 + moved * step) for step in WAYS.get(way, (0, 0)))
+        picture = ground.copy()
+        picture[y : y + 24, x : x + 24] = COLOURS[colour]
+        pictures.append(picture)
+    write_h264(path, pictures, RATE, {"preset": "veryfast"})
 
 
 def write_clips(folder: Path) -> Path:

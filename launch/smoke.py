@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 
 from kangaroo_jax import load_video
+from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 
 RATE, SECONDS, SIDE = 4, 4, 64
@@ -15,13 +15,7 @@ RATE, SECONDS, SIDE = 4, 4, 64
 
 def write_video(path: Path) -> None:
     """Frames that grow brighter by a step each."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        for i in range(RATE * SECONDS):
-            pixels = np.full((SIDE, SIDE, 3), 40 + 10 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+    write_h264(path, (np.full((SIDE, SIDE, 3), 40 + 10 * i, np.uint8) for i in range(RATE * SECONDS)), RATE)
 
 
 def check_video(path: Path) -> None:

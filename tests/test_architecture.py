@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("system", "conventions", "chips", "config_files"),
-    ("config", "sharding", "corpus", "report", "data.media"),
-    ("models", "data.annotations"),
+    ("config", "sharding", "report", "data.media"),
+    ("models", "corpus", "data.annotations"),
     ("data",),  # the tokenizer
     ("data.batches",),
     ("data.audit",),

@@ -21,6 +21,7 @@ from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.data.media.image import centre, fitted
 from kangaroo_jax.data.media.picker import open_video
 from kangaroo_jax.data.media.video import Clip, MediaRef, load_video
+from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.system.files import make_folder
 
 SIDE, RATE, SIZE = 448, 30, (854, 480)
@@ -41,18 +42,15 @@ def make_video(path: Path, seconds: int, seed: int) -> Path:
     small = rng.integers(0, 255, (SIZE[1] // 8 + 64, SIZE[0] // 8 + 64, 3), np.uint8)
     field = np.asarray(letterboxless(small, 8))
     temporary = path.with_suffix(".tmp.mp4")
-    with av.open(str(temporary), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "26"})
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        for i in range(seconds * RATE):
-            x, y = int(256 + 250 * np.sin(i / 97)), int(256 + 250 * np.cos(i / 61))
-            if i % 200 == 0:
-                field = np.roll(field, int(rng.integers(64, 400)), axis=int(rng.integers(2)))  # a cut
-            frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(field[y : y + SIZE[1], x : x + SIZE[0]]), format="rgb24"
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+
+    def picture(i: int) -> np.ndarray:
+        nonlocal field
+        x, y = int(256 + 250 * np.sin(i / 97)), int(256 + 250 * np.cos(i / 61))
+        if i % 200 == 0:
+            field = np.roll(field, int(rng.integers(64, 400)), axis=int(rng.integers(2)))  # a cut
+        return np.ascontiguousarray(field[y : y + SIZE[1], x : x + SIZE[0]])
+
+    write_h264(temporary, map(picture, range(seconds * RATE)), RATE, {"preset": "veryfast", "crf": "26"})
     temporary.rename(path)
     return path
 

@@ -19,6 +19,7 @@ from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.names import LAYOUTS
 from kangaroo_jax.conversion.runners import InJax, InTorch, code_of, torch_features, turn
 from kangaroo_jax.conversion.sources import WeightSource, open_source, special_ids
+from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import conversation
@@ -217,18 +218,12 @@ def _compare(
 
 def make_video(path: Path, seconds: int = 24, side: int = 96, fps: int = 8) -> Path:
     """A video in which a square crosses the picture while the background grows brighter."""
-    import av
+    count = seconds * fps
 
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        for i in range(seconds * fps):
-            pixels = np.full((side, side, 3), 30 + 120 * i // (seconds * fps), np.uint8)
-            left = i * (side * 3 // 4) // (seconds * fps)
-            pixels[side // 3 : side * 2 // 3, left : left + side // 4] = (220, 40, 40)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
+    def picture(i: int) -> np.ndarray:
+        pixels = np.full((side, side, 3), 30 + 120 * i // count, np.uint8)
+        left = i * (side * 3 // 4) // count
+        pixels[side // 3 : side * 2 // 3, left : left + side // 4] = (220, 40, 40)
+        return pixels
+
+    return write_h264(path, map(picture, range(count)), fps)

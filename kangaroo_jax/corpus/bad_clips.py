@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kangaroo_jax.corpus.draw import write_h264
 from kangaroo_jax.corpus.scenes import Scene
+from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.system.files import write_json, write_text
 
 SIZE = (320, 240)  # pixels of the bad clips, width and height
@@ -77,9 +77,8 @@ def write_raw_clips(folder: Path, good: Sequence[tuple[Path, Scene]], bad: int, 
 
 def write_clip(path: Path, pictures: Sequence[np.ndarray], fps: int, crf: int = 20) -> None:
     """Write an H.264 MP4 of uint8[height, width, 3] pictures with even sides."""
-    height, width = pictures[0].shape[:2]
     options = {"preset": "veryfast", "mbtree": "0", "crf": str(crf)}  # mbtree differs from run to run
-    write_h264(path, pictures, width, height, fps, options)
+    write_h264(path, pictures, fps, options)
 
 
 # ----------------------------------------------------------------------------------------- kinds

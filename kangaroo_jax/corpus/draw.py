@@ -7,12 +7,13 @@ Digits"), enlarged and coloured; shapes are distance functions with soft edges.
 import dataclasses
 import functools
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kangaroo_jax.corpus.scenes import CANVAS, DIGITS, Event, Scene, Thing
+from kangaroo_jax.data.media.writing import write_h264
 
 RGB = {
     "red": (235, 45, 45),
@@ -150,24 +151,7 @@ def write_video(scene: Scene, path: Path, fps: int) -> None:
     """Write a video scene as H.264 MP4 (yuv420p, constant `fps` frames a second)."""
     painter = Painter(scene)
     pictures = (painter.frame(i / fps) for i in range(scene.seconds * fps))
-    write_h264(path, pictures, CANVAS, CANVAS, fps, {"preset": "ultrafast", "crf": "20", "g": str(10 * fps)})
-
-
-def write_h264(
-    path: Path, pictures: Iterable[np.ndarray], width: int, height: int, fps: int, options: Mapping[str, str]
-) -> None:
-    """Write pictures, uint8[height, width, 3] with even sides, as H.264 MP4 (yuv420p) with options of libx264."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # one thread: the same bytes every time
-        stream.options = dict(options)
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_h264(path, pictures, fps, {"preset": "ultrafast", "crf": "20", "g": str(10 * fps)})
 
 
 def write_media(work: Sequence[tuple[Scene, str, int]]) -> None:

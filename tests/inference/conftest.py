@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.models import kangaroo as models
@@ -21,15 +21,13 @@ TEXT = [
 
 def write_video(path: Path, seconds: int, level: int) -> None:
     """Four frames a second that grow brighter from `level`."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=4)
-        stream.width = stream.height = 32
-        stream.pix_fmt = "yuv420p"
-        for i in range(4 * seconds):
-            pixels = np.full((32, 32, 3), (level + 3 * i) % 256, np.uint8)
-            pixels[8:16, i % 24 : i % 24 + 8] = (255, 0, 0)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+
+    def picture(i: int) -> np.ndarray:
+        pixels = np.full((32, 32, 3), (level + 3 * i) % 256, np.uint8)
+        pixels[8:16, i % 24 : i % 24 + 8] = (255, 0, 0)
+        return pixels
+
+    write_h264(path, map(picture, range(4 * seconds)), 4)
 
 
 @pytest.fixture(scope="session")

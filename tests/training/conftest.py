@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
@@ -15,16 +15,14 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), 
 
 def write_video(path: Path, colour: tuple[int, int, int], seconds: int, fps: int = 4, side: int = 64) -> None:
     """A square of `colour` that drifts to the right."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        for i in range(seconds * fps):
-            pixels = np.full((side, side, 3), 16, np.uint8)
-            left = i * (side // 2) // (seconds * fps)
-            pixels[16:48, left : left + 24] = colour
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+
+    def picture(i: int) -> np.ndarray:
+        pixels = np.full((side, side, 3), 16, np.uint8)
+        left = i * (side // 2) // (seconds * fps)
+        pixels[16:48, left : left + 24] = colour
+        return pixels
+
+    write_h264(path, map(picture, range(seconds * fps)), fps)
 
 
 def record(name: str, medium: str, tag: str, turns: list[tuple[str, str]]) -> dict:

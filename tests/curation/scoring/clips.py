@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 
 from kangaroo_jax.curation.stages import run_stage
+from kangaroo_jax.data.media.writing import write_h264
 
 
 def scene(seed: int, width: int = 240, height: int = 180) -> np.ndarray:
@@ -28,14 +28,7 @@ def scene(seed: int, width: int = 240, height: int = 180) -> np.ndarray:
 
 def write_clip(path: Path, pictures: list[np.ndarray], rate: int = 8, **options: Any) -> Path:
     """An H.264 video of RGB pictures."""
-    height, width = pictures[0].shape[:2]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "23", "preset": "ultrafast", **options})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
+    return write_h264(path, pictures, rate, {"crf": "23", "preset": "ultrafast", **options})
 
 
 def moving(seed: int, frames: int = 20, step: int = 3, **size: int) -> list[np.ndarray]:
