@@ -27,13 +27,14 @@ CORE = [
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12,<0.13",
     PILLOW,
+    "safetensors>=0.6.2",  # the first that says where tensors lie
     "sentencepiece>=0.2.1",  # CVE-2026-1260: a model file that reads beyond its memory
     "tiktoken",
     "tokenizers",
 ]
 QUICKSTART = ["matplotlib", "scikit-learn>=1.5"]
 # torch before 2.6 runs code of a checkpoint in spite of weights_only (CVE-2025-32434); this one is compared with.
-CONVERT = ["safetensors", "torch==2.13.0", "transformers>=4.57,<6", JINJA]
+CONVERT = ["torch==2.13.0", "transformers>=4.57,<6", JINJA]
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
@@ -67,7 +68,6 @@ EXTRAS = {
         "pytest-xdist",
         "pyyaml",
         "ruff",
-        "safetensors",
         "tensorflow-datasets",
     ],
 }

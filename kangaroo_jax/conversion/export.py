@@ -1,9 +1,7 @@
 """Writes what other libraries need beside the weights to load a model: configs, tokenizer, and model code."""
 
 import json
-import math
 import shutil
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.conversion import formats
 from kangaroo_jax.conversion.building import Tell
-from kangaroo_jax.conversion.files import NAMES
 from kangaroo_jax.conversion.sources import HIDDEN_ROWS, SHADOWED, SIDECAR, special_ids
 from kangaroo_jax.conversion.weights import Weights
 from kangaroo_jax.errors import UserError
@@ -131,23 +128,8 @@ def _preprocessor(config: ConfigDict) -> dict[str, Any]:
 
 def _write_hidden_rows(ours: Weights, config: ConfigDict, path: Path) -> None:
     """Keep the embedding's rows that the marks replace: they are unused, but a round trip restores them."""
+    from safetensors.numpy import save_file
+
     spec = ours.specs["llm/embedding"]
     rows = [ours.read("llm/embedding", (slice(i, i + 1), slice(0, spec.shape[1]))) for i in special_ids(config.model)]
-    write_small_safetensors(path, {HIDDEN_ROWS: np.concatenate(rows)})
-
-
-def write_small_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file of a few arrays. Raises UserError for a type that the format lacks."""
-    entries, position = {}, 0
-    for name, array in arrays.items():
-        if array.dtype not in NAMES:
-            raise UserError(f"{path}: {name} is of type {array.dtype}")
-        end = position + math.prod(array.shape) * array.dtype.itemsize
-        entries[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [position, end]}
-        position = end
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).tobytes())
+    save_file({HIDDEN_ROWS: np.concatenate(rows)}, path, metadata={"format": "pt"})

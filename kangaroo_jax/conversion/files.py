@@ -4,7 +4,6 @@ Data are read on demand, one tensor or some of its rows at a time.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pickle
@@ -31,7 +30,6 @@ DTYPES = {
     "BOOL": np.dtype("bool"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors library
 LARGEST_JSON = 256 << 20  # bytes of a config or index
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # prefixes that model wrappers add to every name
 POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file that git-lfs has not fetched
@@ -204,45 +202,37 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file: 8 bytes with the header's length, the header in JSON, then data without holes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise UserError(f"{path}: damaged or cut short: a header of {length} bytes in a file of {size}")
-        header = file.read(length)
+    """Tensors of a safetensors file, whose header the library reads and checks: no holes, no overlaps, no rest.
+
+    The rows are read here, not by the library: it maps the file, so its pages count as memory of this process, and a
+    file that is cut meanwhile kills the process.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = {name: _safetensor(path, name, entry, 8 + length) for name, entry in entries.items()}
-        ends = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        raise UserError(f"{path}: damaged: its header is no safetensors header; download it again") from None
-    position = 0
-    for begin, end in ends:
-        if begin != position:
-            raise UserError(f"{path}: damaged: its header leaves a hole or an overlap at byte {position} of the data")
-        position = end
-    if 8 + length + position != size:
-        raise UserError(f"{path}: cut short or damaged: {size} bytes, but its header wants {8 + length + position}")
+        with path.open("rb") as start, safe_open(path, framework="np") as file:
+            position = 8 + int.from_bytes(start.read(8), "little")
+            entries = {name: file.get_slice(name) for name in file.offset_keys()}
+            types = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()}
+    except (SafetensorError, OSError, OverflowError) as error:
+        raise UserError(f"{path}: damaged or cut short ({_first_line(error)}); download it again") from None
+    size, tensors = path.stat().st_size, {}
+    for name, (kind, shape) in types.items():
+        if kind not in DTYPES:
+            raise UserError(f"{path}: tensor {name} is of type {kind}, which is not read; use F32, BF16 or F16")
+        if max(shape, default=0) > size:
+            raise UserError(f"{path}: damaged: tensor {name} claims more than a file of this size holds")
+        tensors[name] = _safetensor(path, DTYPES[kind], shape, position)
+        position += tensors[name].nbytes
     return tensors
 
 
-def _safetensor(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"{path}: tensor {name} is of type {entry['dtype']}, which is not read; use F32, BF16 or F16")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not all(type(n) is int and n <= path.stat().st_size for n in (*shape, begin, end)):
-        raise UserError(f"{path}: damaged: tensor {name} claims more than a file of this size holds")
-    if end - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-        raise UserError(f"{path}: damaged: tensor {name} of shape {shape} and type {dtype} is not {end - begin} bytes")
-
+def _safetensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], begin: int) -> Tensor:
     def read_rows(start: int, stop: int) -> np.ndarray:
         wanted = (stop - start, *shape[1:]) if shape else ()
         row = math.prod(shape[1:]) * dtype.itemsize
         array = np.empty(math.prod(wanted) * dtype.itemsize, np.uint8)
-        _read_into(path, array, data + begin + start * row)
+        _read_into(path, array, begin + start * row)
         return array.view(dtype).reshape(wanted)
 
     return Tensor(shape, dtype, path, read_rows)

@@ -1,15 +1,11 @@
 """Writes files in another layout: safetensors in shards with an index, or one torch file."""
 
-import io
 import json
 import math
-import pickle
 import struct
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +72,7 @@ def write_safetensors(
 
 
 def _header(shard: Sequence[NameRow], weights: Weights) -> bytes:
+    """Written by hand: the library needs all arrays in memory, and these are read one after another."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for row in shard:
@@ -107,74 +104,22 @@ def _pieces(rows: Sequence[NameRow], weights: Weights) -> Iterator[tuple[Piece, 
 
 
 def write_torch(weights: Weights, rows: Sequence[NameRow], building: Building, progress: Progress, name: str) -> None:
-    """Write one torch file (zip) with a dictionary of all tensors, one after another.
+    """Write one torch file, a dictionary of all tensors.
 
-    `torch.save` needs the whole dictionary in memory. The format is a zip of the storages and of the pickled
-    dictionary, in which each tensor refers to a storage by number.
+    `torch.save` needs the whole dictionary: its tensors are mapped from a safetensors file, which is removed after.
     """
     torch = import_torch(f"{name} is a torch file")
-    with zipfile.ZipFile(building.folder / name, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        stem = Path(name).stem
-        with archive.open(f"{stem}/data.pkl", "w") as file:
-            file.write(_pickled(torch, rows, weights))
-        with archive.open(f"{stem}/byteorder", "w") as file:
-            file.write(b"little")
-        pieces = _pieces(rows, weights)
-        for number, row in enumerate(rows):
-            with _member(archive, f"{stem}/data/{number}") as file:
-                left = nbytes_there(row, weights)
-                while left:
-                    _, array = next(pieces)
-                    file.write(array.reshape(-1).view(np.uint8).data)
-                    left -= array.nbytes
-                    progress.add(array.nbytes)
-        with archive.open(f"{stem}/version", "w") as file:
-            file.write(b"3\n")
+    from safetensors.torch import load_file
 
-
-def _member(archive: zipfile.ZipFile, name: str) -> Any:
-    """A file in the archive whose content begins at a multiple of 64 bytes, as torch writes it."""
-    info = zipfile.ZipInfo(name)
-    begin = archive.start_dir + 30 + len(name) + 20  # the end of the local header and its 64-bit field
-    padding = -(begin + 4) % 64
-    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    return archive.open(info, "w", force_zip64=True)
-
-
-class _Tensor:
-    """Pickles as a torch tensor with one storage."""
-
-    def __init__(self, rebuild: Callable[..., Any], storage: "_Storage", shape: tuple[int, ...]) -> None:
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self._call: Any = (rebuild, (storage, 0, shape, tuple(strides), False, OrderedDict()))
-
-    def __reduce__(self) -> Any:
-        return self._call
-
-
-class _Storage:
-    def __init__(self, kind: Any, number: int, size: int) -> None:
-        self.key = ("storage", kind, str(number), "cpu", size)
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: Any) -> Any:
-        return value.key if isinstance(value, _Storage) else None
-
-
-def _pickled(torch: Any, rows: Sequence[NameRow], weights: Weights) -> bytes:
-    kinds = {
-        "float32": torch.FloatStorage,
-        "bfloat16": torch.BFloat16Storage,
-        "float16": torch.HalfStorage,
-        "float64": torch.DoubleStorage,
-    }
-    state: OrderedDict[str, Any] = OrderedDict()
-    for number, row in enumerate(rows):
-        shape = row.shape_there
-        storage = _Storage(kinds[weights.specs[row.ours].dtype.name], number, math.prod(shape))
-        state[row.theirs] = _Tensor(torch._utils._rebuild_tensor_v2, storage, shape)
-    buffer: BinaryIO = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(state)
-    buffer.seek(0)
-    return buffer.read()
+    stem = Path(name).stem
+    total = sum(nbytes_there(row, weights) for row in rows)
+    building.need(2 * total)
+    write_safetensors(weights, rows, building, progress, limit=total + 1, stem=stem)
+    beside = building.folder / f"{stem}.safetensors"
+    state = load_file(beside)
+    with (building.folder / name).open("wb") as file:
+        try:
+            torch.save({row.theirs: state[row.theirs] for row in rows}, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    beside.unlink()
