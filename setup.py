@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 PILLOW = "pillow>=12.3"  # memory errors and bombs in decoders, CVE-2026-25990, -42311, -40192 and those that 12.3 mends
 PYARROW = "pyarrow>=23.0.1"  # CVE-2026-25087
 FSSPEC = "fsspec>=2026.9"  # before 2026.6 a template in a reference file ran code; older than 2026.9 is not tested
-JINJA = "jinja2>=3.1.6"  # CVE-2025-27516; torch and fsspec bring it
+JINJA = "jinja2>=3.1.6,<4"  # CVE-2025-27516
 CORE = [
     "absl-py",
     "av>=17,<20",  # 14 to 16 have no index of a stream and give wrong colours of BT.709 and of full range
@@ -22,6 +22,7 @@ CORE = [
     "grain>=0.2.18,<0.3",
     "jax>=0.10,<0.13",
     "jaxtyping",
+    JINJA,
     "ml_collections>=1.1",
     "numpy>=2",
     "optax>=0.2.6",
@@ -34,7 +35,7 @@ CORE = [
 ]
 QUICKSTART = ["matplotlib", "scikit-learn>=1.5"]
 # torch before 2.6 runs code of a checkpoint in spite of weights_only (CVE-2025-32434); this one is compared with.
-CONVERT = ["torch==2.13.0", "transformers>=4.57,<6", JINJA]
+CONVERT = ["torch==2.13.0", "transformers>=4.57,<6"]
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
@@ -50,7 +51,7 @@ EXTRAS = {
     # Tokens since 2.52 (before, whoever reaches a port runs code); CVE-2026-27482 until 2.54.
     "ray": ["ray>=2.54"],
     "data": ["matplotlib", PYARROW, "tensorflow-datasets"],  # no TensorFlow
-    "remote": ["aiohttp>=3.14.4", FSSPEC, "gcsfs", JINJA, "s3fs"],  # aiohttp: CVE-2026-128131
+    "remote": ["aiohttp>=3.14.4", FSSPEC, "gcsfs", "s3fs"],  # aiohttp: CVE-2026-128131
     # Everything that the tests need, but for torch: tests that compare with it are skipped without it.
     "dev": QUICKSTART
     + CURATION
@@ -104,6 +105,7 @@ setup(
     package_dir={"kangaroo_jax.configs": "configs", "kangaroo_jax.configs.tiny": "configs/tiny"},
     package_data={
         "kangaroo_jax": ["py.typed"],
+        "kangaroo_jax.report": ["templates/*"],
         "kangaroo_jax.curation.annotate": ["prompts/*.txt"],
         "kangaroo_jax.curation.instruct": ["prompts/*.txt", "schema.json"],
     },

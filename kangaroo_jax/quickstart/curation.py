@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.corpus.bad_clips import ALT_TEXT, RawClips, write_raw_clips
 from kangaroo_jax.corpus.make import Corpus, read_records, scenes_of
-from kangaroo_jax.report.charts import escape
+from kangaroo_jax.report.page import render
 from kangaroo_jax.system.files import write_bytes, write_json
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.json_text import json_line
@@ -163,20 +163,17 @@ def _curate(raw: RawClips, root: Path) -> tuple[list[str], dict[str, str]]:
 def report_section(curated: Curated) -> str:
     """A section of the quickstart's report (HTML): the funnel, and pictures of dropped clips."""
     from kangaroo_jax.curation.engine.shards import all_scores
-    from kangaroo_jax.curation.report import funnel_bars, gallery
+    from kangaroo_jax.curation.report import funnel, shelf
 
     root = curated.folder / "scored"
     rows = {row["id"]: row for row in all_scores(root)}
     entries = read_records(root / "dropped.jsonl")
     shown = [entry for rule in RULES for entry in [e for e in entries if e["rule"] == rule][:SHOWN]]
-    pictures = gallery(root, [(rows[entry["id"]], f"{entry['rule']}: {entry['reason']}") for entry in shown])
     count, bad, wrong = len(rows), len(curated.planted), len(curated.wrong)
-    lead = (
-        f"{count} raw clips: {count - bad} of the corpus, and {bad} bad ones planted among them. Training reads none "
-        f"that was dropped. {count - wrong} of {count} were judged as planted."
-    )
-    funnel = funnel_bars(json.loads((root / "funnel.json").read_text(encoding="utf-8")))
-    return (
-        f'<section>\n<h2>Curation of raw clips</h2>\n<p class="lead">{escape(lead)}</p>\n'
-        f'<div class="card">{funnel}</div>\n<div class="card">{pictures}</div>\n</section>'
+    return render(
+        "raw_clips.html",
+        lead=f"{count} raw clips: {count - bad} of the corpus, and {bad} bad ones planted among them. Training reads "
+        f"none that was dropped. {count - wrong} of {count} were judged as planted.",
+        funnel=funnel(json.loads((root / "funnel.json").read_text(encoding="utf-8"))),
+        clips=shelf(root, [(rows[entry["id"]], f"{entry['rule']}: {entry['reason']}") for entry in shown]),
     )

@@ -28,13 +28,16 @@ or JPEG files.
 `answer` and `truth` of a multiple-choice sample are letters, `options` their texts in order.
 """
 
-import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from kangaroo_jax.evaluation.scoring import extract_letter
-from kangaroo_jax.report.charts import bar_chart, escape, loss_chart, stage_label
-from kangaroo_jax.report.style import STYLE
+from kangaroo_jax.report.charts import bar_chart, loss_chart, stage_label
+from kangaroo_jax.report.page import picture, render
 from kangaroo_jax.system.files import write_text
 
 NAMES = {
@@ -63,29 +66,28 @@ def write_report(path: str | Path, data: Mapping) -> Path:
 
 def render_report(data: Mapping) -> str:
     """The page for `data` as HTML text. Raises ValueError where a frame is neither PNG nor JPEG."""
-    title = escape(data["title"])
-    sections = [
-        _header(data),
-        _losses(data["stages"]),
-        _accuracy(data),
-        _kinds(data),
-        _languages(data),
-        _samples(data.get("samples") or ()),
-        _chats(data.get("chats") or ()),
-        _ablations(data.get("ablations") or ()),
-        *(data.get("sections") or ()),
-        _environment(data.get("environment") or {}),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n<footer>Written by kangaroo_jax. This file holds all that it shows.</footer>\n</main>\n</body>\n</html>\n"
+    stages, chance = data["stages"], data.get("chance")
+    both = [stage for stage in _evaluated(stages) if "en_mcq" in stage["metrics"] and "zh_mcq" in stage["metrics"]]
+    commands = (data.get("environment") or {}).get("commands") or ()
+    return render(
+        "quickstart.html",
+        title=data["title"],
+        lead=data.get("lead"),
+        chance=chance,
+        tiles=_tiles(data),
+        losses=loss_chart([(s["name"], s["steps"], [tuple(pair) for pair in s.get("losses") or ()]) for s in stages]),
+        training=[_training(stage) for stage in stages],
+        accuracy=_chart(_evaluated(stages), CHARTED, chance),
+        asked=[stage_label(stage["name"]) for stage in stages if stage.get("by_kind")],
+        kinds=_kinds([stage["by_kind"] for stage in stages if stage.get("by_kind")]),
+        languages=_chart(both, ("en_mcq", "zh_mcq"), chance, height=220),
+        samples=[_sample(sample) for sample in data.get("samples") or ()],
+        chats=[{**chat, "pictures": _pictures(chat)} for chat in data.get("chats") or ()],
+        ablations=_ablations(data.get("ablations") or ()),
+        sections=[Markup(section) for section in data.get("sections") or ()],
+        environment=[(key, value) for key, value in (data.get("environment") or {}).items() if key != "commands"],
+        commands=[commands] if isinstance(commands, str) else list(commands),
     )
-
-
-# ---------------------------------------------------------------------------------------------- small parts
 
 
 def _name(key: str) -> str:
@@ -100,63 +102,22 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def _language(text: str) -> str:
-    """The lang attribute of a text: Chinese characters make it Chinese."""
-    return ' lang="zh-Hans"' if any("\u3400" <= c <= "\u9fff" for c in text) else ""
-
-
-def _section(title: str, lead: str, body: str) -> str:
-    return f'<section>\n<h2>{escape(title)}</h2>\n<p class="lead">{escape(lead)}</p>\n{body}\n</section>'
-
-
-def _card(body: str) -> str:
-    return f'<div class="card">{body}</div>'
-
-
-def _cell(tag: str, column: int, text: str) -> str:
-    kind = ' class="number"' if column else ""
-    return f"<{tag}{kind}>{escape(text)}</{tag}>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: the first column is text, the others are right-aligned; cells are escaped here."""
-    head = "".join(_cell("th", i, cell) for i, cell in enumerate(header))
-    body = "".join("<tr>" + "".join(_cell("td", i, c) for i, c in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="plain"><tr>{head}</tr>{body}</table></div>'
-
-
-def _frames(frames: Sequence[bytes], times: Sequence[float]) -> str:
-    """A strip of frames with their seconds below."""
-    figures = []
-    for frame, seconds in zip(frames, times, strict=True):
-        if frame[:8] == b"\x89PNG\r\n\x1a\n":
-            kind = "png"
-        elif frame[:2] == b"\xff\xd8":
-            kind = "jpeg"
-        else:
-            raise ValueError("frames must be the bytes of PNG or JPEG files")
-        source = f"data:image/{kind};base64,{base64.b64encode(frame).decode()}"
-        label = f"{seconds:.1f}".removesuffix(".0") + " s"
-        figures.append(f'<figure><img src="{source}" alt="frame at {label}"><figcaption>{label}</figcaption></figure>')
-    return f'<div class="frames">{"".join(figures)}</div>' if figures else ""
-
-
 def _evaluated(stages: Sequence[Mapping]) -> list[Mapping]:
     return [stage for stage in stages if stage.get("metrics")]
 
 
-# ---------------------------------------------------------------------------------------------- sections
+def _pictures(shown: Mapping) -> list[tuple[str, str]]:
+    """Frames and their seconds."""
+    pairs = zip(shown.get("frames") or (), shown.get("times") or (), strict=True)
+    return [(picture(frame), f"{seconds:.1f}".removesuffix(".0") + " s") for frame, seconds in pairs]
 
 
-def _header(data: Mapping) -> str:
+def _tiles(data: Mapping) -> list[tuple[str, str, str]]:
     stages = _evaluated(data["stages"])
     metrics = stages[-1]["metrics"] if stages else {}
     chance = data.get("chance")
     against = "multiple choice" + (f", chance {chance:.0%}" if chance is not None else "")
-    tiles = []
-    for key in ("short_mcq", "long_mcq"):
-        if key in metrics:
-            tiles.append((_name(key), _percent(metrics[key]), against))
+    tiles = [(_name(key), _percent(metrics[key]), against) for key in ("short_mcq", "long_mcq") if key in metrics]
     if "open_exact" in metrics:
         tiles.append(("Open questions", _percent(metrics["open_exact"]), "exact match"))
     if "en_mcq" in metrics and "zh_mcq" in metrics:
@@ -167,163 +128,70 @@ def _header(data: Mapping) -> str:
         tiles.append(("Time", _duration(data["seconds"]), "the whole run"))
     if "peak_rss_gib" in data:
         tiles.append(("Memory", f"{data['peak_rss_gib']:.1f} GiB", "at the peak"))
-    body = "".join(
-        f'<div class="tile"><span class="name">{escape(name)}</span>'
-        f"<b>{escape(value)}</b><span>{escape(note)}</span></div>"
-        for name, value, note in tiles
+    return tiles
+
+
+def _training(stage: Mapping) -> tuple[str, ...]:
+    losses = stage.get("losses") or ()
+    last = [loss for _, loss in losses[-10:]]
+    return (
+        stage_label(stage["name"]),
+        f"{stage['steps']:,}",
+        _duration(stage["seconds"]) if "seconds" in stage else "–",
+        f"{losses[0][1]:.3f}" if losses else "–",
+        f"{sum(last) / len(last):.3f}" if last else "–",
+        _percent(stage.get("useful_token_share")),
     )
-    lead = f'<p class="lead">{escape(data["lead"])}</p>' if data.get("lead") else ""
-    return f'<header>\n<h1>{escape(data["title"])}</h1>\n{lead}\n<div class="tiles">{body}</div>\n</header>'
 
 
-def _losses(stages: Sequence[Mapping]) -> str:
-    drawn = [(s["name"], s["steps"], [tuple(pair) for pair in s.get("losses") or ()]) for s in stages]
-    rows = []
-    for stage in stages:
-        losses, useful = stage.get("losses") or (), stage.get("useful_token_share")
-        last = [loss for _, loss in losses[-10:]]
-        rows.append(
-            (
-                stage_label(stage["name"]),
-                f"{stage['steps']:,}",
-                _duration(stage["seconds"]) if "seconds" in stage else "–",
-                f"{losses[0][1]:.3f}" if losses else "–",
-                f"{sum(last) / len(last):.3f}" if last else "–",
-                _percent(useful),
-            )
-        )
-    header = ("Stage", "Steps", "Time", "First loss", "Last loss", "Useful tokens")
-    lead = (
-        "Loss of each stage over its steps, on a logarithmic scale: pale as measured, bold smoothed. Stages differ "
-        "in what they learn from and what is trained, so their losses do not join. The wider a band, the more steps."
-    )
-    return _section("Training", lead, _card(loss_chart(drawn)) + _card(_table(header, rows)))
+def _chart(stages: Sequence[Mapping], keys: Sequence[str], chance: float | None, height: float = 260) -> Markup | None:
+    """Bars of the metrics that some stage has; None without a stage."""
+    keys = [key for key in keys if any(key in stage["metrics"] for stage in stages)]
+    series = [(_name(key), [stage["metrics"].get(key) for stage in stages]) for key in keys]
+    return bar_chart([stage["name"] for stage in stages], series, chance, height) if stages else None
 
 
-def _accuracy(data: Mapping) -> str:
-    stages = _evaluated(data["stages"])
-    if not stages:
-        return ""
-    keys = [key for key in CHARTED if any(key in s["metrics"] for s in stages)]
-    series = [(_name(key), [s["metrics"].get(key) for s in stages]) for key in keys]
-    chart = bar_chart([s["name"] for s in stages], series, data.get("chance"))
-    lead = (
-        "On held-out media, from generated answers: the letter of multiple-choice questions on short clips and long "
-        "videos, exact match of open questions. The dashed line is guessing among four options."
-    )
-    return _section("Accuracy after each stage", lead, _card(chart))
+def _kinds(stages: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, int, list[float | None]]]]]:
+    """(group, [(kind, how many were asked, share of right answers in each stage)])."""
+    kinds = sorted({kind for stage in stages for kind in stage}, key=lambda k: k.rpartition("/")[::2])
+    groups = []
+    for above, inside in itertools.groupby(kinds, key=lambda kind: kind.rpartition("/")[0]):
+        first, *rest = (_name(part) for part in above.split("/"))
+        rows = []
+        for kind in inside:
+            found = [stage.get(kind, {}) for stage in stages]
+            shares = [one.get("accuracy") for one in found]
+            rows.append((_name(kind.rpartition("/")[2]), max(one.get("count", 0) for one in found), shares))
+        groups.append((", ".join([first, *(part.lower() for part in rest)]), rows))
+    return groups
 
 
-def _kinds(data: Mapping) -> str:
-    stages = [s for s in data["stages"] if s.get("by_kind")]
-    if not stages:
-        return ""
-    kinds = sorted({kind for s in stages for kind in s["by_kind"]}, key=lambda k: k.rpartition("/")[::2])
-    head = "".join(f'<th class="heat">{escape(stage_label(s["name"]))}</th>' for s in stages)
-    rows, group = [f'<tr><th>Kind of question</th><th class="number">Asked</th>{head}</tr>'], None
-    for kind in kinds:
-        above, _, short = kind.rpartition("/")
-        if above != group:
-            group = above
-            first, *rest = (_name(part) for part in above.split("/"))
-            title = ", ".join([first, *(part.lower() for part in rest)])
-            rows.append(f'<tr class="group"><th colspan="{len(stages) + 2}">{escape(title)}</th></tr>' if above else "")
-        count = max(s["by_kind"].get(kind, {}).get("count", 0) for s in stages)
-        cells = "".join(_heat(s["by_kind"].get(kind, {}).get("accuracy")) for s in stages)
-        rows.append(f'<tr><td>{escape(_name(short))}</td><td class="number">{count}</td>{cells}</tr>')
-    lead = "Share of right answers, in percent. The stronger the colour, the better."
-    if data.get("chance") is not None:
-        lead += f" Guessing gives {data['chance']:.0%} of multiple-choice and next to none of the open questions."
-    table = f'<div class="scroll"><table>{"".join(rows)}</table></div>'
-    return _section("Kinds of question", lead, _card(table))
-
-
-def _heat(share: float | None) -> str:
-    if share is None:
-        return '<td class="heat">–</td>'
-    ink = "color:var(--heat-ink);" if share > 0.6 else ""
-    mix = f"background:color-mix(in srgb,var(--heat) {100 * share:.0f}%,transparent)"
-    return f'<td class="heat" style="{ink}{mix}">{100 * share:.0f}</td>'
-
-
-def _languages(data: Mapping) -> str:
-    stages = [s for s in _evaluated(data["stages"]) if "en_mcq" in s["metrics"] and "zh_mcq" in s["metrics"]]
-    if not stages:
-        return ""
-    series = [(_name(key), [s["metrics"][key] for s in stages]) for key in ("en_mcq", "zh_mcq")]
-    chart = bar_chart([s["name"] for s in stages], series, data.get("chance"), height=220)
-    lead = "The same questions on the same videos, with the same options in the same order, in both languages."
-    return _section("English and Chinese", lead, _card(chart))
-
-
-def _samples(samples: Sequence[Mapping]) -> str:
-    if not samples:
-        return ""
-    right = sum(bool(s["correct"]) for s in samples)
-    lead = f"Held-out videos and images with the model's own words: {right} of these {len(samples)} are right."
-    return _section("What it sees and says", lead, f'<div class="samples">{"".join(map(_sample, samples))}</div>')
-
-
-def _sample(sample: Mapping) -> str:
-    verdict = '<span class="tag good">✓ right</span>' if sample["correct"] else '<span class="tag bad">✗ wrong</span>'
-    language = {"en": "English", "zh": "Chinese"}.get(sample["language"], sample["language"])
-    tags = verdict + "".join(f'<span class="tag">{escape(t)}</span>' for t in (_name(sample["kind"]), language))
-    question, options = sample["question"], list(sample.get("options") or ())
-    items, said = [], extract_letter(sample["answer"]) if options else ""
+def _sample(sample: Mapping) -> dict[str, Any]:
+    options = list(sample.get("options") or ())
+    said = extract_letter(sample["answer"]) if options else ""
+    listed = []
     for letter, option in zip("ABCDEFGHIJ", options, strict=False):
-        mark = "good" if letter == sample["truth"] else "bad" if letter == said else ""
-        items.append(f'<li class="{mark}"{_language(option)}>{letter}. {escape(option)}</li>')
-    if options:  # the question may hold the options, which are listed below it
-        question = question.split("\nA")[0]
-    listed = f'<ul class="options">{"".join(items)}</ul>' if items else ""
-    answer, truth = sample["answer"], sample["truth"]
-    return _card(
-        f'{_frames(sample["frames"], sample["times"])}<div class="tags">{tags}</div>'
-        f'<p class="question"{_language(question)}>{escape(question)}</p>{listed}'
-        f'<p class="verdict">answer <b{_language(answer)}>{escape(answer) or "(nothing)"}</b>'
-        f" · truth <b{_language(truth)}>{escape(truth)}</b></p>"
-    )
+        listed.append(("good" if letter == sample["truth"] else "bad" if letter == said else "", letter, option))
+    question = sample["question"]
+    language = {"en": "English", "zh": "Chinese"}.get(sample["language"], sample["language"])
+    return {
+        **sample,
+        "pictures": _pictures(sample),
+        "tags": (_name(sample["kind"]), language),
+        "question": question.split("\nA")[0] if options else question,  # it may hold the options, which are listed
+        "options": listed,
+    }
 
 
-def _turn(role: str, text: str) -> str:
-    side = "user" if role in ("user", "human") else "model"
-    return f'<div class="turn {side}"{_language(text)}>{escape(text)}</div>'
-
-
-def _chats(chats: Sequence[Mapping]) -> str:
-    cards = []
-    for chat in chats:
-        turns = "".join(_turn(role, text) for role, text in chat["turns"])
-        strip = _frames(chat.get("frames") or (), chat.get("times") or ())
-        cards.append(_card(f'<h3>{escape(chat["title"])}</h3>{strip}<div class="chat">{turns}</div>'))
-    lead = "Several rounds on one held-out video each: questions on the right, the model on the left."
-    return _section("A chat", lead, "".join(cards)) if cards else ""
-
-
-def _ablations(ablations: Sequence[Mapping]) -> str:
+def _ablations(ablations: Sequence[Mapping]) -> list[list[str]]:
+    """A table, its heading first; [] without one."""
     if not ablations:
-        return ""
+        return []
     metrics = list(dict.fromkeys(key for row in ablations for key in row.get("metrics", {})))
     others = list(dict.fromkeys(key for row in ablations for key in row if key not in ("name", "metrics")))
-    rows = []
+    rows = [["Model", *map(_name, metrics), *map(_name, others)]]
     for row in ablations:
         shares = [_percent(row.get("metrics", {}).get(key)) for key in metrics]
         values = [row.get(key, "–") for key in others]
-        rows.append(
-            [row["name"], *shares, *(f"{v:,.1f}" if isinstance(v, float) else str(v) for v in values)],
-        )
-    header = ["Model", *map(_name, metrics), *map(_name, others)]
-    lead = "The same run with one part of the design taken away."
-    return _section("What each part is worth", lead, _card(_table(header, rows)))
-
-
-def _environment(environment: Mapping) -> str:
-    if not environment:
-        return ""
-    rows = [(key, str(value)) for key, value in environment.items() if key != "commands"]
-    commands = environment.get("commands") or ()
-    lines = "\n".join([commands] if isinstance(commands, str) else commands)
-    block = f"<pre>{escape(lines)}</pre>" if lines else ""
-    table = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows)
-    body = f'<div class="scroll"><table class="plain">{table}</table></div>{block}'
-    return _section("Environment", "What it was measured on, and how to run it again.", _card(body))
+        rows.append([row["name"], *shares, *(f"{v:,.1f}" if isinstance(v, float) else str(v) for v in values)])
+    return rows

@@ -4,22 +4,18 @@ Every function returns one `<svg>` element that scales with the page. Values are
 from 0 to 1.
 """
 
-import html
 import math
 from collections.abc import Sequence
+
+from markupsafe import Markup, escape
 
 WIDTH = 960  # of the drawing's own coordinates; the page scales it
 SERIES = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6")  # CSS variables that hold the series' colours
 
 
-def escape(text: object) -> str:
-    """Text made safe for HTML and SVG."""
-    return html.escape(str(text), quote=True)
-
-
-def _svg(height: float, label: str, parts: Sequence[str]) -> str:
+def _svg(height: float, label: str, parts: Sequence[str]) -> Markup:
     body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>')
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", cls: str = "axis") -> str:
@@ -49,7 +45,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[f
     return kept
 
 
-def loss_chart(stages: Sequence[tuple[str, int, Sequence[tuple[int, float]]]], height: float = 320) -> str:
+def loss_chart(stages: Sequence[tuple[str, int, Sequence[tuple[int, float]]]], height: float = 320) -> Markup:
     """Loss over the steps of all stages, one band a stage, on a logarithmic scale.
 
     `stages` are (name, number of steps, (step, loss) pairs); steps count anew in each stage.
@@ -114,7 +110,7 @@ def bar_chart(
     series: Sequence[tuple[str, Sequence[float | None]]],
     chance: float | None = None,
     height: float = 260,
-) -> str:
+) -> Markup:
     """Grouped bars of shares, with a dashed line at `chance`. A value of None leaves its place empty."""
     left, right, top, bottom = 48, 52, 34, 40
     inner = height - top - bottom

@@ -1,11 +1,10 @@
 """Charts of the curation report: SVG text, coloured by the page's CSS variables."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-from kangaroo_jax.report.charts import escape
+from markupsafe import Markup, escape
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 190, 44, 34, 22
 _BINS = 40
@@ -13,7 +12,7 @@ _BINS = 40
 
 def histogram(
     title: str, kept: Sequence[float], dropped: Sequence[float], limits: Sequence[float], *, logarithmic: bool = False
-) -> str:
+) -> Markup:
     """Counts of kept and dropped clips by a score, with a dashed line at each limit.
 
     On a logarithmic axis what is 0 stands at the left end.
@@ -21,7 +20,7 @@ def histogram(
     finite = [limit for limit in limits if math.isfinite(limit)]
     values = np.array([*kept, *dropped, *finite], float)
     if not len(kept) + len(dropped):
-        return ""
+        return Markup()
     least = max(values[values > 0].min(initial=1.0), 1e-4) if logarithmic else 0.0
 
     def scaled(numbers: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -58,24 +57,9 @@ def histogram(
         text = _number(place, logarithmic)
         parts.append(f'<text x="{x(place):.1f}" y="{_HEIGHT - 14}" text-anchor="middle" class="axis">{text}</text>')
     parts.append(f'<text x="{_LEFT - 6}" y="{_TOP + 8}" text-anchor="end" class="axis">{tallest}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    body = "".join(parts)
+    return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>')
 
 
 def _number(value: float, logarithmic: bool) -> str:
     return f"{10**value if logarithmic else value:.3g}"
-
-
-def bars(rows: Sequence[tuple[str, Mapping[str, float], str]], colours: Mapping[str, str]) -> str:
-    """Horizontal bars: (name, {series: value}, what stands beside), each as wide as its share of the largest."""
-    most = max([value for _, values, _ in rows for value in values.values()], default=1) or 1
-    lines = []
-    for name, values, note in rows:
-        drawn = "".join(
-            f'<div style="width:{max(0.3, 100 * value / most):.2f}%;height:9px;margin:1px 0;border-radius:3px;'
-            f'background:var({colours[series]})" title="{escape(series)}: {value:,.0f}"></div>'
-            for series, value in values.items()
-        )
-        lines.append(
-            f'<tr><td>{escape(name)}</td><td style="width:60%">{drawn}</td><td class="number">{escape(note)}</td></tr>'
-        )
-    return f'<div class="scroll"><table class="plain">{"".join(lines)}</table></div>'
