@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -71,7 +71,7 @@ def _config_of(file: Path, preset: str, spec: str) -> ConfigDict:
     try:
         config = get_config(preset) if preset else get_config()
     except ValueError as error:
-        raise UserError(f"{spec}: {_one_line(error)}") from error
+        raise UserError(f"{spec}: {one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
@@ -86,7 +86,7 @@ def _load_module(file: Path) -> Any:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{file}: cannot be loaded ({type(error).__name__}: {_one_line(error)})") from error
+        raise UserError(f"{file}: cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
     return module
 
 
@@ -109,7 +109,3 @@ def nearest(word: str, known: Iterable[str]) -> str:
         by_end = {name.rpartition(".")[2]: name for name in known}
         close = [by_end[end] for end in difflib.get_close_matches(word.rpartition(".")[2], by_end, n=1)]
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

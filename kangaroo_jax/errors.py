@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return _IN_A_LINE.sub(escaped, text)
 
 
+def one_line(error: object) -> str:
+    """The text of an error with single spaces for line breaks and other white space."""
+    return " ".join(str(error).split())
+
+
 def escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")
 

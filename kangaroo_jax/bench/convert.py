@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import formats
-from kangaroo_jax.conversion.building import Building, Tell
+from kangaroo_jax.conversion.building import Building
 from kangaroo_jax.conversion.export import write_json
 from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
@@ -28,7 +28,7 @@ from kangaroo_jax.conversion.weights import Box, Spec
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.memory import peak_mib
-from kangaroo_jax.system.progress import Progress
+from kangaroo_jax.system.progress import Progress, Tell
 
 BLOCK = (64 << 20) - 39  # bytes of random numbers, reused from different offsets
 

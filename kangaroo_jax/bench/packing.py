@@ -5,7 +5,7 @@ decreasing, which see all samples at once, and an upper bound for any packing. T
 token: longer rows are fuller, but attention covers every token of the row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.data.audit.stats import Sizes, fullness
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.flops import step_flops
 
 STAGES = ("stage3_refine", "stage4_instruct", "stage5_long_video")
@@ -54,9 +55,7 @@ def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) ->
     return found | {"gflops_per_useful_token": round(step_flops(config).causal / useful / 1e9, 1)}
 
 
-def bench_rows(
-    specs: Sequence[str], row: str, samples: int, seed: int, tell: Callable[[str], None] = print
-) -> list[dict[str, Any]]:
+def bench_rows(specs: Sequence[str], row: str, samples: int, seed: int, tell: Tell = print) -> list[dict[str, Any]]:
     """`bench_packing` with both kinds of text, for each STAGE:PRESET; without any for STAGES of the published model.
 
     `row` (TOKENSxFRAMES) replaces the config's row. STAGES whose samples do not fit into it are left out, with a

@@ -3,7 +3,6 @@
 It needs the extra `convert`; only the benchmark and its test import it.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.models.eva_clip import PIXEL_MEAN, PIXEL_STD
 from kangaroo_jax.models.layers import rotary_2d
+from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.training.optimizer import NO_DECAY, make_schedule
 
 
@@ -161,7 +161,7 @@ class TorchTrainer:
     """Trains a PlainKangaroo with our weights and the optimiser of `config` repeatedly on one batch."""
 
     def __init__(self, config: Any, batch: PackedBatch, params: Mapping[str, Any]) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(usable_cpus())
         self.model = PlainKangaroo(config.model)
         copy_weights(params, self.model)
         o = config.optimizer

@@ -15,7 +15,7 @@ from cyclopts import App, CoercionError, CycloptsError, MissingArgumentError, Pa
 from cyclopts.argument import Argument
 from cyclopts.exceptions import UnusedCliTokensError
 
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 
 CONFIG_KEY = "--config."
 Command = Callable[..., None]
@@ -175,4 +175,4 @@ def _told(error: CycloptsError, title: str, command: Command, arguments: Sequenc
         return f"what is {error.unused_tokens[0]!r}? flags are written --name=value"
     if isinstance(error, UnknownOptionError):
         return _no_flag(title, error.token.keyword or error.token.value, arguments).removeprefix(f"{title}: ")
-    return " ".join(str(error).split())
+    return one_line(error)

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from kangaroo_jax.cli.jobs import JOBS, commands_of
+from kangaroo_jax.errors import one_line
 from kangaroo_jax.system.terminal import outputs
 
 HELP = ("--help", "-h", "-help")
@@ -155,7 +156,7 @@ def _no_devices(error: BaseException | None) -> Exception | None:
     try:
         sys.modules["jax"].devices()
     except (RuntimeError, AssertionError) as why:  # AssertionError, without text, if the platform's plugin is missing
-        text = " ".join(str(why).split())[:300]
+        text = one_line(why)[:300]
         found = f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{text and f' ({text})'}"
         return UserError(f"{found}; install what drives them, or set JAX_PLATFORMS=cpu")
     return None

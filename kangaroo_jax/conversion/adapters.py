@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import export
-from kangaroo_jax.conversion.building import Building, Tell
+from kangaroo_jax.conversion.building import Building
 from kangaroo_jax.conversion.lora import SETTINGS, Adapter, kernels, layout_of, module, open_adapter
 from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
@@ -17,7 +17,7 @@ from kangaroo_jax.conversion.sources import fingerprint, open_source
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Weights, dtype_named
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.progress import Progress
+from kangaroo_jax.system.progress import Progress, Tell
 
 FORMATS = ("orbax", "peft")
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from kangaroo_jax.errors import UserError
 
-Tell = Callable[[str], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PLAN, DONE = "plan.json", "done.txt"  # files that exist only during construction

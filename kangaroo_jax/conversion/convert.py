@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
-from kangaroo_jax.conversion.building import Building, Tell
+from kangaroo_jax.conversion.building import Building
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, NameRow
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
@@ -25,7 +25,7 @@ from kangaroo_jax.conversion.sources import WeightSource, fingerprint, open_sour
 from kangaroo_jax.conversion.store import write_config, write_params
 from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.system.progress import Progress
+from kangaroo_jax.system.progress import Progress, Tell
 
 FORMATS = ("orbax", "hf", "llama", "meta", "eva", "timm")
 LAYOUT_OF = {"hf": "kangaroo", **{name: name for name in ("llama", "meta", "eva", "timm")}}

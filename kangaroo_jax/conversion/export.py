@@ -10,10 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.conversion import formats
-from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.sources import HIDDEN_ROWS, SHADOWED, SIDECAR, special_ids
 from kangaroo_jax.conversion.weights import Weights
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import Tell
 
 CODE = Path(__file__).parent / "torch_model"
 CODE_FILES = ("configuration_kangaroo.py", "media_kangaroo.py", "modeling_kangaroo.py", "processing_kangaroo.py")

@@ -18,7 +18,7 @@ import numpy as np
 from kangaroo_jax.conversion.building import Building, ahead
 from kangaroo_jax.conversion.files import read_json
 from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_finite
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.progress import Progress
 
 # Large parameters without layers are cut along the vocabulary's dimension.
@@ -66,7 +66,7 @@ class Stored:
         try:
             array = self._arrays[path][box].read().result()
         except ValueError as error:
-            where, why = self._folders[path], " ".join(str(error).split())[:200]
+            where, why = self._folders[path], one_line(error)[:200]
             raise UserError(f"{where}: {path} cannot be read ({why})") from None
         array = np.ascontiguousarray(array).view(self.specs[path].dtype)
         check_finite(array, path, self._folders[path])
@@ -89,7 +89,7 @@ def _open(tensorstore: Any, folder: Path, path: str, metadata: Mapping[str, Any]
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": nbytes + 1 if layers > 1 else 0}})
         return tensorstore.open(spec, read=True, open=True, context=context).result()
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{folder}: {path} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{folder}: {path} cannot be read ({one_line(error)[:200]})") from None
 
 
 def write_params(weights: Weights, building: Building, progress: Progress) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.names import LAYOUTS
 from kangaroo_jax.conversion.runners import InJax, InTorch, code_of, torch_features, turn
@@ -23,6 +22,7 @@ from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import conversation
+from kangaroo_jax.system.progress import Tell
 
 LEAST_TOKENS = 600  # length of the prompt: an error in the rotary embedding shows only far from the beginning
 FRAMES = 4  # frames of the video for a bare encoder

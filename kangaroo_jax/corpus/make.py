@@ -36,6 +36,7 @@ from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import json_line, read_objects
 from kangaroo_jax.system.processes import Lost, WorkerPool
+from kangaroo_jax.system.progress import Tell
 
 FORMAT = 5  # of the files; raise it when the same settings begin to give other records
 
@@ -184,7 +185,7 @@ def make_corpus(
     *,
     mixture: CorpusMixture | None = None,
     processes: int = 2,
-    tell: Callable[[str], None] = print,
+    tell: Tell = print,
 ) -> Corpus:
     """Write the corpus into `folder`, or find the finished one there.
 
@@ -257,7 +258,7 @@ def _draw_all(
     processes: int,
     plan: CorpusMixture,
     meanwhile: Callable[[], None],
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> None:
     """Write all media in `processes` processes, while this one writes the text."""
     work = []

@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,10 @@ from kangaroo_jax.curation import select
 from kangaroo_jax.curation.engine import shards
 from kangaroo_jax.curation.stages.base import Row
 from kangaroo_jax.data.media.storage import absolute
-from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.errors import UserError, one_line, printable
+from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.progress import Tell
 
 _PACKAGES = (
     # distribution, module, purpose, needed
@@ -46,8 +47,8 @@ def doctor() -> bool:
             print(f"ok  {name:24} {check()}")
         except Exception as error:  # a broken installation may raise anything; it is printed
             good = False
-            print(f"NO  {name:24} {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    print(f"    {'processors':24} {os.cpu_count()}; free disk here {shutil.disk_usage('.').free / 2**30:.0f} GiB")
+            print(f"NO  {name:24} {type(error).__name__}: {one_line(error)[:200]}")
+    print(f"    {'processors':24} {usable_cpus()}; free disk here {shutil.disk_usage('.').free / 2**30:.0f} GiB")
     print("all that is needed is here" if good else f"something is missing: {install_line('curation')}")
     return good
 
@@ -105,7 +106,7 @@ def _language() -> str:
     return "tells English from Chinese"
 
 
-def explain(root: Path, name: str, settings: dict[str, Any], tell: Callable[[str], None] = print) -> None:
+def explain(root: Path, name: str, settings: dict[str, Any], tell: Tell = print) -> None:
     """Print all scores of the clips that `name` names (an id, its beginning, or a path) and the verdict of each.
 
     A whole name has precedence: `bikes.mp4` does not match `four bikes.mp4` if there is a `bikes.mp4`.

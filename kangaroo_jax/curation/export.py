@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from kangaroo_jax.data.media.picker import open_video, start_seconds
 from kangaroo_jax.data.media.storage import absolute, join, local
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import read_lines, read_objects, utf8
+from kangaroo_jax.system.progress import Tell
 
 MEDIA = ("embed", "reference", "keyframes")
 _WHOLE = 0.05  # seconds by which a clip may be shorter than its file and still count as the whole file
@@ -43,9 +44,7 @@ _Place = tuple[str, float | None, float | None]
 _Places = Mapping[_Place, tuple[Row, Row]]
 
 
-def export(
-    root: Path, config: Mapping[str, Any], name: str, annotations: str = "", tell: Callable[[str], None] = print
-) -> Path:
+def export(root: Path, config: Mapping[str, Any], name: str, annotations: str = "", tell: Tell = print) -> Path:
     """Write the dataset, the JSONL and the card; returns the dataset's folder.
 
     Conversations whose medium cannot be read are left out and counted in a printed line.
@@ -89,7 +88,7 @@ def _found(root: Path) -> Path:
 
 
 def _of_kept(
-    source: Path, root: Path, places: _Places, entries: Sequence[Row], how: str, tell: Callable[[str], None]
+    source: Path, root: Path, places: _Places, entries: Sequence[Row], how: str, tell: Tell
 ) -> list[Conversation]:
     """The conversations about kept clips, with their media as exported.
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.json_text import parse_json
 
 SPECIAL_NAMES = {
@@ -182,7 +182,7 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # the package raises bare Exception and Rust panics (BaseException)
-        raise UserError(f"{path}: not a tokenizer.json ({_one_line(error)})") from None
+        raise UserError(f"{path}: not a tokenizer.json ({one_line(error)[:160]})") from None
     by_name = {name: token for token, name in special.items()}
     ordinary = reader.get_vocab_size(with_added_tokens=False)
     ids = {}
@@ -211,7 +211,7 @@ def _read_by(path: Path, call: Callable[..., Any], *arguments: Any, **options: A
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # see `_from_json`
-        raise UserError(f"{path}: cannot be used for this text ({_one_line(error)})") from None
+        raise UserError(f"{path}: cannot be used for this text ({one_line(error)[:160]})") from None
 
 
 def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
@@ -406,12 +406,8 @@ def train_sentencepiece(
     except (RuntimeError, OSError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot train {vocab_size} tokens on {sum(counts.values())} characters ({_one_line(error)}); "
+            f"{path}: cannot train {vocab_size} tokens on {sum(counts.values())} characters ({one_line(error)[:160]}); "
             "give more text or a smaller vocab_size"
         ) from None
     temporary.replace(path)
     return path
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

@@ -1,7 +1,7 @@
 """Answers held-out questions by generation, and measures the share of right answers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.evaluation.scoring import is_correct, score
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.system.json_text import read_objects
+from kangaroo_jax.system.progress import Tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def evaluate(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 16,
-    tell: Callable[[str], None] = print,
+    tell: Tell = print,
 ) -> Answers:
     """Answer the questions of `files` (split -> JSONL) with a checkpoint, greedily, and mark the answers.
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from kangaroo_jax.chips import Slices
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.planning import hlo
 from kangaroo_jax.system.files import write_json
@@ -96,7 +96,7 @@ def topology_devices(target: Slices) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise UserError(f"topology {name}: {text[:200]}") from None
 
 

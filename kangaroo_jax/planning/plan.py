@@ -7,7 +7,7 @@ are estimated by formula. If the stage does not fit, it names the nearest change
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step
 from kangaroo_jax.sharding import MESH_AXES
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 
@@ -27,8 +28,6 @@ DOES_NOT_FIT = 3  # exit code
 SEARCHED = 4  # the most candidates that --search compiles
 TEXT_TOKENS = (32, 512)  # assumed tokens of a sample's text (question and answer), uniform, cut to the room left
 SAMPLES = 2000  # samples packed to find the useful share
-
-Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

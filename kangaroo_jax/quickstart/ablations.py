@@ -16,8 +16,9 @@ from kangaroo_jax.config import STAGES, ModelConfig, tokens_per_group
 from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training import curriculum
-from kangaroo_jax.training.loop import Tell, train
+from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics
 
 PRESET = "tiny"

@@ -25,7 +25,7 @@ from kangaroo_jax.report.page import render
 from kangaroo_jax.system.files import write_bytes, write_json
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.json_text import json_line
-from kangaroo_jax.training.loop import Tell
+from kangaroo_jax.system.progress import Tell
 
 GOOD, BAD = 100, 25  # raw clips at scale 1
 NEEDS = ("cv2", "scenedetect", "rapidocr", "onnxruntime", "sklearn")

@@ -34,8 +34,8 @@ from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training import curriculum
-from kangaroo_jax.training.loop import Tell
 
 WARMUP = "stage0_text_warmup"
 STAGES = (WARMUP, *OF_THE_PAPER)

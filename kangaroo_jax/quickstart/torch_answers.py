@@ -4,11 +4,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kangaroo_jax.conversion.building import Tell
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.runners import InTorch, turn
 from kangaroo_jax.conversion.sources import open_source
 from kangaroo_jax.inference.chat import Kangaroo, conversation
+from kangaroo_jax.system.progress import Tell
 
 
 def compare_chats(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.memory import peak_mib
 from kangaroo_jax.system.processes import Lost, NoStart, WorkerPool, too_much
 
@@ -78,12 +78,12 @@ def _outcome(job: Callable[..., Any], memory_mib: int, *arguments: Any) -> tuple
     try:
         outcome = job(*arguments)
     except (SetupError, ImportError) as error:
-        outcome = SetupError(" ".join(str(error).split()))
+        outcome = SetupError(one_line(error))
     except UserError as error:
-        outcome = UserError(" ".join(str(error).split()))
+        outcome = UserError(one_line(error))
     except MemoryError:
         outcome = too_much(memory_mib)
     except Exception as error:  # what a library raises on a file
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        reason = f"{type(error).__name__}: {one_line(error)}"[:300]
         outcome = too_much(memory_mib) if "alloc" in reason.lower() else Lost(reason)
     return outcome, time.process_time() - begin, peak_mib()

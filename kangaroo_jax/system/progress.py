@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from kangaroo_jax.system.terminal import rewrite
 
+Tell = Callable[[str], None]  # shows a line
 _EVERY, _ON_A_TERMINAL = 5.0, 0.2  # seconds between lines
 
 
@@ -28,7 +29,7 @@ class Progress:
         name: str,
         total: int,
         unit: str,
-        tell: Callable[[str], None] = print,
+        tell: Tell = print,
         *,
         more: Callable[[], str] = str,
     ) -> None:

@@ -11,8 +11,9 @@ from kangaroo_jax.config import STAGES
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.distributed import barrier, is_main
-from kangaroo_jax.training.loop import Tell, train
+from kangaroo_jax.training.loop import train
 
 AfterStage = Callable[[str, ConfigDict, Path], None]
 Adjust = Callable[[str, ConfigDict], None]

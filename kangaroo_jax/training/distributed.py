@@ -16,22 +16,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from kangaroo_jax.errors import EndsTogether, UserError
+from kangaroo_jax.errors import EndsTogether, UserError, one_line
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.progress import Tell
 
 LOST = 75  # exit code EX_TEMPFAIL of sysexits.h: try again
 BEAT_SECONDS = 2.0
 WAITING_SECONDS = 10.0  # seconds before a process prints that it waits for others
 ADDRESS, COUNT, INDEX = "KANGAROO_COORDINATOR", "KANGAROO_PROCESSES", "KANGAROO_PROCESS_ID"
 AUTO = "auto"  # value of COUNT: use what JAX detects (TPU pods and GKE, as the launch scripts start them)
-
-Tell = Callable[[str], None]
 
 
 def initialize(timeout: float = 300.0) -> int:
@@ -66,7 +65,7 @@ def initialize(timeout: float = 300.0) -> int:
                 initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=600, **options
             )
     except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if any(sign in text for sign in ("Failed to start RPC server", "ddress already in use", "DEADLINE_EXCEEDED")):
             _try_again(f"the processes did not come together at {where}: {text[:300]}")
         raise UserError(f"the processes did not come together at {where}: {text}") from None
@@ -280,7 +279,7 @@ class Watchdog:
             failed = error is not None and not isinstance(error, EndsTogether)
             self._finished.set()
             with contextlib.suppress(Exception):
-                self._write(f"failed: {' '.join(str(error).split())[:300]}" if failed else "finished")
+                self._write(f"failed: {one_line(error)[:300]}" if failed else "finished")
             self._done.set()
             self._thread.join(timeout=5)
             self._thread = None
@@ -291,7 +290,7 @@ class Watchdog:
         Returns if every host is alive, so that the error is this process's own.
         """
         if self._thread is not None:
-            self._tell(f"failed, looking whether a host is lost: {' '.join(str(error).split())[:200]}")
+            self._tell(f"failed, looking whether a host is lost: {one_line(error)[:200]}")
             self._done.wait(self._timeout + 4 * BEAT_SECONDS)
 
     def _write(self, state: str = "") -> None:

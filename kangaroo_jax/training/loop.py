@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from kangaroo_jax.models.parameters import Binding, abstract_model
 from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.memory import keep_freed_memory
-from kangaroo_jax.system.progress import duration
+from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
@@ -39,8 +39,6 @@ from kangaroo_jax.training.resume import check_resume, check_tokenizer
 from kangaroo_jax.training.state import abstract_state, build_step
 from kangaroo_jax.training.step import TrainState, TrainStep
 from kangaroo_jax.training.stopping import Preemption, SaveClock, explained_disk, locked, unbroken
-
-Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,14 @@ import collections
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from kangaroo_jax.errors import printable
 from kangaroo_jax.system.files import write_text
 from kangaroo_jax.system.json_text import json_lines
-from kangaroo_jax.system.progress import duration
+from kangaroo_jax.system.progress import Tell, duration
 
 
 class MetricLog:
@@ -129,7 +129,7 @@ def number(line: Mapping[str, Any], key: str) -> float:
 class StepLine:
     """Sums and rates over the steps since the last printed line, and the line."""
 
-    def __init__(self, stage: str, steps: int, tell: Callable[[str], None], *, chips: int = 1) -> None:
+    def __init__(self, stage: str, steps: int, tell: Tell, *, chips: int = 1) -> None:
         """`tell` prints a line; `steps` is the stage's last step; rates are also given for each of `chips`."""
         self._stage, self._steps, self._tell, self._chips = stage, steps, tell, chips
         self._clock = self._begin = time.perf_counter()

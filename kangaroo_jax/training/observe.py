@@ -1,7 +1,7 @@
 """Measures the use of the machine: MFU in both conventions, goodput, memory, recompilations, profiles."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,8 @@ import jax
 from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.flops import step_flops
-
-Tell = Callable[[str], None]
 
 
 class Observer:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.data.batches.stream import LoaderStats
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine
 from kangaroo_jax.training.observe import Observer
 
@@ -37,7 +37,7 @@ class Reporter:
         samples: SampleLog,
         line: StepLine,
         observer: Observer,
-        tell: Callable[[str], None],
+        tell: Tell,
         skipped_steps: int = 0,
     ) -> None:
         """`skipped_steps`: the number of skipped steps of the stage so far."""

@@ -19,11 +19,10 @@ from typing import Any
 import jax
 
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.distributed import Preempted, is_main, key_value_keys, key_value_set
 
 INTERRUPTED = 130  # exit code of Ctrl-C; launch scripts do not restart such a run
-
-Tell = Callable[[str], None]
 
 
 class Preemption:

@@ -24,9 +24,7 @@ from kangaroo_jax.llm_client.requests import Reply, canonical, key_of
 from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.json_text import read_objects
-from kangaroo_jax.system.progress import Progress
-
-Tell = Callable[[str], None]
+from kangaroo_jax.system.progress import Progress, Tell
 
 
 def annotate_clips(

@@ -17,7 +17,7 @@ from typing import Any
 from kangaroo_jax.curation.engine.ray_workers import Actors, ray_task
 from kangaroo_jax.curation.engine.run_shard import ShardPlan, is_done, run_shard
 from kangaroo_jax.curation.engine.shards import Shard
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.guard import Guard, Stopped
 from kangaroo_jax.system.installing import install_line
@@ -166,7 +166,7 @@ def _connect(address: str, workers: int) -> None:
             runtime_env=environment,
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(f"--ray-address={address}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--ray-address={address}: {one_line(error)[:200]}") from None
 
 
 def _ray_loop(todo: Sequence[Shard], plan: ShardPlan, progress: ShardProgress) -> None:

@@ -18,7 +18,7 @@ from kangaroo_jax.system.json_text import read_objects
 from kangaroo_jax.system.processes import Lost
 
 Job = Callable[..., Any]
-Tell = Callable[[str, str, float], None]  # stage, "" or the reason of a failure, CPU seconds
+Scored = Callable[[str, str, float], None]  # stage, "" or the reason of a failure, CPU seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def is_done(shard: Shard, plan: ShardPlan) -> bool:
     return found is not None and found["keys"] == shards.stage_keys(shard, plan.stages, plan.config)
 
 
-def run_shard(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell) -> Row:
+def run_shard(shard: Shard, plan: ShardPlan, guard: Guard, tell: Scored) -> Row:
     """Score a shard, stage by stage; returns its marker with the counts of rows and failures.
 
     Raises Stopped if the guard is closed; finished stages stay.
@@ -58,7 +58,7 @@ def run_shard(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell) -> Row:
     return done
 
 
-def run_stages(shard: Shard, plan: ShardPlan, guard: Guard, tell: Tell, stages: Sequence[Stage]) -> list[Row]:
+def run_stages(shard: Shard, plan: ShardPlan, guard: Guard, tell: Scored, stages: Sequence[Stage]) -> list[Row]:
     """Run some of the plan's stages, with those that they follow; returns the rows with their scores."""
     keys = shards.stage_keys(shard, plan.stages, plan.config)
     rows = [dict(item) for item in shard.items]
@@ -95,7 +95,7 @@ def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
 class StageSeconds:
     """Records the CPU seconds of a stage in a shard and forwards each call to `tell`."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Scored) -> None:
         self._tell, self._seconds, self._begin = tell, list[float](), time.time()
         self.memory = 0.0  # peak resident MiB of the process
 

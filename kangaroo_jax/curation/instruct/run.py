@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from kangaroo_jax.llm_client.requests import canonical
 from kangaroo_jax.llm_client.team import Clients
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.json_text import read_lines
-from kangaroo_jax.system.progress import Progress
+from kangaroo_jax.system.progress import Progress, Tell
 
-Tell = Callable[[str], None]
 AT_ONCE = 64  # conversations in flight
 FULL = "share of its task is full"  # the reason of a good conversation that is dropped
 OUTPUTS = ("instruct.jsonl", "instruct_dropped.jsonl", "instruct.json", "instruct_schema.json")

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from kangaroo_jax.data.media.containers import member_of, member_suffix
 from kangaroo_jax.data.media.storage import MEMBER, absolute, check_file, is_remote, join, local
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.progress import Tell
 
 VERSION = "1.0.0"
 SPLIT = "train"
 _GROUP = "group_size:1"  # records of a block: one, for random access
-Tell = Callable[[str], None]
 
 
 # --------------------------------------------------------------------------------- writing

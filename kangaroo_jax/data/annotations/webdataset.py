@@ -17,7 +17,7 @@ from kangaroo_jax.data.annotations.formats import Columns, caption_record, is_re
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, opened_image
 from kangaroo_jax.data.media.kinds import HEAD, kind_of
 from kangaroo_jax.data.media.storage import MEMBER, absolute, short
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.json_text import parse_json
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -212,7 +212,7 @@ def tar_members(path: str | Path) -> dict[str, Span]:
                 elif member.islnk():
                     links[member.name] = member.linkname
     except (OSError, tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or "a header claims more than the memory holds"
+        reason = one_line(error) or "a header claims more than the memory holds"
         raise UserError(f"{path}: not a readable tar archive, without compression ({reason})") from None
     return members | {name: members.get(target, (0, -1)) for name, target in links.items()}
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from kangaroo_jax.data.media.picker import (
 from kangaroo_jax.data.media.pixels import HDR, has_alpha
 from kangaroo_jax.data.media.storage import current_cache, short, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames, is_pictures, probe
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.json_text import json_line
-from kangaroo_jax.system.progress import Progress
+from kangaroo_jax.system.progress import Progress, Tell
 
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it
 _GLITCHES = 0.01  # the share of a video's frames that may step back a little
@@ -70,7 +70,7 @@ def media_of(conversations: Iterable[Conversation]) -> Media:
     return media
 
 
-def media_in(paths: Sequence[str], tell: Callable[[str], None] = print) -> Media:
+def media_in(paths: Sequence[str], tell: Tell = print) -> Media:
     """Files, and all media in folders. Hidden files, and files that are no media by bytes or ending, are only counted.
 
     Raises UserError for a path that does not exist.
@@ -119,7 +119,7 @@ def check_media(
     *,
     workers: int,
     seconds: float,
-    tell: Callable[[str], None] = print,
+    tell: Tell = print,
 ) -> int:
     """Check all media, write a JSONL report, print the bad ones and a summary; returns the number of bad ones.
 
@@ -186,7 +186,7 @@ def check_one(path: str, kind: str) -> MediumReport:
     except UserError as error:
         report.problems.append(str(error))
     except Exception as error:  # a library fails on a broken file
-        report.problems.append(f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
+        report.problems.append(f"cannot be read ({type(error).__name__}: {one_line(error)})")
     return report
 
 

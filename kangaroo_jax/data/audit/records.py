@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kangaroo_jax.data.annotations.conversation import Conversation
@@ -12,10 +12,10 @@ from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import clip_range
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import read_objects
+from kangaroo_jax.system.progress import Tell
 
 _WRONG_DURATION = 0.1  # share of a file's length
 SHOWN = 20  # wrong records that are printed, of each kind of mistake
-Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from kangaroo_jax.data.batches.sample import Recipe, make_recipe
 from kangaroo_jax.data.media.decode import Decoder
 from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.tokenizer import Tokenizer
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _reason(error: Exception, name: str) -> str:
     """The error in one line; an error other than UserError is given the sample's name and its type."""
     if isinstance(error, UserError):
         return str(error)
-    return f"{short(name)}: cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return f"{short(name)}: cannot be used ({type(error).__name__}: {one_line(error)[:200]})"
 
 
 def _bytes_of(recipe: Recipe) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kangaroo_jax.data.media.storage import MEMBER
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.installing import install_line
 
 
@@ -57,4 +57,4 @@ def _opened(file: str) -> tuple[Any, Any]:
     try:
         return features(), ArrayRecordReader(file)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{file}: not a readable ArrayRecord file ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{file}: not a readable ArrayRecord file ({one_line(error)[:120]})") from None

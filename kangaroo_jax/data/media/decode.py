@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from kangaroo_jax.data.media.storage import MediaCache, short, use_cache
 from kangaroo_jax.data.media.video import Clip, MediaInfo, MediaRef, load_frames, load_media, probe_cached
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.processes import Lost, WorkerPool
 
 TIME_LIMIT = 120.0  # seconds for one file
@@ -70,7 +70,7 @@ def decode_one(ref: MediaRef, image_size: int, seconds: float | None = None) -> 
     except UserError as error:
         return error
     except Exception as error:  # a file that breaks a library must not stop training
-        return UserError(f"{name}: cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})")
+        return UserError(f"{name}: cannot be decoded ({type(error).__name__}: {one_line(error)})")
     if len(clip.pixels) != len(ref.times):
         return UserError(f"{name}: {len(clip.pixels)} frames decoded, {len(ref.times)} promised")
     return clip
@@ -83,7 +83,7 @@ def probe_one(path: str, kind: str, seconds: float | None = None) -> MediaInfo |
     except UserError as error:
         return error
     except Exception as error:
-        return UserError(f"{short(path)}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
+        return UserError(f"{short(path)}: cannot be read ({type(error).__name__}: {one_line(error)})")
 
 
 class ThreadDecoder(Decoder):

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.storage import check_file, local, short
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 MAX_PIXELS = 178_956_970  # pixels of a still image; PIL's own limit against decompression bombs
@@ -124,7 +124,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image that can be read; give a JPEG, PNG or WebP file") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # raised for damaged files
-        raise UserError(f"{name}: cannot read the image ({' '.join(str(error).split())})") from None
+        raise UserError(f"{name}: cannot read the image ({one_line(error)})") from None
 
 
 @functools.cache

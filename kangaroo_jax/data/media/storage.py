@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from kangaroo_jax.data.media.addresses import check_scheme, is_remote, short
 from kangaroo_jax.data.media.download import Limits, download
-from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.errors import UserError, one_line, printable
 from kangaroo_jax.system.json_text import utf8
 
 MEMBER = "::"  # separates a container from its member
@@ -109,7 +109,7 @@ class MediaCache:
         except UserError:
             raise
         except Exception as error:  # fsspec's backends raise their libraries' exceptions
-            reason = printable(" ".join(str(error).split())) or type(error).__name__
+            reason = printable(one_line(error)) or type(error).__name__
             raise UserError(f"{short(address)}: cannot be fetched ({reason[:200]})") from None
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kangaroo_jax.data.media.storage import current_cache
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.installing import install_line
 
 IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
@@ -47,7 +47,7 @@ class ParquetTable:
             schema = self._file.schema
             self.leaves = [schema.column(i).path for i in range(len(schema))]  # dotted names of all leaf columns
         except self._errors as error:
-            raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+            raise UserError(f"{path}: not a readable Parquet file ({one_line(error)})") from None
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
         size = os.path.getsize(path)
@@ -164,7 +164,7 @@ class ParquetTable:
             )
 
     def _unreadable(self, group: int, error: Exception) -> UserError:
-        return UserError(f"{self._path}: row group {group} cannot be read ({' '.join(str(error).split())[:200]})")
+        return UserError(f"{self._path}: row group {group} cannot be read ({one_line(error)[:200]})")
 
     # ------------------------------------------------------------------------------- media
 
