@@ -123,7 +123,8 @@ def test_no_file_and_no_room_is_oversized():
     ("code", "absent"),
     [
         ("import kangaroo_jax", HEAVY),
-        ("from kangaroo_jax.cli.main import main; main(['--help'])", HEAVY),
+        ("from kangaroo_jax.cli.main import main; main(['--help'])", HEAVY + " cyclopts rich"),
+        ("from kangaroo_jax.cli.main import JOBS, main; [main([job, '--help']) for job in JOBS]", HEAVY),
         ("import kangaroo_jax.training.curriculum, kangaroo_jax.data.batches.loader", NEVER_IN_TRAINING),
         ("import kangaroo_jax.bench.train", "grain av PIL orbax sentencepiece"),
     ],

@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from kangaroo_jax.checkpoints.digests import Digests, digests
-from kangaroo_jax.checkpoints.frozen import FOLDER, name_of, weight_folders
+from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.checkpoints.reading import ITEMS, NotFinite, check_digests, damaged, named_if_damaged, restore_arrays
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.array_writing import array_handler
@@ -76,7 +76,7 @@ class Checkpoints:
         """
         self._frozen_sums = self._sums({FOLDER: state.frozen}, int(state.step))[FOLDER]
         if state.frozen:
-            self._frozen.write(state.frozen, self._frozen_sums)
+            self._frozen_name = self._frozen.write(state.frozen, self._frozen_sums)
 
     def _sums(self, items: Mapping[str, Any], step: int) -> dict[str, Digests]:
         """The digests of each item. Raises NotFinite."""
@@ -105,7 +105,7 @@ class Checkpoints:
         if self._frozen_sums:
             self._frozen.wait()
             sums[FOLDER] = self._frozen_sums
-            items[FOLDER] = ocp.args.JsonSave({"folder": name_of(self._frozen_sums)})
+            items[FOLDER] = ocp.args.JsonSave({"folder": self._frozen_name})
         self._manager.save(
             self.begun,
             args=ocp.args.Composite(

@@ -18,7 +18,6 @@ from kangaroo_jax.cli.data import check
 from kangaroo_jax.cli.jobs import JOBS, commands_of
 from kangaroo_jax.cli.train import train
 from kangaroo_jax.config import stage_config
-from kangaroo_jax.config_files import config_keys, find_config, load_config, nearest
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
@@ -26,7 +25,6 @@ from kangaroo_jax.training import curriculum, loop
 
 ROOT = Path(__file__).parents[2]
 NO_BENCHES = {"__init__", "faulty_server", "torch_kangaroo"}
-HEAVY = {"jax", "numpy", "flax", "absl", "ml_collections", "av", "PIL"}
 TRAIN = ["train", "--config=stage3_refine:tiny"]
 
 
@@ -45,12 +43,9 @@ def trained(monkeypatch) -> list:
     return configs
 
 
-def test_help_lists_every_job_and_imports_nothing_heavy():
-    code = "import sys; from kangaroo_jax.cli.main import main; main(['--help']); print(*sys.modules, sep=chr(10))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    for job in cli.JOBS.values():
-        assert job.summary in done.stdout
-    assert not {*HEAVY, "cyclopts", "rich"} & set(done.stdout.splitlines())
+def test_help_lists_every_job(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(job.summary in out for job in cli.JOBS.values())
 
 
 def test_module_is_the_same_command(capsys):
@@ -143,13 +138,6 @@ def test_help_of_a_job_of_jobs_lists_them(job, capsys):
     code, out, _ = run(capsys, job, "--help")
     assert code == 0 and JOBS[job].summary in out and all(f"\n  {name} " in out for name in commands_of(job))
     assert run(capsys, *out.splitlines()[0].split()[1:])[0] == 0
-
-
-def test_help_of_jobs_imports_nothing_heavy():
-    code = "import sys; from kangaroo_jax.cli.main import main, JOBS; [main([job, '--help']) for job in JOBS]"
-    code += f"; print(*({HEAVY} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.endswith("\n\n")
 
 
 def test_a_flag_is_written_with_hyphens_and_was_with_underscores(tmp_path, capsys):
@@ -508,55 +496,3 @@ def test_devices_that_are_not_there_are_one_line_before_any_work(job, kind, text
     assert (code, out) == (2, "") and error.count("\n") == 1
     assert error.startswith("kangaroo: JAX_PLATFORMS=tpu: JAX finds no such devices here") and "damaged" not in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-# ------------------------------------------------------------------------------ config files
-
-
-def test_every_stage_file_loads_with_every_preset():
-    files = (ROOT / "configs").glob("*.py")
-    names = sorted(path.stem for path in files if "stage_config" in path.read_text())  # the others train nothing
-    assert len(names) >= 5
-    for name in names:
-        for preset in ("tiny", "base_100m", "kangaroo_8b"):
-            config = load_config(f"{name}:{preset}")
-            assert config.stage == name and config.model.preset == preset and config.is_locked
-        assert len([key for key in config_keys(config) if "." in key]) < 120
-
-
-def test_a_preset_has_stages_of_its_own_or_those_of_the_paper():
-    """The small world of the quickstart stands apart: no stage file asks which preset it is for."""
-    paper, middle, tiny = (load_config(f"stage3_refine:{preset}") for preset in ("kangaroo_8b", "base_100m", "tiny"))
-    assert paper.data == middle.data and paper.optimizer == middle.optimizer and paper.train == middle.train
-    assert (paper.data.image_size, tiny.data.image_size) == (448, 32) and tiny.data.max_frames == 16
-    assert load_config("configs/tiny/stage3_refine.py") == load_config("configs/stage3_refine.py:tiny") == tiny
-    with pytest.raises(UserError, match="did you mean 'stage0_text_warmup:tiny'"):
-        load_config("stage0_text_warmup:base_100m")
-    for file in (ROOT / "configs").glob("stage*.py"):
-        assert "if preset" not in file.read_text(encoding="utf-8")
-
-
-def test_a_path_wins_over_a_name_and_mistakes_in_it_are_one_line(tmp_path):
-    mine = tmp_path / "stage3_refine.py"
-    mine.write_text(find_config("stage3_refine").read_text().replace('c.stage = "stage3_refine"', 'c.stage = "mine"'))
-    assert load_config(f"{mine}:tiny").stage == "mine"
-    assert load_config("configs/stage3_refine.py:tiny").stage == "stage3_refine"
-    for text, message in {
-        "x = 1": "defines no function get_config",
-        "def get_config(): return {}": "get_config returned dict",
-        "def get_config(): return None": "takes no preset",
-        "import nothing_of_this_name": "cannot be loaded .ModuleNotFoundError",
-        "def get_config(": "cannot be loaded .SyntaxError",
-        "def get_config(preset): raise ValueError('two\\nlines')": "two lines",
-    }.items():
-        mine.write_text(text)
-        with pytest.raises(UserError, match=message) as error:
-            load_config(f"{mine}:tiny" if "get_config(): return {}" not in text else str(mine))
-        assert "\n" not in str(error.value)
-
-
-def test_nearest_finds_a_key_whose_section_is_missing():
-    keys = ["optimizer", "optimizer.learning_rate", "train.steps"]
-    assert nearest("learning_rte", keys) == " (did you mean 'optimizer.learning_rate'?)"
-    assert nearest("optimiser.learning_rate", keys) == " (did you mean 'optimizer.learning_rate'?)"
-    assert nearest("zzz", keys) == ""

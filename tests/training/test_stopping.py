@@ -185,6 +185,7 @@ def test_a_preempted_run_saves_before_the_next_step_begins(corpus, tmp_path, mon
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow  # it compiles a stage: 11 s
 def test_a_signal_in_the_last_step_lets_no_stage_follow(corpus, tmp_path, monkeypatch):
     """The stage is done, to its last checkpoint; the next is begun when the command is run again."""
     put, begun = HostRows.put, []
