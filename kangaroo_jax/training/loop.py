@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
             If it came in the last step, the stage is finished as well.
     """
     check_config(config)
-    mesh_devices()  # fails early if there are none
+    jax.devices()  # fails early if there are none
     workdir, start = Path(workdir), time.perf_counter()
     tell = unbroken(tell) if is_main() else lambda line: None
     with contextlib.ExitStack() as stack:
@@ -114,7 +114,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     # ------------------------------------------------------------------------------ mesh
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.train.compile_cache)
-    devices = mesh_devices()
+    devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
     plain = to_plain(config)
     config = resolve(config, chip, len(devices), len({getattr(d, "slice_index", 0) or 0 for d in devices}))
@@ -278,11 +278,6 @@ def saved_by_number(step: int, config: ConfigDict) -> bool:
     """Whether a checkpoint follows `step` by its number, independently of time."""
     every = [number for number in (config.train.checkpoint_every, config.train.keep_period) if number]
     return step == config.train.steps or any(step % number == 0 for number in every)
-
-
-def mesh_devices() -> list[jax.Device]:
-    """The devices that a stage runs on: all devices of all hosts."""
-    return jax.devices()
 
 
 def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict[str, float]:

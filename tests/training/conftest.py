@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +32,15 @@ def record(name: str, medium: str, tag: str, turns: list[tuple[str, str]]) -> di
         conversations.append({"from": "human", "value": f"<{tag}>\n{question}" if i == 0 else question})
         conversations.append({"from": "gpt", "value": answer})
     return {"id": name, tag: medium, "conversations": conversations}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The meshes of a module's tests are of one device."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,20 +25,15 @@ from kangaroo_jax.training.step import TrainState
 from kangaroo_jax.training.stopping import locked
 from tests.training.test_loop import small_stage
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(loop, "mesh_devices", lambda: jax.devices()[:1])
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory) -> Path:
+def trained(corpus, tmp_path_factory, one_device) -> Path:
     """A stage of four steps, with the checkpoints 2 and 4, whose data and tokenizer are its own copies."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copy(corpus / "stage4.jsonl", folder / "data.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "mesh_devices", lambda: jax.devices()[:1])
-        train(config_of(folder, corpus), folder / "run", tell=lambda _: None)
+    train(config_of(folder, corpus), folder / "run", tell=lambda _: None)
     return folder
 
 

@@ -28,6 +28,8 @@ from kangaroo_jax.training.metrics import read_metrics, read_samples
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def small_stage(name: str, corpus: Path, steps: int, **kwargs):
     config = curriculum.stage(
@@ -39,14 +41,6 @@ def small_stage(name: str, corpus: Path, steps: int, **kwargs):
     for key, value in kwargs.items():
         config.update_from_flattened_dict({key: value})
     return config
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The meshes of these tests are of one device."""
-    from kangaroo_jax.training import loop
-
-    monkeypatch.setattr(loop, "mesh_devices", lambda: jax.devices()[:1])
 
 
 def test_stage_learns_and_leaves_its_records(corpus, tmp_path):

@@ -5,25 +5,17 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import pytest
 
 from kangaroo_jax.checkpoints import reading
-from kangaroo_jax.training import loop
 from kangaroo_jax.training.distributed import Preempted
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics
 from tests.training.test_loop import small_stage
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STEPS, EVERY = 7, 3  # the last two checkpoints are kept: after 6 and 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """The meshes of these tests are of one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "mesh_devices", lambda: jax.devices()[:1])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +26,7 @@ def config(corpus):
 
 
 @pytest.fixture(scope="module")
-def straight(config, tmp_path_factory) -> Path:
+def straight(config, tmp_path_factory, one_device) -> Path:
     """The folder of a training that nothing interrupted, with its checkpoints after 3, 6 and 7."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     train(config, workdir, tell=lambda _: None)

@@ -12,7 +12,6 @@ import textwrap
 import time
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -32,10 +31,7 @@ from kangaroo_jax.training.stopping import SaveClock, explained_disk, unbroken
 from tests.training.test_distributed import free_port
 from tests.training.test_loop import small_stage
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(loop, "mesh_devices", lambda: jax.devices()[:1])
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
