@@ -7,7 +7,7 @@ import pytest
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
-from kangaroo_jax.system.json_text import json_line, parse_json, utf8
+from kangaroo_jax.system.json_text import json_line, json_lines, parse_json, read_objects, utf8
 
 BAD = [
     ('{"a": 1,}', "x, line 1: not JSON (Illegal trailing comma before end of object, column 8)"),
@@ -40,3 +40,17 @@ def test_text_comes_back_whatever_it_holds(text: str, tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": text})
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"a": text}
     assert utf8(text).decode()
+
+
+def test_lines_of_json_are_told_one_by_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"a": "x\u2028y"}\n \n[1]\n{"a":'.encode())
+    (_, first), *rest = json_lines(path)
+    assert first == {"a": "x\u2028y"} and [where for where, _ in rest] == [f"{path}, line 3", f"{path}, line 4"]
+    assert str(rest[0][1]).endswith("line 3: expected an object, found list") and "line 4: not JSON" in str(rest[1][1])
+    rows = read_objects(path)
+    assert next(rows) == first
+    with pytest.raises(UserError, match="line 3"):
+        next(rows)
+    with pytest.raises(UserError, match="b.jsonl: cannot be read"):
+        list(read_objects(tmp_path / "b.jsonl"))
