@@ -78,6 +78,14 @@ def test_what_a_kill_has_left_is_cleared_and_no_checkpoint_is_whole_before_the_f
     np.testing.assert_array_equal(restored(tmp_path, small(0)).frozen["b"], small(1).frozen["b"])
 
 
+def test_what_cannot_be_cleared_stops_no_save(tmp_path):
+    folder = tmp_path / "checkpoints" / "frozen"
+    folder.mkdir(parents=True)
+    (folder / "other.orbax-checkpoint-tmp").touch()  # a file, in place of a folder
+    save(tmp_path, small(1))
+    assert len(names(folder)) == 2
+
+
 def test_frozen_weights_that_are_stored_otherwise_have_a_folder_of_their_own(tmp_path):
     folder = save(tmp_path, small(1), small(2))
     save(tmp_path, small(3, dtype=jnp.float32))

@@ -1,13 +1,14 @@
 """What a step reports: lines of JSON in order, rates over a window, one line for people."""
 
 import json
+import os
 import sys
 import types
 
 import pytest
 
 from kangaroo_jax.training import metrics
-from kangaroo_jax.training.metrics import MetricLog, StepLine, drop_after, number, read_metrics
+from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, drop_after, number, read_metrics
 
 
 class Clock:
@@ -65,6 +66,17 @@ def test_lines_after_a_step_are_dropped_and_that_step_is_kept(tmp_path):
     path.write_text("".join(json.dumps({"step": step, "x": [step]}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "x')
     drop_after(path, 2)
     assert path.read_text() == '{"step": 1, "x": [1]}\n{"step": 2, "x": [2]}\n'
+
+
+@pytest.mark.parametrize(("size", "full"), [(2**26 - 100, False), (2**26, True)])
+def test_a_log_of_samples_begins_anew_at_64_mib(tmp_path, size, full):
+    path = tmp_path / "samples.jsonl"
+    path.touch()
+    os.truncate(path, size)  # a file of nothing: it takes no place
+    log = SampleLog(tmp_path)
+    log.write(1, ["a"])
+    log.close()
+    assert (tmp_path / "samples.jsonl.1").exists() == full and (path.stat().st_size == 0) == full
 
 
 def test_strange_lines_are_passed_over_and_what_is_no_number_counts_nothing(tmp_path):
