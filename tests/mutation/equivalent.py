@@ -17,4 +17,6 @@ EQUIVALENT: dict[str, str] = {
     " | order = jnp.argsort(weights == 0, axis=1)": "JAX sorts stably where nothing is said",
     "kangaroo_jax/models/attention.py | if queries.segments is not None and keys.segments is not None:"
     " | if queries.segments is not None or keys.segments is not None:": "segments are a pair of both, or None",
+    'kangaroo_jax/training/distributed.py | thread = threading.Thread(target=watch, name="waiting", daemon=True)'
+    ' | thread = threading.Thread(target=watch, name="waiting")': "the block that starts it always ends it",
 }

@@ -81,7 +81,8 @@ def wait_until(condition) -> None:
 
 
 def test_signs_of_life_are_written_with_the_step_and_end_with_finished(two, tmp_path):
-    two.values["kangaroo/alive/1"] = sign("finished")
+    beat = {"beat": 100.0, "step": 1, "step_time": 90.0, "state": "finished"}  # by the other's clock
+    two.values["kangaroo/alive/1"] = json.dumps(beat)
     with Watchdog(timeout=30, path=tmp_path / "hosts.json") as watchdog:
         wait_until(lambda: "kangaroo/alive/0" in two.values)
         assert alive(two, 0)["step"] == 0
@@ -89,7 +90,8 @@ def test_signs_of_life_are_written_with_the_step_and_end_with_finished(two, tmp_
         wait_until(lambda: alive(two, 0)["step"] == 7 and (tmp_path / "hosts.json").exists())
         assert alive(two, 0)["state"] == "" and alive(two, 0)["step_time"] > 0
     assert alive(two, 0)["state"] == "finished" and alive(two, 0)["step"] == 7
-    assert sorted(json.loads((tmp_path / "hosts.json").read_text())) == ["0", "1"]
+    hosts = json.loads((tmp_path / "hosts.json").read_text())
+    assert sorted(hosts) == ["0", "1"] and 10 <= hosts["1"]["last_step_seconds_ago"] < 90
 
 
 def test_no_sign_of_life_follows_the_last_word(two, monkeypatch):
