@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from kangaroo_jax.training import loop
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics, read_samples
-from kangaroo_jax.training.resume import check_resume, check_tokenizer
+from kangaroo_jax.training.resume import check_resume, check_tokenizer, same_tokens
 from kangaroo_jax.training.step import TrainState
 from kangaroo_jax.training.stopping import locked
 from tests.training.test_loop import small_stage
@@ -113,6 +114,16 @@ def test_another_tokenizer_is_refused_on_resume_and_as_a_start(trained, corpus, 
     assert "is another tokenizer" in check_tokenizer(folder, config, loop.open_tokenizer(config))
     reading.keep_tokenizer(config.data.tokenizer, tmp_path)
     assert reading.find_tokenizer(tmp_path).read_bytes() == (tmp_path / "other.model").read_bytes()
+
+
+def test_tokenizers_are_the_same_by_size_ends_names_and_text():
+    def made(size=3, stop_ids=(1, 2), names="abc", texts="xyz"):
+        texts_of = lambda ids: "".join(texts[i] for i in ids)  # noqa: E731
+        return types.SimpleNamespace(vocab_size=size, stop_ids=stop_ids, name=names.__getitem__, decode=texts_of)
+
+    assert same_tokens(made(), made())
+    for other in ({"size": 2}, {"stop_ids": (1, 0)}, {"names": "abd"}, {"texts": "xyy"}):
+        assert not same_tokens(made(), made(**other)) and not same_tokens(made(**other), made())
 
 
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
