@@ -213,6 +213,42 @@ def curate(*, input: str, rounds: Natural = 0, json: bool = False) -> None:
         print("two workers against one: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
 
 
+def chat(
+    *,
+    vs: str = "transformers",
+    preset: str = "base_100m",
+    batch: str = "1,8",
+    prompt: str = "2048,8192",
+    new: Count = 32,
+    rounds: Count = 3,
+    json: bool = False,
+) -> None:
+    """Measure answering with the engine beside transformers' generate: same random weights, same prompts, in turn.
+
+        kangaroo bench chat --vs=transformers --batch=1 --prompt=2048
+
+    Args:
+        vs: transformers
+        preset: of the model
+        batch: conversations at a time, with commas
+        prompt: tokens of each, three quarters of them vision tokens, with commas
+        new: tokens of an answer
+        rounds: how often the two take turns
+        json: print JSON
+    """
+    _begin()
+    if vs != "transformers":
+        raise UserError(f"bench chat: --vs={vs}: there is only transformers to compare with")
+    from kangaroo_jax.bench.chat import bench_chat
+
+    sizes = [[int(n) for n in listed(text) if n.isascii() and n.isdigit() and int(n)] for text in (batch, prompt)]
+    if not all(sizes) or [len(found) for found in sizes] != [text.count(",") + 1 for text in (batch, prompt)]:
+        raise UserError("bench chat: --batch and --prompt must be numbers, such as 1,8")
+    rows = bench_chat(preset, sizes[0], sizes[1], new, rounds, tell=(lambda line: None) if json else print)
+    if json:
+        print(json_text.dumps(rows))
+
+
 def _begin() -> None:
     """Set up a process for measurements."""
     from kangaroo_jax.system.memory import keep_freed_memory
@@ -234,4 +270,5 @@ COMMANDS = {
     "convert": convert,
     "annotate": annotate,
     "curate": curate,
+    "chat": chat,
 }

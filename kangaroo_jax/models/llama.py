@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,14 @@ CACHE = (None, "batch", "tokens", "activation_kv_heads", None)
 class LayerMemory(Protocol):
     """What a layer remembers of earlier tokens; a pytree."""
 
-    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, LayerMemory]":
+    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Self]:
         """Remember the keys and values [B, T, K, H] of new tokens, and attend to all that their positions may see.
 
         query [B, T, N, H] -> (context [B, T, N, H], what is remembered from now on).
         """
+
+
+SomeMemory = TypeVar("SomeMemory", bound=LayerMemory)
 
 
 @jax.tree_util.register_dataclass
@@ -229,8 +232,8 @@ class Llama(nnx.Module):
         return self.norm(x), memory.cache if memory is not None else None
 
     def read(
-        self, embeddings: jax.Array, positions: jax.Array, memories: Sequence[LayerMemory]
-    ) -> tuple[jax.Array, list[LayerMemory]]:
+        self, embeddings: jax.Array, positions: jax.Array, memories: Sequence[SomeMemory]
+    ) -> tuple[jax.Array, list[SomeMemory]]:
         """Tokens after those that each layer remembers, through layers that are unstacked (`stack.unstack_layers`).
 
         embeddings [B, T, D], positions int32[B, T] -> (hidden [B, T, D] after the final norm, the layers' memories).

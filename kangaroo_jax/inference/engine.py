@@ -1,0 +1,407 @@
+"""The engine: many conversations at a time through one model, by one thread that owns the device.
+
+Between two steps of those that are being answered at most one piece of a prompt is read, so that nobody waits long
+for the next token. A step's tokens stay on the device for the next one, and are read while that runs.
+"""
+
+import dataclasses
+import functools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.memory import HostMemory, Identities
+from kangaroo_jax.inference.programs import Programs
+from kangaroo_jax.inference.requests import Answer, EngineError, Request, Ticket
+from kangaroo_jax.inference.running import Detokenizer, Run
+from kangaroo_jax.inference.sampling import Choices, Chosen, seen_in_prompt
+from kangaroo_jax.inference.scheduling import Queue
+from kangaroo_jax.inference.sizes import Sizes
+from kangaroo_jax.inference.slots import Slots
+from kangaroo_jax.inference.vision import Vision
+from kangaroo_jax.models.kangaroo import KangarooModel
+
+FAILURES = 2  # so many one after another end the engine
+AHEAD = 2  # pieces of prompts that may wait on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step under way: whose tokens, in the order of its rows."""
+
+    runs: tuple[Run, ...]
+    chosen: Chosen
+
+
+class _Ended(Exception):
+    """The engine cannot go on."""
+
+
+class Engine:
+    """Answers requests; a context manager, which closes it.
+
+    Attributes:
+        programs: what is compiled.
+        failed: why it has ended by itself, None while it has not.
+    """
+
+    def __init__(
+        self,
+        model: KangarooModel,
+        sizes: Sizes,
+        *,
+        vision: Callable[[Programs], Vision] | None = None,
+        detokenizer: Callable[[tuple[str, ...]], Detokenizer] | None = None,
+        host_bytes: int = 0,
+        mesh: Mesh | None = None,
+        precision: str | None = None,
+    ) -> None:
+        """Starts its thread; nothing is compiled before it is needed, or `warm_up` is called.
+
+        Args:
+            model: with unstacked layers (`KangarooModel.unstack`).
+            sizes: slots and programs.
+            vision: makes what looks at media; without it prompts are text alone.
+            detokenizer: makes what turns tokens into text, given the stop strings; without it there is no text.
+            host_bytes: of the host's memory for conversations that have lost their slot.
+            mesh: over which the weights and memories are cut.
+            precision: of matrix products, as `jax.default_matmul_precision` has it.
+        """
+        self.programs = Programs(model, sizes, mesh=mesh, precision=precision)
+        self.failed: str | None = None
+        self._vision = vision(self.programs) if vision is not None else None
+        self._detokenizer = detokenizer
+        self._host = HostMemory(host_bytes)
+        self._slots = Slots(self.programs, sizes.classes, spare=sizes.spare, host=self._host)
+        self._queue = Queue(self._slots, Identities())
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._new: list[Run] = []
+        self._closing: float | None = None  # when what is under way is given up
+        self._awake = threading.Event()
+        self._under_way: dict[int, _Step | None] = {capacity: None for capacity, _ in sizes.classes}
+        self._last = {capacity: self.programs.no_tokens() for capacity, _ in sizes.classes}
+        self._choices: dict[int, tuple[tuple[Run, ...], Choices]] = {}
+        self._spares: list[tuple[Any, Any]] = []  # tails and what was seen, for rows that nobody has
+        self._markers: list[tuple[Run, Any]] = []
+        self._failures = 0
+        if self._vision is not None:
+            self._vision.listener = self._awake.set
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------------------- for any thread
+
+    def submit(self, request: Request) -> Ticket:
+        """Take a request in; its ticket tells what becomes of it.
+
+        Raises:
+            UserError: the prompt is longer than the largest slot, or has media where none can be looked at.
+            EngineError: the engine is closed or has failed.
+        """
+        room = self._slots.room
+        scored = 0 if request.continuation is None else len(request.continuation)
+        if len(request.tokens) + scored > room:
+            raise UserError(
+                f"the prompt has {len(request.tokens) + scored} tokens, but a conversation may have {room} here: "
+                "shorten it, take fewer frames, or make the slots larger"
+            )
+        if request.media and self._vision is None:
+            raise UserError("the prompt has media, and this engine looks at none")
+        if not all(0 <= token < self.programs.vocabulary for token, _ in request.sampling.bias):
+            raise UserError(f"bias: ids of tokens must be between 0 and {self.programs.vocabulary - 1}")
+        ticket = Ticket(request, self._awake.set)
+        detokenizer = self._detokenizer(request.stop) if self._detokenizer is not None else None
+        run = Run(ticket, request, detokenizer, room)
+        with self._lock:
+            if self._closing is not None or self.failed:
+                raise EngineError(self.failed or "the engine is closed")
+            if self._vision is not None:
+                run.watched = [self._vision.watch(ref, request.namespace) for ref in request.media]
+            self._new.append(run)
+        self._awake.set()
+        return ticket
+
+    def warm_up(self, image_size: int) -> int:
+        """Compile all programs, for frames of `image_size` pixels; how many there are."""
+        self.programs.warm_up(image_size)
+        return self.programs.compiled
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the beginning, and what there is now.
+
+        `tokens_prefilled`, `tokens_cached` (of prompts) and `tokens_generated`; `steps`; `programs_compiled`; requests
+        `waiting`, `prefilling` and `running`, and those that ended by `requests_REASON`; slots by `slots_STATE`;
+        `host_bytes` and `host_conversations`; and what `Vision.stats` counts.
+        """
+        queue = self._queue
+        now = {
+            "waiting": len(self._new) + len(queue.waiting),
+            "prefilling": len(queue.prefilling),
+            "running": len(queue.running),
+            "programs_compiled": self.programs.compiled,
+            "host_bytes": self._host.bytes,
+            "host_conversations": len(self._host),
+        }
+        names = ("tokens_prefilled", "tokens_cached", "tokens_generated", "steps", "requests")
+        counts = {name: self._counts[name] for name in names} | dict(self._counts)
+        slots = {f"slots_{name}": count for name, count in self._slots.counts().items()}
+        return counts | now | slots | (self._vision.stats() if self._vision is not None else {})
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take nothing in any more, let what is under way end for `drain` seconds, and give up the rest."""
+        with self._lock:
+            self._closing = time.monotonic() + drain
+        self._awake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # ----------------------------------------------------------------------------- the engine's thread
+
+    def _work(self) -> None:
+        reason = "the engine is closed"
+        try:
+            while not self._is_over():
+                self._awake.clear()
+                if not self._turn():
+                    wait = None if self._closing is None else max(0.0, self._closing - time.monotonic())
+                    if not self._is_over():
+                        self._awake.wait(wait)
+        except _Ended as error:
+            reason = f"the engine has ended: {error}"
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            reason = f"the engine has ended: {type(error).__name__}: {error}"
+        with self._lock:
+            self.failed = reason
+            left = [*self._new, *self._queue.everybody()]
+            self._new = []
+        for run in left:
+            self._leave(run)
+            run.ticket.tell(EngineError(reason))
+        if self._vision is not None:
+            self._vision.close()
+
+    def _is_over(self) -> bool:
+        if self._closing is None:
+            return False
+        return time.monotonic() >= self._closing or not (self._new or self._queue.everybody())
+
+    def _turn(self) -> bool:
+        """Do what can be done now, a little of each; False where nothing can."""
+        with self._lock:
+            new, self._new = self._new, []
+        self._counts["requests"] += len(new)
+        self._queue.waiting += new
+        self._drop()
+        placed = self._queue.place(self._fail)
+        for run in placed:
+            self._counts["tokens_cached"] += run.usage.cached_tokens
+        stepped = any([self._step(capacity) for capacity in self._under_way])
+        read = self._read_piece()
+        looked = self._vision is not None and self._vision.pump()
+        return bool(new or placed or stepped or read or looked)
+
+    def _drop(self) -> None:
+        """End requests that were cancelled, or whose media cannot be read."""
+        for run in self._queue.everybody():
+            error = next((watched.error for watched in run.watched if watched.error is not None), None)
+            if run.ticket.cancelled:
+                self._end(run, "cancelled")
+            elif error is not None and run not in self._queue.running:
+                self._fail(run, error)
+
+    # ------------------------------------------------------------------------------------- prompts
+
+    def _read_piece(self) -> bool:
+        """Read a piece of the first prompt of which one is there, or score a piece; False where there is none."""
+        self._settle(AHEAD)
+        for run in self._queue.prefilling:
+            if run.left() and not run.piece_ready(self.programs.sizes):
+                continue
+            self._guarded([run], functools.partial(self._extend if run.left() else self._score, run))
+            return True
+        self._settle(0)
+        return False
+
+    def _extend(self, run: Run) -> None:
+        slot = run.slot
+        assert slot is not None
+        tokens, vision = run.piece(self.programs.sizes, self.programs.width, self.programs.dtype)
+        large = self._slots.writable(slot)
+        large.content, marker = self.programs.extend(large.content, tokens, vision, slot.filled)
+        slot.filled += len(tokens)
+        self._counts["tokens_prefilled"] += len(tokens)
+        self._markers.append((run, marker))
+        if not run.left():
+            run.prompt_read()
+            if run.request.continuation is None:
+                self._queue.answer(run)
+
+    def _score(self, run: Run) -> None:
+        """Read a piece of a continuation, and how likely its tokens are."""
+        slot, continuation = run.slot, run.request.continuation
+        if continuation is None:  # all but the last token of the prompt was remembered
+            self._queue.answer(run)
+            return
+        assert slot is not None
+        done = len(run.chosen)
+        fed = np.concatenate([run.request.tokens[-1:], continuation[:-1]])[done : done + self.programs.sizes.chunks[0]]
+        following = continuation[done : done + len(fed)]
+        large = self._slots.writable(slot)
+        large.content, found = self.programs.score(large.content, fed.astype(np.int32), slot.filled, following)
+        slot.filled += len(fed)
+        run.scored(following, [np.asarray(array) for array in found])
+        self._failures = 0
+        if len(run.chosen) == len(continuation):
+            self._end(run, "length")
+
+    def _settle(self, ahead: int) -> None:
+        """Wait until no more than `ahead` pieces of prompts are on their way."""
+        while len(self._markers) > ahead:
+            run, marker = self._markers.pop(0)
+            self._guarded([run], functools.partial(self._wait_for, marker))
+
+    def _wait_for(self, marker: Any) -> None:
+        jax.block_until_ready(marker)
+        self._failures = 0
+
+    # ------------------------------------------------------------------------------------- answers
+
+    def _step(self, capacity: int) -> bool:
+        """Let every conversation of a class read a token, then see what the step before chose."""
+        before = self._under_way[capacity]
+        runs = [run for run in self._queue.running if run.slot is not None and run.slot.capacity == capacity]
+        wanted = tuple(run for run in runs if run.dispatched < run.limit)
+        self._under_way[capacity] = None
+        if wanted:
+            self._under_way[capacity] = self._guarded(wanted, lambda: self._dispatch(capacity, wanted))
+        if before is not None:
+            self._guarded([run for run in before.runs if not run.ended], lambda: self._see(before))
+        return bool(wanted or before)
+
+    def _dispatch(self, capacity: int, runs: tuple[Run, ...]) -> _Step:
+        programs, count = self.programs, len(runs)
+        size = next(rows for rows in programs.sizes.rows if rows >= count)
+        while len(self._spares) < size - count:
+            self._spares.append((programs.empty_tail(), programs.nothing_seen()))
+        numbers = np.zeros((5, size), np.int32)
+        numbers[0] = -1
+        slots = []
+        for row, run in enumerate(runs):
+            assert run.slot is not None
+            self._slots.ready_for_token(run.slot)
+            if run.seen is None:
+                penalised = run.request.sampling.penalises
+                text = run.request.tokens[~run.request.is_vision]
+                run.seen = programs.nothing_seen(seen_in_prompt(text, programs.vocabulary) if penalised else None)
+            given = run.request.tokens[-1]
+            source = -1 if not run.dispatched else run.row
+            numbers[:, row] = source, given, run.slot.filled, run.slot.in_tail, run.dispatched
+            slots.append(run.slot)
+        spares = self._spares[: size - count]
+        larges = [slot.large.content for slot in slots if slot.large is not None]
+        choices = self._choices_of(capacity, runs, size)
+        try:
+            chosen, tails, seen = programs.decode(
+                [*larges, *larges[:1] * len(spares)],
+                [*(slot.tail for slot in slots), *(tail for tail, _ in spares)],
+                [*(run.seen for run in runs), *(seen for _, seen in spares)],
+                self._last[capacity],
+                numbers,
+                choices,
+            )
+        except Exception:
+            self._spares = []  # some may have been used up
+            raise
+        for row, (run, slot) in enumerate(zip(runs, slots, strict=True)):
+            slot.tail, run.seen, run.row = tails[row], seen[row], row
+            slot.in_tail += 1
+            run.dispatched += 1
+        self._spares[: size - count] = zip(tails[count:], seen[count:], strict=True)
+        self._last[capacity] = chosen.tokens
+        chosen.tokens.copy_to_host_async()
+        self._counts["steps"] += 1
+        return _Step(runs, chosen)
+
+    def _choices_of(self, capacity: int, runs: tuple[Run, ...], size: int) -> Choices:
+        """The settings of a step's rows, sent to the device when the rows change."""
+        known = self._choices.get(capacity)
+        if known is None or known[0] != runs:
+            requests = [run.request for run in runs]
+            samplings = [request.sampling for request in requests]
+            samplings += [type(samplings[0])()] * (size - len(runs))
+            wants = [request.logprobs is not None for request in requests] + [False] * (size - len(runs))
+            choices = self.programs.choices(Choices.of(samplings, wants, self.programs.vocabulary))
+            self._choices[capacity] = known = runs, choices
+        return known[1]
+
+    def _see(self, step: _Step) -> None:
+        """Hand on the tokens that a step chose."""
+        tokens = np.asarray(step.chosen.tokens)
+        logprobs: Sequence[np.ndarray] | None = None
+        if any(run.request.logprobs is not None for run in step.runs):
+            logprobs = [np.asarray(x) for x in (step.chosen.logprobs, step.chosen.best, step.chosen.best_logprobs)]
+        self._failures = 0
+        for row, run in enumerate(step.runs):
+            if not run.ended:
+                self._counts["tokens_generated"] += 1
+                reason = run.token(int(tokens[row]), None if logprobs is None else [x[row] for x in logprobs])
+                if reason is not None:
+                    self._end(run, reason)
+
+    # ----------------------------------------------------------------------------------------- ends
+
+    def _guarded(self, runs: Sequence[Run], work: Callable[[], Any]) -> Any:
+        """What `work` returns; None where it fails, with the requests of `runs`. Raises _Ended after several."""
+        try:
+            return work()
+        except UserError as error:
+            for run in runs:
+                self._fail(run, error)
+        except Exception as error:
+            self._failures += 1
+            for run in runs:
+                self._fail(run, EngineError(f"{type(error).__name__}: {error}"))
+            if self._failures >= FAILURES:
+                raise _Ended(f"{type(error).__name__}: {error}") from error
+        return None
+
+    def _end(self, run: Run, reason: str) -> None:
+        """A request is done: what its slot remembers stays."""
+        answer: Answer = run.answer(reason)
+        if run.slot is not None:
+            self._slots.finish(run.slot, run.remembered())
+            run.slot = None
+        self._leave(run)
+        self._counts[f"requests_{reason}"] += 1
+        run.ticket.tell(answer)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        """A request is lost: its slot is trusted no more."""
+        if run.ended:
+            return
+        if run.slot is not None:
+            self._slots.reset(run.slot)
+            run.slot = None
+        self._leave(run)
+        self._counts["requests_bad" if isinstance(error, UserError) else "requests_failed"] += 1
+        run.ticket.tell(error)
+
+    def _leave(self, run: Run) -> None:
+        run.ended, run.seen = True, None
+        self._queue.remove(run)
+        for watched in run.watched:
+            watched.release()

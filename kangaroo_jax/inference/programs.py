@@ -1,0 +1,425 @@
+"""The engine's compiled programs: pure functions of the weights, a conversation's memory and a few numbers.
+
+Their number is known beforehand: one for each of the sizes in `Sizes`, and no value of a request makes another.
+`Programs` also is what holds memories for `slots.Slots`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from kangaroo_jax.inference.memories import KEYS, TAILS, Chunk, Layers, Step, write_tails
+from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, choose
+from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
+from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.sharding import constrain, mesh_scope, sharding
+from kangaroo_jax.system.cpus import usable_cpus
+
+Weights = tuple[jax.Array, ...]
+
+
+class _Structure:
+    """A model without its weights; equal ones share their compiled programs. Its hash is computed once."""
+
+    def __init__(self, graph: Any, treedef: Any, shapes: Hashable, mesh: Mesh | None, precision: str | None) -> None:
+        self.graph, self.treedef, self.mesh, self.precision = graph, treedef, mesh, precision
+        self._parts = (graph, treedef, shapes, mesh, precision)
+        self._hash = hash(self._parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Structure) and (self is other or self._parts == other._parts)
+
+    def model(self, weights: Weights) -> KangarooModel:
+        model: KangarooModel = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
+        return model
+
+
+class Programs:
+    """The programs of one model. All but `warm_up` and `compiled` are for the one thread that owns the device."""
+
+    tail = TAIL
+
+    def __init__(
+        self, model: KangarooModel, sizes: Sizes, *, mesh: Mesh | None = None, precision: str | None = None
+    ) -> None:
+        """`model` has unstacked layers (`KangarooModel.unstack`); on a mesh its weights are cut by their axes.
+
+        `precision` is that of `jax.default_matmul_precision`.
+        """
+        graph, state = nnx.split(model)
+        if mesh is not None:
+            for _, weight in nnx.to_flat_state(state):
+                weight.set_value(jax.device_put(weight[...], sharding(mesh, weight.axes, weight.shape)))
+        leaves, treedef = jax.tree.flatten(state)
+        self.sizes, self._mesh = sizes, mesh
+        self._weights: Weights = tuple(leaves)
+        shapes = tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in leaves)
+        common = (sizes.rows[-1], sizes.chunks[0], sizes.frames)  # that programs depend on, beside their own sizes
+        self._structure = _Structure(graph, treedef, (shapes, common), mesh, precision)
+        llm, patch = model.llm, model.vision.patch_size
+        self.depth, self.kv_heads, self.head_dim = llm.depth, llm.kv_heads, llm.head_dim
+        self.vocabulary, self.width = model.llm.embedding.shape
+        self.dtype, self.patch_size = llm.dtype, patch
+        joined = model.patchify.kernel_size[0] if model.joins_frames else 1
+        self.frames_a_call = -(-sizes.frames // joined) * joined
+        self._store = _store(self._structure)
+        self._no_vision: dict[int, jax.Array] = {}
+
+    # -------------------------------------------------------------------------------- what is compiled
+
+    @property
+    def compiled(self) -> int:
+        """How many programs are compiled."""
+        return len(self._store.programs)
+
+    def warm_up(self, image_size: int) -> None:
+        """Compile every program that there will be; several at a time."""
+        with ThreadPoolExecutor(max(1, min(4, usable_cpus()))) as pool:
+            list(pool.map(lambda key: self._program(key, self._example(key)), self.sizes.keys(image_size)))
+
+    def _example(self, key: Key) -> tuple[Any, ...]:
+        """Arguments as those that the program will get."""
+        name, *sizes = key
+        number, weights = np.int32(0), self._weights
+        if name == "encode":
+            frames = np.zeros((self.frames_a_call, sizes[0], sizes[0], 3), np.uint8)
+            return weights, frames, np.zeros(self.frames_a_call, np.float32)
+        large = self._shape_of_part(sizes[0])
+        if name == "extend":
+            tokens = np.zeros(sizes[1], np.int32)
+            return weights, large, tokens, tokens, self._vision(sizes[1], None), number
+        if name == "score":
+            tokens = np.zeros(self.sizes.chunks[0], np.int32)
+            return weights, large, tokens, number, tokens
+        tail = self._shape((self.depth, 2, self.kv_heads, TAIL, self.head_dim), TAILS)
+        if name == "flush":
+            return large, tail, number
+        if name == "copy":
+            return self._shape_of_part(sizes[1]), large
+        rows = sizes[1]
+        choices = Choices.of([Sampling()] * rows, [False] * rows, self.vocabulary)
+        seen = self._shape((self.vocabulary,), (None,), np.int32)
+        previous, numbers = self._shape((self.sizes.rows[-1],), (None,), np.int32), np.zeros((5, rows), np.int32)
+        return weights, (large,) * rows, (tail,) * rows, (seen,) * rows, previous, numbers, self.choices_shape(choices)
+
+    def _program(self, key: Key, arguments: Sequence[Any]) -> Any:
+        program = self._store.programs.get(key)
+        if program is None:
+            with self._store.lock(key):
+                if key not in self._store.programs:
+                    self._store.programs[key] = self._compile(key, arguments)
+                program = self._store.programs[key]
+        return program
+
+    def _compile(self, key: Key, arguments: Sequence[Any]) -> Any:
+        name, *sizes = key
+        function, donated, static = _FUNCTIONS[name]
+        bound = functools.partial(function, self._structure, **{k: sizes[i] for k, i in static.items()})
+        if name == "decode":
+            bound = functools.partial(bound, most=self.sizes.rows[-1])
+        with self._scope():
+            return jax.jit(bound, donate_argnums=donated, keep_unused=True).lower(*arguments).compile()
+
+    @contextlib.contextmanager
+    def _scope(self) -> Iterator[None]:
+        with mesh_scope(self._mesh) if self._mesh is not None else contextlib.nullcontext():
+            with jax.default_matmul_precision(self._structure.precision):
+                yield
+
+    def _run(self, key: Key, *arguments: Any) -> Any:
+        return self._program(key, arguments)(*arguments)
+
+    # ------------------------------------------------------------------------------------ the programs
+
+    def encode(self, frames: np.ndarray, times: np.ndarray) -> jax.Array:
+        """frames uint8[F, S, S, 3] and their seconds float32[F], F = `frames_a_call` -> vision tokens [R, D]."""
+        rows: jax.Array = self._run(("encode", frames.shape[1]), self._weights, frames, times)
+        return rows
+
+    def extend(self, large: Layers, tokens: np.ndarray, vision: np.ndarray | None, start: int) -> tuple[Layers, Any]:
+        """Read the next piece of a prompt. `large` is used up.
+
+        Args:
+            tokens: int32[n], at most the largest chunk.
+            vision: [n, D] with a vision token where `tokens` is -1; None where there is none.
+            start: tokens that are there.
+
+        Returns:
+            the large part, and an array that is there when the piece is read.
+        """
+        capacity = large[0][1].shape[1]
+        size = next(size for size in self.sizes.chunks if size >= len(tokens))
+        far = next(far for far in self.sizes.lookbacks(capacity) if far >= start)
+        padded = np.zeros(size, np.int32)
+        padded[: len(tokens)] = np.maximum(tokens, 0)
+        index = np.full(size, -1, np.int32)
+        index[: len(tokens)] = np.where(tokens < 0, np.arange(len(tokens)), -1)
+        arguments = (self._weights, large, padded, index, self._vision(size, vision), np.int32(start))
+        layers, marker = self._run(("extend", capacity, size, far), *arguments)
+        return layers, marker
+
+    def score(
+        self, large: Layers, tokens: np.ndarray, start: int, following: np.ndarray
+    ) -> tuple[Layers, tuple[jax.Array, ...]]:
+        """Read tokens int32[n], at most the smallest chunk, and tell how likely those that follow each are.
+
+        Returns the large part, which was used up, and of each place the log-probability of `following`, the
+        likeliest token and its log-probability, padded.
+        """
+        size, capacity = self.sizes.chunks[0], large[0][1].shape[1]
+        pad = (0, size - len(tokens))
+        arguments = (self._weights, large, np.pad(tokens, pad), np.int32(start), np.pad(following, pad))
+        layers, found = self._run(("score", capacity), *arguments)
+        return layers, found
+
+    def decode(
+        self,
+        larges: Sequence[Layers],
+        tails: Sequence[jax.Array],
+        seen: Sequence[jax.Array],
+        previous: jax.Array,
+        numbers: np.ndarray,
+        choices: Choices,
+    ) -> tuple[Chosen, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """One token of each row. `tails` and `seen` are used up, and come back.
+
+        numbers int32[5, B]: the row of `previous` in which a row's token is, or -1; the token itself in that case;
+        tokens in the large part and in the tail; the place of the token to choose in its answer.
+        """
+        key = ("decode", larges[0][0][1].shape[1], len(larges))
+        arguments = (self._weights, tuple(larges), tuple(tails), tuple(seen), previous, numbers, choices)
+        chosen, tails, seen = self._run(key, *arguments)
+        return chosen, tuple(tails), tuple(seen)
+
+    # ------------------------------------------------------------------- memories, for `slots.Device`
+
+    def empty(self, capacity: int) -> Layers:
+        """See `slots.Device`."""
+        layers: Layers = jax.tree.map(self._zeros, self._shape_of_part(capacity))
+        return layers
+
+    def empty_tail(self) -> jax.Array:
+        """See `slots.Device`."""
+        return self._zeros(self._shape((self.depth, 2, self.kv_heads, TAIL, self.head_dim), TAILS))
+
+    def nothing_seen(self, seen: np.ndarray | None = None) -> jax.Array:
+        """What a row has seen, for `decode`: nothing or what `sampling.seen_in_prompt` gave."""
+        shape = self._shape((self.vocabulary,), (None,), np.int32)
+        return self._zeros(shape) if seen is None else self._put(seen, shape)
+
+    def no_tokens(self) -> jax.Array:
+        """The `previous` of a first step."""
+        return self._zeros(self._shape((self.sizes.rows[-1],), (None,), np.int32))
+
+    def choices(self, choices: Choices) -> Choices:
+        """Settings of rows, on the device."""
+        shapes = self.choices_shape(choices)
+        placed: Choices = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), choices, shapes)
+        return placed
+
+    def choices_shape(self, choices: Choices) -> Choices:
+        """The shapes of settings of rows."""
+        shapes: Choices = jax.tree.map(lambda x: self._shape(x.shape, (None,) * x.ndim, x.dtype), choices)
+        return shapes
+
+    def flush(self, large: Layers, tail: jax.Array, filled: int) -> Layers:
+        """See `slots.Device`."""
+        layers: Layers = self._run(("flush", large[0][1].shape[1]), large, tail, np.int32(filled))
+        return layers
+
+    def copy(self, into: Layers, large: Layers, capacity: int) -> Layers:
+        """See `slots.Device`."""
+        layers: Layers = self._run(("copy", large[0][1].shape[1], capacity), into, large)
+        return layers
+
+    def save(self, large: Layers, count: int) -> tuple[Any, int]:
+        """See `slots.Device`."""
+        content = [
+            (np.asarray(keys)[:, :, :count].copy(), np.asarray(values)[:, :count].copy()) for keys, values in large
+        ]
+        return content, sum(array.nbytes for layer in content for array in layer)
+
+    def size(self, count: int) -> int:
+        """See `slots.Device`."""
+        return 2 * self.depth * self.kv_heads * self.head_dim * count * self.dtype.itemsize
+
+    def restore(self, content: Any, capacity: int) -> Layers:
+        """See `slots.Device`."""
+        shapes = self._shape_of_part(capacity)
+
+        def put(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            whole = np.zeros(shape.shape, shape.dtype)
+            part = tuple(slice(0, min(sizes)) for sizes in zip(array.shape, shape.shape, strict=True))
+            whole[part] = array[part]
+            return self._put(whole, shape)
+
+        return tuple((put(keys, a), put(values, b)) for (keys, values), (a, b) in zip(content, shapes, strict=True))
+
+    # ------------------------------------------------------------------------------------------ arrays
+
+    def _shape(self, shape: tuple[int, ...], axes: Sequence[str | None], dtype: Any = None) -> jax.ShapeDtypeStruct:
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        where = sharding(self._mesh, axes, shape) if self._mesh is not None else place
+        return jax.ShapeDtypeStruct(shape, dtype or self.dtype, sharding=where)
+
+    def _shape_of_part(self, capacity: int) -> Any:
+        k, h = self.kv_heads, self.head_dim
+        layer = (self._shape((k, h, capacity), KEYS), self._shape((k, capacity, h), KEYS))
+        return (layer,) * self.depth
+
+    def _zeros(self, shape: Any) -> jax.Array:
+        return self._put(np.zeros(shape.shape, shape.dtype), shape)
+
+    def _put(self, array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        placed: jax.Array = jax.device_put(array, shape.sharding)
+        return placed
+
+    def _vision(self, size: int, rows: np.ndarray | None) -> jax.Array | np.ndarray:
+        if rows is None:
+            if size not in self._no_vision:
+                self._no_vision[size] = self._zeros(self._shape((size, self.width), (None, None)))
+            return self._no_vision[size]
+        padded = np.zeros((size, self.width), self.dtype)
+        padded[: len(rows)] = rows
+        return self._put(padded, self._shape((size, self.width), (None, None)))
+
+
+class _Store:
+    """Compiled programs of one structure, and a lock for each that is being compiled."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Key, Any] = {}
+        self._locks: dict[Key, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def lock(self, key: Key) -> threading.Lock:
+        with self._lock:
+            return self._locks.setdefault(key, threading.Lock())
+
+
+@functools.lru_cache(maxsize=8)
+def _store(structure: _Structure) -> _Store:
+    return _Store()
+
+
+# ------------------------------------------------------------------------------------------ pure functions
+
+
+def _encode(structure: _Structure, weights: Weights, frames: jax.Array, times: jax.Array) -> jax.Array:
+    return constrain(structure.model(weights).encode(frames[None], times[None])[0], (None, None))
+
+
+def _read(
+    model: KangarooModel, large: Layers, embeddings: jax.Array, start: jax.Array, visible: int
+) -> tuple[jax.Array, Layers]:
+    positions = (start + jnp.arange(embeddings.shape[1]))[None]
+    hidden, memories = model.llm.read(embeddings, positions, [Chunk(layer, start, visible) for layer in large])
+    return hidden, tuple(memory.layer for memory in memories)
+
+
+def _extend(
+    structure: _Structure,
+    weights: Weights,
+    large: Layers,
+    tokens: jax.Array,
+    index: jax.Array,
+    vision: jax.Array,
+    start: jax.Array,
+    *,
+    visible: int,
+) -> tuple[Layers, jax.Array]:
+    model = structure.model(weights)
+    hidden, layers = _read(model, large, model.embed(tokens[None], index[None], vision[None]), start, visible)
+    return layers, constrain(hidden[0, -1, 0], ())
+
+
+def _score(
+    structure: _Structure,
+    weights: Weights,
+    large: Layers,
+    tokens: jax.Array,
+    start: jax.Array,
+    following: jax.Array,
+    *,
+    visible: int,
+) -> tuple[Layers, tuple[jax.Array, ...]]:
+    model = structure.model(weights)
+    embeddings = model.embed(tokens[None], jnp.full_like(tokens, -1)[None], None)
+    hidden, layers = _read(model, large, embeddings, start, visible)
+    logits = constrain(model.llm.unembed(hidden[0]), (None, None))
+    total = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+    return layers, (own - total, jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1) - total)
+
+
+def _decode(
+    structure: _Structure,
+    weights: Weights,
+    larges: tuple[Layers, ...],
+    tails: tuple[jax.Array, ...],
+    seen: tuple[jax.Array, ...],
+    previous: jax.Array,
+    numbers: jax.Array,
+    choices: Choices,
+    *,
+    most: int,
+) -> tuple[Chosen, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    model = structure.model(weights)
+    source, given, filled, place, index = numbers
+    tokens = jnp.where(source >= 0, previous[jnp.maximum(source, 0)], given)[:, None]
+    steps = [
+        Step(tuple(large[layer] for large in larges), tuple(tail[layer] for tail in tails), filled, place)
+        for layer in range(len(larges[0]))
+    ]
+    embeddings = model.embed(tokens, jnp.full_like(tokens, -1), None)
+    hidden, steps = model.llm.read(embeddings, (filled + place)[:, None], steps)
+    hidden, steps = jax.lax.optimization_barrier((hidden, steps))
+    logits = constrain(model.llm.unembed(hidden[:, 0]), (None, None))
+    chosen = choose(logits, seen, index, choices)
+    counted = [constrain(row.at[chosen.tokens[i]].add(1), (None,)) for i, row in enumerate(seen)]
+    padded = constrain(jnp.pad(chosen.tokens, (0, most - len(larges))), (None,))
+    return dataclasses.replace(chosen, tokens=padded), write_tails(tails, steps), tuple(counted)
+
+
+def _flush(structure: _Structure, large: Layers, tail: jax.Array, filled: jax.Array) -> Layers:
+    zero = jnp.int32(0)
+    layers = []
+    for number, (keys, values) in enumerate(large):
+        keys = jax.lax.dynamic_update_slice(keys, tail[number, 0].swapaxes(1, 2), (zero, zero, filled))
+        values = jax.lax.dynamic_update_slice(values, tail[number, 1], (zero, filled, zero))
+        layers.append((constrain(keys, KEYS), constrain(values, KEYS)))
+    return tuple(layers)
+
+
+def _copy(structure: _Structure, into: Layers, large: Layers) -> Layers:
+    layers = []
+    for (keys, values), (their_keys, their_values) in zip(into, large, strict=True):
+        count = min(keys.shape[2], their_keys.shape[2])
+        keys = keys.at[:, :, :count].set(their_keys[:, :, :count])
+        values = values.at[:, :count].set(their_values[:, :count])
+        layers.append((constrain(keys, KEYS), constrain(values, KEYS)))
+    return tuple(layers)
+
+
+# Each program's function, the arguments that it uses up, and its static sizes by their place in the key.
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...], dict[str, int]]] = {
+    "encode": (_encode, (), {}),
+    "extend": (_extend, (1,), {"visible": 2}),
+    "score": (_score, (1,), {"visible": 0}),
+    "decode": (_decode, (2, 3), {}),
+    "flush": (_flush, (0,), {}),
+    "copy": (_copy, (0,), {}),
+}

@@ -1,0 +1,62 @@
+"""The shapes that the engine's programs are compiled for, from which their number is known."""
+
+import dataclasses
+from typing import Any
+
+TAIL = 64  # tokens of a conversation that a step may write; the others it only reads
+
+Key = tuple[Any, ...]  # a program's name and sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shapes that programs are compiled for.
+
+    `classes`: (tokens of a slot's large part, slots) of each class, ascending; of these tokens `spare` are never
+    relied on, so that every write fits. Raises ValueError where a class has more slots than a step has rows.
+    """
+
+    classes: tuple[tuple[int, int], ...]
+    chunks: tuple[int, ...] = (128, 512)  # tokens of a prompt read at a time, ascending
+    visible: tuple[int, ...] = (512, 2048, 8192)  # how far a chunk looks back, beside nowhere and everywhere
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16)  # conversations of a decode step
+    frames: int = 16  # that the ViT sees at a time
+
+    def __post_init__(self) -> None:
+        most = max(count for _, count in self.classes)
+        if most > self.rows[-1]:
+            raise ValueError(f"{most} slots of one class, but a step has {self.rows[-1]} rows")
+
+    @classmethod
+    def for_context(cls, tokens: int, slots: int = 4) -> "Sizes":
+        """Slots for `slots` conversations of `tokens` tokens, and as many of an eighth of that where it is long."""
+        spare, large = 128, -(-tokens // 128) * 128
+        classes = [(large + spare, slots)]
+        if large >= 4096:
+            classes.insert(0, (-(-large // 1024) * 128 + spare, slots))
+        return cls(tuple(classes))
+
+    @property
+    def spare(self) -> int:
+        """Tokens at the end of a large part that are only written."""
+        return max(self.chunks[0], TAIL)
+
+    def lookbacks(self, capacity: int) -> list[int]:
+        """How far a chunk may look back in a class."""
+        return [0, *(length for length in self.visible if length < capacity), capacity]
+
+    def chunk(self, rest: int, start: int, capacity: int) -> int:
+        """The size of the chunk to read next, where `rest` tokens are left and `start` are there."""
+        fitting = [size for size in self.chunks if size <= rest and start + size <= capacity]
+        return fitting[-1] if fitting else self.chunks[0]
+
+    def keys(self, image_size: int) -> list[Key]:
+        """Every program's name and sizes, for frames of so many pixels a side."""
+        keys: list[Key] = [("encode", image_size)]
+        for capacity, count in self.classes:
+            keys += [("extend", capacity, size, far) for size in self.chunks for far in self.lookbacks(capacity)]
+            most = next(rows for rows in self.rows if rows >= count)
+            keys += [("decode", capacity, rows) for rows in self.rows if rows <= most]
+            keys += [("flush", capacity), ("score", capacity)]
+            keys += [("copy", capacity, other) for other, _ in self.classes]
+        return keys

@@ -1,0 +1,426 @@
+"""The engine against the plain forward: whoever asks beside whom, in whichever slot, read in whatever pieces."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.data.media.video import MediaRef
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.requests import Answer, EngineError, Event, Request
+from kangaroo_jax.inference.sampling import Sampling
+from kangaroo_jax.inference.sizes import Sizes
+from kangaroo_jax.sharding import make_mesh
+
+PLAIN, V, D = 512, 400, 32  # tokens that the plain forward takes
+SIZES = Sizes(((256, 3), (512, 2)), chunks=(32,), visible=(), rows=(1, 2, 4), frames=4)
+
+
+@pytest.fixture(scope="module")
+def model(make_micro_config, make_random_model):
+    return make_random_model(make_micro_config().model)
+
+
+class Seen:
+    """Vision tokens that are made up of a medium's name, and come a few at a time."""
+
+    def __init__(self, at_a_time: int = 1000) -> None:
+        self.at_a_time = at_a_time
+        self.watched: list[Seen.Watched] = []
+        self.listener = lambda: None
+
+    def watch(self, ref, namespace):
+        self.watched.append(self.Watched(ref))
+        return self.watched[-1]
+
+    def pump(self):
+        late = [w for w in self.watched if w.ready < w.rows and w.error is None and not w.released]
+        for w in late:
+            w.ready = min(w.rows, w.ready + self.at_a_time)
+        return bool(late)
+
+    def stats(self):
+        return {}
+
+    def close(self):
+        pass
+
+    class Watched:
+        usage: dict = {}
+        times = (0.5,)
+
+        def __init__(self, ref):
+            self.rows, self.ready, self.error, self.released = len(ref.times), 0, None, False
+            self.identity = ref.path.encode()
+            self.content = vision_of(ref)
+
+        def take(self, first, last):
+            assert last <= self.ready
+            return self.content[first:last]
+
+        def release(self):
+            self.released = True
+
+
+def vision_of(ref: MediaRef) -> np.ndarray:
+    return np.random.default_rng(list(ref.path.encode())).normal(size=(len(ref.times), D)).astype(np.float32) * 3
+
+
+def request(
+    seed: int, text: int, films=(), new: int = 12, before: Request | None = None, answer=(), **options
+) -> Request:
+    """A prompt of random text with films ((name, vision tokens), ...) in it, perhaps after another and its answer."""
+    rng = np.random.default_rng(seed)
+    media = tuple(MediaRef("video", name, (0.0,) * rows, None, ()) for name, rows in films)
+    tokens, is_vision = [*rng.integers(11, V, 3)], [False] * 3
+    for _, rows in films:
+        tokens += [10] * rows + [*rng.integers(11, V, 2)]
+        is_vision += [True] * rows + [False] * 2
+    tokens += [*rng.integers(11, V, text)]
+    is_vision += [False] * text
+    if before is not None:
+        tokens = [*before.tokens, *answer, *tokens]
+        is_vision = [*before.is_vision, *[False] * len(answer), *is_vision]
+        media = before.media + media
+    return Request(np.array(tokens, np.int32), np.array(is_vision), media, new, **options)
+
+
+@jax.jit
+def _logits(weights, graph, tokens, index, vision, length):
+    model = nnx.merge(graph.value, weights)
+    x = model.embed(tokens[None], index[None], vision[None])
+    segments = (jnp.arange(PLAIN) < length).astype(jnp.int32)[None]
+    return model.llm.unembed(model.llm(x, segments, jnp.arange(PLAIN)[None])[0][0])
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    value: nnx.GraphDef
+
+
+def logits_after(model, asked: Request, answer) -> np.ndarray:
+    """float32[n, V] of the plain forward: what it says after the prompt and each token of the answer."""
+    graph, weights = nnx.split(model)
+    ids = np.concatenate([asked.tokens, np.asarray(answer, np.int32)])
+    tokens, index = np.zeros(PLAIN, np.int32), np.full(PLAIN, -1, np.int32)
+    tokens[: len(ids)] = ids
+    index[: len(asked.tokens)] = np.where(asked.is_vision, np.cumsum(asked.is_vision) - 1, -1)
+    vision = np.zeros((PLAIN, D), np.float32)
+    rows = [vision_of(ref) for ref in asked.media]
+    if rows:
+        vision[: sum(map(len, rows))] = np.concatenate(rows)
+    found = np.asarray(_logits(weights, Graph(graph), tokens, index, vision, len(ids)))
+    return found[len(asked.tokens) - 1 : len(ids) - 1 + (not len(answer))]
+
+
+def assert_plain(model, asked: Request, answer: Answer) -> None:
+    """The answer is the greedy one of the plain forward; of two tokens that are equally likely either."""
+    assert len(answer.ids) == asked.max_new_tokens and answer.finish_reason == "length"
+    logits = logits_after(model, asked, answer.ids)
+    chosen = logits[np.arange(len(answer.ids)), answer.ids]
+    np.testing.assert_allclose(chosen, logits.max(-1), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def unstacked(model):
+    return nnx.clone(model).unstack()
+
+
+def make_engine(unstacked, sizes=SIZES, vision=None, **options) -> Engine:
+    return Engine(unstacked, sizes, vision=lambda programs: vision or Seen(), **options)
+
+
+@pytest.fixture
+def engine(unstacked):
+    with make_engine(unstacked) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128, 512])
+def test_however_a_prompt_is_cut_the_answer_is_the_plain_one(model, unstacked, chunk):
+    sizes = Sizes(((320 + max(chunk, 64), 2),), chunks=(chunk,), visible=(32,), rows=(1, 2), frames=4)
+    asked = [request(1, 5, [("a", 30), ("b", 6)], new=70), request(2, 1), request(3, chunk % 200 + 1)]
+    with make_engine(unstacked, sizes, Seen(at_a_time=9)) as engine:
+        tickets = [engine.submit(one) for one in asked]
+        for one, ticket in zip(asked, tickets, strict=True):
+            assert_plain(model, one, ticket.result(60))
+        assert engine.stats()["tokens_prefilled"] == sum(len(one.tokens) - 1 for one in asked)
+
+
+def test_every_slot_and_any_neighbours_give_the_plain_answer(model, engine):
+    asked = [request(i, 3 + 7 * i, [("a", 5 * i)] if i % 2 else (), new=10 + i) for i in range(10)]
+    asked.append(request(99, 300, new=5))
+    alone = engine.submit(asked[4]).result(60)
+    tickets = [engine.submit(one) for one in asked]
+    for one, ticket in zip(asked, tickets, strict=True):
+        assert_plain(model, one, ticket.result(60))
+    assert tickets[4].result().ids == alone.ids
+    stats = engine.stats()
+    assert stats["requests_length"] == 12 and stats["slots_busy"] == 0 and stats["running"] == 0
+
+
+def test_a_second_round_reads_only_what_is_new(model, engine):
+    first = request(1, 20, [("a", 60)], new=70)
+    answer = engine.submit(first).result(60)
+    second = request(2, 9, before=first, answer=answer.ids)
+    again = engine.submit(second).result(60)
+    assert_plain(model, second, again)
+    assert again.usage.cached_tokens == len(first.tokens) + 69  # the answer's last token was never read
+    other = request(3, 9, before=first, answer=answer.ids[:5])  # from within a conversation of another
+    assert_plain(model, other, shared := engine.submit(other).result(60))
+    assert shared.usage.cached_tokens == len(first.tokens) + 5
+    assert engine.submit(second).result(60).ids == again.ids
+
+
+def test_one_film_for_many_is_read_once(model, engine):
+    film = request(1, 0, [("a", 100)])
+    asked = [request(i, 4, before=film) for i in range(6)]
+    tickets = [engine.submit(one) for one in asked]
+    for one, ticket in zip(asked, tickets, strict=True):
+        assert_plain(model, one, ticket.result(60))
+    assert engine.stats()["tokens_prefilled"] < len(film.tokens) + 6 * 8
+
+
+def test_films_of_equal_length_and_text_are_never_taken_for_each_other(model, engine):
+    asked = [request(1, 5, [(name, 80)]) for name in "abababab"]
+    tickets = [engine.submit(one) for one in asked]
+    for one, ticket in zip(asked, tickets, strict=True):
+        assert_plain(model, one, ticket.result(60))
+    assert tickets[0].result().ids != tickets[1].result().ids
+    apart = engine.submit(dataclasses.replace(asked[0], namespace=b"other")).result(60)
+    assert apart.usage.cached_tokens == 0 and apart.ids == tickets[0].result().ids
+
+
+def test_what_gave_way_comes_back_from_the_host(model, unstacked):
+    with make_engine(unstacked, Sizes(((256, 1),), chunks=(32,), visible=(), rows=(1,)), host_bytes=1 << 20) as engine:
+        asked = [request(i, 90, new=20) for i in range(2)]
+        first = engine.submit(asked[0]).result(60)
+        engine.submit(asked[1]).result(60)
+        assert engine.stats()["host_conversations"] == 1
+        more = request(7, 5, before=asked[0], answer=first.ids)
+        again = engine.submit(more).result(60)
+        assert_plain(model, more, again)
+        assert again.usage.cached_tokens == len(asked[0].tokens) + 19
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 2), (1, 1, 4, 2)])
+def test_a_mesh_changes_no_answer(model, mesh):
+    mesh = make_mesh(mesh)
+    with make_engine(nnx.clone(model).unstack(), mesh=mesh) as engine:
+        asked = [request(1, 40, [("a", 20)], new=70), request(2, 3), request(3, 70)]
+        tickets = [engine.submit(one) for one in asked]
+        for one, ticket in zip(asked, tickets, strict=True):
+            assert_plain(model, one, ticket.result(300))
+        before = engine.programs.compiled
+        more = request(4, 5, before=asked[0], answer=tickets[0].result().ids)
+        assert_plain(model, more, engine.submit(more).result(300))
+        assert engine.programs.compiled - before <= 2
+
+
+def test_the_seed_decides_whatever_the_slot_and_the_neighbours(engine):
+    sampling = Sampling(temperature=3.0, top_p=0.95, top_k=300, presence=0.5, repetition=1.1, seed=7)
+    asked = request(1, 9, new=20, sampling=sampling)
+    alone = engine.submit(asked).result(60).ids
+    crowd = [request(i, 20, new=25, sampling=Sampling(temperature=2.0, seed=i)) for i in range(4)]
+    tickets = [engine.submit(one) for one in [*crowd, asked]]
+    assert tickets[-1].result(60).ids == alone
+    other = engine.submit(dataclasses.replace(asked, sampling=dataclasses.replace(sampling, seed=8)))
+    assert other.result(60).ids != alone
+
+
+def test_answers_end_at_stop_ids_and_events_tell_them(engine):
+    free = engine.submit(request(1, 9, new=10)).result(60).ids
+    last = max(free, key=free.index)  # the one that comes latest
+    ticket = engine.submit(request(1, 9, new=10, stop_ids=(last,), logprobs=2))
+    events = list(ticket)
+    answer = ticket.result()
+    first = free.index(last)
+    assert answer.finish_reason == "stop" and answer.ids == free[:first] == tuple(i for e in events for i in e.ids)
+    assert [lp.token for lp in answer.logprobs] == list(answer.ids) and len(answer.logprobs[0].best) == 2
+    assert answer.logprobs[0].best[0] == (answer.ids[0], answer.logprobs[0].logprob)
+    heard: list = []
+    ticket.add_listener(heard.append)
+    assert heard == [*events, answer] and answer.usage.completion_tokens == first
+
+
+class Letters:
+    """A detokenizer of one letter a token, which stops at any of `stop`."""
+
+    def __init__(self, stop):
+        self.stop, self.stopped = stop, False
+
+    def add(self, ids):
+        self.stopped = any(chr(i) in self.stop for i in ids)
+        return "" if self.stopped else "".join(map(chr, ids))
+
+    def finish(self):
+        return "."
+
+
+def test_stop_strings_end_an_answer_and_the_rest_of_its_text_comes_last(unstacked):
+    with make_engine(unstacked, detokenizer=Letters) as engine:
+        free = engine.submit(request(1, 9)).result(60)
+        assert free.text == "".join(map(chr, free.ids)) + "."
+        ticket = engine.submit(request(1, 9, stop=(chr(free.ids[3]),)))
+        assert ticket.result(60).finish_reason == "stop"
+        assert "".join(event.text for event in ticket) == ticket.result().text
+
+
+def test_a_continuation_is_scored_as_the_plain_forward_does(model, engine):
+    asked = request(1, 30, [("a", 20)])
+    continuation = np.random.default_rng(0).integers(11, V, 50).astype(np.int32)
+    plain = np.asarray(jax.nn.log_softmax(logits_after(model, asked, continuation), axis=-1))
+    for _ in range(2):  # the second time the prompt is remembered
+        answer = engine.submit(dataclasses.replace(asked, continuation=continuation)).result(60)
+        found = np.array([one.logprob for one in answer.logprobs])
+        np.testing.assert_allclose(found, plain[np.arange(50), continuation], atol=1e-4)
+        assert [one.best[0][0] for one in answer.logprobs] == plain.argmax(-1).tolist()
+    assert answer.usage.cached_tokens == len(asked.tokens) - 1
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_no_value_of_a_request_means_another_program(unstacked, slow, request):
+    if slow and not request.config.getoption("--slow"):
+        pytest.skip("slow: run with --slow")
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    rng, ask = np.random.default_rng(0), globals()["request"]
+    with make_engine(unstacked, host_bytes=1 << 20) as engine:
+        assert engine.warm_up(16) >= len(SIZES.keys(16))
+        compiled.clear()
+        tickets = []
+        for i in range(500 if slow else 60):
+            new, films = (
+                int(rng.integers(1, 20)),
+                [(str(rng.integers(9)), int(rng.integers(1, 90)))] * int(rng.integers(2)),
+            )
+            sampling = Sampling(
+                float(rng.integers(3)), float(rng.uniform(0.1, 1)), i, int(rng.integers(9)), repetition=1.2
+            )
+            score = {"continuation": np.arange(20, 20 + new, dtype=np.int32)} if i % 7 == 0 else {}
+            asked = ask(
+                i, int(rng.integers(1, 90)), films, new, sampling=sampling, logprobs=int(rng.integers(5)), **score
+            )
+            tickets.append(engine.submit(asked))
+            if i % 11 == 0:
+                tickets[-1].cancel()
+        for ticket in tickets:
+            ticket.result(120)
+        assert compiled == []
+        assert engine.stats()["requests"] == len(tickets) and engine.stats()["slots_busy"] == 0
+
+
+def test_cancelling_frees_the_slot_at_every_stage(model, unstacked):
+    vision = Seen(at_a_time=0)  # the film never comes
+    with make_engine(unstacked, Sizes(((256, 1),), chunks=(32,), visible=(), rows=(1,)), vision) as engine:
+        reading = engine.submit(request(1, 40, [("a", 40)]))
+        waiting = engine.submit(request(2, 9))
+        waiting.cancel()
+        assert waiting.result(60).finish_reason == "cancelled" and not reading.done
+        reading.cancel()
+        assert reading.result(60).ids == () and all(w.released for w in vision.watched)
+        long = engine.submit(request(3, 9, new=150))
+        for _event in long:
+            long.cancel()
+            break
+        assert long.result(60).finish_reason == "cancelled" and 0 < len(long.result().ids) < 150
+        asked = request(4, 9)
+        assert_plain(model, asked, engine.submit(asked).result(60))
+        assert engine.stats()["requests_cancelled"] == 3 and engine.stats()["slots_busy"] == 0
+
+
+def test_a_film_that_cannot_be_read_costs_its_own_request(model, unstacked):
+    vision = Seen(at_a_time=0)
+    with make_engine(unstacked, vision=vision) as engine:
+        bad = engine.submit(request(1, 5, [("a", 40)]))
+        asked = request(2, 9)
+        assert_plain(model, asked, engine.submit(asked).result(60))
+        vision.watched[0].error = UserError("a: no video")
+        vision.listener()
+        with pytest.raises(UserError, match="a: no video"):
+            bad.result(60)
+        with pytest.raises(UserError, match="a: no video"):
+            list(bad)
+
+
+def fail_on(engine, monkeypatch, name: str, times: int) -> threading.Event:
+    """Make a program fail so many times."""
+    whole, left, failed = getattr(engine.programs, name), [times], threading.Event()
+
+    def broken(*arguments):
+        if left[0]:
+            left[0] -= 1
+            failed.set()
+            raise RuntimeError("the device has gone")
+        return whole(*arguments)
+
+    monkeypatch.setattr(engine.programs, name, broken)
+    return failed
+
+
+@pytest.mark.parametrize("name", ["extend", "decode"])
+def test_a_fault_costs_the_requests_of_its_step(model, engine, monkeypatch, name):
+    fail_on(engine, monkeypatch, name, 1)
+    lost = engine.submit(request(1, 40))
+    with pytest.raises(EngineError, match="RuntimeError: the device has gone"):
+        lost.result(60)
+    asked = request(2, 9)
+    assert_plain(model, asked, engine.submit(asked).result(60))
+    assert engine.stats()["requests_failed"] == 1 and engine.failed is None
+
+
+def test_two_faults_one_after_another_end_the_engine(engine, monkeypatch):
+    fail_on(engine, monkeypatch, "extend", 9)
+    tickets = [engine.submit(request(i, 40)) for i in range(4)]
+    for ticket in tickets:
+        with pytest.raises(EngineError):
+            ticket.result(60)
+    engine._thread.join(60)
+    with pytest.raises(EngineError, match="the engine has ended"):
+        engine.submit(request(1, 9))
+
+
+def test_closing_ends_who_waits_or_lets_them_end(model, unstacked):
+    engine = make_engine(unstacked)
+    asked = request(1, 9, new=30)
+    ticket = engine.submit(asked)
+    engine.close(drain=60)
+    assert_plain(model, asked, ticket.result(0))
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(asked)
+    engine = make_engine(unstacked, vision=Seen(at_a_time=0))
+    ticket = engine.submit(request(1, 9, [("a", 40)]))
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        ticket.result(0)
+
+
+def test_bad_requests_are_refused_in_one_line(unstacked, engine):
+    with pytest.raises(UserError, match="the prompt has 504 tokens, but a conversation may have 448 here"):
+        engine.submit(request(1, 501))
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        request(1, 5, new=0)
+    with pytest.raises(UserError, match="logprobs is 21"):
+        request(1, 5, logprobs=21)
+    with pytest.raises(UserError, match="bias: ids of tokens must be between 0 and 399"):
+        engine.submit(request(1, 5, sampling=Sampling(bias=((400, 1.0),))))
+    with Engine(unstacked, SIZES) as blind, pytest.raises(UserError, match="looks at none"):
+        blind.submit(request(1, 5, [("a", 4)]))
+    long = request(1, 440, new=100)
+    assert len(engine.submit(long).result(60).ids) == 448 - len(long.tokens) + 1
+
+
+def test_events_are_what_a_ticket_yields(engine):
+    ticket = engine.submit(request(5, 9, new=3))
+    assert all(isinstance(event, Event) for event in ticket)
+    with pytest.raises(TimeoutError):
+        engine.submit(request(6, 9, new=100)).result(0.0)
