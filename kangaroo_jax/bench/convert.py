@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints.stored import Box, Spec
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import formats
 from kangaroo_jax.conversion.building import Building
@@ -24,7 +25,6 @@ from kangaroo_jax.conversion.export import write_json
 from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.shards import nbytes_there, write_safetensors
 from kangaroo_jax.conversion.sources import shapes_of, table_for
-from kangaroo_jax.conversion.weights import Box, Spec
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.memory import peak_mib

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints.stored import Box, Spec
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.sources import WeightSource, shapes_of
-from kangaroo_jax.conversion.weights import Arrays, Box, Joined, Spec, Weights, boxes
+from kangaroo_jax.conversion.weights import Arrays, Joined, Weights, boxes
 from kangaroo_jax.errors import UserError
 
 POSITIONS = "vision/position_embedding"

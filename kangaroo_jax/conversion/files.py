@@ -17,7 +17,7 @@ import numpy as np
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.installing import install_line
-from kangaroo_jax.system.json_text import parse_json
+from kangaroo_jax.system.json_text import read_json
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -30,7 +30,6 @@ DTYPES = {
     "BOOL": np.dtype("bool"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LARGEST_JSON = 256 << 20  # bytes of a config or index
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # prefixes that model wrappers add to every name
 POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file that git-lfs has not fetched
 # Files without weights that transformers' Trainer leaves beside them.
@@ -183,19 +182,6 @@ def _merge(files: Iterable[Path], opened: Mapping[str, dict[str, Tensor]] | None
                 raise UserError(f"{file}: tensor {name} is also in {merged[name].file.name}; remove one of the two")
             merged[name] = tensor
     return merged
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path}: {path.stat().st_size} bytes are no config or index; is it the right file?")
-        value = parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 # ------------------------------------------------------------------------------- safetensors

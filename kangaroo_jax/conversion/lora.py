@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints.stored import Box, Spec, Stored, check_finite
 from kangaroo_jax.conversion import names
-from kangaroo_jax.conversion.files import Tensor, files_of, open_tensors, read_json
+from kangaroo_jax.conversion.files import Tensor, files_of, open_tensors
 from kangaroo_jax.conversion.names import STACKED, Arrangement, NameRow
 from kangaroo_jax.conversion.sources import shapes_of, table_for
-from kangaroo_jax.conversion.store import Stored
-from kangaroo_jax.conversion.weights import Box, Mapped, Spec, Weights, check_finite
+from kangaroo_jax.conversion.weights import Mapped, Weights
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import read_json
 
 SETTINGS, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")

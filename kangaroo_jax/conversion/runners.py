@@ -15,18 +15,19 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints.stored import whole
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
-from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, read_json, unwrapped
+from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, unwrapped
 from kangaroo_jax.conversion.sources import WeightSource, table_for
-from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo, ask
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
 from kangaroo_jax.models.kangaroo import KangarooModel as Model
 from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.json_text import read_json
 
 GREEDY = 32  # tokens of each answer that are compared, without stop tokens
 # timm's names -> EVA's names: kept apart from the table of names, which the comparison tests.

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from kangaroo_jax.checkpoints.stored import Box
 from kangaroo_jax.conversion.building import Building, ahead
 from kangaroo_jax.conversion.files import NAMES, import_torch
 from kangaroo_jax.conversion.names import NameRow
-from kangaroo_jax.conversion.weights import Box, Weights, boxes, contiguous
+from kangaroo_jax.conversion.weights import Weights, boxes, contiguous
 from kangaroo_jax.system.progress import Progress
 
 SHARD_BYTES = 4_000_000_000  # largest file, unless one tensor is larger

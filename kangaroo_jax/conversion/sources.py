@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints.stored import Stored, whole
 from kangaroo_jax.config import ModelConfig, RopeScaling, stage_config
 from kangaroo_jax.conversion import formats, names
-from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors, read_json
+from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors
 from kangaroo_jax.conversion.names import NameRow
-from kangaroo_jax.conversion.store import Stored
-from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights, whole
+from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.json_text import read_json
 
 SIDECAR, SHADOWED = "kangaroo_jax.json", "kangaroo_jax.safetensors"  # files of ours in an exported folder
 HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks replace

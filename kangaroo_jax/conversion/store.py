@@ -12,84 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from kangaroo_jax.checkpoints.stored import Box, Spec
 from kangaroo_jax.conversion.building import Building, ahead
-from kangaroo_jax.conversion.files import read_json
-from kangaroo_jax.conversion.weights import Box, Spec, Weights, boxes, check_finite
-from kangaroo_jax.errors import UserError, one_line
+from kangaroo_jax.conversion.weights import Weights, boxes
 from kangaroo_jax.system.progress import Progress
 
 # Large parameters without layers are cut along the vocabulary's dimension.
 CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}
-MOST_PACKED = 100  # largest ratio of bytes in arrays to bytes in files: weights compress by less than 2
 _ZARR_DTYPES = {"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"}
-
-
-class Stored:
-    """The parameters of an Orbax checkpoint."""
-
-    def __init__(self, *folders: Path) -> None:
-        """`folders`: `params`, and the folder of frozen weights. Raises UserError if one is no flat dictionary."""
-        self._arrays: dict[str, Any] = {}
-        self._folders: dict[str, Path] = {}
-        self.specs: dict[str, Spec] = {}
-        for folder in folders:
-            self._add(folder)
-
-    def _add(self, folder: Path) -> None:
-        import tensorstore
-
-        metadata = read_json(folder / "_METADATA")
-        try:
-            entries = metadata.get("tree_metadata", {}).values()
-            keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
-        except (KeyError, TypeError, AttributeError):
-            keys = []
-        if not keys or any(len(key) != 1 for key in keys):
-            raise UserError(f"{folder}: is no flat dictionary of parameters; give a checkpoint that kangaroo wrote")
-        room = (64 << 20) + MOST_PACKED * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for (path,) in keys:
-            if not isinstance(path, str) or ".." in Path(path).parts or Path(path).is_absolute():
-                raise UserError(f"{folder}: {path!r} is no name of a parameter")
-            self._folders[path] = folder
-            self._arrays[path] = array = _open(tensorstore, folder, path, metadata)
-            dtype = np.dtype(ml_dtypes.bfloat16) if array.dtype.name == "bfloat16" else array.dtype.numpy_dtype
-            self.specs[path] = Spec(tuple(array.shape), dtype)
-            room -= math.prod(array.shape) * dtype.itemsize
-            if room < 0:
-                raise UserError(f"{folder}: its arrays claim far more than its files hold; copy the checkpoint again")
-
-    def read(self, path: str, box: Box) -> np.ndarray:
-        """See `Weights`."""
-        try:
-            array = self._arrays[path][box].read().result()
-        except ValueError as error:
-            where, why = self._folders[path], one_line(error)[:200]
-            raise UserError(f"{where}: {path} cannot be read ({why})") from None
-        array = np.ascontiguousarray(array).view(self.specs[path].dtype)
-        check_finite(array, path, self._folders[path])
-        return array
-
-
-def _open(tensorstore: Any, folder: Path, path: str, metadata: Mapping[str, Any]) -> Any:
-    base = {"driver": "file", "path": f"{folder}/"}
-    if (folder / "manifest.ocdbt").is_file():
-        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-    else:
-        kvstore = {**base, "path": f"{folder}/{path}/"}
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    spec = {"driver": driver, "kvstore": kvstore}
-    try:
-        array = tensorstore.open(spec, read=True, open=True).result()
-        # A cache for the chunks of one layer: a chunk of several layers is decoded only once.
-        layers = array.chunk_layout.read_chunk.shape[0] if array.ndim else 1
-        nbytes = math.prod(array.shape[1:]) * layers * array.dtype.numpy_dtype.itemsize
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": nbytes + 1 if layers > 1 else 0}})
-        return tensorstore.open(spec, read=True, open=True, context=context).result()
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{folder}: {path} cannot be read ({one_line(error)[:200]})") from None
 
 
 def write_params(weights: Weights, building: Building, progress: Progress) -> None:

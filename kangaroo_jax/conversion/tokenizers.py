@@ -8,7 +8,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.conversion.files import read_json
 from kangaroo_jax.data.tokenizer import (
     LLAMA3_OFFSETS,
     LLAMA3_PATTERN,
@@ -19,6 +18,7 @@ from kangaroo_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from kangaroo_jax.system.json_text import read_json
 
 # The chat template of `data.batches.sample`: content is a text, or a list of media and text parts.
 CHAT_TEMPLATE = """\

@@ -3,7 +3,6 @@
 A conversion writes `Weights` of one kind as files of another, with only a few boxes in memory.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -11,22 +10,13 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from kangaroo_jax.checkpoints.stored import Box, Spec, check_finite, whole
 from kangaroo_jax.conversion.files import Tensors
 from kangaroo_jax.conversion.names import SPECIAL, STACKED, NameRow
 from kangaroo_jax.errors import UserError
 
-Box = tuple[slice, ...]  # a range of every dimension
 BOX_BYTES = 192 << 20  # the largest box that is read at once, if the layout allows cutting
 TILE = 128  # side of a tile in numbers
-_EXPONENTS = {2: (np.uint16, {"bfloat16": 0x7F80, "float16": 0x7C00}), 4: (np.uint32, {"float32": 0x7F800000})}
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Shape (with the leading axis of layers) and type of a parameter."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class Weights(Protocol):
@@ -38,11 +28,6 @@ class Weights(Protocol):
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """The numbers in `box` of a parameter. Raises UserError for a damaged file."""
-
-
-def whole(shape: Sequence[int]) -> Box:
-    """The box that covers a whole array."""
-    return tuple(slice(0, n) for n in shape)
 
 
 def boxes(spec: Spec, path: str, cut_axis: int | None) -> list[Box]:
@@ -71,23 +56,6 @@ def contiguous(array: np.ndarray) -> np.ndarray:
         tile = tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
         result[tile] = array[tile]
     return result
-
-
-def check_finite(array: np.ndarray, name: str, where: object) -> None:
-    """Raise UserError with the count of NaN and infinite numbers if there are any; one pass over the exponents."""
-    itemsize = array.dtype.itemsize
-    mask = _EXPONENTS.get(itemsize, (None, {}))[1].get(array.dtype.name)
-    if mask is None:
-        bad = int(array.size - np.isfinite(array.astype(np.float64)).sum())
-    else:
-        bits = np.ascontiguousarray(array).reshape(-1).view(_EXPONENTS[itemsize][0])
-        bad, step = 0, 1 << 18
-        for start in range(0, bits.size, step):
-            part = bits[start : start + step] & mask
-            if part.max(initial=0) == mask:
-                bad += int((part == mask).sum())
-    if bad:
-        raise UserError(f"{where}: {bad} of {array.size} numbers of {name} are NaN or infinite; the weights are broken")
 
 
 class Mapped:

@@ -13,6 +13,8 @@ from typing import Any
 
 from kangaroo_jax.errors import UserError
 
+LARGEST_JSON = 256 << 20  # bytes of a config or index
+
 
 def parse_json(text: str | bytes, path: str, line: int | None = None) -> Any:
     """The value of a JSON text, or of UTF-8 bytes with or without a byte order mark.
@@ -85,3 +87,16 @@ def json_line(value: Any) -> bytes:
 def utf8(text: str) -> bytes:
     """Text in UTF-8; half a surrogate pair is escaped, so that no text is refused."""
     return text.encode("utf-8", "backslashreplace")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path}: {path.stat().st_size} bytes are no config or index; is it the right file?")
+        value = parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

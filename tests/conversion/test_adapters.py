@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kangaroo_jax.checkpoints.stored import Stored, whole
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import model_config
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.lora import check_settings, factor_rows, factor_shapes, kernels, layout_of
-from kangaroo_jax.conversion.store import Stored
-from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.errors import UserError
 from tests.conversion.test_round_trip import assert_same, quiet, tensors
 

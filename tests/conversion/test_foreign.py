@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kangaroo_jax.checkpoints.stored import Stored
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion import formats
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
-from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.conversion.tokenizers import from_sentencepiece, write_tokenizer
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.checkpoints.stored import whole
 from kangaroo_jax.config import LlamaConfig
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.files import open_tensors
 from kangaroo_jax.conversion.sources import open_source
-from kangaroo_jax.conversion.weights import whole
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.llama import Llama
 

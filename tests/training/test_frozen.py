@@ -14,8 +14,8 @@ from flax import nnx
 from kangaroo_jax.checkpoints.digests import digests
 from kangaroo_jax.checkpoints.frozen import weight_folders
 from kangaroo_jax.checkpoints.reading import find, load_params
+from kangaroo_jax.checkpoints.stored import Stored
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.conversion.store import Stored
 from kangaroo_jax.curation.stages.embedding import load_encoder
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
