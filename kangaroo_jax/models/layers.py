@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from kangaroo_jax.config import RopeScaling
+from kangaroo_jax.models.quantized import unpack
 from kangaroo_jax.sharding import (
     divides,
     exchange,
@@ -53,7 +54,7 @@ class Linear(nnx.Module):
 
     `inputs` and `outputs` may each be several dimensions, for example D -> (N, H). The kernel starts
     as a truncated normal of deviation `scale / sqrt(fan in)`, the bias as zeros; both are cast to the
-    dtype of x where they are used.
+    dtype of x where they are used. A kernel may be quantised, with a `kernel_scale` beside it; see `quantized`.
     """
 
     def __init__(
@@ -71,17 +72,32 @@ class Linear(nnx.Module):
         self.kernel = parameter(init, (*inputs, *outputs), axes, rngs=rngs, dtype=param_dtype)
         if bias:
             self.bias = parameter(constant(0.0), outputs, axes[len(inputs) :], rngs=rngs, dtype=param_dtype)
+        self.kernel_scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.has_bias, self.axes = bias, tuple(axes)
         self.contracted = len(inputs)
 
+    def weight(self, dtype: DTypeLike) -> jax.Array:
+        """The kernel [inputs, outputs] in `dtype`; what is multiplied with it is then to be `scaled`."""
+        kernel = self.kernel[...]
+        if self.kernel_scale is not None and kernel.dtype != jnp.int8:
+            unpacked: jax.Array = unpack(kernel, self.kernel_scale[...], self.contracted, dtype)
+            return unpacked
+        return kernel.astype(dtype)
+
+    def scaled(self, y: jax.Array) -> jax.Array:
+        """A product [..., outputs] with `weight`, by the scale of each output where the kernel has one."""
+        if self.kernel_scale is None or self.kernel[...].dtype != jnp.int8:
+            return y
+        return y * self.kernel_scale[...].astype(y.dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.weight(x.dtype)
         # Of the two the smaller is to move: in generation, a token at a time, that is x.
         if shards("tokens") > 1 and x.size >= kernel.size:
             kernel = checkpoint_name(joined(kernel, self.axes), "weight")
         product = _product if platform() == "cpu" else jnp.tensordot
-        y = product(x, kernel, self.contracted)
+        y = self.scaled(product(x, kernel, self.contracted))
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 

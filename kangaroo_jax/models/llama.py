@@ -250,8 +250,8 @@ class Llama(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits float32[..., V]."""
-        kernel = self.head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        kernel = self.head.weight(hidden.dtype)
+        return self.head.scaled(jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32))
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
         """An empty cache of `capacity` slots a row; `dtype` defaults to the computation's."""
