@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Digests = dict[str, tuple[int, str]]  # name of an array -> its sum and its dtype
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -43,13 +44,42 @@ def changed(tree: Any, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     An array that was saved in another dtype, or without a sum, is not compared.
     """
     now, not_finite = digests(tree)
-    wrong = [name for name, value in now.items() if name in saved and _differs(value, saved[name])]
+    wrong = [name for name, value in now.items() if name in saved and differs(value, saved[name])]
     return wrong, not_finite
 
 
-def _differs(now: tuple[int, str], saved: Any) -> bool:
+def differs(now: tuple[int, str], saved: Any) -> bool:
+    """Whether a sum is not the one that was saved, of an array of the same dtype."""
     return bool(saved[1] == now[1] and saved[0] != now[0])
 
 
 def _name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+class RunningDigest:
+    """The sum of an array that is read a part at a time, in order, on the host."""
+
+    def __init__(self) -> None:
+        self._sum, self._elements, self._dtype = 0, 0, ""
+
+    def add(self, part: np.ndarray) -> None:
+        """The next elements, in C order."""
+        unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[part.dtype.itemsize]
+        bits = np.ascontiguousarray(part).reshape(-1).view(unsigned)
+        for first in range(0, bits.size, _AT_A_TIME):
+            piece = bits[first : first + _AT_A_TIME].astype(np.uint32)
+            weighted = int(np.sum(piece * _ODD[: piece.size], dtype=np.uint32))
+            begin = self._elements + first
+            self._sum += weighted + 2 * begin * int(np.sum(piece, dtype=np.uint64))
+        self._elements += bits.size
+        self._dtype = part.dtype.name
+
+    @property
+    def value(self) -> tuple[int, str]:
+        """As `digests` gives it."""
+        return self._sum % 2**32, self._dtype
+
+
+_AT_A_TIME = 1 << 16
+_ODD = np.arange(_AT_A_TIME, dtype=np.uint32) * 2 + 1

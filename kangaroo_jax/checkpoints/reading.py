@@ -4,7 +4,7 @@ STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen}      STAGE/
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kangaroo_jax.config import PRESETS, ModelConfig, stage_config
 from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding, Params, abstract_model
+from kangaroo_jax.models.quantized import SCALE
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.system.files import write_bytes
 
@@ -77,7 +78,7 @@ def restore_arrays(checkpoint: Path, item: str, folder: Path, target: Mapping[st
 def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
     """Raise UserError if arrays read from `folder` differ from those that were saved, or are not finite."""
     with named_if_damaged(folder):
-        saved = _read_json(folder / "digests") if (folder / "digests").is_dir() else {}
+        saved = saved_digests(folder)
         for item, tree in items.items():
             wrong, not_finite = changed(tree, saved.get(item, {}))
             if wrong:
@@ -88,6 +89,11 @@ def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
                     f"{folder}: {item}: {not_finite[0]} is not finite, as are {len(not_finite) - 1} more arrays: it "
                     "can be neither trained nor used; take an earlier checkpoint"
                 )
+
+
+def saved_digests(folder: Path) -> Mapping[str, Any]:
+    """Item -> array -> the sum that it had when it was saved; empty where none were kept."""
+    return _read_json(folder / "digests") if (folder / "digests").is_dir() else {}
 
 
 def find(path: str | Path) -> Path:
@@ -134,6 +140,12 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeSt
             )
 
 
+def check_not_quantized(found: Iterable[str], where: Path) -> None:
+    """Raise UserError where these are names of quantised weights, which can be neither trained nor converted."""
+    if any(name.endswith(f"/{SCALE}") for name in found):
+        raise UserError(f"{where}: its weights are quantised, for talking alone; give the checkpoint that they are of")
+
+
 # Settings of the rotation angles: shapes don't show them, and the same weights with others are another model.
 ROPE_SETTINGS = ("vision.rope_theta", "vision.rope_reference_grid", "tpe.theta", "llm.rope_theta", "llm.rope_scaling")
 
@@ -167,6 +179,7 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
     folders = weight_folders(checkpoint)
     stored = [_stored(folder) for folder in folders]
     found = {name: leaf for tree in stored for name, leaf in tree.items()}
+    check_not_quantized(found, checkpoint)
     check_shapes(found, binding.shapes, checkpoint)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {

@@ -22,6 +22,7 @@ def convert(
     base: str | None = None,
     dtype: str = "keep",
     preset: str = "kangaroo_8b",
+    quantize: str | None = None,
     tokenizer: str | None = None,
     video: str | None = None,
     query: str | None = None,
@@ -44,6 +45,7 @@ def convert(
         llm: Llama (a Hugging Face folder, or Meta's), with --vision
         base: the model that a PEFT adapter in --from adapts; by default that of --preset
         dtype: keep, float32, bfloat16 or float16
+        quantize: int8 or int4: round the decoder's weights, for talking to the model (orbax alone)
         preset: the model, if the files do not state it
         tokenizer: the model's tokenizer; by default the one beside the weights
         video: video or image for --verify; by default a generated one
@@ -58,10 +60,13 @@ def convert(
         raise UserError(
             f"convert: --verify runs the model in PyTorch too, which is not installed: {install_line('convert')}"
         )
+    if verify and quantize:
+        raise UserError("convert: --verify compares models that are the same, which --quantize does not leave them")
     if bool(source) == bool(vision or llm):
         raise UserError("convert: give --from, or --vision and --llm")
     changes = override("convert", stage_config(preset_of(preset)).lock(), overrides)
     options = {"format": format, "dtype": dtype, "tokenizer": tokenizer, "seed": seed, "lora": lora, "base": base}
+    options["quantize"] = quantize
     model = {"preset": preset, "overrides": changes}
     sources = [path for path in (vision, llm) if path]
     if source:  # a file's name may have a comma

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion import export, formats
 from kangaroo_jax.conversion.adapters import convert_adapter, model_of
 from kangaroo_jax.conversion.assemble import combine
 from kangaroo_jax.conversion.building import Building
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, NameRow
+from kangaroo_jax.conversion.quantize import Quantized
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
 from kangaroo_jax.conversion.sources import WeightSource, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
@@ -52,6 +54,7 @@ def convert(
     preset: str = "kangaroo_8b",
     overrides: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
+    quantize: str | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     seed: int = 0,
@@ -70,6 +73,7 @@ def convert(
         preset: the model, if the files do not state it (an encoder has no config of its own).
         overrides: keys of a stage's config that take precedence over both.
         tokenizer: the model's tokenizer file; by default the one beside the source.
+        quantize: `int8` or `int4`, which the decoder's linear maps are rounded to, for talking (`orbax`).
         lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
         base: the model that a PEFT adapter as source adapts; by default that of `preset`.
         seed: determines the new weights of an assembled model.
@@ -80,12 +84,14 @@ def convert(
         UserError: see `open_source`; or the target exists, a weight is NaN, the disk is full. Nothing is kept.
     """
     if any(layout_of(source) for source in sources):
+        if quantize is not None:
+            raise UserError(f"--quantize={quantize}: a LoRA adapter is not quantised; leave it out")
         return _adapter_alone(sources, target, base, preset, overrides, lora, format=format, dtype=dtype, tell=tell)
     if base is not None:
         raise UserError(f"--base={base}: is for a source that is a LoRA adapter, which none is here; leave it out")
     opened = [open_source(source, preset, overrides) for source in sources]
     weights, config = _joined(opened, preset, overrides or {}, seed, tell)
-    format = format or ("hf" if opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
+    format = format or ("hf" if quantize is None and opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
     read_from = [fingerprint(source.path, source.files) for source in opened]
@@ -96,12 +102,18 @@ def convert(
         tell(f"{lora}: added to {sum(map(len, adapter.adapted.values()))} linear maps")
     if dtype != "keep":
         weights = Cast(weights, dict.fromkeys(weights.specs, dtype_named(dtype)))
+    if quantize is not None:
+        if format != "orbax":
+            raise UserError(f"--quantize={quantize}: is for --format=orbax; --format={format} holds no such weights")
+        weights = Quantized(weights, ModelConfig.from_config(config.model), quantize)
     beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
     said = next((s.said for s in reversed(opened) if s.said), {})
     model = Model(weights, config, Path(tokenizer) if tokenizer else beside, said)
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
-    plan.update(config=config.to_json_best_effort(), tokenizer=str(model.tokenizer), sources=read_from)
+    plan.update(
+        quantize=quantize, config=config.to_json_best_effort(), tokenizer=str(model.tokenizer), sources=read_from
+    )
     _write(model, format, target, plan, shard_bytes, tell)
     return Path(target)
 

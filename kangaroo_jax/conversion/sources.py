@@ -150,6 +150,7 @@ def _open_ours(path: Path) -> WeightSource:
     config = ConfigDict(reading.load_config(folder).to_dict())
     folders = weight_folders(folder)
     weights = Stored(*folders)
+    reading.check_not_quantized(weights.specs, folder)
     reading.check_shapes(weights.specs, model_shapes(config.model), folder)
     try:
         tokenizer: Path | None = reading.find_tokenizer(folder)

@@ -21,7 +21,10 @@ from kangaroo_jax.system.progress import Progress
 
 # Large parameters without layers are cut along the vocabulary's dimension.
 CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}
-_ZARR_DTYPES = {"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"}
+_ZARR_DTYPES = {
+    **{"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"},
+    **{"int8": "|i1", "uint8": "|u1"},  # of quantised kernels
+}
 
 
 def write_params(weights: Weights, building: Building, progress: Progress) -> None:

@@ -20,6 +20,7 @@ from kangaroo_jax.models.layers import (
     rotate_half,
     truncated_normal,
 )
+from kangaroo_jax.models.quantized import KERNEL, linear_maps
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
 from kangaroo_jax.sharding import constrain
 
@@ -162,6 +163,12 @@ class Layer(nnx.Module):
         y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory)
         x = constrain(x + y, RESIDUAL)
         return constrain(x + self.mlp(self.mlp_norm(x)), RESIDUAL), memory
+
+
+def contracted_of(config: LlamaConfig) -> dict[str, int]:
+    """Path of each kernel of a decoder's linear maps, as in a checkpoint -> how many of its dimensions are inputs."""
+    decoder = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    return {f"llm/{path}/{KERNEL}": module.contracted for path, module in linear_maps(decoder)}
 
 
 class Llama(nnx.Module):

@@ -1,13 +1,12 @@
-"""Weights of linear maps as small whole numbers: int8 with a scale for each output, or int4 with a scale for each group.
+"""Weights of linear maps as small whole numbers: int8 with a scale an output, or int4 with a scale a group of inputs.
 
     int8  kernel int8[inputs, outputs]          kernel_scale float32[outputs]
     int4  kernel uint8[inputs / 2, outputs]     kernel_scale float32[inputs / g, outputs]
 
-Of several input dimensions the last is packed and grouped, by g = 128 of it, or the largest divisor of it below. A byte of
-int4 holds elements i (low half) and i + g / 2 (high half) of its group, 8 added to each.
+Of several input dimensions the last is packed and grouped, by g = 128 of it, or the largest divisor of it below. A byte
+of int4 holds elements i (low half) and i + g / 2 (high half) of its group, 8 added to each.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -19,13 +18,14 @@ from jax.typing import DTypeLike
 FORMATS = ("int8", "int4")
 GROUP = 128
 KERNEL, SCALE = "kernel", "kernel_scale"
-_DTYPES = {"int8": jnp.int8, "int4": jnp.uint8}
+_MOST_BYTES = 64 << 20  # of a kernel that is quantised at once
+DTYPES: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.uint8}
 
 Shape = tuple[int, ...]
 
 
 def group_size(inputs: int) -> int:
-    """Elements of the last input dimension that share a scale of int4: even, at most GROUP. ValueError where none is."""
+    """Elements of the last input dimension that share a scale of int4: even, at most GROUP. ValueError for none."""
     sizes = [size for size in range(2, GROUP + 1, 2) if inputs % size == 0]
     if not sizes:
         raise ValueError(f"{inputs} inputs cannot be packed two to a byte")
@@ -43,6 +43,10 @@ def shapes(shape: Shape, contracted: int, form: str) -> tuple[Shape, Shape]:
 
 def quantize(kernel: np.ndarray, contracted: int, form: str) -> tuple[np.ndarray, np.ndarray]:
     """A kernel [inputs, outputs] in `form`, and its scale; each number is rounded to the nearest."""
+    if kernel.nbytes > _MOST_BYTES:  # a part of the outputs at a time
+        parts = np.array_split(kernel, -(-kernel.nbytes // _MOST_BYTES), axis=-1)
+        kernels, scales = zip(*(quantize(part, contracted, form) for part in parts), strict=True)
+        return np.concatenate(kernels, axis=-1), np.concatenate(scales, axis=-1)
     kernel = kernel.astype(np.float32, copy=False)
     if form == "int8":
         axes = tuple(range(contracted))
@@ -94,11 +98,5 @@ def as_quantized(decoder: nnx.Module, form: str) -> None:
         own = axes[stacked:]
         scale_axes = own[module.contracted :] if form == "int8" else own
         lead, layers = shape[:stacked], axes[:stacked]
-        module.kernel = nnx.Param(jax.ShapeDtypeStruct((*lead, *kernel), _DTYPES[form]), axes=axes)
+        module.kernel = nnx.Param(jax.ShapeDtypeStruct((*lead, *kernel), DTYPES[form]), axes=axes)
         module.kernel_scale = nnx.Param(jax.ShapeDtypeStruct((*lead, *scale), jnp.float32), axes=(*layers, *scale_axes))
-
-
-def nbytes(shape: Shape, contracted: int, form: str) -> int:
-    """Bytes of a kernel of that shape, with its scale."""
-    kernel, scale = shapes(shape, contracted, form)
-    return math.prod(kernel) + 4 * math.prod(scale)
