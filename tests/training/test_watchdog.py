@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -276,6 +277,28 @@ def test_processes_that_do_not_come_together_are_one_line(joining, monkeypatch):
     monkeypatch.setenv(COUNT, "auto")
     with pytest.raises(UserError, match="at the launcher's coordinator: DEADLINE"):
         initialize()
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_process_that_waits_in_vain_says_whether_anything_answers(joining, listens, monkeypatch):
+    lines, stopped = [], threading.Event()
+    monkeypatch.setattr(distributed, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(distributed, "_try_again", lambda line: (lines.append(line), stopped.set()))
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **_: stopped.wait(30))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listens:
+            other.listen()
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        for name, value in ((ADDRESS, where), (COUNT, "2"), (INDEX, "1")):
+            monkeypatch.setenv(name, value)
+        initialize(timeout=0.05)
+    why = (
+        f"the other 1 of 2 processes did not all come to {where}"
+        if listens
+        else f"nothing answers at {where}, process 0"
+    )
+    assert f"process 1 stops: {why} within" in lines[0]
 
 
 def test_a_process_is_stopped_at_once_with_a_code_that_says_try_again():
