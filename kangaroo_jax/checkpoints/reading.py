@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.checkpoints.digests import changed
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
-from kangaroo_jax.config import PRESETS, ModelConfig, stage_config
+from kangaroo_jax.config import PRESETS, stage_config
 from kangaroo_jax.errors import EndsTogether, UserError
-from kangaroo_jax.models.kangaroo import KangarooModel
-from kangaroo_jax.models.parameters import Binding, Params, abstract_model
+from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.models.quantized import SCALE
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.system.files import write_bytes
@@ -265,15 +264,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def load_for_inference(path: str | Path) -> tuple[KangarooModel, ml_collections.ConfigDict, Path]:
-    """(model, config, tokenizer file) of a checkpoint, stage or curriculum folder. Raises UserError."""
-    folder = find(path)
-    config = load_config(folder)
-    binding = abstract_model(ModelConfig.from_config(config.model))
-    model = binding.bind(load_params(folder, binding))
-    return model, config, find_tokenizer(folder)
 
 
 def find_tokenizer(folder: Path) -> Path:

@@ -53,12 +53,13 @@ def talk(
 ) -> None:
     """Answer each of `lines`, until an empty one, on standard output.
 
-    `media` are arguments of `inference.chat.ask` for the first line, `sampling` those of `Sampling`.
+    `media` are arguments of `inference.history.ask` for the first line, `sampling` those of `Sampling`.
 
     Raises:
         UserError: see `ask`. All possible checks come before the model is loaded.
     """
-    from kangaroo_jax.inference.chat import History, Kangaroo, ask
+    from kangaroo_jax.inference.chat import Kangaroo
+    from kangaroo_jax.inference.history import History, ask
     from kangaroo_jax.inference.sampling import Sampling
 
     drawing, media = Sampling(**sampling or {}), media or {}
@@ -99,7 +100,7 @@ def _typed_addresses() -> Iterator[None]:
         use_cache(cache)
 
 
-def _say(pieces: Iterator[str]) -> str:
+def _say(pieces: Iterable[str]) -> str:
     """Print pieces of an answer as they come; returns the whole."""
     answer = ""
     for piece in pieces:

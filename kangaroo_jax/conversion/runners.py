@@ -23,8 +23,9 @@ from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors
 from kangaroo_jax.conversion.sources import WeightSource, table_for
 from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference.chat import Kangaroo, ask
+from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
+from kangaroo_jax.inference.history import ask
 from kangaroo_jax.models.kangaroo import KangarooModel as Model
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.json_text import read_json

@@ -21,7 +21,7 @@ from kangaroo_jax.conversion.sources import WeightSource, open_source, special_i
 from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference.chat import conversation
+from kangaroo_jax.inference.history import conversation
 from kangaroo_jax.system.progress import Tell
 
 LEAST_TOKENS = 600  # length of the prompt: an error in the rotary embedding shows only far from the beginning

@@ -2,137 +2,345 @@
 
 kangaroo = Kangaroo.load("runs/quickstart")
 answer, history = kangaroo.chat(video="a.mp4", query="What happens?")
-answer, history = kangaroo.chat(query="And then?", history=history)
+answer, history = kangaroo.chat(query="And then?", history=history)  # without a second look at the video
 """
 
 import collections
-import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
-from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags
+from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.sample import Recipe, render_prompt
-from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.decode import ThreadDecoder
-from kangaroo_jax.data.media.image import opened_image
-from kangaroo_jax.data.media.kinds import kind_of, read_head
-from kangaroo_jax.data.media.storage import MEMBER, join
-from kangaroo_jax.data.media.video import MediaRef, folder_of_frames, probe_cached
-from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference.generate import Generator, Prompts, bucket
+from kangaroo_jax.inference import weights
+from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.history import History, ask, conversation
+from kangaroo_jax.inference.programs import Programs
+from kangaroo_jax.inference.requests import Answer, Logprob, Request, Ticket, Usage
 from kangaroo_jax.inference.sampling import Sampling
-from kangaroo_jax.models import kangaroo as models
+from kangaroo_jax.inference.sizes import Sizes
+from kangaroo_jax.inference.spool import Spool
+from kangaroo_jax.inference.text import Detokenizer
+from kangaroo_jax.inference.vision import Vision
+from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.system.cpus import usable_cpus
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-History = list[dict[str, Any]]
-AnyPath = str | Path
-Video = AnyPath | Sequence[AnyPath]  # what shows it, or its frames as images
-MediaOfOne = tuple[MediaRef, ...]  # what one prompt looks at
-VIDEOS_REMEMBERED = 4  # whose vision tokens stay on the device for the next round
+CACHE_GIB = 2.0  # of the host's memory
+SLOTS = 4  # conversations that are remembered on the device
+RELEASED_TEMPERATURE = 0.6  # of the released model's chat, where it samples
+
+
+class Reply(str):
+    """An answer's text, and how it came about.
+
+    Attributes:
+        ids: its tokens.
+        finish_reason: stop, length or cancelled.
+        usage: tokens, frames and seconds that it took.
+        logprobs: of its tokens, where they were asked for.
+    """
+
+    ids: tuple[int, ...]
+    finish_reason: str
+    usage: Usage
+    logprobs: tuple[Logprob, ...]
+
+    @classmethod
+    def of(cls, answer: Answer) -> "Reply":
+        """The reply of a finished request, without white space at its ends."""
+        reply = cls(answer.text.strip())
+        reply.ids, reply.finish_reason = answer.ids, answer.finish_reason
+        reply.usage, reply.logprobs = answer.usage, answer.logprobs
+        return reply
+
+
+class Stream:
+    """An answer as it comes: an iterator of pieces of text, none of which ends inside a character.
+
+    Closing it, or leaving a `with` block of it, cancels the rest.
+    """
+
+    def __init__(self, ticket: Ticket, turns: History) -> None:
+        self._ticket, self._turns = ticket, turns
+
+    def __iter__(self) -> Iterator[str]:
+        """The pieces. Raises UserError where the input cannot be used."""
+        try:
+            for event in self._ticket:
+                if event.text:
+                    yield event.text
+        finally:
+            self.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The rest is not wanted. Nothing where the answer is complete."""
+        if not self._ticket.done:
+            self._ticket.cancel()
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer, as far as it came; waits for it. Raises UserError where the input cannot be used."""
+        return Reply.of(self._ticket.result())
+
+    @property
+    def history(self) -> History:
+        """The history with this round in it; waits for the answer."""
+        return [*self._turns, {"role": "assistant", "text": str(self.reply)}]
 
 
 class Kangaroo:
-    """A model, its tokenizer and the frame sampling that it was trained with."""
+    """A model, its tokenizer and the frame sampling that it was trained with. May be used by several threads.
 
-    def __init__(self, model: models.KangarooModel, config: ConfigDict, tokenizer: Tokenizer) -> None:
-        """`config` is that of the stage which trained the model; see `load`."""
-        self.config = config
-        self.tokenizer = tokenizer
-        self._generator = Generator(model)
-        sizes = ModelConfig.from_config(config.model)
-        self._frames_per_group = frames_per_group(sizes)
-        self._tokens_per_group = tokens_per_group(sizes, config.data.image_size)
-        self._decoder = ThreadDecoder(usable_cpus())
-        self._seen: collections.OrderedDict[Any, jax.Array] = collections.OrderedDict()
+    What was seen and read is remembered: a video that was asked about is not decoded, looked at or read again.
+    A context manager, which closes it.
+    """
+
+    def __init__(
+        self,
+        model: KangarooModel,
+        config: ConfigDict,
+        tokenizer: Tokenizer,
+        *,
+        weights_id: str = "",
+        mesh: Mesh | None = None,
+        slots: int = SLOTS,
+        cache_gib: float = CACHE_GIB,
+    ) -> None:
+        """See `load`. `config` is that of the stage which trained the model, `weights_id` what names its numbers."""
+        if slots < 1:
+            raise UserError(f"slots is {slots}: at least one conversation must be remembered")
+        self.config, self.tokenizer = config, tokenizer
+        model_config = ModelConfig.from_config(config.model)
+        self._frames_per_group = frames_per_group(model_config)
+        self._tokens_per_group = tokens_per_group(model_config, config.data.image_size)
+        self._weights_id = weights_id or secrets.token_hex(16)
+        self._cache_bytes = int(cache_gib * 2**30) // 2  # as much for what was seen as for what was read
+        self._decoder, self._given = ThreadDecoder(usable_cpus()), Spool()
+        if not isinstance(model.llm.layers, nnx.List):
+            model = nnx.merge(*nnx.split(model)).unstack()
+        self.engine = Engine(
+            model,
+            Sizes.for_context(config.data.tokens_per_pack, slots),
+            vision=self._vision,
+            detokenizer=lambda stop: Detokenizer(tokenizer, stop),
+            host_bytes=self._cache_bytes,
+            mesh=mesh,
+        )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Kangaroo":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        mesh: Mesh | None = None,
+        slots: int = SLOTS,
+        cache_gib: float = CACHE_GIB,
+    ) -> "Kangaroo":
         """Load what training wrote: a curriculum's folder (its last stage), a stage's, or one checkpoint.
+
+        Args:
+            path: the folder.
+            dtype, quantize, mesh: see `weights.load`.
+            slots: conversations that are remembered on the device.
+            cache_gib: GiB of the host's memory for what was seen, and for conversations that have lost their slot.
 
         Raises:
             UserError: there is no checkpoint or tokenizer, or it is of another model than its config.
         """
-        from kangaroo_jax.checkpoints.reading import load_for_inference
+        loaded = weights.load(path, dtype=dtype, quantize=quantize, mesh=mesh)
+        options: dict[str, Any] = dict(mesh=mesh, slots=slots, cache_gib=cache_gib)
+        return cls(loaded.model, loaded.config, loaded.tokenizer, weights_id=loaded.weights_id, **options)
 
-        model, config, tokenizer = load_for_inference(path)
-        return cls(model, config, load_tokenizer(tokenizer))
+    def _vision(self, programs: Programs) -> Vision:
+        return Vision(
+            programs.encode,
+            self._decoder,
+            image_size=self.config.data.image_size,
+            frames_per_group=self._frames_per_group,
+            tokens_per_group=self._tokens_per_group,
+            frames_a_call=programs.frames_a_call,
+            weights_id=self._weights_id,
+            cache_bytes=self._cache_bytes,
+            pieces=usable_cpus(),
+        )
+
+    def __enter__(self) -> "Kangaroo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what is under way, and forget everything."""
+        self.engine.close()
+        self._decoder.close()
+        self._given.close()
+
+    def warm_up(self) -> int:
+        """Compile every program now, so that no answer waits for it; how many there are."""
+        return self.engine.warm_up(self.config.data.image_size)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the beginning, and what is remembered; see `Engine.stats` and `Vision.stats`."""
+        return self.engine.stats()
+
+    # ------------------------------------------------------------------------------------ talking
 
     def chat(
         self,
-        video: Video | None = None,
-        image: AnyPath | None = None,
+        video: Any = None,
         query: str = "",
         history: History | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 0.9,
-        max_new_tokens: int = 512,
-        seed: int = 0,
+        image: Any = None,
+        frames: Sequence[Any] | np.ndarray | None = None,
+        times: Sequence[float] | None = None,
+        media: Sequence[Any] | None = None,
+        stream: bool = False,
         start: float | None = None,
         end: float | None = None,
-    ) -> tuple[str, History]:
-        """Answer a query about a video, an image, both, or what the history is about.
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float = 0.9,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        do_sample: bool | None = None,
+        video_path: Any = None,
+        tokenizer: Any = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Answer a query about a video, an image, frames, any of them, or what the history is about.
+
+        A medium is a path, an address, a member of a container (`data.media.storage`), the bytes of a file, an array
+        uint8[height, width, 3] or an image of PIL. Media stand before the query, or where it says `<video>` and
+        `<image>`. The call of the released model is understood as well: `video_path`, `do_sample`, `eos_token_id`;
+        its `tokenizer` is not needed.
 
         Args:
-            video, image: files, addresses or members of containers (`data.storage`). A video may also be a folder
-                or a list of images. They stand before the query, or where it says `<video>` and `<image>`.
+            video: a medium; also a folder or a list of images, or an array uint8[n, height, width, 3].
             query: what to ask.
-            history: what the last round returned (JSON-able); its videos need not be given again.
-            temperature: 0 always takes the likeliest token.
-            top_p: draw among the likeliest tokens that have this probability together.
-            max_new_tokens: longest answer.
-            seed: of the drawing.
+            history: what the last round returned (JSON-able where media were given as paths); its media need not be
+                given again.
+            image: a medium.
+            frames, times: a video as its frames, and the second of each (one a second by default).
+            media: several media in the order of their tags, each a pair ("video" or "image", medium).
+            stream: return a `Stream` at once in place of the answer.
             start, end: seconds of the video to look at.
+            max_new_tokens: longest answer; it is shorter where the conversation has no more room.
+            temperature: 0, the default, always takes the likeliest token.
+            top_p: draw among the likeliest tokens that have this probability together.
+            stop: strings that end the answer, and are no part of it.
+            logprobs: also give the tokens' log-probabilities, and those of so many likeliest ones.
+            do_sample: False is a temperature of 0; True without one is one of 0.6.
+            video_path, tokenizer, eos_token_id: of the released model's call.
+            sampling: seed, top_k, min_p, presence, frequency, repetition, bias; see `Sampling`.
 
         Returns:
-            The answer, and the history with this round in it.
+            The answer (a `Reply`, a string with its `usage`), and the history with this round in it.
 
         Raises:
             UserError: the query is empty, a file cannot be read, or a value is out of range.
         """
-        turns = [*(history or []), ask(query, video, image, start, end)]
-        sampling = Sampling(temperature, top_p, seed)
-        pieces = self.stream(turns, sampling, max_new_tokens=max_new_tokens, every=max_new_tokens)
-        answer = "".join(pieces).strip()
-        return answer, [*turns, {"role": "assistant", "text": answer}]
+        if temperature is None:
+            temperature = RELEASED_TEMPERATURE if do_sample else 0.0
+        unknown = sorted(set(sampling) - {field.name for field in dataclasses.fields(Sampling)})
+        if unknown:
+            raise UserError(f"chat has no argument {unknown[0]!r}")
+        drawing = Sampling(0.0 if do_sample is False else temperature, top_p, **sampling)
+        if video_path is not None:
+            video = video_path
+        shown, still, listed = (None if x is None else self._given.path(x) for x in (video, image, frames))
+        several = [(kind, self._given.path(thing)) for kind, thing in media or ()]
+        turn = ask(query, shown, still, start, end, frames=listed, times=times, media=several)
+        ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+        answering = self.stream(
+            [*(history or []), turn],
+            drawing,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_ids=ends,
+            logprobs=logprobs,
+        )
+        return answering if stream else (answering.reply, answering.history)
 
     def stream(
-        self, turns: History, sampling: Sampling | None = None, *, max_new_tokens: int = 512, every: int = 1
-    ) -> Iterator[str]:
-        """The answer to the last of `turns` (a history and what `ask` returns) in pieces of `every` tokens.
-
-        A piece never ends inside a character. Raises UserError, see `chat`.
-        """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: must be at least 1")
+        self,
+        turns: History,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+    ) -> Stream:
+        """The answer to the last of `turns` (a history and what `ask` returns) as it comes. Raises UserError."""
         recipe = self.recipe(conversation(turns))
-        stream = self._generator.stream(
-            Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens))),
-            self._vision(recipe.media),
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            sampling=sampling,
-            every=every,
-        )
-        text = shown = ""
-        for (ids,) in stream:
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd") and text.startswith(shown):  # bytes of a whole character
-                yield text[len(shown) :]
-                shown = text
-        yield text[len(shown) :]
+        options: dict[str, Any] = dict(stop=tuple(stop), logprobs=logprobs)
+        options["stop_ids"] = tuple(stop_ids) or self.tokenizer.stop_ids
+        return Stream(self._submit(recipe, max_new_tokens, sampling or Sampling(), **options), turns)
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 64,
+        at_a_time: int = 16,
+        sampling: Sampling | None = None,
+    ) -> list[list[Reply]]:
+        """`n` answers to each conversation, in their order; those after the first have the next seeds.
+
+        Each conversation ends with the user's turn. `at_a_time` of the answers are under way together, those about
+        the same media one after another, which are decoded and looked at once.
+
+        Raises:
+            UserError: a file cannot be read; the message names it.
+        """
+        sampling = sampling or Sampling()
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            recipes = list(pool.map(self.recipe, conversations))
+        replies: list[list[Reply]] = [[] for _ in recipes]
+        under_way: collections.deque[tuple[int, Ticket]] = collections.deque()
+        order = sorted(range(len(recipes)), key=lambda i: _size(recipes[i]))
+        try:
+            for i, draw in ((i, draw) for i in order for draw in range(n)):
+                if len(under_way) >= at_a_time:
+                    self._collect(under_way, replies)
+                drawing = dataclasses.replace(sampling, seed=(sampling.seed + draw) % 2**32)
+                options: dict[str, Any] = dict(stop_ids=self.tokenizer.stop_ids)
+                under_way.append((i, self._submit(recipes[i], max_new_tokens, drawing, **options)))
+            while under_way:
+                self._collect(under_way, replies)
+        finally:
+            for _, ticket in under_way:
+                ticket.cancel()
+        return replies
+
+    @staticmethod
+    def _collect(under_way: "collections.deque[tuple[int, Ticket]]", replies: list[list[Reply]]) -> None:
+        number, ticket = under_way.popleft()
+        replies[number].append(Reply.of(ticket.result()))
 
     def answer_many(
         self,
@@ -142,36 +350,36 @@ class Kangaroo:
         batch_size: int = 16,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """The answers to many questions, in their order; greedy by default.
+        """The answers to many questions, in their order; greedy by default. See `generate`."""
+        options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, at_a_time=batch_size, sampling=sampling)
+        return [reply for (reply,) in self.generate(conversations, **options)]
 
-        Each conversation ends with the user's turn (`Conversation.split_answer`). Questions of like size are
-        answered together, `batch_size` at a time, while the next ones' frames are decoded; media that several
-        of them ask about are decoded and looked at once.
+    def score(self, conversations: Sequence[Conversation], continuations: Sequence[str]) -> list[np.ndarray]:
+        """How likely each continuation is as the answer: the log-probability of each of its tokens, float32[M].
 
         Raises:
-            UserError: a file cannot be read; the message names it.
+            UserError: a file cannot be read, or a continuation is empty.
         """
-        with ThreadPoolExecutor(usable_cpus()) as pool:
-            recipes = list(pool.map(self.recipe, conversations))
-        order = sorted(range(len(recipes)), key=lambda i: _size(recipes[i]))
-        groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        decoded = _one_ahead(self._decode, [_media_of(recipes[i] for i in group) for group in groups])
-        answers = [""] * len(recipes)
-        for group, (frames, times, first_rows) in zip(groups, decoded, strict=True):
-            batch = [recipes[i] for i in group]
-            prompts = Prompts.from_recipes(
-                batch,
-                tokens=bucket(max(len(recipe.tokens) for recipe in batch)),
-                first_rows=[first_rows[recipe.media] for recipe in batch],
-                rows=min(batch_size, bucket(len(recipes), smallest=1)),
-            )
-            vision = self._generator.encode(frames, times) if len(frames) else None
-            ids = self._generator.generate(
-                prompts, vision, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids, sampling=sampling
-            )
-            for i, answer in zip(group, ids, strict=False):  # the batch may end in empty rows
-                answers[i] = self.tokenizer.decode(answer).strip()
-        return answers
+        tickets = []
+        for asked, text in zip(conversations, continuations, strict=True):
+            ids = np.array(self.tokenizer.encode(text), np.int32)
+            if not ids.size:
+                raise UserError(f"conversation {asked.id!r}: the continuation to score is empty")
+            tickets.append(self._submit(self.recipe(asked), 1, Sampling(), continuation=ids, logprobs=0))
+        return [np.array([token.logprob for token in ticket.result().logprobs], np.float32) for ticket in tickets]
+
+    def warm(
+        self, video: Any = None, *, image: Any = None, start: float | None = None, end: float | None = None
+    ) -> Usage:
+        """Look at a video or image and read it, so that the first question about it is answered like a second one.
+
+        Raises UserError where it cannot be read.
+        """
+        shown, still = (self._given.path(thing) if thing is not None else None for thing in (video, image))
+        recipe = self.recipe(conversation([ask("?", shown, still, start, end)]))
+        length = int(np.flatnonzero(recipe.is_vision)[-1]) + 3 if recipe.is_vision.any() else len(recipe.tokens)
+        recipe = dataclasses.replace(recipe, tokens=recipe.tokens[:length], is_vision=recipe.is_vision[:length])
+        return self._submit(recipe, 1, Sampling()).result().usage
 
     def recipe(self, conversation: Conversation) -> Recipe:
         """The prompt of a conversation that ends with the user's turn. Raises UserError."""
@@ -179,157 +387,11 @@ class Kangaroo:
             conversation, self.tokenizer, self.config.data, self._frames_per_group, self._tokens_per_group
         )
 
-    def _decode(self, media: Sequence[MediaOfOne]) -> tuple[np.ndarray, np.ndarray, dict[MediaOfOne, int]]:
-        """Decode the media of prompts, each once.
-
-        Returns frames uint8[F, S, S, 3], their seconds float32[F], and the vision row at which each begins.
-        Raises UserError.
-        """
-        side = self.config.data.image_size
-        frames, times, first_rows, row = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros(0)], {}, 0
-        refs = [ref for one in media for ref in one]
-        for outcome in self._decoder.decode(refs, side):
-            if isinstance(outcome, UserError):
-                raise outcome
-            frames.append(outcome.pixels)
-            times.append(outcome.times)
-        for one in media:
-            first_rows[one] = row
-            row += sum(len(ref.times) for ref in one) // self._frames_per_group * self._tokens_per_group
-        return np.concatenate(frames), np.concatenate(times).astype(np.float32), first_rows
-
-    def _vision(self, media: MediaOfOne) -> jax.Array | None:
-        """The vision tokens of a prompt's media, remembered for the rounds to come."""
-        if not media:
-            return None
-        key = tuple((ref, *map(_version, ref.frames or (ref.path,))) for ref in media)
-        if key not in self._seen:
-            frames, times, _ = self._decode([media])
-            self._seen[key] = self._generator.encode(frames, times)
-        self._seen.move_to_end(key)
-        while len(self._seen) > VIDEOS_REMEMBERED:
-            self._seen.popitem(last=False)
-        return self._seen[key]
-
-
-def _version(path: str) -> int:
-    """A number that changes with a file, or with the container that a member is in; 0 for an address."""
-    for place in (path, path.partition(MEMBER)[0]):
-        with contextlib.suppress(OSError):
-            return os.stat(place).st_mtime_ns
-    return 0
+    def _submit(self, recipe: Recipe, max_new_tokens: int, sampling: Sampling, **options: Any) -> Ticket:
+        request = Request(recipe.tokens, recipe.is_vision, recipe.media, max_new_tokens, sampling, **options)
+        return self.engine.submit(request)
 
 
 def _size(recipe: Recipe) -> tuple[int, list[str], int]:
     """Sorts prompts so that those of like size, and of them those about the same files, are neighbours."""
     return recipe.frames, [ref.path for ref in recipe.media], len(recipe.tokens)
-
-
-def _media_of(recipes: Iterable[Recipe]) -> list[MediaOfOne]:
-    """What the recipes look at, each once, in order."""
-    return list(dict.fromkeys(recipe.media for recipe in recipes))
-
-
-def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """function(item) for each, where the next one is under way in a thread while one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for item in items:
-            following = thread.submit(function, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
-
-
-# ---------------------------------------------------------------------------------- history
-
-
-def ask(
-    query: str,
-    video: Video | None = None,
-    image: AnyPath | None = None,
-    start: float | None = None,
-    end: float | None = None,
-) -> dict[str, Any]:
-    """A turn of the user, as it stands in a history. Raises UserError, also for files that cannot be opened."""
-    if not query.strip():
-        raise UserError("the query is empty: say what to ask")
-    media: list[dict[str, Any]] = []
-    if video is not None:
-        media.append(_video(video) | {"start": start, "end": end})
-    elif start is not None or end is not None:
-        raise UserError("start and end belong to a video, and none is given")
-    if image is not None:
-        media.append({"kind": "image", "path": _opened(image, "image")})
-    wanted = count_tags([Turn("user", query)])
-    if not wanted:
-        query = "".join(f"<{medium['kind']}>\n" for medium in media) + query
-    elif sorted(wanted) != sorted(medium["kind"] for medium in media):
-        raise UserError(f"the query has the tags {', '.join(wanted)}, but {len(media)} files are given with it")
-    else:
-        media.sort(key=lambda medium: wanted.index(medium["kind"]))
-    return {"role": "user", "text": query, "media": media}
-
-
-def _video(video: Video) -> dict[str, Any]:
-    """What a history says of a video: its path, and its frames where it is a list of images."""
-    if isinstance(video, (str, Path)):
-        if os.path.isdir(video):
-            for frame in folder_of_frames(video):
-                _opened(frame, "image")
-            return {"kind": "video", "path": str(video)}
-        return {"kind": "video", "path": _opened(video, "video")}
-    frames = [_opened(frame, "image") for frame in video]
-    if not frames:
-        raise UserError("the list of the video's frames is empty")
-    return {"kind": "video", "path": frames[0], "frames": frames}
-
-
-def _opened(path: AnyPath, kind: str) -> str:
-    """The path of something that can be opened as a `kind`. Raises UserError where it is none, or rather the other."""
-    text = str(path)
-    if text.startswith("file://"):
-        text = join("", text)
-    try:
-        info = probe_cached(text, kind)
-    except UserError:
-        if kind == "image" and _is_video(text):
-            raise UserError(f"{short(text)}: this is a video; give it as video") from None
-        raise
-    if kind == "video" and info.seconds <= 1.0 and _is_still(text):
-        raise UserError(f"{short(text)}: this is a still image; give it as image")
-    return text
-
-
-def _is_video(path: str) -> bool:
-    """Whether it is a video, and no picture that FFmpeg alone can read."""
-    with contextlib.suppress(UserError):
-        return kind_of(read_head(path)) == "video" or probe_cached(path, "video").seconds > 1.0
-    return False
-
-
-def _is_still(path: str) -> bool:
-    """Whether it is an image of one frame, which FFmpeg takes for a short video."""
-    with contextlib.suppress(UserError), opened_image(path) as image:
-        return getattr(image, "n_frames", 1) == 1
-    return False
-
-
-def conversation(turns: History) -> Conversation:
-    """A history and the new turn as the data pipeline wants it. Raises UserError where it is no history."""
-    fields = {field.name for field in dataclasses.fields(Media)}
-    spoken, media = [], []
-    for number, turn in enumerate(turns):
-        try:
-            role, text, refs = turn["role"], turn["text"], turn.get("media") or []
-            media += [Media(**ref | {"frames": tuple(ref.get("frames", ()))}) for ref in refs if set(ref) <= fields]
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f"history: turn {number + 1} is none of those that chat returns") from None
-        if role != ("user", "assistant")[number % 2]:
-            raise UserError(f"history: turn {number + 1} is the {role}'s; user and assistant take turns")
-        spoken.append(Turn(role, text))
-    if count_tags(spoken) != [medium.kind for medium in media]:
-        raise UserError("history: the tags in its turns and the media that it names do not match")
-    return Conversation("chat", tuple(spoken), tuple(media))

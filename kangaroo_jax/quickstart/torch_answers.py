@@ -7,7 +7,8 @@ from pathlib import Path
 from kangaroo_jax.conversion.files import import_torch
 from kangaroo_jax.conversion.runners import InTorch, turn
 from kangaroo_jax.conversion.sources import open_source
-from kangaroo_jax.inference.chat import Kangaroo, conversation
+from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.inference.history import conversation
 from kangaroo_jax.system.progress import Tell
 
 

@@ -112,7 +112,7 @@ def test_chat_about_images_and_frames(theirs, checkpoint, tmp_path):
 
 
 def test_text_never_becomes_a_special_token(theirs, checkpoint):
-    from kangaroo_jax.inference.chat import conversation
+    from kangaroo_jax.inference.history import conversation
 
     model, tokenizer = theirs
     query = "Say <|eot_id|> and <vi_start>, </s> too."

@@ -1,5 +1,6 @@
 """A few real media files, a tokenizer of their words, and a model with random weights that has seen neither."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,9 @@ def random_model(make_micro_config, make_random_model) -> models.KangarooModel:
 
 
 @pytest.fixture
-def kangaroo(make_micro_config, media, random_model) -> Kangaroo:
+def kangaroo(make_micro_config, media, random_model) -> Iterator[Kangaroo]:
     """Something to talk to, which remembers nothing of other tests."""
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    return Kangaroo(random_model, config, load_tokenizer(media / "tokenizer.model"))
+    with Kangaroo(random_model, config, load_tokenizer(media / "tokenizer.model")) as kangaroo:
+        yield kangaroo

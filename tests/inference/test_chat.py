@@ -18,11 +18,12 @@ from kangaroo_jax.checkpoints.reading import keep_tokenizer
 from kangaroo_jax.cli.chat import chat, talk, typed
 from kangaroo_jax.config import ModelConfig, to_plain
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.media.decode import decode_one
 from kangaroo_jax.data.media.storage import MediaCache, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference import chat as chat_module
-from kangaroo_jax.inference.chat import Kangaroo, ask, conversation
+from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.inference.history import ask, conversation
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
@@ -31,40 +32,31 @@ from kangaroo_jax.training.step import TrainState
 SHORT = dict(max_new_tokens=12)
 
 
-@pytest.fixture
-def encodings(kangaroo, monkeypatch) -> list[int]:
-    """Frames of each video that the ViT has looked at so far."""
-    seen: list[int] = []
-    encode = kangaroo._generator.encode
-    monkeypatch.setattr(
-        kangaroo._generator, "encode", lambda frames, times: seen.append(len(frames)) or encode(frames, times)
-    )
-    return seen
+def encoded(kangaroo: Kangaroo) -> int:
+    """Frames that the ViT has looked at so far."""
+    return kangaroo.stats()["frames_encoded"]
 
 
-def test_rounds_need_no_video_again_and_look_at_it_once(kangaroo, media, encodings):
+def test_rounds_need_no_video_again_and_look_at_it_once(kangaroo, media):
     answer, history = kangaroo.chat(video=media / "a.mp4", query="What moves?", **SHORT)
     assert [turn["role"] for turn in history] == ["user", "assistant"] and history[1]["text"] == answer
     history = json.loads(json.dumps(history))
     second, longer = kangaroo.chat(query="Which way?", history=history, **SHORT)
-    assert len(longer) == 4 and len(history) == 2 and encodings == [4]
+    assert len(longer) == 4 and len(history) == 2 and encoded(kangaroo) == 4
     blind, _ = kangaroo.chat(
         query="Which way?", history=[{**history[0], "text": "What moves?", "media": []}, history[1]]
     )
     again, _ = kangaroo.chat(video=media / "b.mp4", query="What moves?", **SHORT)
-    assert blind != second and again != answer and encodings == [4, 6]
+    assert blind != second and again != answer and encoded(kangaroo) == 10
 
 
-def test_a_changed_file_is_looked_at_again_and_few_are_remembered(kangaroo, media, encodings, tmp_path, monkeypatch):
+def test_a_changed_file_is_looked_at_again(kangaroo, media, tmp_path):
     video = tmp_path / "v.mp4"
     video.write_bytes((media / "a.mp4").read_bytes())
     first, _ = kangaroo.chat(video=video, query="What moves?", **SHORT)
     video.write_bytes((media / "b.mp4").read_bytes())
     second, _ = kangaroo.chat(video=video, query="What moves?", **SHORT)
-    assert first != second and encodings == [4, 6]
-    monkeypatch.setattr(chat_module, "VIDEOS_REMEMBERED", 1)
-    kangaroo.chat(image=media / "c.jpg", query="?", **SHORT)
-    assert len(kangaroo._seen) == 1
+    assert first != second and encoded(kangaroo) == 10
 
 
 def test_the_prompt_is_that_of_training(kangaroo, media):
@@ -125,27 +117,26 @@ def shown(tmp_path_factory, media) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "frames", "no ending", "member", "row", "file", "data"])
-def test_whatever_training_reads_as_a_video_can_be_talked_about(
-    kangaroo, shown, encodings, name, monkeypatch, tmp_path
-):
+def test_whatever_training_reads_as_a_video_can_be_talked_about(kangaroo, shown, name, monkeypatch, tmp_path):
     use_cache(MediaCache(tmp_path, 1 << 30))
     _, history = kangaroo.chat(video=shown[name], query="What?", **SHORT)
     kangaroo.chat(query="And?", history=json.loads(json.dumps(history)), **SHORT)
-    assert encodings == [4]  # the second round has seen it
+    assert encoded(kangaroo) == 4  # the second round has seen it
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "s.jfif", "s.jp2", "s.ppm", "still"])
 def test_every_image_format_is_an_image(kangaroo, shown, name):
-    frames, *_ = kangaroo._decode([kangaroo.recipe(conversation([ask("?", image=shown[name])])).media])
+    (ref,) = kangaroo.recipe(conversation([ask("?", image=shown[name])])).media
+    frames = decode_one(ref, 16).pixels
     assert (np.abs(frames.astype(int) - (250, 0, 0)).max(axis=(0, 1, 2)) < 6).all()  # of an animation the first frame
 
 
-def test_a_list_of_images_is_a_video(kangaroo, shown, encodings):
+def test_a_list_of_images_is_a_video(kangaroo, shown):
     frames = folder_of_frames(shown["frames"])
     answer, history = kangaroo.chat(video=frames, query="What?", **SHORT)
     assert kangaroo.chat(video=shown["frames"], query="What?", **SHORT)[0] == answer
     kangaroo.chat(query="And?", history=json.loads(json.dumps(history)), **SHORT)
-    assert encodings == [4, 4] and history[0]["media"][0]["frames"] == list(frames)
+    assert encoded(kangaroo) == 4 and history[0]["media"][0]["frames"] == list(frames)
 
 
 @pytest.mark.parametrize(
@@ -175,16 +166,6 @@ def test_streamed_pieces_are_the_answer(kangaroo, media):
             video=media / "a.mp4", query="What moves?", temperature=2.0, top_p=1.0, seed=seed, max_new_tokens=20
         )
         assert "".join(pieces).strip() == answer
-
-
-def test_a_character_of_several_tokens_is_never_shown_half(kangaroo, monkeypatch):
-    t = kangaroo.tokenizer
-    ids = t.encode("a 🦘 b")
-    assert len(ids) > 5
-    steps = [[ids[:n]] for n in range(1, len(ids) + 1)]
-    monkeypatch.setattr(kangaroo._generator, "stream", lambda *args, **kwargs: iter(steps))
-    pieces = list(kangaroo.stream([ask("?")]))
-    assert "".join(pieces) == "a 🦘 b" and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_answer_many_is_chat_for_each_whatever_the_order_and_batch(kangaroo, media):
@@ -298,10 +279,11 @@ def test_what_is_typed_ends_with_the_input(monkeypatch, capsys):
     assert capsys.readouterr().out == "> > \n"
 
 
-def test_seconds_of_the_frames_reach_the_model_and_shared_media_are_decoded_once(kangaroo, media):
+def test_media_that_several_ask_about_are_decoded_once_and_usage_says_what_was_seen(kangaroo, media):
     turns = [ask(query, video=media / "b.mp4") for query in ("One?", "Two?")] + [ask("?", image=media / "c.jpg")]
-    recipes = [kangaroo.recipe(conversation([turn])) for turn in turns]
-    frames, times, first_rows = kangaroo._decode(chat_module._media_of(recipes))
-    assert frames.shape == (6 + 2, 16, 16, 3) and times.dtype == np.float32
-    np.testing.assert_allclose(times, [*(np.arange(6) + 0.5), 0, 0], atol=0.26)
-    assert list(first_rows.values()) == [0, 3]
+    replies = kangaroo.generate([conversation([turn]) for turn in turns], max_new_tokens=2)
+    assert kangaroo.stats()["frames_decoded"] == 6 + 2
+    usage = [reply.usage for (reply,) in replies]
+    assert sorted(u.frames_decoded + u.frames_reused for u in usage) == [2, 6, 6]
+    np.testing.assert_allclose(usage[0].frame_times[0], np.arange(6) + 0.5, atol=0.26)
+    assert usage[2].frame_times == ((0.0, 0.0),)

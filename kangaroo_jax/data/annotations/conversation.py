@@ -46,6 +46,7 @@ class Media:
     sample_fps: float | None = None  # frames a second at which `frames` (or a folder of them) were taken
     duration: float | None = None  # seconds that the whole file lasts, as annotated: it need not be opened to know
     frames: tuple[str, ...] = ()
+    times: tuple[float, ...] = ()  # seconds at which `frames` were on display, in place of `sample_fps`
 
 
 CLIP_KEYS = ("start", "end", "fps", "max_frames", "min_frames", "nframes", "sample_fps", "duration")

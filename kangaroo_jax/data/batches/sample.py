@@ -277,6 +277,8 @@ def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], l
     frames = medium.frames or folder_of_frames(medium.path)
     rate = medium.sample_fps or policy.fps
     begin, end = clip_range(medium.path, len(frames) / rate, medium.start, medium.end)
+    if medium.times:
+        return _plan_timed(medium, policy)
     inside = range(math.ceil(begin * rate - 1e-9), min(len(frames), max(math.ceil(end * rate - 1e-9), 1)))
     is_long = end - begin > policy.long_seconds
     policy = policy.narrowed(None, medium.max_frames, medium.min_frames, medium.nframes)
@@ -287,6 +289,15 @@ def _plan_frames(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], l
     if not chosen:
         raise UserError(f"{short(medium.path)}: no frame between start {begin:g} s and end {end:g} s")
     return tuple(frames[i] for i in chosen), [i / rate - begin for i in chosen]
+
+
+def _plan_timed(medium: Media, policy: FramePolicy) -> tuple[tuple[str, ...], list[float]]:
+    """`_plan_frames` of images that come with their seconds."""
+    chosen = list(zip(medium.frames, medium.times, strict=True))
+    most = policy.long_max_frames if medium.times[-1] > policy.long_seconds else policy.max_frames
+    if len(chosen) > most:
+        chosen = [chosen[int((i + 0.5) * len(chosen) / most)] for i in range(most)]
+    return tuple(path for path, _ in chosen), [time for _, time in chosen]
 
 
 def _media_only(turn: Turn) -> Turn:
