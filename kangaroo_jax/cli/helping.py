@@ -30,7 +30,7 @@ def help_text(job: str, summary: str, commands: Mapping[str, Command], words: Se
 
 def _inner(inner: Mapping[str, Command], title: str) -> list[str]:
     lines = [f"  {name:15} {inspect.cleandoc(inner[name].__doc__ or '').splitlines()[0]}" for name in inner]
-    return ["\n".join([f"jobs, of which kangaroo {title} JOB --help lists the flags:", *lines])] if lines else []
+    return ["\n".join([f"jobs (kangaroo {title} JOB --help lists the flags):", *lines])] if lines else []
 
 
 def _list_of(arguments: list[Argument], head: str) -> str:

@@ -136,7 +136,7 @@ def main(
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
                 told = [str(part) for part in (error.filename, error.strerror) if part]
             if told:
-                error = UserError(": ".join(told) + "; nothing finished is lost: mend that, and run the same again")
+                error = UserError(": ".join(told) + "; nothing finished is lost: repair that, and run the same again")
             if not isinstance(error, UserError):
                 raise
             print(f"kangaroo: {error}", file=sys.stderr)

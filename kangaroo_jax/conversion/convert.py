@@ -88,7 +88,7 @@ def convert(
             raise UserError(f"--quantize={quantize}: a LoRA adapter is not quantised; leave it out")
         return _adapter_alone(sources, target, base, preset, overrides, lora, format=format, dtype=dtype, tell=tell)
     if base is not None:
-        raise UserError(f"--base={base}: is for a source that is a LoRA adapter, which none is here; leave it out")
+        raise UserError(f"--base={base}: is only for a source that is a LoRA adapter; leave it out")
     opened = [open_source(source, preset, overrides) for source in sources]
     weights, config = _joined(opened, preset, overrides or {}, seed, tell)
     format = format or ("hf" if quantize is None and opened[0].layout == "orbax" and len(opened) == 1 else "orbax")

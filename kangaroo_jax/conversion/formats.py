@@ -65,7 +65,7 @@ def read_hf(raw: Mapping[str, Any], model: ConfigDict, where: Path) -> None:
         raise UserError(f"{where}: does not say {', '.join(lacking)}; is it the config.json of a Llama?")
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {raw[key]!r}, but the decoder only does {value!r}")
+            raise UserError(f"{where}: {key} is {raw[key]!r}, but the decoder supports only {value!r}")
     llm = model.llm
     heads = raw["num_attention_heads"]
     usual = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, "rms_norm_eps": USUAL_EPS}
@@ -96,7 +96,7 @@ def _read_rope(raw: Mapping[str, Any], llm: ConfigDict, where: Path) -> None:
         llm.rope_scaling.factor = 1.0
         return
     if kind != "llama3":
-        raise UserError(f"{where}: rope scaling {kind!r} is not done here, only 'llama3'; use another checkpoint")
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported, only 'llama3' is; use another checkpoint")
     try:
         for theirs, ours in ROPE_KEYS:
             llm.rope_scaling[ours] = type(llm.rope_scaling[ours])(parameters[theirs])
@@ -206,6 +206,6 @@ def write_meta(llm: ConfigDict) -> dict[str, Any]:
     scaling = llm.get("rope_scaling")
     if scaling and scaling.factor != 1.0:
         if (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length) != (1.0, 4.0, 8192):
-            raise UserError("format meta: it knows Llama 3.1's rope scaling (1, 4, 8192) alone")
+            raise UserError("format meta: it supports only Llama 3.1's rope scaling (1, 4, 8192)")
         raw.update(use_scaled_rope=True, rope_scaling_factor=scaling.factor)
     return raw

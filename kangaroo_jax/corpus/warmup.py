@@ -15,7 +15,7 @@ from kangaroo_jax.corpus.text import LANGUAGES, Turn, ask, describe, drill, note
 
 IMAGE = (("image", 1.0),)
 IMAGES = (("image", 1.0), ("image_aside", 1.0), ("image_count", 1.0))
-SHORT: tuple[tuple[str, float], ...] = ()  # stands for the kinds of short clips of the corpus
+SHORT: tuple[tuple[str, float], ...] = ()  # a placeholder for the corpus's kinds of short clips
 ORDER = (("order", 1.0),)
 EN, ZH = ("en",), ("zh",)
 

@@ -78,7 +78,7 @@ def tell_replaced(root: Path, parts: Sequence[Shard], plan: ShardPlan) -> None:
             "both inputs with a comma, or remove the folder first"
         )
     if gone:
-        print(f"curate: {len(gone):,} items of the last run are no longer in the input; their scores go")
+        print(f"curate: {len(gone):,} items of the last run are no longer in the input; their scores are removed")
 
 
 def _choose(options: Options, settings: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def _language() -> str:
         for caption in ("Two people walk through a park.", "两个人在公园里散步。")
     ]
     if found != ["en", "zh"]:
-        raise UserError(f"takes an English and a Chinese sentence for {found}")
+        raise UserError(f"detects {found} for an English and a Chinese sentence")
     return "tells English from Chinese"
 
 

@@ -226,7 +226,7 @@ def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
                 raise UserError(f"{path}: {kind} {name!r} is not read; known are {', '.join(KNOWN_PARTS)}")
             pattern = part.get("pattern") or {"String": " "}
             if "Regex" in pattern and pattern["Regex"] not in KNOWN_PATTERNS:
-                raise UserError(f"{path}: the {kind}'s pattern {pattern['Regex']!r} is none that is known; not read")
+                raise UserError(f"{path}: the {kind}'s pattern {pattern['Regex']!r} is unknown; not read")
             longest = max((len(str(part.get(key) or "")) for key in ("content", "prepend", "replacement")), default=0)
             if longest > 8 or pattern.get("String") == "":
                 raise UserError(f"{path}: the {kind} {name!r} puts {longest} characters in place of a few; not read")
@@ -236,7 +236,7 @@ def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
             raise UserError(f"{path}: the {kind} may make a text {growth:,.0f} times as long; not read")
     model = spec["model"]
     if model.get("type", "BPE") not in KNOWN_MODELS or model.get("dropout"):
-        raise UserError(f"{path}: its model is none that is read ({', '.join(KNOWN_MODELS)}, without dropout)")
+        raise UserError(f"{path}: its model is not read; known are {', '.join(KNOWN_MODELS)}, without dropout")
 
 
 def _parts(part: Any) -> Iterable[Mapping[str, Any]]:

@@ -193,7 +193,7 @@ def _judged(completion: Completion, request: Request, max_tokens: int, varies: b
         "completion_tokens": completion.completion_tokens,
     }
     if len(text) > _LETTERS_A_TOKEN * max_tokens:
-        reason = f"malformed: {len(text):,} letters, which is more than {max_tokens:,} tokens"
+        reason = f"malformed: {len(text):,} characters, too many for {max_tokens:,} tokens"
         return Reply("error", reason=reason, transient=varies, **tokens)
     if completion.finish == "refused":
         return Reply("refused", text, reason="the model's filter", **tokens)

@@ -65,10 +65,10 @@ class SceneRules:
         media = Path(task["media"]).resolve()
         name = media.relative_to(self._folder).as_posix() if media.is_relative_to(self._folder) else ""
         if name not in self._scenes:
-            raise Failure("rules", f"{media} is no medium of the corpus {self._folder}", transient=False)
+            raise Failure("rules", f"{media} is not a medium of the corpus {self._folder}", transient=False)
         scene = part_of(self._scenes[name], task.get("start"), task.get("end"))
         if not scene.events:
-            raise Failure("rules", "nothing is to be seen in this part", transient=False)
+            raise Failure("rules", "nothing is visible in this part", transient=False)
         return scene
 
     def _frame(self, task: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ def load_prompt(folder: Path, name: str, language: str) -> Prompt:
     first, _, body = whole.partition("\n")
     version = _FIRST_LINE.match(first)
     if version is None or not body.strip():
-        raise UserError(f"{path}: a prompt begins with a line '# version N', and then says something")
+        raise UserError(f"{path}: a prompt must begin with a line '# version N', and text must follow")
     system, end, text = body.partition(_SYSTEM_END)
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     system, text = (system, text) if end else ("", body)

@@ -96,7 +96,7 @@ def _check_settings(configs: Mapping[str, ConfigDict]) -> None:
             lacking["the API key, in the environment"].append(f"{config.api_key_env} (of {name})")
     if lacking:
         told = "; ".join(f"{' '.join(flags)} ({what})" for what, flags in lacking.items())
-        raise UserError(f"models are asked that are not named yet: give {told}; docs/annotation.md has the presets")
+        raise UserError(f"the config does not name all models yet: give {told}; docs/annotation.md has the presets")
 
 
 def make_backend(name: str, config: ConfigDict) -> Backend:

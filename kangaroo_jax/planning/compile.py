@@ -44,7 +44,7 @@ class Compiled:
     """Memory and work of one device in a step. FLOPs count matrix products and attention kernels."""
 
     fits: bool
-    peak_gib: float  # at the fullest moment of the step, with the program itself; see `peak_bytes`
+    peak_gib: float  # peak memory of the step, with the program itself; see `peak_bytes`
     state_gib: float  # weights, optimiser state and batch
     host_gib: float  # offloaded to host memory
     flops: dict[str, float]  # by part: vision, llm, other (the LM head), attention_vision, attention_llm

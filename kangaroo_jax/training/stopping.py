@@ -178,7 +178,7 @@ def locked(workdir: Path, tell: Tell) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 tell(
-                    f"{path}: this file system knows no locks ({error.strerror}): see that no other run uses the folder"
+                    f"{path}: this file system has no locks ({error.strerror}): check that no other run uses the folder"
                 )
             else:
                 file.seek(0)
@@ -238,7 +238,7 @@ def explained_disk(workdir: Path) -> Iterator[None]:
         if number in _FULL:
             line = f"{workdir}: the disk is full ({os.strerror(number)}); make room"
         elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            line = f"{workdir}: cannot be written ({os.strerror(number)}); mend that, or give another --workdir"
+            line = f"{workdir}: cannot be written ({os.strerror(number)}); repair that, or give another --workdir"
         else:
             raise
         steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]

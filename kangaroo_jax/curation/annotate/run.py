@@ -107,7 +107,7 @@ def _remarks(summary: dict[str, Any], missing: int, reason: str, config: ConfigD
 def _advice(missing: int) -> str:
     """What to do about captions that are not ok."""
     if missing:
-        return f"{missing:,} clips met errors that may pass: run the same command again to ask for them once more"
+        return f"{missing:,} clips met errors that may pass: run the same command again to retry them"
     return (
         "the same command would meet the same: another model, or a temperature "
         "(--config.backends.NAME.temperature=0.7), may do better"

@@ -118,7 +118,7 @@ async def _instruct(
         summary.pop("finished", None)
     write_json(output / OUTPUTS[2], summary)
     tell(_last_line(summary, output))
-    may_pass = f"{again:,} conversations met errors that may pass: run the same command again to ask for them once more"
+    may_pass = f"{again:,} conversations met errors that may pass: run the same command again to retry them"
     if not records:
         raise UserError(
             f"instruct: no conversation was made{_why_none(dropped, cells)}{f'; {may_pass}' if again else ''}"

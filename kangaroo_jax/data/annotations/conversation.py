@@ -25,7 +25,7 @@ class Turn:
 
     role: str  # "system", "user" or "assistant"
     text: str
-    loss: float = 1.0  # what an assistant's tokens count in the loss
+    loss: float = 1.0  # weight of an assistant's tokens in the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Media:
     min_frames: int | None = None
     nframes: int | None = None  # frames to sample, in place of fps and the range
     sample_fps: float | None = None  # frames a second at which `frames` (or a folder of them) were taken
-    duration: float | None = None  # seconds that the whole file lasts, as annotated: it need not be opened to know
+    duration: float | None = None  # stated length of the whole file in seconds, so that it need not be opened
     frames: tuple[str, ...] = ()
     times: tuple[float, ...] = ()  # seconds at which `frames` were on display, in place of `sample_fps`
 

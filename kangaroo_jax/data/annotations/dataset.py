@@ -141,7 +141,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_records(path: Path, records: Iterator[bytes]) -> None:
-    """An ArrayRecord file, whole or not at all. Raises OSError where the disk is full."""
+    """Write an ArrayRecord file, whole or not at all. Raises OSError if the disk is full."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = path.with_name(f".{path.name}.tmp")

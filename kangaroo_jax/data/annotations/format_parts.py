@@ -1,4 +1,4 @@
-"""Messages whose content is a list of parts: OpenAI's, Hugging Face's, and TRL's, whose media stand in columns."""
+"""Messages whose content is a list of parts: OpenAI's, Hugging Face's, and TRL's, whose media are in columns."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -22,7 +22,7 @@ def to_record(conversation: Conversation, name: str) -> dict[str, Any]:
         raise ValueError(f"no conversation is written as {name!r}")
     losses = any(turn.loss != 1 for turn in conversation.turns)
     if losses and name != "messages":
-        raise ValueError(f"{name} has no loss of a turn")
+        raise ValueError(f"{name} cannot express the loss of a turn")
     for kind, key in (("image", "image"), ("video", "video")):
         files = [list(m.frames) if m.frames else m.path for m in conversation.media if m.kind == kind]
         if files:

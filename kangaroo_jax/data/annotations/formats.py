@@ -56,7 +56,7 @@ _TURN_LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("query", "response"), ("instruction", "output"), ("question", "answer"), ("QA", "QA"))
 _CAPTIONS = ("caption", "captions")
 _OPTIONS = ("options", "candidates", "choices", "option0", "choice_a", "a0", "Answer_Choices")
-_PATH_KEYS = ("image_path", "video_path", "media", "path", "file", "file_name")  # told apart by name or ending
+_PATH_KEYS = ("image_path", "video_path", "media", "path", "file", "file_name")  # name or ending tells the kind
 RECORD_KEYS = frozenset(  # all keys that a record is read from
     {
         *_TURN_LISTS,

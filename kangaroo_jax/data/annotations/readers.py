@@ -57,7 +57,7 @@ def _whole(path: str, stream: BinaryIO) -> bytes:
     with stream:
         data = stream.read(_WHOLE + 1)
     if len(data) > _WHOLE:
-        raise UserError(f"{path}: more than {_WHOLE >> 30} GiB are not held in memory; write JSON lines")
+        raise UserError(f"{path}: more than {_WHOLE >> 30} GiB cannot be held in memory; write JSON lines")
     return data
 
 

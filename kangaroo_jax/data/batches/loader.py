@@ -215,7 +215,7 @@ class Loader:
                 )
         before, now = values.pop("content", {}), self._contents()
         self._changed = [
-            f"{source.file.path} was edited since the last checkpoint, but is as long: its new samples are taken"
+            f"{source.file.path} was edited since the last checkpoint, but has the same size: its new samples are used"
             for source in self._mixture.sources
             if before.get(source.name) and source.name in now and before[source.name] != now[source.name]
         ]

@@ -68,7 +68,7 @@ class Mixture:
     """Sources and the lanes' orders over them."""
 
     def __init__(self, sources: Sequence[Source], seed: int, lanes: int, *, shuffle: bool = True) -> None:
-        """`lanes` is V, the rows of the whole batch; without `shuffle` the samples come as the files have them.
+        """`lanes` is V, the rows of the whole batch; without `shuffle` the samples come in the files' order.
 
         Raises UserError for weights that cannot be kept.
         """

@@ -177,7 +177,7 @@ def _best_pair(order: list[int], needs: np.ndarray, sizes: np.ndarray, room: lis
 
 _PAIRED = 40  # samples among which the last pair of a row is sought
 _REACH = 4  # a row with room for more than so many of the largest sample takes it without a search
-_FULL = 0.02  # of a row's tokens or frames: with less room left it is as good as full
+_FULL = 0.02  # a row counts as full if this share of its tokens or frames is left
 
 
 # ---------------------------------------------------------------------------- rows to arrays

@@ -109,7 +109,7 @@ def _web_blocks(address: str, limits: Limits) -> Iterator[bytes]:
         if scheme_of(target) not in WEB:
             raise UserError(f"{short(address)}: leads to {short(target)}, which is no address of the web")
         check_scheme(target)
-    raise UserError(f"{short(address)}: leads from one address to another more than {limits.redirects} times")
+    raise UserError(f"{short(address)}: is redirected more than {limits.redirects} times")
 
 
 def _connection(address: str, limits: Limits) -> "_Plain":

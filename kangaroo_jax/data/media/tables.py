@@ -189,7 +189,7 @@ class ParquetTable:
     def medium(self, index: int, leaf: str, number: int) -> bytes | None:
         """The bytes of a medium of a row, None if it has none. Raises UserError."""
         group, inside = self._group_of(index)
-        with self._reading:  # one thread at a time: a page, whole in memory, may be as large as its group
+        with self._reading:  # one thread at a time: a page is held whole in memory, and may be as large as its group
             at, batches, value = self._place if self._place_of == (group, leaf) else (-1, None, None)
             try:
                 if batches is None or inside < at:
