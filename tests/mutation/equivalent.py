@@ -19,4 +19,7 @@ EQUIVALENT: dict[str, str] = {
     " | if queries.segments is not None or keys.segments is not None:": "segments are a pair of both, or None",
     'kangaroo_jax/training/distributed.py | thread = threading.Thread(target=watch, name="waiting", daemon=True)'
     ' | thread = threading.Thread(target=watch, name="waiting")': "the block that starts it always ends it",
+    "kangaroo_jax/models/parameters.py | "
+    "return Binding(nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0))))"
+    " | return Binding(nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(1))))": "a seed has no say in shapes",
 }
