@@ -88,9 +88,9 @@ def bench_convert(folder: Path, config: ConfigDict, tell: Tell = print) -> dict[
     """
     folder = make_folder(folder.absolute())
     names = {name: folder / name for name in ("source", "orbax", "back", "copy")}
-    there = [name for name, path in names.items() if path.exists()]
-    if there:
-        raise UserError(f"{folder}: holds {', '.join(there)} already; give an empty folder")
+    existing = [name for name, path in names.items() if path.exists()]
+    if existing:
+        raise UserError(f"{folder}: holds {', '.join(existing)} already; give an empty folder")
     try:
         total = make_checkpoint(names["source"], config, tell)
         result: dict[str, Any] = {"gigabytes": round(total / 1e9, 2), "layers": config.model.llm.depth}

@@ -69,8 +69,8 @@ def choose(job: str, commands: Mapping[str, Command], words: Sequence[str]) -> t
     if words and not words[0].startswith("-") and named:
         from kangaroo_jax.config_files import nearest
 
-        there = f"{nearest(words[0], named)}; there are {', '.join(named)}"
-        raise UserError(f"{job}: no job {words[0]!r}{there}: kangaroo {job} --help lists them")
+        known = f"{nearest(words[0], named)}; there are {', '.join(named)}"
+        raise UserError(f"{job}: no job {words[0]!r}{known}: kangaroo {job} --help lists them")
     for before, word in zip(words, words[1:], strict=False):
         if word in named and (not before.startswith("--") or "=" in before):  # not the value of a flag
             raise UserError(f"{job}: {word} stands first: kangaroo {job} {word} {before} ...")

@@ -132,11 +132,11 @@ def main(
 
             error = _no_devices(error) or error
             full = os.strerror(errno.ENOSPC)
-            told = [full] if full in str(error) and not isinstance(error, UserError) else []  # Orbax raises ValueError
+            parts = [full] if full in str(error) and not isinstance(error, UserError) else []  # ValueError of Orbax
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-                told = [str(part) for part in (error.filename, error.strerror) if part]
-            if told:
-                error = UserError(": ".join(told) + "; nothing finished is lost: repair that, and run the same again")
+                parts = [str(part) for part in (error.filename, error.strerror) if part]
+            if parts:
+                error = UserError(": ".join(parts) + "; nothing finished is lost: repair that, and run the same again")
             if not isinstance(error, UserError):
                 raise
             print(f"kangaroo: {error}", file=sys.stderr)

@@ -73,10 +73,10 @@ def combine(
         if path not in weights.specs or weights.specs[path].shape != shape:
             found = weights.specs[path].shape if path in weights.specs else "nothing"
             raise UserError(f"{path}: the parts give {found}, the config wants {shape}; check --preset and --config")
-    told = [f"initialised: {', '.join(sorted(fresh))}"] if fresh else []
+    notes = [f"initialised: {', '.join(sorted(fresh))}"] if fresh else []
     if stored != grid:
-        told.append(f"position embedding resized from {stored} x {stored} to {grid} x {grid} patches (bicubic)")
-    return weights, config, told
+        notes.append(f"position embedding resized from {stored} x {stored} to {grid} x {grid} patches (bicubic)")
+    return weights, config, notes
 
 
 def initialise(shapes: Mapping[str, tuple[int, ...]], known: Weights, seed: int) -> Arrays:

@@ -124,8 +124,8 @@ def _joined(
     """Combine the sources, and print what they are; see `combine`."""
     for source in opened:
         tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
-    weights, config, told = combine(opened, preset, overrides, seed)
-    for line in told:
+    weights, config, notes = combine(opened, preset, overrides, seed)
+    for line in notes:
         tell(line)
     return weights, config
 

@@ -308,9 +308,9 @@ def code_of(source: WeightSource) -> str:
     mine = "this package's model file"
     folder = source.path if source.path.is_dir() else source.path.parent
     files = [(folder / name, CODE / name) for name in CODE_FILES]
-    if source.layout != "kangaroo" or not any(there.is_file() for there, _ in files):
+    if source.layout != "kangaroo" or not any(given.is_file() for given, _ in files):
         return mine
-    same = all(there.is_file() and there.read_bytes() == here.read_bytes() for there, here in files)
+    same = all(given.is_file() and given.read_bytes() == ours.read_bytes() for given, ours in files)
     return f"{mine} (the folder's own code is {'the same' if same else 'another, which was not run'})"
 
 

@@ -133,32 +133,32 @@ def sides(sources: Sequence[WeightSource]) -> tuple[str, WeightSource, WeightSou
 
 
 def _compare_chat(ours: WeightSource, theirs: WeightSource, media: Path, query: str, scratch: Path) -> Comparison:
-    here = InJax(ours)
-    kangaroo = here.chat()
+    in_jax = InJax(ours)
+    kangaroo = in_jax.chat()
     while len((recipe := kangaroo.recipe(conversation([turn(media, query)]))).tokens) < LEAST_TOKENS:
         query += FILLER
-    logits, answer = here.answer(recipe)
-    del here, kangaroo
+    logits, answer = in_jax.answer(recipe)
+    del in_jax, kangaroo
     gc.collect()
-    there, answer_there, ids = InTorch(theirs, scratch).answer(media, query)
+    torch_logits, torch_answer, ids = InTorch(theirs, scratch).answer(media, query)
     if list(recipe.tokens) != ids:
         raise UserError(f"{theirs.path}: its tokenizer gives other tokens for the same prompt")
-    return _compare(logits, there, answer, answer_there, int(recipe.is_vision.sum()))
+    return _compare(logits, torch_logits, answer, torch_answer, int(recipe.is_vision.sum()))
 
 
 def _compare_decoders(ours: WeightSource, theirs: WeightSource, query: str, scratch: Path) -> Comparison:
     ids, text = _text(ours, theirs, query)
-    here = InJax(ours)
-    logits, answer = here.continue_text(ids)
-    del here
+    in_jax = InJax(ours)
+    logits, answer = in_jax.continue_text(ids)
+    del in_jax
     gc.collect()
     torch_side = InTorch(theirs, scratch)
     if text and torch_side.tokenizer is not None:
         found = torch_side.tokenizer.encode(text, add_special_tokens=False)
         if found != ids[1:]:
             raise UserError(f"{theirs.path}: its tokenizer gives other tokens than {ours.tokenizer or ours.path}")
-    there, answer_there = torch_side.continue_text(ids)
-    return _compare(logits, there, answer, answer_there, 0)
+    torch_logits, torch_answer = torch_side.continue_text(ids)
+    return _compare(logits, torch_logits, answer, torch_answer, 0)
 
 
 def _text(ours: WeightSource, theirs: WeightSource, query: str) -> tuple[list[int], str]:
@@ -180,11 +180,13 @@ def _compare_encoders(ours: WeightSource, theirs: WeightSource, media: Path, scr
     """Compare features. For an assembled model PyTorch resizes the file's position embedding, as JAX did before."""
     vision = ours.config.model.vision
     frames = _frames(media, vision.pos_embed_grid * vision.patch_size)
-    here = InJax(ours).features(frames).astype(np.float64)
+    jax_features = InJax(ours).features(frames).astype(np.float64)
     gc.collect()
-    there = torch_features(theirs, frames, scratch).astype(np.float64)
-    tokens = here.shape[0] * here.shape[1]
-    return Comparison(tokens, tokens, float(np.abs(here - there).max()), float(np.abs(here).max()))
+    pytorch_features = torch_features(theirs, frames, scratch).astype(np.float64)
+    tokens = jax_features.shape[0] * jax_features.shape[1]
+    return Comparison(
+        tokens, tokens, float(np.abs(jax_features - pytorch_features).max()), float(np.abs(jax_features).max())
+    )
 
 
 def _frames(media: Path, side: int) -> np.ndarray:

@@ -274,18 +274,18 @@ def caption(scene: Scene, language: str) -> str:
         return _counted(scene, language)
     if scene.kind in ("order", "long"):
         return (", then " if en else "，然后").join(_named(e, language) for e in scene.events)
-    told = _named(first, language)
+    phrase = _named(first, language)
     if scene.kind == "aside":
-        return f"{told}, {scene.direction}" if en else f"{told}，{word(scene.direction, language)}"
+        return f"{phrase}, {scene.direction}" if en else f"{phrase}，{word(scene.direction, language)}"
     if scene.kind == "move":
-        return f"{told} moves {scene.direction}" if en else f"{told}向{word(scene.direction, language)}移动"
+        return f"{phrase} moves {scene.direction}" if en else f"{phrase}向{word(scene.direction, language)}移动"
     if scene.kind == "recolour":
-        return f"{told} becomes {last.thing.colour}" if en else f"{told}变成{word(last.thing.colour, language)}"
+        return f"{phrase} becomes {last.thing.colour}" if en else f"{phrase}变成{word(last.thing.colour, language)}"
     if scene.kind == "transform":
-        return f"{told} becomes {_named(last, language)}" if en else f"{told}变成{_named(last, language)}"
+        return f"{phrase} becomes {_named(last, language)}" if en else f"{phrase}变成{_named(last, language)}"
     if scene.kind in ("appear", "disappear"):
-        return f"{told} {scene.kind}s" if en else told + word(scene.kind + "s", language)
-    return told
+        return f"{phrase} {scene.kind}s" if en else phrase + word(scene.kind + "s", language)
+    return phrase
 
 
 def dense_caption(scene: Scene, language: str) -> str:
@@ -307,8 +307,8 @@ def dense_caption(scene: Scene, language: str) -> str:
         parts += [(int(e.start), _named(e, language, False)) for e in scene.events]
         if scene.direction:
             event, way = scene.events[0], word(scene.direction, language)
-            told = (*place(event, 0, language), f"moves {way}" if en else f"向{way}移动")
-            parts[-1] = (0, comma.join((parts[-1][1], *told)))
+            phrase = (*place(event, 0, language), f"moves {way}" if en else f"向{way}移动")
+            parts[-1] = (0, comma.join((parts[-1][1], *phrase)))
         if scene.events[-1].end < scene.seconds:
             parts.append((int(scene.events[-1].end), nothing))
     parts.append((scene.seconds, "end" if en else "结束"))
@@ -318,8 +318,8 @@ def dense_caption(scene: Scene, language: str) -> str:
 def describe(scene: Scene, language: str, dense: bool) -> Turn:
     """A request for a description and the description; with `dense` it has times."""
     request = "dense" if dense else "video" if scene.seconds else "image"
-    told = dense_caption(scene, language) if dense else caption(scene, language)
-    return REQUESTS[request][LANGUAGES.index(language)], told
+    description = dense_caption(scene, language) if dense else caption(scene, language)
+    return REQUESTS[request][LANGUAGES.index(language)], description
 
 
 # ---------------------------------------------------------------------------------------------- notes
@@ -355,8 +355,8 @@ def note(scene: Scene, language: str) -> str:
     lines = []
     for second in moments(scene):
         seen = [comma.join((_named(e, language, False), *place(e, second, language))) for e in scene.seen(second)]
-        told = comma.join(seen) or ("nothing" if en else "没有")
-        lines.append(told if not scene.seconds else f"{second}s: {told}" if en else f"{second}秒：{told}")
+        phrase = comma.join(seen) or ("nothing" if en else "没有")
+        lines.append(phrase if not scene.seconds else f"{second}s: {phrase}" if en else f"{second}秒：{phrase}")
     if scene.seconds:
         lines.append(f"{scene.seconds}s: end" if en else f"{scene.seconds}秒：结束")
     return "\n".join(lines)

@@ -38,10 +38,10 @@ def doctor() -> bool:
     """Print what is installed and whether each component works, offline; returns whether all needed ones do."""
     good = True
     for distribution, module, purpose, needed in _PACKAGES:
-        there = importlib.util.find_spec(module) is not None
-        good &= there or not needed
-        state = _version(distribution) if there else ("MISSING" if needed else "not installed")
-        print(f"{'ok' if there else '--' if not needed else 'NO':3} {distribution:24} {state:14} {purpose}")
+        installed = importlib.util.find_spec(module) is not None
+        good &= installed or not needed
+        state = _version(distribution) if installed else ("MISSING" if needed else "not installed")
+        print(f"{'ok' if installed else '--' if not needed else 'NO':3} {distribution:24} {state:14} {purpose}")
     for name, check in (("decoders", _decoders), ("text", _text), ("face", _face), ("language", _language)):
         try:
             print(f"ok  {name:24} {check()}")
@@ -129,8 +129,8 @@ def explain(root: Path, name: str, settings: dict[str, Any], tell: Tell = print)
     verdicts = dict(zip((row["id"] for row in rows), select.judge(rows, settings), strict=True))
     for row in found:
         verdict = verdicts[row["id"]]
-        told = "kept" if verdict is None else f"dropped by the rule {verdict[0]}: {verdict[1]}"
-        tell(printable(f"{row['id']}: {told}"))
+        outcome = "kept" if verdict is None else f"dropped by the rule {verdict[0]}: {verdict[1]}"
+        tell(printable(f"{row['id']}: {outcome}"))
         for line in _described(row, settings):
             tell(f"  {printable(line)}")
 

@@ -106,10 +106,10 @@ def _of_kept(
         kept.append(dataclasses.replace(one, media=media))
         clips.update(places[_place(medium)][0]["id"] for medium in one.media)
     if failures:
-        told = f"{len(failures):,} conversations have a medium that cannot be read, such as {failures[0]}"
+        summary = f"{len(failures):,} conversations have a medium that cannot be read, such as {failures[0]}"
         if not kept:
-            raise UserError(f"curate export: all {told}")
-        tell(f"export: {told}; they are left out")
+            raise UserError(f"curate export: all {summary}")
+        tell(f"export: {summary}; they are left out")
     if not kept:
         raise UserError(
             f"curate export: {source} has no conversation about a clip that was kept. Run kangaroo annotate "

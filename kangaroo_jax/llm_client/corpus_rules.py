@@ -82,10 +82,10 @@ class SceneRules:
         view = self.settings.get("view", "all")
         if view == "thing":
             names = [f"{word(e.thing.colour, language)} {word(e.thing.name, language)}" for e in still.events]
-            told = (", " if language == "en" else "，").join(dict.fromkeys(names))
+            phrase = (", " if language == "en" else "，").join(dict.fromkeys(names))
         else:
-            told = note(still, language)
-        return f"There is {told}." if language == "en" else f"有{told}。"
+            phrase = note(still, language)
+        return f"There is {phrase}." if language == "en" else f"有{phrase}。"
 
     def _video(self, task: Mapping[str, Any]) -> str:
         scene, language = self._scene(task), task["language"]
@@ -103,9 +103,9 @@ class SceneRules:
                 used.add((fact.question, fact.about))
                 rounds.append(_asked(fact, language, rng) | {"fits": True})
         if task["shape"] == "rounds":
-            told = [{"question": one["question"], "answer": one["answer"]} for one in rounds]
-            told += [{"question": "", "answer": ""}] * (2 - len(told))
-            return json.dumps({"fits": len(rounds) >= 2, "rounds": told}, ensure_ascii=False)
+            asked_rounds = [{"question": one["question"], "answer": one["answer"]} for one in rounds]
+            asked_rounds += [{"question": "", "answer": ""}] * (2 - len(asked_rounds))
+            return json.dumps({"fits": len(rounds) >= 2, "rounds": asked_rounds}, ensure_ascii=False)
         empty = {"fits": False, "question": "", "answer": "", "distractors": [""] * 3}
         one = rounds[0] if rounds else empty
         if task["shape"] == "open":

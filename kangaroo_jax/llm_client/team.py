@@ -95,8 +95,8 @@ def _check_settings(configs: Mapping[str, ConfigDict]) -> None:
         if config.kind == "endpoint" and config.api_key_env and not os.environ.get(config.api_key_env):
             lacking["the API key, in the environment"].append(f"{config.api_key_env} (of {name})")
     if lacking:
-        told = "; ".join(f"{' '.join(flags)} ({what})" for what, flags in lacking.items())
-        raise UserError(f"the config does not name all models yet: give {told}; docs/annotation.md has the presets")
+        missing = "; ".join(f"{' '.join(flags)} ({what})" for what, flags in lacking.items())
+        raise UserError(f"the config does not name all models yet: give {missing}; docs/annotation.md has the presets")
 
 
 def make_backend(name: str, config: ConfigDict) -> Backend:

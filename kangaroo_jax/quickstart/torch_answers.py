@@ -42,12 +42,12 @@ def compare_chats(
         kangaroo = Kangaroo.load(checkpoint)
         asked = [(Path(media), question) for media, question in videos_and_questions]
         conversations = [conversation([turn(media, question)]) for media, question in asked]
-        here = kangaroo.answer_many(conversations, max_new_tokens=max_new_tokens)
+        jax_answers = kangaroo.answer_many(conversations, max_new_tokens=max_new_tokens)
         same = 0
-        for (media, question), answer in zip(asked, here, strict=True):
-            there = theirs.chat(media, question, max_new_tokens)
-            same += there == answer
-            if there != answer:
-                tell(f"{media.name}, {question!r}: JAX says {answer!r}, PyTorch {there!r}")
+        for (media, question), answer in zip(asked, jax_answers, strict=True):
+            torch_answer = theirs.chat(media, question, max_new_tokens)
+            same += torch_answer == answer
+            if torch_answer != answer:
+                tell(f"{media.name}, {question!r}: JAX says {answer!r}, PyTorch {torch_answer!r}")
     tell(f"PyTorch and JAX give the same answer to {same} of {len(asked)} questions")
     return same

@@ -124,16 +124,16 @@ def _slurm_tasks() -> bool:
 @contextlib.contextmanager
 def _named_if_alone(where: str, options: dict[str, Any], timeout: float) -> Iterator[None]:
     """While inside, print whom this process waits for, and stop it with code LOST if they don't come in `timeout` s."""
-    come, began = threading.Event(), time.monotonic()
+    arrived, began = threading.Event(), time.monotonic()
     index, number = options.get("process_id"), options.get("num_processes")
     me = f"process {index}" if index is not None else "this process"
     others = f"the other {number - 1} of {number} processes" if number else "the other processes"
 
     def watch() -> None:
-        if come.wait(min(WAITING_SECONDS, timeout)):
+        if arrived.wait(min(WAITING_SECONDS, timeout)):
             return
         print(f"kangaroo: {me} waits at {where} for {others}, at most {timeout:.0f} s", file=sys.stderr, flush=True)
-        if come.wait(max(0.0, timeout - (time.monotonic() - began))):
+        if arrived.wait(max(0.0, timeout - (time.monotonic() - began))):
             return
         silent = index not in (None, 0) and not _answers(where)
         why = f"nothing answers at {where}, process 0" if silent else f"{others} did not all come to {where}"
@@ -146,7 +146,7 @@ def _named_if_alone(where: str, options: dict[str, Any], timeout: float) -> Iter
     try:
         yield
     finally:
-        come.set()
+        arrived.set()
         thread.join()
 
 

@@ -163,18 +163,18 @@ class Captioner:
     ) -> dict[str, Any]:
         """Where a caption comes from: frame captions, models, prompts, tokens of the answers."""
         assert self.team is not None
-        told = []
+        described = []
         for keyframe, frame in zip(clip.keyframes, frames, strict=True):
             captions = [
                 {"captioner": name} | _outcome(one) | {"text": one.text}
                 for name, one in zip(self.config.captioners, frame.replies, strict=True)
             ]
             path = relative(keyframe.path, folder)
-            told.append({"path": path, "time": round(frame.time, 3), "captions": captions})
+            described.append({"path": path, "time": round(frame.time, 3), "captions": captions})
         every = [reply, *(one for frame in frames for one in frame.replies)]
         names = (*self.config.captioners, self.config.writer)
         return {
-            "frames": told,
+            "frames": described,
             "models": {name: self.team[name].backend.model for name in names},
             "writer": self.config.writer,
             "prompts": {"frame_caption": self._frame.version, "video_caption": self._video[language].version},

@@ -146,9 +146,9 @@ def _finished(output: Path, mark: str) -> dict[str, Any] | None:
         summary = json.loads((output / "annotation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    there = all((output / name).is_file() for name in ("captions.jsonl", "refined.jsonl"))
-    there &= bool(summary.get("outcomes", {}).get("ok"))
-    return summary if there and summary.get("finished") == mark else None
+    complete = all((output / name).is_file() for name in ("captions.jsonl", "refined.jsonl"))
+    complete &= bool(summary.get("outcomes", {}).get("ok"))
+    return summary if complete and summary.get("finished") == mark else None
 
 
 async def _parts(

@@ -215,16 +215,16 @@ def _item(row: dict[str, Any], source: str, root: str, fetch: bool) -> Item:
     if not candidates:
         raise UserError(f"names no medium; it has the columns {', '.join(map(str, row))}")
     places = [join(root, candidate) for candidate in candidates]
-    here = next((place for place in places if is_remote(place) or os.path.exists(place)), "")
-    if not here or is_remote(here):
-        here = next((place for place in (here, address) if _may_be_read(place, fetch)), "")
+    location = next((place for place in places if is_remote(place) or os.path.exists(place)), "")
+    if not location or is_remote(location):
+        location = next((place for place in (location, address) if _may_be_read(place, fetch)), "")
     item: Item = {key: meant[key] for key in ("caption", "category", "language", "licence", "source_id", "kind")}
-    item |= {"path": here if is_remote(here) or not here else absolute(here)}
+    item |= {"path": location if is_remote(location) or not location else absolute(location)}
     item["source"] = meant["source"] or source
     start, end = item["start"], item["end"] = _seconds(meant["start"]), _seconds(meant["end"])
     if end is not None and end <= (start or 0.0):
         raise UserError(f"its end {end:g} is not after its start {start or 0:g}")
-    if not here:
+    if not location:
         item["missing"] = f"no such file: {short(candidates[0])}" + (f" ({short(address)})" if address else "")
     return _named(item, candidates[0])
 

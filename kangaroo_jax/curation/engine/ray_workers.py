@@ -104,17 +104,17 @@ def _check_resources(engine: Settings) -> None:
     import ray
 
     need = {"CPU": engine["actor_cpus"], "GPU": engine["actor_gpus"], **dict(engine["actor_resources"])}
-    there = ray.cluster_resources()
+    resources = ray.cluster_resources()
     for name, amount in need.items():
-        if amount > there.get(name, 0.0):
+        if amount > resources.get(name, 0.0):
             raise UserError(
-                f"--engine=ray: an actor asks for {amount:g} {name} and all nodes have {there.get(name, 0.0):g}; "
+                f"--engine=ray: an actor asks for {amount:g} {name} and all nodes have {resources.get(name, 0.0):g}; "
                 "see config.engine.actor_cpus, actor_gpus and actor_resources"
             )
-    if engine["actors"] * engine["actor_cpus"] > there.get("CPU", 0.0) - 1:
+    if engine["actors"] * engine["actor_cpus"] > resources.get("CPU", 0.0) - 1:
         raise UserError(
             f"--engine=ray: {engine['actors']} actors of {engine['actor_cpus']:g} CPU leave none of the "
-            f"{there.get('CPU', 0.0):g} CPU to tasks; lower config.engine.actors or actor_cpus"
+            f"{resources.get('CPU', 0.0):g} CPU to tasks; lower config.engine.actors or actor_cpus"
         )
 
 

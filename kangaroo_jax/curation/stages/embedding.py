@@ -102,15 +102,15 @@ def load_encoder(path: str, config: ModelConfig) -> tuple[Any, dict[str, Any]]:
     binding = Binding(nnx.eval_shape(lambda: EvaClip(config.vision, rngs=nnx.Rngs(0), **options)))
     checkpoint, prefix = find(path), "vision/"
     found = {folder: ocp.StandardCheckpointHandler().metadata(folder).tree for folder in weight_folders(checkpoint)}
-    there = {name: leaf for tree in found.values() for name, leaf in tree.items() if name.startswith(prefix)}
-    check_shapes({name.removeprefix(prefix): leaf for name, leaf in there.items()}, binding.shapes, checkpoint)
+    stored = {name: leaf for tree in found.values() for name, leaf in tree.items() if name.startswith(prefix)}
+    check_shapes({name.removeprefix(prefix): leaf for name, leaf in stored.items()}, binding.shapes, checkpoint)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: dict[str, Any] = {}
     for folder, tree in found.items():  # trained and frozen weights are stored apart
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
             for name, leaf in tree.items()
-            if name in there
+            if name in stored
         }
         if target:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

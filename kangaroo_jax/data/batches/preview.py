@@ -89,17 +89,17 @@ class _Row:
         groups = np.asarray(batch.frame_groups)[b]
         learnt = np.concatenate([[False], np.asarray(batch.weights)[b, :-1] > 0])
         frame_segments = np.zeros(len(groups), np.int64)
-        here = vision >= 0
-        if here.any():
-            tokens_per_group = int(here.sum()) // len(np.unique(groups[groups > 0]))
-            of_group = dict(zip(vision[here] // tokens_per_group + 1, segments[here], strict=True))
+        is_vision = vision >= 0
+        if is_vision.any():
+            tokens_per_group = int(is_vision.sum()) // len(np.unique(groups[groups > 0]))
+            of_group = dict(zip(vision[is_vision] // tokens_per_group + 1, segments[is_vision], strict=True))
             frame_segments = np.array([of_group.get(group, 0) for group in groups])
         return _Row(
             index=b,
             tokens=np.asarray(batch.tokens)[b],
             segments=segments,
             learnt=learnt,
-            vision=here,
+            vision=is_vision,
             frames=np.asarray(batch.frames)[b],
             times=np.asarray(batch.frame_times)[b],
             groups=groups,
