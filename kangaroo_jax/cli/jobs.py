@@ -21,6 +21,7 @@ JOBS = {
     "curriculum": Job("train all five stages, each from the last one's weights", huge_pages=True),
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", huge_pages=True),
     "chat": Job("ask a trained model about a video or an image", huge_pages=True),
+    "serve": Job("answer requests of OpenAI's protocol about videos", huge_pages=True),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta"),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost"),
     "data": Job("check, measure, build and look at training data"),

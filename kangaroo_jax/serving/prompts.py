@@ -1,7 +1,7 @@
 """From a request's messages and its local files to the engine's prompt."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,10 +20,11 @@ Found = tuple[Media, tuple[float, ...]]  # a medium's local files, and the secon
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A prompt, and which of its videos were taken to have one frame a second."""
+    """A prompt, and what an answer to it has to know."""
 
     recipe: Recipe
-    assumed: tuple[bool, ...]
+    assumed: tuple[bool, ...]  # which media were taken to have one frame a second
+    names: Mapping[str, str]  # where in the request the files come from, by their paths
 
 
 class Prompts:
@@ -45,8 +46,8 @@ class Prompts:
         policy = frame_policy(config, frames_per_group)
         self.policy = policy.narrowed(max_frames=limits.max_frames) if limits.max_frames else policy
 
-    def render(self, prompt: Prompt, found: Sequence[Found]) -> Rendered:
-        """The prompt; `found` are the media of `prompt.media`, in their order.
+    def render(self, prompt: Prompt, found: Sequence[Found], names: Mapping[str, str]) -> Rendered:
+        """The prompt; `found` are the media of `prompt.media`, in their order, `names` where their files come from.
 
         Raises:
             UserError: a file cannot be read.
@@ -75,7 +76,7 @@ class Prompts:
             ask=prompt.add_generation_prompt,
             leave_open=prompt.continue_final_message,
         )
-        return Rendered(recipe, tuple(bool(medium.frames) and not times for medium, times in found))
+        return Rendered(recipe, tuple(bool(medium.frames) and not times for medium, times in found), names)
 
     def _refs(self, wishes: FrameWishes, found: Sequence[Found]) -> list[MediaRef]:
         count = wishes.nframes
@@ -91,7 +92,7 @@ class Prompts:
         ]
 
 
-def without_paths(error: UserError, names: dict[str, str]) -> ApiError:
+def without_paths(error: UserError, names: Mapping[str, str]) -> ApiError:
     """What a client is told of an error in its media: where in the request, and no path of this machine."""
     text, where = str(error), None
     for path, name in names.items():

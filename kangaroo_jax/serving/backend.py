@@ -1,0 +1,110 @@
+"""What answers: the engine with its model, the decoder of media, and how prompts are made."""
+
+import contextlib
+import dataclasses
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.data.media.decode import ProcessDecoder
+from kangaroo_jax.data.media.video import MediaRef
+from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.sizes import Sizes
+from kangaroo_jax.serving.limits import MIB, Limits
+from kangaroo_jax.serving.prompts import Prompts
+
+_NO_FILE = "/nowhere/at all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A model that is ready to answer."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    prompts: Prompts
+    context: int  # tokens of a conversation
+    decoder: ProcessDecoder
+
+    def stats(self) -> dict[str, int]:
+        """`Engine.stats`, and the decoding processes that were replaced."""
+        return self.engine.stats() | {"decode_workers_replaced": self.decoder.replaced}
+
+    def close(self) -> None:
+        """End the engine and the processes."""
+        self.engine.close()
+        self.decoder.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """How the model is held."""
+
+    checkpoint: str
+    dtype: str | None = None
+    quantize: str | None = None
+    context: int = 0  # tokens of a conversation; 0: of the longest sample in training
+    slots: int = 4  # conversations of that length at the same time
+    host_cache_gib: float = 4.0  # conversations that lost their slot
+    vision_cache_gib: float = 2.0  # vision tokens of media that were seen
+    workers: int = 2  # processes that decode
+
+
+def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] = lambda _: None) -> Backend:
+    """Load and compile all. `step` is told what is being done. Raises UserError."""
+    from kangaroo_jax.inference.text import Detokenizer
+    from kangaroo_jax.inference.vision import Vision
+    from kangaroo_jax.inference.weights import load
+
+    step(f"loading {Path(choices.checkpoint)}")
+    loaded = load(choices.checkpoint, dtype=choices.dtype, quantize=choices.quantize)
+    config, sizes = loaded.config, ModelConfig.from_config(loaded.config.model)
+    decoder = ProcessDecoder(
+        choices.workers, limits.max_decode_seconds, prepare=Bounded(limits.max_decoder_mb * MIB).begin
+    )
+    context = choices.context or min(config.data.max_sample_tokens, config.data.tokens_per_pack)
+    per_group, tokens = frames_per_group(sizes), tokens_per_group(sizes, config.data.image_size)
+    prompts = Prompts(loaded.tokenizer, config.data, per_group, tokens, decoder.probe, limits)
+    engine = Engine(
+        loaded.model,
+        Sizes.for_context(context, choices.slots),
+        vision=lambda programs: Vision(
+            programs.encode,
+            decoder,
+            image_size=config.data.image_size,
+            frames_per_group=per_group,
+            tokens_per_group=tokens,
+            frames_a_call=programs.frames_a_call,
+            weights_id=loaded.weights_id,
+            cache_bytes=int(choices.vision_cache_gib * (1 << 30)),
+            pieces=choices.workers,
+        ),
+        detokenizer=lambda stop: Detokenizer(loaded.tokenizer, stop),
+        host_bytes=int(choices.host_cache_gib * (1 << 30)),
+    )
+    step("starting processes that decode")
+    with contextlib.suppress(UserError):  # there is no such file, but the first request will not wait for a process
+        decoder.probe(_NO_FILE, "image")
+    decoder.submit(MediaRef("image", _NO_FILE, (0.0,)), config.data.image_size).result()
+    step("compiling")
+    programs = engine.warm_up(config.data.image_size)
+    step(f"ready, {programs} programs")
+    return Backend(engine, loaded.tokenizer, prompts, context, decoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """What a decoding process may take."""
+
+    memory: int  # bytes beyond what it begins with; 0: no bound
+
+    def begin(self) -> None:
+        """Bound this process."""
+        if self.memory:
+            pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+            most = pages * resource.getpagesize() + self.memory
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

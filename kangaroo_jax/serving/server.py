@@ -1,0 +1,183 @@
+"""The process: it listens at once, loads and compiles beside that, answers, and goes when it is told to."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.serving.app import make_app
+from kangaroo_jax.serving.backend import Backend
+from kangaroo_jax.serving.folder import WorkFolder
+from kangaroo_jax.serving.limits import Limits
+from kangaroo_jax.serving.service import Service
+from kangaroo_jax.serving.store import MediaStore
+from kangaroo_jax.system.files import write_text
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.1  # seconds between two looks at the event loop, the engine and who is left
+_LAST_WORDS = 3.0  # seconds in which those whose answers are given up are told
+_MOST_CONNECTIONS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the server listens, to whom, and what of this machine it reads."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    port_file: str = ""  # where the port is written
+    names: tuple[str, ...] = ("kangaroo",)
+    keys: tuple[str, ...] = ()
+    share_cache: bool = False
+    origins: tuple[str, ...] = ()
+    root_path: str = ""
+    media_root: str = ""
+    media_hosts: tuple[str, ...] = ()
+    media_folder: str = ""
+    drain_seconds: float = 60.0
+
+
+def serve(options: Options, limits: Limits, load: Callable[[Callable[[str], None]], Backend]) -> int:
+    """Answer until SIGTERM or Ctrl-C; the exit code: 0, or 1 where the engine has failed.
+
+    `load` makes what answers; it is given a function to say how far it is. Raises UserError where it does, where the
+    address is taken or a folder cannot be used, and KeyboardInterrupt after Ctrl-C.
+    """
+    with WorkFolder(options.media_folder or None) as folder, _listening(options.host, options.port) as listening:
+        store = MediaStore(folder, limits, options.media_root or None, options.media_hosts)
+        service = Service(options.names, limits, store, share_cache=options.share_cache)
+        app = make_app(service, keys=options.keys, origins=options.origins, root_path=options.root_path)
+        process = _Process(service, options, load)
+        asyncio.run(process.run(app, listening))
+        if process.loading.is_alive():  # nothing ends a compilation
+            folder.close()
+            sys.stdout.flush()
+            os._exit(130 if process.interrupted else 0)
+        service.close()
+    if process.interrupted:
+        raise KeyboardInterrupt
+    if process.error is not None:
+        raise process.error
+    return 1 if process.lost else 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+class _Process:
+    """What goes on beside the answering."""
+
+    def __init__(self, service: Service, options: Options, load: Callable[[Callable[[str], None]], Backend]) -> None:
+        self.service, self._options, self._load = service, options, load
+        self.error: Exception | None = None
+        self.lost = self.interrupted = False
+        self.loading = threading.Thread(target=self._open, name="loading", daemon=True)
+        self._leaves_at: float | None = None
+
+    async def run(self, app: Any, listening: socket.socket) -> None:
+        """Serve until the end."""
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_keep_alive=30,
+        )
+        server = _Server(config)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._drain)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.01)
+        host, port = listening.getsockname()[:2]
+        if self._options.port_file:
+            write_text(Path(self._options.port_file), f"{port}\n")
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        self.loading.start()
+        while not (serving.done() or self._is_over()):
+            due = loop.time() + _TICK
+            await asyncio.sleep(_TICK)
+            self.service.metrics.lag.observe(max(0.0, loop.time() - due))
+        self.service.give_up()
+        end = loop.time() + _LAST_WORDS
+        while self.service.admission.requests and loop.time() < end and not serving.done():
+            await asyncio.sleep(0.02)
+        server.should_exit = server.force_exit = True
+        await serving
+
+    def _open(self) -> None:
+        """Load the model, in a thread of its own."""
+
+        def step(what: str) -> None:
+            self.service.state = what
+            log.info("%s", what)
+
+        try:
+            self.service.backend = self._load(step)
+        except Exception as error:
+            self.error = error
+
+    def _drain(self) -> None:
+        """Take nothing in any more, and go when nothing is left or the time is over."""
+        if not self.service.admission.draining:
+            log.info("going down, %d requests are under way", self.service.admission.requests)
+            self.service.admission.draining = True
+            self._leaves_at = time.monotonic() + self._options.drain_seconds
+
+    def _interrupt(self) -> None:
+        if self.interrupted:
+            os._exit(130)
+        self.interrupted = True
+        self._drain()
+        self._leaves_at = time.monotonic()
+
+    def _is_over(self) -> bool:
+        backend = self.service.backend
+        if backend is not None and backend.engine.failed is not None:
+            log.error("%s", backend.engine.failed)
+            self.lost = True
+        left = self.service.admission.requests
+        drained = self._leaves_at is not None and (not left or time.monotonic() >= self._leaves_at)
+        return self.lost or self.error is not None or drained
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at an address. Raises UserError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(found[0], socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(f"--host={host}: {error.strerror or error}") from None
+    with opened:
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind(found[4])
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--host={host} --port={port}: cannot listen there ({reason})") from None
+        yield opened
