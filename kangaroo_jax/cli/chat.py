@@ -1,12 +1,15 @@
 """`kangaroo chat`: one answer, or an interactive conversation."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.cli.arguments import Count, Natural, Number, NumberOrNone
+from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.system.files import write_bytes
 
 
 def chat(
@@ -40,7 +43,8 @@ def chat(
     """
     media = {"video": video[0] if video and len(video) == 1 else video, "image": image, "start": start, "end": end}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    talk(checkpoint, typed() if query is None else [query], media, sampling, max_new_tokens=max_new_tokens)
+    options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, forgiving=query is None and sys.stdin.isatty())
+    talk(checkpoint, typed() if query is None else [query], media, sampling, **options)
 
 
 def talk(
@@ -50,41 +54,123 @@ def talk(
     sampling: dict[str, Any] | None = None,
     *,
     max_new_tokens: int = 512,
+    forgiving: bool = False,
 ) -> None:
-    """Answer each of `lines`, until an empty one, on standard output.
+    """Answer each of `lines`, until an empty one, on standard output. Lines that are no list may be COMMANDS_TYPED.
 
-    `media` are arguments of `inference.history.ask` for the first line, `sampling` those of `Sampling`.
+    `media` are arguments of `inference.history.ask` for the first line, `sampling` those of `Sampling`. With
+    `forgiving` what is wrong in a line is said, and the conversation goes on.
 
     Raises:
         UserError: see `ask`. All possible checks come before the model is loaded.
     """
     from kangaroo_jax.inference.chat import Kangaroo
-    from kangaroo_jax.inference.history import History, ask
+    from kangaroo_jax.inference.history import ask
     from kangaroo_jax.inference.sampling import Sampling
 
     drawing, media = Sampling(**sampling or {}), media or {}
     with _typed_addresses():
         ask(lines[0] if isinstance(lines, list) else "?", **media)
-        kangaroo = Kangaroo.load(checkpoint)
-        turns: History = []
-        for line in lines:
-            if not line.strip():
-                return
-            turns.append(ask(line, **(media if not turns else {})))
-            answer = _say(kangaroo.stream(turns, drawing, max_new_tokens=max_new_tokens))
-            turns.append({"role": "assistant", "text": answer})
+        with Kangaroo.load(checkpoint) as kangaroo:
+            conversation = _Typed(kangaroo, media, drawing, max_new_tokens)
+            for line in lines:
+                if not line.strip():
+                    return
+                try:
+                    if line.startswith("/") and not isinstance(lines, list):
+                        conversation.command(*line.strip().partition(" ")[::2])
+                    else:
+                        conversation.answer(line)
+                except UserError as error:
+                    if not forgiving:
+                        raise
+                    print(printable(str(error)), file=sys.stderr, flush=True)
+
+
+COMMANDS_TYPED = {
+    "/video": "FILE: what the next question is about",
+    "/image": "FILE: what the next question is about",
+    "/reset": "forget the conversation",
+    "/save": "FILE: write the conversation as JSON",
+    "/help": "these commands",
+}
+
+
+class _Typed:
+    """A conversation that is typed: its history, and the media that go with the next question."""
+
+    def __init__(self, kangaroo: Any, media: dict[str, Any], sampling: Any, max_new_tokens: int) -> None:
+        self._kangaroo, self._sampling, self._max_new_tokens = kangaroo, sampling, max_new_tokens
+        self._turns: list[dict[str, Any]] = []
+        self._media = {name: value for name, value in media.items() if value is not None}
+
+    def answer(self, line: str) -> None:
+        """Print the answer to a line as it comes; Ctrl-C ends it, and what there is of it stays."""
+        from kangaroo_jax.inference.history import ask
+
+        turns = [*self._turns, ask(line, **self._media)]
+        stream = self._kangaroo.stream(turns, self._sampling, max_new_tokens=self._max_new_tokens)
+        try:
+            for piece in stream:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()
+            print(" [stopped]", end="")
+        print(flush=True)
+        self._turns, self._media = stream.history, {}
+
+    def command(self, name: str, argument: str) -> None:
+        """Do what a line that begins with a slash says. Raises UserError."""
+        argument = argument.strip()
+        if name not in COMMANDS_TYPED:
+            raise UserError(f"{name}: no such command; there are {', '.join(COMMANDS_TYPED)}")
+        if bool(argument) != COMMANDS_TYPED[name].startswith("FILE"):
+            raise UserError(f"{name}: {COMMANDS_TYPED[name]}")
+        if name == "/help":
+            print("\n".join(f"{command} {text}" for command, text in COMMANDS_TYPED.items()))
+        elif name == "/reset":
+            self._turns, self._media = [], {}
+            print("Forgotten.")
+        elif name == "/save":
+            self._save(Path(argument))
+        else:
+            self._show(name[1:], argument)
+
+    def _show(self, kind: str, file: str) -> None:
+        from kangaroo_jax.inference.history import ask
+
+        shown: dict[str, Any] = {kind: file}
+        ask("?", **shown)
+        # The start and end of another video are not those of this one.
+        kept = {name: value for name, value in self._media.items() if kind == "image" or name == "image"}
+        self._media = {**kept, **shown}
+        print(f"The next question is about {printable(file)}.")
+
+    def _save(self, path: Path) -> None:
+        if path.exists():
+            raise UserError(f"{path}: exists already; choose another name")
+        data = json.dumps(self._turns, ensure_ascii=False, indent=1) + "\n"
+        try:
+            write_bytes(path, data.encode("utf-8", "replace"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        print(f"Saved {len(self._turns) // 2} rounds.")
 
 
 def typed() -> Iterator[str]:
-    """Lines typed at a prompt, until the end of the input."""
+    """Lines typed at a prompt, until the end of the input; Ctrl-C at the prompt drops the line."""
     if sys.stdin.isatty():
-        print("Ask about it; an empty line ends.")
+        print("Ask about it; /help lists commands, an empty line ends.")
     while True:
         try:
-            yield input("> ")
+            line = input("> ")
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()
+            continue
+        yield line
 
 
 @contextlib.contextmanager
@@ -98,16 +184,6 @@ def _typed_addresses() -> Iterator[None]:
         yield
     finally:
         use_cache(cache)
-
-
-def _say(pieces: Iterable[str]) -> str:
-    """Print pieces of an answer as they come; returns the whole."""
-    answer = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        answer += piece
-    print(flush=True)
-    return answer
 
 
 COMMANDS = {"": chat}
