@@ -23,7 +23,7 @@ from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics, read_samples
 from kangaroo_jax.training.resume import check_resume, check_tokenizer, same_tokens
 from kangaroo_jax.training.step import TrainState
-from kangaroo_jax.training.stopping import locked
+from kangaroo_jax.training.stopping import Preempted, Preemption, locked
 from tests.training.test_loop import small_stage
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -114,6 +114,15 @@ def test_another_tokenizer_is_refused_on_resume_and_as_a_start(trained, corpus, 
     assert "is another tokenizer" in check_tokenizer(folder, config, loop.open_tokenizer(config))
     reading.keep_tokenizer(config.data.tokenizer, tmp_path)
     assert reading.find_tokenizer(tmp_path).read_bytes() == (tmp_path / "other.model").read_bytes()
+
+
+def test_a_stop_before_the_second_step_says_that_the_first_is_saved(trained, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 2)
+    lines: list[str] = []
+    with pytest.raises(Preempted):
+        train(config_of(trained, corpus), tmp_path, tell=lines.append)
+    assert lines[-1] == "stage4_instruct: asked to stop; saved after step 1"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["1"]
 
 
 def test_tokenizers_are_the_same_by_size_ends_names_and_text():
