@@ -18,17 +18,18 @@ class WorkFolder:
 
     def __init__(self, parent: str | Path | None = None) -> None:
         """Below `parent`, by default the system's place for temporary files. Raises UserError."""
-        place = Path(parent or tempfile.gettempdir())
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            remove_forsaken(place)
-            while not self._made(place):  # another server may take it for a forsaken one before it is locked
+            if parent is not None:
+                Path(parent).mkdir(parents=True, exist_ok=True)
+            while not self._made(parent):  # another server may take it for a forsaken one before it is locked
                 self._lock.close()
+            remove_forsaken(self.path.parent)
         except OSError as error:
-            raise UserError(f"{place}: media cannot be written there ({error.strerror})") from None
+            where = parent or "the folder for temporary files"
+            raise UserError(f"{where}: media cannot be written there ({error.strerror})") from None
 
-    def _made(self, place: Path) -> bool:
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    def _made(self, parent: str | Path | None) -> bool:
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         self._lock = open(self.path / _LOCK, "w", encoding="utf-8")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         return os.fstat(self._lock.fileno()).st_nlink > 0
