@@ -18,6 +18,7 @@ from kangaroo_jax.config import ModelConfig, model_config
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.given import Given
 from kangaroo_jax.inference.requests import Event, Request
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
@@ -79,54 +80,17 @@ def made_up(seed: int, batch: int, prompt: int, llm: Any) -> tuple[np.ndarray, n
     return tokens, rng.standard_normal((batch, count, llm.width)).astype(np.float32)
 
 
-class _Given:
-    """Vision tokens that are there: what the engine looks at in place of films."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, np.ndarray] = {}
-        self.listener: Callable[[], None] = lambda: None
-
-    def watch(self, ref: MediaRef, namespace: bytes) -> "_Given.Watched":
-        return self.Watched(self.rows[ref.path], ref.path.encode())
-
-    def pump(self) -> bool:
-        return False
-
-    def stats(self) -> dict[str, int]:
-        return {}
-
-    def close(self) -> None:
-        self.rows.clear()
-
-    class Watched:
-        """One medium."""
-
-        error = None
-        times: tuple[float, ...] = ()
-
-        def __init__(self, content: np.ndarray, identity: bytes) -> None:
-            self.content, self.identity, self.rows, self.ready = content, identity, len(content), len(content)
-            self.usage: dict[str, float] = {}
-
-        def take(self, first: int, last: int) -> np.ndarray:
-            return self.content[first:last]
-
-        def release(self) -> None:
-            """Nothing is held."""
-
-
 class Ours:
     """The engine."""
 
     def __init__(self, model: KangarooModel, sizes: Sizes) -> None:
-        self._given = _Given()
-        given: Any = self._given
-        self.engine = Engine(model, sizes, vision=lambda programs: given)
+        self._vision: dict[str, np.ndarray] = {}
+        self.engine = Engine(model, sizes, vision=lambda _: Given(self._vision))
 
     def measure(self, tokens: np.ndarray, vision: np.ndarray, new: int) -> Measured:
         """Prompts read with one token each, then answers of `new` tokens to the same prompts, which are remembered."""
         names = [f"{id(tokens)}-{row}" for row in range(len(tokens))]
-        self._given.rows |= dict(zip(names, vision, strict=True))
+        self._vision |= dict(zip(names, vision, strict=True))
 
         def ask(count: int) -> list[Request]:
             refs = [MediaRef("video", name, (0.0,)) for name in names]

@@ -21,11 +21,15 @@ from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, unwrapped
 from kangaroo_jax.conversion.sources import WeightSource, table_for
-from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, load_media
+from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, MediaRef, load_media
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
-from kangaroo_jax.inference.generate import NO_TOKEN, Generator, Prompts, bucket
+from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.given import Given
 from kangaroo_jax.inference.history import ask
+from kangaroo_jax.inference.programs import Programs
+from kangaroo_jax.inference.requests import Request
+from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel as Model
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.json_text import read_json
@@ -86,7 +90,7 @@ class InJax:
             params = reading.load_params(source.path, binding)
         else:
             params = {path: _array(source, path, shape) for path, shape in binding.shapes.items()}
-        self.model = binding.bind(params)
+        self.model: Model = binding.bind(params).unstack()
 
     def chat(self) -> Kangaroo:
         """The model with its tokenizer. Raises UserError if it has none."""
@@ -100,23 +104,33 @@ class InJax:
         """The run of a prompt with media (see `Kangaroo.recipe`)."""
         ref = recipe.media[0]
         clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
-        with jax.default_matmul_precision("highest"):
-            vision = Generator(self.model).encode(clip.pixels, clip.times.astype(np.float32))
-        return self._run(Prompts.from_recipes([recipe], tokens=bucket(len(recipe.tokens))), vision)
+        return self._run(recipe.tokens, recipe.is_vision, (ref,), (clip.pixels, clip.times.astype(np.float32)))
 
     def continue_text(self, ids: list[int]) -> Run:
         """The run of a text prompt."""
-        tokens = np.zeros((1, bucket(len(ids))), np.int32)
-        tokens[0, : len(ids)] = ids
-        return self._run(Prompts(tokens, np.full_like(tokens, -1), np.asarray([len(ids)], np.int32)), None)
+        return self._run(np.asarray(ids, np.int32), np.zeros(len(ids), np.bool_), (), None)
 
-    def _run(self, prompts: Prompts, vision: jax.Array | None) -> Run:
-        rows = None if vision is None else vision[None]
+    def _run(
+        self,
+        tokens: np.ndarray,
+        is_vision: np.ndarray,
+        media: tuple[MediaRef, ...],
+        clip: tuple[np.ndarray, np.ndarray] | None,
+    ) -> Run:
+        """`clip`: frames uint8[F, S, S, 3] of the medium and their seconds."""
+        rows: dict[str, np.ndarray] = {}
+        request = Request(tokens, is_vision, media, GREEDY)
+        sizes = Sizes.for_context(len(tokens) + GREEDY, slots=1)
+        with Engine(self.model, sizes, vision=lambda _: Given(rows), precision="highest") as engine:
+            if clip is not None:
+                rows[media[0].path] = _vision(engine.programs, *clip)
+            answer = engine.submit(request).result()
+        index = np.where(is_vision, np.cumsum(is_vision) - 1, -1).astype(np.int32)
         with jax.default_matmul_precision("highest"):
             run = jax.jit(_logits, static_argnums=0)
-            logits = run(*nnx.split(self.model), prompts.tokens, prompts.vision_index, rows)
-            (answer,) = Generator(self.model).generate(prompts, vision, max_new_tokens=GREEDY, stop_ids=())
-        return np.asarray(logits)[0, : prompts.lengths[0]], answer
+            vision = rows[media[0].path][None] if media else None
+            logits = run(*nnx.split(self.model), tokens[None].astype(np.int32), index[None], vision)
+        return np.asarray(logits)[0], list(answer.ids)
 
     def features(self, frames: np.ndarray) -> np.ndarray:
         """frames uint8[F, S, S, 3] -> the encoder's patch tokens float32[F, P, D]."""
@@ -144,6 +158,18 @@ def _logits(graph: Any, weights: Any, tokens: jax.Array, vision_index: jax.Array
     x = model.embed(tokens, vision_index, vision)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return model.llm.unembed(model.llm(x, jnp.ones_like(tokens), positions)[0])
+
+
+def _vision(programs: Programs, frames: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Vision tokens [R, D] of frames uint8[F, S, S, 3] and their seconds float32[F]."""
+    size, rows = programs.frames_a_call, []
+    for start in range(0, len(frames), size):
+        part, seconds = frames[start : start + size], times[start : start + size]
+        missing = size - len(part)
+        padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        found = np.asarray(programs.encode(padded, np.pad(seconds, (0, missing))))
+        rows.append(found[: len(found) * len(part) // size])
+    return np.concatenate(rows)
 
 
 def _features(graph: Any, weights: Any, frames: jax.Array) -> jax.Array:
@@ -195,7 +221,7 @@ class InTorch:
         return self._run({"input_ids": tokens, "attention_mask": self._torch.ones_like(tokens)})
 
     def _run(self, inputs: Mapping[str, Any]) -> Run:
-        greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, eos_token_id=NO_TOKEN)
+        greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, eos_token_id=-1)
         with self._torch.no_grad(), _quiet():
             logits = self.model(**inputs, use_cache=False).logits[0].numpy()
             ids = self.model.generate(**inputs, max_new_tokens=GREEDY, pad_token_id=0, **greedy)[0].tolist()

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.given import Given
 from kangaroo_jax.inference.memory import HostMemory, Identities
 from kangaroo_jax.inference.programs import Programs
 from kangaroo_jax.inference.requests import Answer, EngineError, Request, Ticket
@@ -57,7 +58,7 @@ class Engine:
         model: KangarooModel,
         sizes: Sizes,
         *,
-        vision: Callable[[Programs], Vision] | None = None,
+        vision: Callable[[Programs], Vision | Given] | None = None,
         detokenizer: Callable[[tuple[str, ...]], Detokenizer] | None = None,
         host_bytes: int = 0,
         mesh: Mesh | None = None,

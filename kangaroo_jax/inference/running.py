@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kangaroo_jax.inference.given import GivenMedium
 from kangaroo_jax.inference.requests import Answer, Event, Logprob, Request, Ticket, Usage
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.inference.slots import Slot
@@ -33,7 +34,7 @@ class Run:
     request: Request
     detokenizer: Detokenizer | None
     room: int  # tokens of the largest slot
-    watched: list[Watched] = dataclasses.field(default_factory=list)
+    watched: Sequence[Watched | GivenMedium] = dataclasses.field(default_factory=list)
     ids: np.ndarray | None = None  # uint64[T] of the prompt, once its media are known
     slot: Slot | None = None
     overtaken: bool = False

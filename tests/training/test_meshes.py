@@ -10,9 +10,10 @@ from flax import nnx
 
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
-from kangaroo_jax.sharding import make_mesh, mesh_scope, sharding
+from kangaroo_jax.sharding import make_mesh, mesh_scope
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.state import build_step, make_state, state_shardings
 from kangaroo_jax.training.step import gradient
@@ -118,23 +119,30 @@ def test_accumulation_on_a_mesh_equals_one_big_step(config, batch, params, one_d
 
 @pytest.mark.parametrize("shape", [(1, 2, 2, 2), (1, 2, 4, 1)], ids=str)
 def test_generated_text_is_that_of_one_device(config, params, shape):
-    """Prefill and decoding with the cache cut over devices, two prompts of different length with video."""
-    from kangaroo_jax.inference.generate import Generator, Prompts
+    """Prompts and answers with the memory cut over devices, two of different length with video."""
+    from kangaroo_jax.inference.engine import Engine
+    from kangaroo_jax.inference.given import Given
+    from kangaroo_jax.inference.requests import Request
+    from kangaroo_jax.inference.sizes import Sizes
 
     binding = abstract_model(ModelConfig.from_config(config.model))
     random = np.random.default_rng(1)
-    tokens, index = random.integers(11, 400, (2, 128)).astype(np.int32), np.full((2, 128), -1, np.int32)
-    index[0, 3:5], index[1, 7:8] = [0, 1], [2]
-    prompts = Prompts(tokens, index, np.asarray([100, 61], np.int32))
+    tokens = [random.integers(11, 400, n).astype(np.int32) for n in (100, 61)]
+    marks = [np.isin(np.arange(len(t)), places) for t, places in zip(tokens, ([3, 4], [7]), strict=True)]
+    films = [MediaRef("video", str(n), (0.0,)) for n in range(2)]
     frames = random.integers(0, 256, (6, 16, 16, 3)).astype(np.uint8)
 
-    def answers(mesh) -> list[list[int]]:
-        with mesh_scope(mesh):
-            places = {k: sharding(mesh, binding.axes[k], v.shape) for k, v in params.items()}
-            weights = {k: jax.device_put(jnp.asarray(v) * 3, places[k]) for k, v in params.items()}
-            generator = Generator(binding.bind(weights))
-            vision = generator.encode(frames, np.arange(6, dtype=np.float32))
-            return generator.generate(prompts, vision, max_new_tokens=12, stop_ids=[2])
+    def answers(mesh) -> list[tuple[int, ...]]:
+        model = binding.bind({k: jnp.asarray(v) * 3 for k, v in params.items()}).unstack()
+        rows: dict[str, np.ndarray] = {}
+        sizes = Sizes(((192, 2),), chunks=(32,), visible=(), rows=(2,), frames=6)
+        with Engine(model, sizes, vision=lambda _: Given(rows), mesh=mesh) as engine:
+            vision = np.asarray(engine.programs.encode(frames, np.arange(6, dtype=np.float32)))
+            rows.update({"0": vision[:2], "1": vision[2:]})
+            asked = [
+                Request(*one, (film,), 12) for one, film in zip(zip(tokens, marks, strict=True), films, strict=True)
+            ]
+            return [ticket.result(300).ids for ticket in [engine.submit(one) for one in asked]]
 
     expected = answers(make_mesh((1, 1, 1, 1), jax.devices()[:1]))
     assert len(expected[0]) == 12 and len(set(expected[0])) > 2
