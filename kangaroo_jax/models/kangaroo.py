@@ -110,7 +110,7 @@ class KangarooModel(nnx.Module):
                 vision = self.encode(batch.frames, batch.frame_times)
         with jax.named_scope("llm"):
             x = self.embed(batch.tokens, batch.vision_index, vision)
-            return self.llm(x, batch.segment_ids, batch.positions)[0]
+            return self.llm(x, batch.segment_ids, batch.positions)
 
     def logits(self, batch: PackedBatch) -> jax.Array:
         """float32[B, T, V]; all of them at once, so for small batches only."""

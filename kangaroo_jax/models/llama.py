@@ -1,6 +1,5 @@
-"""The decoder: Llama 3 (Dubey et al. 2024), with and without a key-value cache."""
+"""The decoder: Llama 3 (Dubey et al. 2024). What its layers remember of earlier tokens is handed in."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, Self, TypeVar
 
@@ -28,7 +27,6 @@ RESIDUAL = ("batch", "residual_tokens", "activation")  # between the layers' par
 INPUT = ("batch", "tokens", "activation")  # of a part's matrix products
 QUERY = ("batch", "tokens", "activation_heads", None)
 KEY = ("batch", "tokens", "activation_kv_heads", None)
-CACHE = (None, "batch", "tokens", "activation_kv_heads", None)
 
 
 class LayerMemory(Protocol):
@@ -42,43 +40,6 @@ class LayerMemory(Protocol):
 
 
 SomeMemory = TypeVar("SomeMemory", bound=LayerMemory)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far, in C slots a row."""
-
-    keys: jax.Array  # [L, B, C, K, H]
-    values: jax.Array  # [L, B, C, K, H]
-    positions: jax.Array  # int32[B, C]; -1 where the slot is empty
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """A cache of all layers together with where the tokens of this call go in it, as one layer sees it."""
-
-    cache: Cache
-    positions: jax.Array  # int32[B, T] of the new tokens
-    slots: jax.Array  # int32[B, T]; those beyond the capacity are dropped
-    layer: jax.Array  # int32[]
-
-    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, Memory]":
-        """See `LayerMemory`."""
-        place = (self.layer, jnp.arange(key.shape[0])[:, None], self.slots)
-        keys = self.cache.keys.at[place].set(key.astype(self.cache.keys.dtype), mode="drop")
-        values = self.cache.values.at[place].set(value.astype(self.cache.values.dtype), mode="drop")
-        filled = (self.cache.positions >= 0).astype(jnp.int32)
-        context = attention(
-            query,
-            keys[self.layer].astype(query.dtype),
-            values[self.layer].astype(query.dtype),
-            segment_ids=(jnp.ones_like(self.positions), filled),
-            causal=True,
-            positions=(self.positions, self.cache.positions),
-        )
-        return context, dataclasses.replace(self, cache=dataclasses.replace(self.cache, keys=keys, values=values))
 
 
 class Attention(nnx.Module):
@@ -206,37 +167,18 @@ class Llama(nnx.Module):
         """tokens int32[B, T] -> embeddings [B, T, D] in the computation's dtype."""
         return constrain(lookup(self.embedding[...], tokens, self.dtype), RESIDUAL)
 
-    def __call__(
-        self,
-        embeddings: jax.Array,
-        segment_ids: jax.Array,
-        positions: jax.Array,
-        cache: Cache | None = None,
-        slots: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """embeddings [B, T, D], segment_ids, positions int32[B, T] -> (hidden [B, T, D] after the final norm, cache).
+    def __call__(self, embeddings: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """embeddings [B, T, D], segment_ids, positions int32[B, T] -> hidden [B, T, D] after the final norm.
 
-        Without a cache attention is causal by index and stays inside a segment. With one, every row is
-        a single sample: token (b, t) is written at slot `slots[b, t]` (dropped where that is C or more,
-        which is what padding wants) and sees every filled slot whose position is not after its own.
-        Raises ValueError for a cache without slots.
+        Attention is causal by index and stays inside a segment.
         """
-        if (cache is None) != (slots is None):
-            raise ValueError("a cache and the slots of the new tokens go together")
         rotary = rotary_1d(positions, self.head_dim, self.rope_theta, self.rope_scaling)
-        memory = None
-        if cache is not None and slots is not None:
-            rows = jnp.arange(positions.shape[0])[:, None]
-            seen = cache.positions.at[rows, slots].set(positions, mode="drop")
-            memory = Memory(dataclasses.replace(cache, positions=seen), positions, slots, jnp.int32(0))
 
-        def step(layer: Layer, carry: tuple[jax.Array, Memory | None], index: jax.Array) -> Any:
-            x, memory = carry
-            return layer(x, rotary, segment_ids, None if memory is None else dataclasses.replace(memory, layer=index))
+        def step(layer: Layer, x: jax.Array, _: jax.Array) -> jax.Array:
+            return layer(x, rotary, segment_ids)[0]
 
         x = constrain(embeddings.astype(self.dtype), RESIDUAL)
-        x, memory = run_layers(self.layers, step, (x, memory), scan=self.scan, remat=self.remat)
-        return self.norm(x), memory.cache if memory is not None else None
+        return self.norm(run_layers(self.layers, step, x, scan=self.scan, remat=self.remat))
 
     def read(
         self, embeddings: jax.Array, positions: jax.Array, memories: Sequence[SomeMemory]
@@ -259,9 +201,3 @@ class Llama(nnx.Module):
         """hidden [..., D] -> logits float32[..., V]."""
         kernel = self.head.weight(hidden.dtype)
         return self.head.scaled(jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32))
-
-    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
-        """An empty cache of `capacity` slots a row; `dtype` defaults to the computation's."""
-        shape = (self.depth, batch, capacity, self.kv_heads, self.head_dim)
-        empty = constrain(jnp.zeros(shape, dtype or self.dtype), CACHE)
-        return Cache(empty, empty, jnp.full((batch, capacity), -1, jnp.int32))

@@ -75,7 +75,7 @@ def runner(model: Llama) -> Callable[[np.ndarray], np.ndarray]:
     @jax.jit
     def run(state, ids):
         model = nnx.merge(graph, state)
-        return model.unembed(model(model.embed(ids), jnp.ones_like(ids), positions)[0])
+        return model.unembed(model(model.embed(ids), jnp.ones_like(ids), positions))
 
     def logits(ids: np.ndarray) -> np.ndarray:
         padded = np.pad(ids, ((0, 0), (0, LENGTH + ANSWER - ids.shape[1])))

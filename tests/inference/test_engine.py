@@ -95,7 +95,7 @@ def _logits(weights, graph, tokens, index, vision, length):
     model = nnx.merge(graph.value, weights)
     x = model.embed(tokens[None], index[None], vision[None])
     segments = (jnp.arange(PLAIN) < length).astype(jnp.int32)[None]
-    return model.llm.unembed(model.llm(x, segments, jnp.arange(PLAIN)[None])[0][0])
+    return model.llm.unembed(model.llm(x, segments, jnp.arange(PLAIN)[None])[0])
 
 
 @jax.tree_util.register_static

@@ -101,7 +101,7 @@ SORTS = ((None, None), ("bfloat16", None), (None, "int8"), (None, "int4"))
 def logits(model: KangarooModel) -> jax.Array:
     tokens = jnp.arange(24)[None] * 7 % 300
     ones = jnp.ones_like(tokens)
-    hidden, _ = model.llm(model.embed(tokens, -ones, None), ones, jnp.arange(24)[None])
+    hidden = model.llm(model.embed(tokens, -ones, None), ones, jnp.arange(24)[None])
     return model.llm.unembed(hidden)
 
 

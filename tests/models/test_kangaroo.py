@@ -181,7 +181,7 @@ def test_each_part_uses_the_attention_that_is_set(part):
     ids = np.zeros((1, 4), np.int32)
     run = {
         "vision": lambda model: model.vision(jnp.zeros((1, 16, 16, 3), jnp.uint8)),
-        "llm": lambda model: model.llm(model.llm.embed(ids), ids, ids)[0],
+        "llm": lambda model: model.llm(model.llm.embed(ids), ids, ids),
     }
     with pytest.raises(UserError, match="attention 'splash' does not run on this device"):
         jax.eval_shape(run[part], model)

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kangaroo_jax.inference.memories import Chunk, Step, write_tails
+from kangaroo_jax.inference.sizes import TAIL
+from kangaroo_jax.models.stack import unstack_layers
 from tests.models import from_fixtures
 
 
@@ -47,7 +50,7 @@ def test_llama_logits_from_ids_and_from_embeddings():
     @jax.jit
     def logits(embeddings):
         positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
-        return model.unembed(model(embeddings, jnp.ones_like(positions), positions)[0])
+        return model.unembed(model(embeddings, jnp.ones_like(positions), positions))
 
     assert_close(logits(model.embed(cases["ids"])), cases["logits"])
     assert_close(logits(jnp.asarray(cases["embeds"])), cases["logits_from_embeds"])
@@ -59,32 +62,33 @@ def test_greedy_tokens_without_a_cache():
     ids = np.zeros_like(expected)
     ids[:, :37] = expected[:, :37]
     positions = np.arange(ids.shape[1])[None]
-    step = jax.jit(lambda ids: model.unembed(model(model.embed(ids), jnp.ones_like(ids), positions)[0]))
+    step = jax.jit(lambda ids: model.unembed(model(model.embed(ids), jnp.ones_like(ids), positions)))
     for t in range(37, ids.shape[1]):
         ids[:, t] = np.argmax(step(ids)[:, t - 1], axis=-1)
     np.testing.assert_array_equal(ids, expected)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_greedy_tokens_through_the_cache_with_a_right_padded_prompt(scan):
-    model, cases = from_fixtures.llama(scan=scan)
-    expected, prompt, padded, capacity = cases["greedy_ids"], 37, 48, 64
-    ids = np.zeros((1, padded), np.int32)
-    ids[:, :prompt] = expected[:, :prompt]
-    real = np.arange(padded)[None] < prompt
-    slots = np.where(real, np.arange(padded), capacity)
+def test_greedy_tokens_through_memories():
+    model, cases = from_fixtures.llama()
+    model.layers = unstack_layers(model.layers)
+    expected, prompt = cases["greedy_ids"], 37
+    k, h, capacity = model.kv_heads, model.head_dim, 64
+    larges = [(jnp.zeros((k, h, capacity)), jnp.zeros((k, capacity, h)))] * model.depth
+    ids = expected[:, : prompt - 1]
+    chunks = [Chunk(large, jnp.int32(0), 0) for large in larges]
+    _, chunks = jax.jit(model.read)(model.embed(ids), np.arange(prompt - 1)[None], chunks)
 
     @jax.jit
-    def step(ids, segment_ids, positions, cache, slots):
-        hidden, cache = model(model.embed(ids), segment_ids, positions, cache, slots)
-        return jnp.argmax(model.unembed(hidden), axis=-1), cache
+    def step(token, place, tail):
+        filled = jnp.full(1, prompt - 1)
+        steps = [Step((chunk.layer,), (tail[i],), filled, place) for i, chunk in enumerate(chunks)]
+        hidden, steps = model.read(model.embed(token[None, None]), (filled + place)[None], steps)
+        return jnp.argmax(model.unembed(hidden[0, 0])), write_tails([tail], steps)[0]
 
-    best, cache = step(ids, real.astype(np.int32), np.where(real, np.arange(padded), 0), model.init_cache(1, 64), slots)
-    tokens = [int(best[0, prompt - 1])]
-    for t in range(prompt, expected.shape[1] - 1):
-        now = np.full((1, 1), t)
-        best, cache = step(np.asarray([[tokens[-1]]]), np.ones((1, 1), np.int32), now, cache, now)
-        tokens.append(int(best[0, 0]))
+    tail, token, tokens = jnp.zeros((model.depth, 2, k, TAIL, h)), expected[0, prompt - 1], []
+    for place in range(expected.shape[1] - prompt):
+        token, tail = step(token, np.array([place], np.int32), tail)
+        tokens.append(int(token))
     np.testing.assert_array_equal(tokens, expected[0, prompt:])
 
 
