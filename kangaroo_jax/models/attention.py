@@ -49,7 +49,6 @@ def attention(
     *,
     segment_ids: Pair | None,
     causal: bool,
-    positions: Pair | None = None,
     implementation: str = "auto",
     layout: str = "text",
 ) -> jax.Array:
@@ -58,8 +57,8 @@ def attention(
     query [B, T, N, H], key and value [B, S, K, H] -> [B, T, N, H], where N is a multiple of K and query
     head n reads key-value head n // (N / K). `segment_ids`, of the queries int32[B, T] and of the keys
     int32[B, S], must be given: a query sees only keys of its own segment; None says that every row is
-    one segment without padding. `causal` hides keys that come later: by index (then T = S), or, where
-    `positions` (int32[B, T], int32[B, S]) are given, by position. Softmax is computed in float32.
+    one segment without padding. `causal` hides keys that come later by index (then T = S). Softmax is computed
+    in float32.
     `layout`, a key of LAYOUTS, says how the rows lie on a mesh; nothing depends on it without one.
 
     Raises UserError for an unknown implementation, and for one that does not run here or would not
@@ -67,13 +66,9 @@ def attention(
     """
     if query.shape[2] % key.shape[2] or key.shape != value.shape:
         raise ValueError(f"attention of query {query.shape}, key {key.shape}, value {value.shape}")
-    by_index = causal and positions is None
-    if by_index and query.shape[1] != key.shape[1]:
+    if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal by index: {query.shape[1]} queries need as many keys, not {key.shape[1]}")
     chosen = choose(implementation, query.shape[-1])
-    if positions is not None:  # a cache: few queries, so that its own plain form is best everywhere
-        labels = [Labels(segment_ids[i] if segment_ids else None, positions[i] if causal else None) for i in (0, 1)]
-        return xla_chunked(query, key, value, labels[0], labels[1], False)
     if chosen == "triton" and segment_ids is not None and segment_ids[0] is not segment_ids[1]:
         raise UserError("attention 'triton' knows one array of segments for queries and keys: set xla_chunked")
     if split_mesh() is None:

@@ -60,16 +60,6 @@ def test_no_segments_and_unequal_lengths(small_chunks):
     np.testing.assert_allclose(attention(*qkv, segment_ids=None, causal=False), plain(*qkv, None), atol=1e-5)
 
 
-def test_causal_by_position(small_chunks):
-    query, key, value = operands(20, keys=50)
-    slots = np.random.default_rng(2).permutation(50)[None].repeat(2, 0) - 10  # below 0: an empty slot
-    now = np.broadcast_to(np.arange(15, 35), (2, 20))
-    ids = (np.ones((2, 20), np.int32), (slots >= 0).astype(np.int32))
-    mask = (slots[:, None] <= now[:, :, None]) & (slots >= 0)[:, None]
-    actual = attention(query, key, value, segment_ids=ids, causal=True, positions=(now, slots))
-    np.testing.assert_allclose(actual, plain(query, key, value, mask), atol=1e-5)
-
-
 @pytest.mark.parametrize("implementation", ["auto", "xla_chunked"])
 def test_nothing_leaks_from_one_segment_into_another(implementation):
     query, key, value = operands(150)
