@@ -95,6 +95,10 @@ class Stored:
         check_finite(array, path, self._folders[path])
         return array
 
+    def forget(self, path: str) -> None:
+        """A parameter will not be read again: free what is cached of its chunks."""
+        del self._arrays[path]
+
 
 def _open(tensorstore: Any, folder: Path, path: str, metadata: Mapping[str, Any]) -> Any:
     base = {"driver": "file", "path": f"{folder}/"}

@@ -165,6 +165,7 @@ class _Reader:
             yield from self._converted(name, target, arrays[name], arrays.get(_scale_of(name)))
         for stored, digest in digests.items():
             self._compare(stored, digest.value)
+            self._stored.forget(stored)
 
     def _read(self, name: str, layer: int | None) -> np.ndarray:
         shape = self._stored.specs[name].shape
@@ -199,9 +200,9 @@ class _Reader:
         return cast
 
     def _placed(self, target: str, array: np.ndarray) -> jax.Array:
-        if self._mesh is None:
-            return jnp.asarray(array)
-        placed: jax.Array = jax.device_put(array, sharding(self._mesh, self._binding.axes[target], array.shape))
+        mesh, axes = self._mesh, self._binding.axes[target]
+        where = sharding(mesh, axes, array.shape) if mesh is not None else None
+        placed: jax.Array = jax.device_put(array, where, may_alias=True)  # on a CPU without a copy
         return placed
 
     def _compare(self, name: str, value: tuple[int, str]) -> None:
