@@ -11,11 +11,16 @@ Letters, the same in annotations, einsum strings, logical axis names and docstri
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
-Array = Any  # np.ndarray on the host, jax.Array on the device
+AnyArray = Any  # np.ndarray on the host, jax.Array on the device
+if TYPE_CHECKING:
+    from jax import Array as Array
+else:
+    Array = jax.Array | np.ndarray  # of signatures, which tests check: JAX takes NumPy's arrays in place of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +53,18 @@ class PackedBatch:
     never spans two videos. Vision row r = g * (tokens a group) + p, in raster order p of the group.
     """
 
-    tokens: Array = _array("B T", "int32")  # the placeholder id where a vision token stands
-    segment_ids: Array = _array("B T", "int32")  # 0 is padding, samples count from 1; attention never crosses
-    positions: Array = _array("B T", "int32")  # restart at 0 in each segment
-    targets: Array = _array("B T", "int32")  # the next token
-    weights: Array = _array("B T", "float32")  # what that target counts in the loss
+    tokens: AnyArray = _array("B T", "int32")  # the placeholder id where a vision token stands
+    segment_ids: AnyArray = _array("B T", "int32")  # 0 is padding, samples count from 1; attention never crosses
+    positions: AnyArray = _array("B T", "int32")  # restart at 0 in each segment
+    targets: AnyArray = _array("B T", "int32")  # the next token
+    weights: AnyArray = _array("B T", "float32")  # what that target counts in the loss
     # RGB as decoded, padded square; by far the largest, and so cut by frames too.
-    frames: Array = _array("B F S S 3", "uint8", axes=("batch", "pack_frames"))
-    frame_times: Array = _array("B F", "float32")  # seconds; 0 for images and padding
-    frame_groups: Array = _array("B F", "int32")  # 1 + the group of the frame, 0 for padding
-    vision_index: Array = _array("B T", "int32", padding=-1)  # the vision row that stands here, -1 for text
+    frames: AnyArray = _array("B F S S 3", "uint8", axes=("batch", "pack_frames"))
+    frame_times: AnyArray = _array("B F", "float32")  # seconds; 0 for images and padding
+    frame_groups: AnyArray = _array("B F", "int32")  # 1 + the group of the frame, 0 for padding
+    vision_index: AnyArray = _array("B T", "int32", padding=-1)  # the vision row that stands here, -1 for text
 
-    def replace(self, **changes: Array) -> "PackedBatch":
+    def replace(self, **changes: AnyArray) -> "PackedBatch":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 

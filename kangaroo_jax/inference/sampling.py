@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kangaroo_jax.conventions import Array
+from kangaroo_jax.conventions import AnyArray as Array
 from kangaroo_jax.errors import UserError
 
 GREEDY_BELOW = 1e-4  # a temperature that is as good as 0

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.stack import keep
 from kangaroo_jax.sharding import divides, per_device, platform, shards, split_mesh
@@ -28,33 +30,35 @@ LAYOUTS: dict[str, tuple[str, str | None, str | None]] = {
 }
 
 
-Pair = tuple[jax.Array, jax.Array]  # of the queries and of the keys, or of keys and values
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B S K H"]  # or values
+Pair = tuple[Array, Array]  # of the queries and of the keys, or of keys and values
 
 
 class Labels(NamedTuple):
     """What tells who sees whom, int32[B, T] for queries and int32[B, S] for keys; None where it plays no part."""
 
-    segments: jax.Array | None
-    positions: jax.Array | None
+    segments: Int[Array, "..."] | None
+    positions: Int[Array, "..."] | None
 
 
 # What the backward pass needs: query, key, value, labels of queries and keys, output, log of the softmax's sums.
-Residuals = tuple[jax.Array, jax.Array, jax.Array, Labels, Labels, jax.Array, jax.Array]
+Residuals = tuple[Array, Array, Array, Labels, Labels, Array, Array]
 
 
 def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Queries,
+    key: Keys,
+    value: Keys,
     *,
     segment_ids: Pair | None,
     causal: bool,
     implementation: str = "auto",
     layout: str = "text",
-) -> jax.Array:
+) -> Queries:
     """Scaled dot-product attention with grouped key-value heads.
 
-    query [B, T, N, H], key and value [B, S, K, H] -> [B, T, N, H], where N is a multiple of K and query
+    N is a multiple of K and query
     head n reads key-value head n // (N / K). `segment_ids`, of the queries int32[B, T] and of the keys
     int32[B, S], must be given: a query sees only keys of its own segment; None says that every row is
     one segment without padding. `causal` hides keys that come later by index (then T = S). Softmax is computed
@@ -93,13 +97,13 @@ def choose(implementation: str, head_dim: int) -> str:
 
 def _local(
     chosen: str,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Queries,
+    key: Keys,
+    value: Keys,
     segments: Pair | None,
     causal: bool,
-    places: jax.Array | None = None,
-) -> jax.Array:
+    places: Int[Array, " T"] | None = None,
+) -> Queries:
     """Attention of what one device holds; `places` of the queries in the row, where it has only some of them."""
     if chosen == "splash":
         from kangaroo_jax.models.attention_splash import splash
@@ -120,13 +124,13 @@ def _local(
 
 def _on_mesh(
     chosen: str,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Queries,
+    key: Keys,
+    value: Keys,
     segments: Pair | None,
     causal: bool,
     layout: tuple[str, str | None, str | None],
-) -> jax.Array:
+) -> Queries:
     """Every device computes its rows, heads and share of the tokens."""
     heads = shards(layout[2]) if layout[2] else 1
     if key.shape[2] % heads:  # more devices than key-value heads: some have the same one
@@ -140,7 +144,7 @@ def _on_mesh(
         return _local(chosen, query, key, value, segments, causal)
     cut = causal and layout[1] is not None and shards(layout[1]) > 1
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, segments: Pair | None) -> jax.Array:
+    def run(query: Array, key: Array, value: Array, segments: Pair | None) -> Array:
         if not cut:
             return _local(chosen, query, key, value, segments, causal)
         from kangaroo_jax.models.attention_context import context_parallel
@@ -157,8 +161,13 @@ def _on_mesh(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def xla_chunked(
-    query: jax.Array, key: jax.Array, value: jax.Array, queries: Labels, keys: Labels, by_index: bool
-) -> jax.Array:
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    queries: Labels,
+    keys: Labels,
+    by_index: bool,
+) -> Queries:
     """Attention in plain XLA, for any device: scores exist for CHUNK queries at a time, forward and backward.
 
     Shapes as in `attention`. `by_index` is causal by index. The backward computes the scores again, as
@@ -169,13 +178,18 @@ def xla_chunked(
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, queries: Labels, keys: Labels, by_index: bool
-) -> tuple[jax.Array, Residuals]:
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    queries: Labels,
+    keys: Labels,
+    by_index: bool,
+) -> tuple[Queries, Residuals]:
     plan = _Plan(query.shape, key.shape, by_index)
     scale = query.shape[-1] ** -0.5
     key_bkhs, value_bksh = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
-    def chunk(end: int, _: None, part: tuple[jax.Array, Labels]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def chunk(end: int, _: None, part: tuple[Array, Labels]) -> tuple[None, Pair]:
         query, labels = part
         scores = plan.scores(query, key_bkhs[..., :end], labels, plan.key_labels(keys, end))
         largest = jnp.max(scores, axis=-1, keepdims=True)
@@ -190,15 +204,13 @@ def _forward(
     return output, (query, key, value, queries, keys, output, statistics)
 
 
-def _backward(
-    by_index: bool, residuals: Residuals, d_output: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+def _backward(by_index: bool, residuals: Residuals, d_output: Queries) -> tuple[Queries, Keys, Keys, None, None]:
     query, key, value, queries, keys, output, statistics = residuals
     plan = _Plan(query.shape, key.shape, by_index)
     scale = query.shape[-1] ** -0.5
     key_bksh, key_bkhs, value_bkhs = key.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
 
-    def chunk(end: int, sums: Pair, part: Any) -> tuple[Pair, jax.Array]:
+    def chunk(end: int, sums: Pair, part: Any) -> tuple[Pair, Array]:
         query, labels, output, d_output, statistics = part
         scores = plan.scores(query, key_bkhs[..., :end], labels, plan.key_labels(keys, end))
         weights = jnp.exp(scores - statistics[..., None])
@@ -247,13 +259,13 @@ class _Plan:
         step = -(-self.count // STRIPES) if by_index else self.count
         self.stripes = [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
-    def split(self, x: jax.Array) -> jax.Array:
-        """[B, T, N, H] -> [c, B, K, t, N / K, H], padded with zeros at the end."""
+    def split(self, x: Queries) -> Float[Array, "c B K t g H"]:
+        """Padded with zeros at the end; g = N / K."""
         x = jnp.pad(x, [(0, 0), (0, self.count * self.chunk - self.length), (0, 0), (0, 0)])
         x = x.reshape(self.batch, self.count, self.chunk, self.kv_heads, -1, self.width)
         return x.transpose(1, 0, 3, 2, 4, 5)
 
-    def join(self, x: jax.Array) -> jax.Array:
+    def join(self, x: Float[Array, "c B K t g H"]) -> Queries:
         """The inverse of `split`."""
         x = x.transpose(1, 0, 3, 2, 4, 5).reshape(self.batch, -1, self.heads, self.width)
         return x[:, : self.length]
@@ -265,7 +277,7 @@ class _Plan:
             positions = jnp.arange(self.length, dtype=jnp.int32)[None]
         return Labels(*(self._split_row(x) for x in (labels.segments, positions)))
 
-    def _split_row(self, x: jax.Array | None) -> jax.Array | None:
+    def _split_row(self, x: Int[Array, "B T"] | None) -> Int[Array, "c B t"] | None:
         if x is None:
             return None
         x = jnp.pad(x, [(0, 0), (0, self.count * self.chunk - self.length)])
@@ -276,8 +288,10 @@ class _Plan:
         positions = jnp.arange(self.keys, dtype=jnp.int32)[None] if self.by_index else labels.positions
         return Labels(*(None if x is None else x[:, :end] for x in (labels.segments, positions)))
 
-    def scores(self, query: jax.Array, key: jax.Array, queries: Labels, keys: Labels) -> jax.Array:
-        """query [B, K, t, g, H], key [B, K, H, s] -> float32[B, K, t, g, s], MASKED where the key is not seen."""
+    def scores(
+        self, query: Float[Array, "B K t g H"], key: Float[Array, "B K H s"], queries: Labels, keys: Labels
+    ) -> Float32[Array, "B K t g s"]:
+        """MASKED where the key is not seen."""
         scores = jnp.einsum("bktgh,bkhs->bktgs", query, key, preferred_element_type=jnp.float32)
         seen = None
         if queries.segments is not None and keys.segments is not None:

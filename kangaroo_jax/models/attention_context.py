@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.sharding import gather, index_on, permute, shards
 
 AXIS = "tokens"  # the logical axis that is cut
@@ -30,8 +32,8 @@ def _pairs(pieces: int, slot: int) -> list[tuple[int, int]]:
     return [(halves_of(piece, pieces)[slot] // 2, piece) for piece in range(pieces)]
 
 
-def _swap(x: jax.Array, back: bool) -> jax.Array:
-    """x [B, T/C, ...]: halves in order -> the halves that this device computes, or `back`."""
+def _swap(x: Shaped[Array, "B T *rest"], back: bool) -> Shaped[Array, "B T *rest"]:
+    """The T/C tokens of a device: halves in order -> the halves that this device computes, or `back`."""
     pieces = shards(AXIS)
     halves = []
     for slot, half in enumerate(jnp.split(x, 2, axis=1)):
@@ -40,8 +42,8 @@ def _swap(x: jax.Array, back: bool) -> jax.Array:
     return jnp.concatenate(halves, axis=1)
 
 
-def query_places(length: int) -> jax.Array:
-    """int32[T/C]: index in the row of each query that this device computes."""
+def query_places(length: int) -> Int[Array, " {length}"]:
+    """Index in the row of each query that this device computes."""
     pieces = shards(AXIS)
     half = length // 2
     table = jnp.asarray([halves_of(piece, pieces) for piece in range(pieces)], jnp.int32)
@@ -50,14 +52,13 @@ def query_places(length: int) -> jax.Array:
 
 def context_parallel(
     function: Callable[..., jax.Array],
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-) -> jax.Array:
-    """Causal attention by index of rows cut over AXIS; to be called in `per_device`.
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B T"]] | None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention by index of rows cut over AXIS; to be called in `per_device`, with T/C tokens of each row.
 
-    query [B, T/C, N, H], key and value [B, T/C, K, H], segments int32[B, T/C] of both -> [B, T/C, N, H].
     `function(query, key, value, segments, places)` gets the queries of two halves, all T keys, the segments
     of each, and the queries' places in the row, int32[T/C].
     """

@@ -14,8 +14,10 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+from jaxtyping import Float, Int
 
 from kangaroo_jax.chips import find_chip
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.sharding import device_kind, index_on
 
 LANES = 128  # lengths are padded to a multiple of this
@@ -64,18 +66,18 @@ class Order(masks.Mask):
 
 
 def splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     *,
     causal: bool,
     pieces: int = 1,
     interpret: bool = False,
-) -> jax.Array:
-    """Attention of query [B, T, N, H] to key and value [B, S, K, H] -> [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """Attention as in `attention.attention`.
 
-    `segments` int32[B, T] and int32[B, S]. With `pieces` over 1 the queries are those of this device (see
+    With `pieces` over 1 the queries are those of this device (see
     `attention_context`), S = pieces * T, and `causal` is by index in the whole. `interpret` runs the kernel
     on any device, slowly, for tests.
     """
@@ -171,8 +173,8 @@ def _block(length: int, keys: int, causal: bool) -> int:
     return next((block for block in BLOCKS if block <= most and length % block == 0), LANES)
 
 
-def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    """x [B, T, N, H] with T padded with zeros to a multiple."""
+def _pad(x: Float[Array, "B T N H"], multiple: int) -> Float[Array, "B padded N H"]:
+    """T padded with zeros to a multiple."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)])
 
 

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as kernels
+from jaxtyping import Float, Int
 
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 
 BLOCK = 128  # lengths are padded to a multiple of this
@@ -11,18 +13,18 @@ PADDING = -1  # segment of the padding
 
 
 def triton(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     *,
     causal: bool,
-    places: jax.Array | None = None,
+    places: Int[Array, " T"] | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """Attention of query [B, T, N, H] to key and value [B, T, K, H] -> [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """Attention as in `attention.attention`, for S = T.
 
-    `segments` int32[B, T], twice the same. `interpret` runs the kernel on any device, slowly, for tests.
+    `segments` are twice the same. `interpret` runs the kernel on any device, slowly, for tests.
 
     Raises UserError where the device has only some of the queries.
     """

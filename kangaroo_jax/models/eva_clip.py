@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Shaped, UInt8
 
 from kangaroo_jax.config import VisionConfig
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.layers import (
@@ -25,6 +27,8 @@ from kangaroo_jax.sharding import constrain
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, for RGB from 0 to 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+Frames = UInt8[Array, "n S S 3"] | Float[Array, "n S S 3"]  # floats are normalised already
+Rotary = tuple[Float[np.ndarray, "places pairs"], Float[np.ndarray, "places pairs"]]
 ACTIVATION = ("frames", None, "activation")
 
 
@@ -44,8 +48,8 @@ class Attention(nnx.Module):
         self.out = Linear((d,), (d,), ("vision_heads", "vision_embed"), bias=True, scale=scale, **options)
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-        """x [frames, 1 + P, D], CLS first -> the same shape."""
+    def __call__(self, x: Float[Array, "n places D"], rotary: Rotary) -> Float[Array, "n places D"]:
+        """The 1 + P places of each frame, CLS first."""
         query = keep(rotate_pairs(self.query(x), *rotary), "query")
         key = keep(rotate_pairs(self.key(x), *rotary), "key")
         value = keep(self.value(x), "value")
@@ -66,8 +70,8 @@ class MLP(nnx.Module):
         scale = (2 * config.depth) ** -0.5
         self.down = Linear((i,), (d,), ("vision_mlp", "vision_embed"), bias=True, scale=scale, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [frames, 1 + P, D] -> the same shape."""
+    def __call__(self, x: Float[Array, "n places D"]) -> Float[Array, "n places D"]:
+        """The 1 + P places of each frame."""
         return self.down(self.norm(jax.nn.silu(self.gate(x)) * self.up(x)))
 
 
@@ -81,8 +85,8 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-        """x [frames, 1 + P, D] -> the same shape."""
+    def __call__(self, x: Float[Array, "n places D"], rotary: Rotary) -> Float[Array, "n places D"]:
+        """The 1 + P places of each frame, CLS first."""
         x = constrain(x + self.attention(self.attention_norm(x), rotary), ACTIVATION)
         return constrain(x + self.mlp(self.mlp_norm(x)), ACTIVATION)
 
@@ -124,13 +128,13 @@ class EvaClip(nnx.Module):
         self.output_norm, self.remat = config.output_norm, config.remat
         self.scan, self.dtype = scan, jnp.dtype(dtype)
 
-    def __call__(self, frames: jax.Array) -> jax.Array:
-        """frames uint8[n, S, S, 3] -> patch tokens [n, P, D], CLS dropped, normalised where `output_norm` says so."""
+    def __call__(self, frames: Frames) -> Float[Array, "n P D"]:
+        """Patch tokens of frames, CLS dropped, normalised where `output_norm` says so."""
         x = self.tokens(frames)
         return (self.norm(x) if self.output_norm else x)[:, 1:]
 
-    def tokens(self, frames: jax.Array) -> jax.Array:
-        """frames uint8[n, S, S, 3], or float with `normalise` done -> [n, 1 + P, D] before the final norm, CLS first.
+    def tokens(self, frames: Frames) -> Float[Array, "n places D"]:
+        """The 1 + P places of frames before the final norm, CLS first.
 
         Raises UserError where the side of the frames is no multiple of the patch.
         """
@@ -143,21 +147,21 @@ class EvaClip(nnx.Module):
         cos, sin = rotary_2d(grid, self.head_dim, self.rope_theta, self.rope_reference_grid)
         cos, sin = np.pad(cos, ((1, 0), (0, 0)), constant_values=1.0), np.pad(sin, ((1, 0), (0, 0)))  # CLS stays
 
-        def step(block: Block, x: jax.Array, index: jax.Array) -> jax.Array:
+        def step(block: Block, x: Float[Array, "n places D"], index: Array) -> Float[Array, "n places D"]:
             return block(x, (cos, sin))
 
         return run_layers(self.blocks, step, constrain(x, ACTIVATION), scan=self.scan, remat=self.remat)
 
-    def positions(self, grid: int) -> jax.Array:
-        """The position embedding [1 + grid^2, D], resized (bicubic, antialiased) from the stored grid; CLS kept."""
+    def positions(self, grid: int) -> Float[Array, "1+{grid}**2 D"]:
+        """The position embedding, resized (bicubic, antialiased) from the stored grid; CLS kept."""
         stored = self.position_embedding[...]
         if grid == self.pos_embed_grid:
             return stored
         matrix = jnp.asarray(resize_matrix(self.pos_embed_grid, grid))
         return jnp.concatenate([stored[:1], (matrix @ stored[1:].astype(jnp.float32)).astype(stored.dtype)])
 
-    def _patches(self, frames: jax.Array) -> jax.Array:
-        """[n, S, S, 3] -> [n, P, patch, patch, 3], row by row."""
+    def _patches(self, frames: Shaped[Array, "n S S 3"]) -> Shaped[Array, "n P patch patch 3"]:
+        """Row by row."""
         n, side, _, channels = frames.shape
         if side % self.patch_size:
             raise UserError(f"frames of {side} pixels: choose data.image_size as a multiple of {self.patch_size}")
@@ -166,16 +170,16 @@ class EvaClip(nnx.Module):
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, grid * grid, self.patch_size, self.patch_size, channels)
 
 
-def normalise(frames: jax.Array) -> jax.Array:
-    """frames uint8[..., 3] in RGB -> float32, with CLIP's mean and deviation."""
+def normalise(frames: UInt8[Array, "*places 3"]) -> Float32[Array, "*places 3"]:
+    """Frames in RGB with CLIP's mean and deviation."""
     scale, offset = 1 / (255 * np.asarray(PIXEL_STD)), np.asarray(PIXEL_MEAN) / np.asarray(PIXEL_STD)
     normalised: jax.Array = frames.astype(jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)
     return normalised
 
 
 @functools.cache
-def resize_matrix(source: int, target: int) -> np.ndarray:
-    """float32[target^2, source^2]: bicubic resize of a square grid, as torch does it with antialias.
+def resize_matrix(source: int, target: int) -> Float32[np.ndarray, "{target}**2 {source}**2"]:
+    """Bicubic resize of a square grid, as torch does it with antialias.
 
     Keys' cubic kernel with a = -0.5, pixel centres at half integers, widened by the ratio where the
     grid shrinks; weights of a pixel near the border are normalised over what lies inside.

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int, UInt8
 
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conventions import Array, PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.eva_clip import EvaClip
 from kangaroo_jax.models.layers import parameter, truncated_normal
@@ -63,8 +64,8 @@ class KangarooModel(nnx.Module):
             self.llm.layers = unstack_layers(self.llm.layers)
         return self
 
-    def encode(self, frames: jax.Array, frame_times: jax.Array) -> jax.Array:
-        """frames uint8[B, F, S, S, 3], frame_times float32[B, F] in seconds -> vision tokens [B, R, D].
+    def encode(self, frames: UInt8[Array, "B F S S 3"], frame_times: Float[Array, "B F"]) -> Float[Array, "B R D"]:
+        """Frames and their times in seconds -> vision tokens.
 
         Raises UserError where S is no multiple of the patch, or F none of the frames a group.
         """
@@ -87,8 +88,10 @@ class KangarooModel(nnx.Module):
         x = constrain(x, FRAMES)[: b * f // k].reshape(b, -1, x.shape[-1])
         return constrain(x, ("batch", None, "activation"))
 
-    def embed(self, tokens: jax.Array, vision_index: jax.Array, vision: jax.Array | None) -> jax.Array:
-        """tokens and vision_index int32[B, T], vision [B, R, D] or None -> embeddings [B, T, D].
+    def embed(
+        self, tokens: Int[Array, "B T"], vision_index: Int[Array, "B T"], vision: Float[Array, "B R D"] | None
+    ) -> Float[Array, "B T D"]:
+        """Tokens, and the rows of the vision tokens that stand among them -> embeddings.
 
         Where vision_index is not -1 the vision token of that row stands; the four marks around a video
         have embeddings of their own, which train even where the decoder is frozen.
@@ -102,8 +105,8 @@ class KangarooModel(nnx.Module):
         rows = constrain(jnp.take_along_axis(vision, index[..., None], axis=1), RESIDUAL)
         return jnp.where((vision_index >= 0)[..., None], rows.astype(x.dtype), x)
 
-    def hidden(self, batch: PackedBatch) -> jax.Array:
-        """The decoder's states [B, T, D] after its final norm."""
+    def hidden(self, batch: PackedBatch) -> Float[Array, "B T D"]:
+        """The decoder's states after its final norm."""
         vision = None
         if batch.frames.shape[1]:
             with jax.named_scope("vision"):
@@ -112,12 +115,12 @@ class KangarooModel(nnx.Module):
             x = self.embed(batch.tokens, batch.vision_index, vision)
             return self.llm(x, batch.segment_ids, batch.positions)
 
-    def logits(self, batch: PackedBatch) -> jax.Array:
-        """float32[B, T, V]; all of them at once, so for small batches only."""
+    def logits(self, batch: PackedBatch) -> Float32[Array, "B T V"]:
+        """All of them at once, so for small batches only."""
         return self.llm.unembed(self.hidden(batch))
 
-    def loss(self, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
-        """(sum of weight * cross-entropy, sum of weights), float32 scalars."""
+    def loss(self, batch: PackedBatch) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+        """(sum of weight * cross-entropy, sum of weights)."""
         hidden = self.hidden(batch)
         head = self.llm.head.kernel[...]
         return chunked_cross_entropy(hidden, head, batch.targets, batch.weights, chunk=self.llm.loss_chunk)

@@ -9,8 +9,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from kangaroo_jax.config import RopeScaling
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.models.quantized import unpack
 from kangaroo_jax.sharding import (
     divides,
@@ -27,6 +29,7 @@ from kangaroo_jax.sharding import (
 )
 
 Axes = tuple[str | None, ...]
+Table = Array | np.ndarray
 NOT_SCALED = RopeScaling()
 
 
@@ -76,7 +79,7 @@ class Linear(nnx.Module):
         self.has_bias, self.axes = bias, tuple(axes)
         self.contracted = len(inputs)
 
-    def weight(self, dtype: DTypeLike) -> jax.Array:
+    def weight(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The kernel [inputs, outputs] in `dtype`; what is multiplied with it is then to be `scaled`."""
         kernel = self.kernel[...]
         if self.kernel_scale is not None and kernel.dtype != jnp.int8:
@@ -84,13 +87,13 @@ class Linear(nnx.Module):
             return unpacked
         return kernel.astype(dtype)
 
-    def scaled(self, y: jax.Array) -> jax.Array:
+    def scaled(self, y: Float[Array, "*places"]) -> Float[Array, "*places"]:
         """A product [..., outputs] with `weight`, by the scale of each output where the kernel has one."""
         if self.kernel_scale is None or self.kernel[...].dtype != jnp.int8:
             return y
         return y * self.kernel_scale[...].astype(y.dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
         kernel = self.weight(x.dtype)
         # Of the two the smaller is to move: in generation, a token at a time, that is x.
@@ -102,7 +105,7 @@ class Linear(nnx.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+def _product(x: Array, kernel: Array, contracted: int) -> Array:
     """`tensordot` whose gradient by the kernel is x's transpose times that of y, in this order.
 
     JAX's own rule takes the product the other way round and turns the result. XLA then turns the gradient of y for a
@@ -111,13 +114,11 @@ def _product(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     return jnp.tensordot(x, kernel, contracted)
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array, contracted: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _product_forward(x: Array, kernel: Array, contracted: int) -> tuple[Array, tuple[Array, Array]]:
     return jnp.tensordot(x, kernel, contracted), (x, kernel)  # itself, so that a remat policy sees the product
 
 
-def _product_backward(
-    contracted: int, residuals: tuple[jax.Array, jax.Array], d_y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _product_backward(contracted: int, residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     rows, outputs = list(range(x.ndim - contracted)), list(range(contracted, kernel.ndim))
     d_x = jnp.tensordot(d_y, kernel, (list(range(len(rows), d_y.ndim)), outputs))
@@ -127,8 +128,8 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward)
 
 
-def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Rows of `table` [V, D] for tokens int32[B, T] -> [B, T, D] in `dtype`.
+def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """Rows of `table` for `tokens`, in `dtype`.
 
     On a mesh no device gathers the table: each looks up its vocabulary and its part of D for all tokens of
     the group that D is cut over, and they exchange parts of D for tokens.
@@ -138,7 +139,7 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         return table[tokens].astype(dtype)
     vocab, embed = fitting(table.shape, ("vocab", "embed"))
 
-    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def local(table: Float[Array, "v d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t D"]:
         all_tokens = gather(tokens.reshape(-1), embed, 0)
         rows = table.shape[0]
         first = index_on(vocab) * rows if shards(vocab) > 1 else 0
@@ -160,8 +161,8 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(constant(0.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., width] -> the same shape and dtype."""
+    def __call__(self, x: Float[Array, "*places D"]) -> Float[Array, "*places D"]:
+        """In the dtype of x."""
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
@@ -176,27 +177,24 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(constant(1.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., width] -> the same shape and dtype."""
+    def __call__(self, x: Float[Array, "*places D"]) -> Float[Array, "*places D"]:
+        """In the dtype of x."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def rotary_1d(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of Llama's rotary embedding (Su et al. 2021).
-
-    positions int32[B, T] -> two float32[B, T, H/2] arrays; the angle of pair i is position * frequency i.
-    """
+    positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED
+) -> tuple[Float[Array, "B T pairs"], Float[Array, "B T pairs"]]:
+    """Cosines and sines of Llama's rotary embedding (Su et al. 2021): the angle of pair i is position * frequency i."""
     frequencies = rotary_frequencies(head_dim, theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED) -> np.ndarray:
-    """float[H/2]: theta^(-2i / H), slowed down as Llama 3.1 does for longer contexts (Dubey et al. 2024).
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED) -> Float[np.ndarray, " pairs"]:
+    """Of the H / 2 pairs: theta^(-2i / H), slowed down as Llama 3.1 does for longer contexts (Dubey et al. 2024).
 
     A pair that turns more than `high_freq_factor` times within `original_length` tokens keeps its
     frequency, one that turns less than `low_freq_factor` times is slowed down by `factor`, and
@@ -211,10 +209,12 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling = NOT_S
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotary_2d(grid: int, head_dim: int, theta: float, reference_grid: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_2d(
+    grid: int, head_dim: int, theta: float, reference_grid: int
+) -> tuple[Float[np.ndarray, "P pairs"], Float[np.ndarray, "P pairs"]]:
     """Cosines and sines of EVA-02's rotary embedding of a square grid of P = grid^2 patches.
 
-    Two float32[P, H/2] arrays: H/4 pairs turn with the row, then H/4 with the column. Positions run
+    H/4 pairs turn with the row, then H/4 with the column. Positions run
     from 0 to `reference_grid` whatever the grid, so that a larger image stays in the trained range.
     Raises ValueError where the head width is no multiple of four.
     """
@@ -229,15 +229,19 @@ def rotary_2d(grid: int, head_dim: int, theta: float, reference_grid: int) -> tu
     return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
-def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of x [B, T, N, H] by cos and sin [B, T, H/2] (Llama as on Hugging Face)."""
+def rotate_half(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T H//2"], sin: Float[Array, "B T H//2"]
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (i, i + H/2) of x (Llama as on Hugging Face)."""
     cos, sin = (jnp.expand_dims(table, -2).astype(x.dtype) for table in (cos, sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def rotate_pairs(x: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray) -> jax.Array:
-    """Rotate the neighbours (2i, 2i + 1) of x [B, P, N, H] by cos and sin [P, H/2] (EVA-02)."""
+def rotate_pairs(
+    x: Float[Array, "B P N H"], cos: Float[Table, "P H//2"], sin: Float[Table, "P H//2"]
+) -> Float[Array, "B P N H"]:
+    """Rotate the neighbours (2i, 2i + 1) of x (EVA-02)."""
     cos, sin = (jnp.expand_dims(jnp.asarray(table), -2).astype(x.dtype) for table in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)

@@ -1,14 +1,16 @@
 """The decoder: Llama 3 (Dubey et al. 2024). What its layers remember of earlier tokens is handed in."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
 from kangaroo_jax.config import LlamaConfig
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.layers import (
     Linear,
@@ -23,23 +25,27 @@ from kangaroo_jax.models.quantized import KERNEL, linear_maps
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
 from kangaroo_jax.sharding import constrain
 
+Rotary = tuple[Float[Array, "B T pairs"], Float[Array, "B T pairs"]]
 RESIDUAL = ("batch", "residual_tokens", "activation")  # between the layers' parts
 INPUT = ("batch", "tokens", "activation")  # of a part's matrix products
 QUERY = ("batch", "tokens", "activation_heads", None)
 KEY = ("batch", "tokens", "activation_kv_heads", None)
 
 
+SomeMemory = TypeVar("SomeMemory", bound="LayerMemory")
+
+
+@runtime_checkable
 class LayerMemory(Protocol):
     """What a layer remembers of earlier tokens; a pytree."""
 
-    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Self]:
-        """Remember the keys and values [B, T, K, H] of new tokens, and attend to all that their positions may see.
+    def update_and_attend(
+        self: SomeMemory, query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
+    ) -> tuple[Float[Array, "B T N H"], SomeMemory]:
+        """Remember the keys and values of new tokens, and attend to all that their positions may see.
 
-        query [B, T, N, H] -> (context [B, T, N, H], what is remembered from now on).
+        Returns (context, what is remembered from now on).
         """
-
-
-SomeMemory = TypeVar("SomeMemory", bound=LayerMemory)
 
 
 class Attention(nnx.Module):
@@ -57,14 +63,14 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array | None,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        segment_ids: Int[Array, "B T"] | None,
         memory: LayerMemory | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], memory with the new tokens).
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(what x attends to, memory with the new tokens).
 
-        Without a memory attention stays among x and inside its segments, int32[B, T]; with one, the memory says
+        Without a memory attention stays among x and inside its segments; with one, the memory says
         who sees whom.
         """
         x = constrain(x, INPUT)
@@ -96,8 +102,8 @@ class MLP(nnx.Module):
         self.up = Linear((d,), (i,), ("embed", "mlp"), **options)
         self.down = Linear((i,), (d,), ("mlp", "embed"), scale=(2 * config.depth) ** -0.5, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Each token by itself."""
         x = constrain(x, INPUT)
         hidden = jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(constrain(hidden, ("batch", "tokens", "activation_mlp")))
@@ -115,12 +121,12 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array | None,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        segment_ids: Int[Array, "B T"] | None,
         memory: LayerMemory | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], memory with the new tokens); see `Attention`."""
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(x after this layer, memory with the new tokens); see `Attention`."""
         y, memory = self.attention(self.attention_norm(x), rotary, segment_ids, memory)
         x = constrain(x + y, RESIDUAL)
         return constrain(x + self.mlp(self.mlp_norm(x)), RESIDUAL), memory
@@ -163,29 +169,31 @@ class Llama(nnx.Module):
         self.rope_scaling = config.rope_scaling
         self.scan, self.dtype = scan, jnp.dtype(dtype)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """tokens int32[B, T] -> embeddings [B, T, D] in the computation's dtype."""
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings in the computation's dtype."""
         return constrain(lookup(self.embedding[...], tokens, self.dtype), RESIDUAL)
 
-    def __call__(self, embeddings: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """embeddings [B, T, D], segment_ids, positions int32[B, T] -> hidden [B, T, D] after the final norm.
+    def __call__(
+        self, embeddings: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm.
 
         Attention is causal by index and stays inside a segment.
         """
         rotary = rotary_1d(positions, self.head_dim, self.rope_theta, self.rope_scaling)
 
-        def step(layer: Layer, x: jax.Array, _: jax.Array) -> jax.Array:
+        def step(layer: Layer, x: Float[Array, "B T D"], _: Array) -> Float[Array, "B T D"]:
             return layer(x, rotary, segment_ids)[0]
 
         x = constrain(embeddings.astype(self.dtype), RESIDUAL)
         return self.norm(run_layers(self.layers, step, x, scan=self.scan, remat=self.remat))
 
     def read(
-        self, embeddings: jax.Array, positions: jax.Array, memories: Sequence[SomeMemory]
-    ) -> tuple[jax.Array, list[SomeMemory]]:
+        self, embeddings: Float[Array, "B T D"], positions: Int[Array, "B T"], memories: Sequence[SomeMemory]
+    ) -> tuple[Float[Array, "B T D"], list[SomeMemory]]:
         """Tokens after those that each layer remembers, through layers that are unstacked (`stack.unstack_layers`).
 
-        embeddings [B, T, D], positions int32[B, T] -> (hidden [B, T, D] after the final norm, the layers' memories).
+        Returns (hidden states after the final norm, the layers' memories).
         Raises ValueError where the layers are stacked.
         """
         if not isinstance(self.layers, nnx.List):
@@ -197,7 +205,7 @@ class Llama(nnx.Module):
             remembered.append(memory)
         return self.norm(x), remembered
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits float32[..., V]."""
+    def unembed(self, hidden: Float[Array, "*places D"]) -> Float32[Array, "*places V"]:
+        """Logits."""
         kernel = self.head.weight(hidden.dtype)
         return self.head.scaled(jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32))

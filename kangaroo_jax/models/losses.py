@@ -6,18 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.sharding import fitting, gather, index_on, max_over, per_device, shards, sum_over, sum_scatter
 
-Gradients = tuple[jax.Array | None, jax.Array | None]  # by the hidden states, by the head
+Scalar = Float32[Array, ""]
+Gradients = tuple[Array | None, Array | None]  # by the hidden states, by the head
 
 
 def chunked_cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted next-token cross-entropy -> (sum of weight * loss, sum of weights), float32 scalars.
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+) -> tuple[Scalar, Scalar]:
+    """Weighted next-token cross-entropy -> (sum of weight * loss, sum of weights); `hidden` after the final norm.
 
-    hidden [B, T, D] after the final norm, head [D, V], targets int32[B, T], weights float32[B, T].
     Logits exist for `chunk` tokens of each pack at a time. Tokens of weight 0 are sorted to the end of
     their pack and cost nothing. While logits are at hand their gradient is taken too (a scalar loss
     only scales it), so that nothing is computed twice; where the head is frozen its part is left out.
@@ -28,11 +35,17 @@ def chunked_cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _weighted_loss(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
+def _weighted_loss(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float32[Array, "B T"],
+    chunk: int,
+) -> Scalar:
     return _run(hidden, head, targets, weights, chunk, False, False)[0]
 
 
-def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> tuple[jax.Array, Gradients]:
+def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> tuple[Scalar, Gradients]:
     """The arguments are CustomVJPPrimal, which say whether a gradient is asked for."""
     total, d_hidden, d_head = _run(
         hidden.value, head.value, targets.value, weights.value, chunk, hidden.perturbed, head.perturbed
@@ -40,7 +53,7 @@ def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> 
     return total, (d_hidden, d_head)
 
 
-def _backward(_: int, gradients: Gradients, d_total: Any) -> tuple[jax.Array | None, ...]:
+def _backward(_: int, gradients: Gradients, d_total: Any) -> tuple[Array | None, ...]:
     d_hidden, d_head = (None if g is None else (g * d_total).astype(g.dtype) for g in gradients)
     return d_hidden, d_head, None, None
 
@@ -52,14 +65,14 @@ HIDDEN, TOKENS, HEAD = ("batch", "tokens", None), ("batch", "tokens"), ("embed",
 
 
 def _run(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
     chunk: int,
     with_hidden: bool,
     with_head: bool,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[Scalar, Array | None, Array | None]:
     """(loss, its gradient by hidden or None, by head or None)."""
     axes = fitting(head.shape, HEAD)
     local = functools.partial(_run_local, axes=axes, chunk=chunk, with_hidden=with_hidden, with_head=with_head)
@@ -70,16 +83,16 @@ def _run(
 
 
 def _run_local(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "d v"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
     *,
     axes: tuple[str | None, ...],
     chunk: int,
     with_hidden: bool,
     with_head: bool,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[Scalar, Array | None, Array | None]:
     """`_run` on what one device has: its tokens, and its part of the head, cut over `axes`."""
     batch, length, width = hidden.shape
     embed, vocab = axes
@@ -99,7 +112,7 @@ def _run_local(
     if with_head:
         state["head"] = jnp.zeros(kernel.shape, jnp.float32)
 
-    def step(index: jax.Array, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def step(index: Array, state: dict[str, Array]) -> dict[str, Array]:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
         target, weight = cut(targets) - first, cut(weights)
         x = jnp.take_along_axis(hidden, cut(order)[..., None], axis=1)
@@ -133,8 +146,10 @@ def _run_local(
     return sum_over(sum_over(state["loss"], "batch"), "tokens"), d_hidden, d_head
 
 
-def _normaliser_and_true(logits: jax.Array, target: jax.Array, vocab: str | None) -> tuple[jax.Array, jax.Array]:
-    """log sum exp of logits [B, t, V] over the whole vocabulary, and the target's logit; target may lie elsewhere."""
+def _normaliser_and_true(
+    logits: Float32[Array, "B t V"], target: Int[Array, "B t"], vocab: str | None
+) -> tuple[Float32[Array, "B t"], Float32[Array, "B t"]]:
+    """log sum exp of the logits over the whole vocabulary, and the target's logit; target may lie elsewhere."""
     if shards(vocab) == 1:
         true = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1), true

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from kangaroo_jax.config import PatchifyConfig
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.layers import Linear, constant, parameter
 
 PROJECTORS = ("linear", "mlp2x_gelu")
 
 
-def time_encoding(seconds: jax.Array, width: int, theta: float) -> jax.Array:
-    """Temporal position encoding: seconds float32[...] -> float32[..., width].
+def time_encoding(seconds: Float[Array, "*places"], width: int, theta: float) -> Float[Array, "*places D"]:
+    """Temporal position encoding of width D.
 
     The sinusoids of Vaswani et al. (2017) of the frame's real time: element 2i is
     sin(seconds / theta^(2i / width)) and element 2i + 1 the cosine of the same angle.
@@ -44,8 +46,8 @@ class Patchify(nnx.Module):
         if config.bias:
             self.bias = parameter(constant(0.0), (width,), ("vision_embed",), rngs=rngs, dtype=param_dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, F, H_p, W_p, D] -> [B, F / frames, H_p / rows, W_p / columns, D]; a rest at the border is cut off.
+    def __call__(self, x: Float[Array, "B F H_p W_p D"]) -> Float[Array, "B F_k H_r W_c D"]:
+        """[B, F / frames, H_p / rows, W_p / columns, D]; a rest at the border is cut off.
 
         Raises UserError where F is no multiple of the frames joined.
         """
@@ -74,7 +76,7 @@ class Projector(nnx.Module):
         self.first = Linear((inputs,), (outputs,), ("vision_embed", "embed"), **options)
         self.second = Linear((outputs,), (outputs,), (None, "embed"), **options) if kind == "mlp2x_gelu" else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., outputs]."""
+    def __call__(self, x: Float[Array, "*places inputs"]) -> Float[Array, "*places outputs"]:
+        """From the vision encoder's width to the decoder's."""
         x = self.first(x)
         return x if self.second is None else self.second(jax.nn.gelu(x, approximate=False))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from kangaroo_jax.conventions import Array
+
 Carry = TypeVar("Carry")
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -33,7 +35,7 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
-def keep(x: jax.Array, name: str) -> jax.Array:
+def keep(x: Array, name: str) -> Array:
     """Mark an activation that the remat policy `minimal` keeps. Raises ValueError for a name not in KEPT_NAMES."""
     if name not in KEPT_NAMES:
         raise ValueError(f"activation {name!r}: one of {', '.join(KEPT_NAMES)}")
@@ -73,7 +75,7 @@ def unstack_layers(layers: Layer) -> "nnx.List[Layer]":
 
 def run_layers(
     layers: "Layer | nnx.List[Layer]",
-    step: Callable[[Layer, Carry, jax.Array], Carry],
+    step: Callable[[Layer, Carry, Array], Carry],
     carry: Carry,
     *,
     scan: bool,

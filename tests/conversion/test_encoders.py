@@ -55,7 +55,7 @@ def restored(folder: Path) -> dict[str, np.ndarray]:
 
 def test_an_assembled_encoder_gives_timms_outputs(assembled):
     _, cases = from_fixtures.eva()
-    config = reading.load_config(assembled).model
+    config = ModelConfig.from_config(reading.load_config(assembled).model)
     binding = abstract_model(config)
     model = binding.bind(reading.load_params(assembled, binding))
     np.testing.assert_allclose(
