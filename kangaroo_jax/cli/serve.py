@@ -114,8 +114,8 @@ def serve(
     from kangaroo_jax.serving.server import Options
     from kangaroo_jax.serving.server import serve as run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("kangaroo_jax").setLevel(logging.INFO)
     limits = Limits(**{field.name: given[field.name] for field in dataclasses.fields(Limits)})
     choices = Choices(**{field.name: given[field.name] for field in dataclasses.fields(Choices)})
     options = Options(

@@ -147,7 +147,7 @@ class Routes:
         async def ids() -> tuple[list[int], bool]:
             async with self._body(http) as body:
                 limits = service.limits
-                request = await service.in_thread(lambda: tokenize_request(parse_json(body, "the body"), limits))
+                request = await service.in_thread(lambda: tokenize_request(parse_json(bytes(body), "the body"), limits))
                 if request.prompt is None:
                     text = request.text or ""
                     head = [tokenizer.bos] if request.add_special_tokens else []
@@ -166,7 +166,7 @@ class Routes:
     ) -> tuple[ChatRequest, Running]:
         service, limits = self._service, self._service.limits
         async with self._body(http) as body:
-            request = await service.in_thread(lambda: chat_request(parse_json(body, "the body"), limits))
+            request = await service.in_thread(lambda: chat_request(parse_json(bytes(body), "the body"), limits))
             return request, await service.begin(request, call, stack)
 
     @contextlib.asynccontextmanager
@@ -175,29 +175,28 @@ class Routes:
         limits, admission = self._service.limits, self._service.admission
         if http.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("a body with a Content-Encoding is not read", status=415, code="unsupported_encoding")
-        pieces: list[bytes] = []
+        body = bytearray()
         try:
             try:
                 async with asyncio.timeout(limits.max_body_seconds):
                     async for piece in http.stream():
-                        self._take(http, pieces, piece)
+                        self._take(http, body, piece)
             except TimeoutError:
                 seconds = f"{limits.max_body_seconds:g} s (--max-body-seconds)"
                 raise ApiError(f"the body is not here after {seconds}", status=408) from None
-            yield b"".join(pieces)
+            yield body
         finally:
-            admission.shrink(sum(map(len, pieces)))
+            admission.shrink(len(body))
 
-    def _take(self, http: HttpRequest, pieces: list[bytes], piece: bytes) -> None:
+    def _take(self, http: HttpRequest, body: bytearray, piece: bytes) -> None:
         """Another piece of a body. Raises ApiError where it is one too many."""
-        limit = self._service.limits.max_body_mb
-        size = sum(map(len, pieces)) + len(piece)
+        limit, size = self._service.limits.max_body_mb, len(body) + len(piece)
         if size > limit * MIB:
             stated = http.headers.get("content-length", "")
             whole = int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 16 else 0
             raise too_large("a body", max(whole, size) / MIB, limit, "max_body_mb")
         self._service.admission.grow(len(piece))
-        pieces.append(piece)
+        body += piece
 
     async def _pieces(self, request: ChatRequest, running: Running, writer: Writer, call: Call) -> Any:
         """The events of a streamed answer."""

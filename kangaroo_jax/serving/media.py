@@ -169,7 +169,7 @@ class RequestMedia:
             bytes=1 << 62,  # the sink counts
             seconds=limits.max_fetch_seconds,
             redirects=_REDIRECTS,
-            check=_Hops(self._store.hosts, where).check,
+            check=Hops(self._store.hosts, where).check,
         )
         try:
             download.download(address, sink, bounds)  # type: ignore[arg-type]
@@ -285,7 +285,7 @@ class _Sink:
             place += len(block)
 
 
-class _Hops:
+class Hops:
     """Checks an address and then each that it redirects to."""
 
     def __init__(self, hosts: frozenset[str], where: str) -> None:

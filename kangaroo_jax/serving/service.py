@@ -104,6 +104,7 @@ class Service:
                 task.cancel()
                 with contextlib.suppress(Exception, asyncio.CancelledError):
                     await task
+            del task  # with its error it would keep this frame, and that a whole body, until garbage is collected
 
     # ------------------------------------------------------------------------------ a prompt
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import http.client
 import io
 import json
@@ -10,6 +11,7 @@ import re
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -263,6 +265,31 @@ def test_before_the_model_is_there_nothing_is_answered(start) -> None:
     assert send(server.port, "GET", "/ping")[0] == send(server.port, "GET", "/metrics")[0] == 200
 
 
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+SESSION = b"v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n"
+LARGE = b"P6 60000 60000 255\n" + bytes(100)  # pixels of which there are a few
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("video/mp4", PLAYLIST),
+        ("video/mp4", b"ffconcat version 1.0\nfile /etc/passwd\n"),
+        ("video/mp4", SESSION),
+        ("image/x-portable-pixmap", LARGE),
+        ("image/png", b"\x89PNG\r\n\x1a\n" + bytes(64)),
+        ("image/jpeg", b"\xff\xd8\xff" + bytes(64)),
+    ],
+)
+def test_media_that_lead_elsewhere_or_are_bombs_are_refused_soon(start, kind: str, content: bytes) -> None:
+    server, begun = start(), time.perf_counter()
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(server.client(), about(f"data:{kind};base64,{base64.b64encode(content).decode()}"))
+    assert "passwd" not in str(caught.value) and time.perf_counter() - begun < 5
+    assert not server.engine.tickets
+    soon(server.left, NOTHING)
+
+
 # ---------------------------------------------------------------------------------- bounds
 
 
@@ -452,3 +479,18 @@ def test_health_answers_while_media_and_bodies_are_read(start, monkeypatch) -> N
     assert slowest < 1.0  # of a machine that does other things
     for thread in threads:
         thread.join()
+
+
+def test_a_refused_body_is_not_kept_until_garbage_is_collected(start) -> None:
+    server = start(Limits(max_body_mb=2))
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for content in (b" " * (3 << 20), b'{"messages": [], "a": "' + b"x" * (1 << 20) + b'"}'):
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(8):
+                assert send(server.port, "POST", "/v1/chat/completions", content)[0] in (400, 413)
+            assert tracemalloc.get_traced_memory()[0] - before < 2 << 20
+    finally:
+        tracemalloc.stop()
+        gc.enable()

@@ -20,7 +20,7 @@ from kangaroo_jax.data.media.video import probe
 from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import Limits
-from kangaroo_jax.serving.media import Cancelled, RequestMedia
+from kangaroo_jax.serving.media import Cancelled, Hops, RequestMedia
 from kangaroo_jax.serving.protocol import MediaPart
 from kangaroo_jax.serving.store import MediaStore
 from tests.data.media import write_video
@@ -374,6 +374,16 @@ def test_each_redirect_is_checked_and_there_are_three(web: tuple[MediaStore, str
     assert refused(store, image(f"{at}/to?http://127.0.0.1:1/a")).status == 403
     assert refused(store, image(f"{at}/to?file:///etc/passwd")).code == "media_unavailable"
     assert refused(store, image(f"{at}/hops/4")).code == "media_unavailable"
+
+
+def test_a_redirect_leads_to_the_same_scheme_or_a_safer_one() -> None:
+    hops = Hops(frozenset({"a.test", "b.test"}), "here")
+    for address in ("http://a.test/x", "http://b.test:80/", "https://a.test", "https://b.test:443/"):
+        hops.check(address)
+    with pytest.raises(ApiError, match="from https to http"):
+        hops.check("http://a.test/x")
+    with pytest.raises(ApiError, match="none of those"):
+        Hops(frozenset({"a.test"}), "here").check("https://a.test:80/")
 
 
 def test_a_fetch_has_bounds_of_bytes_and_time(web: tuple[MediaStore, str]) -> None:
