@@ -138,8 +138,13 @@ class WorkerPool:
         self._end(error)
 
     def _hand_out(self) -> None:
-        for worker in self._workers:
+        for place, worker in enumerate(self._workers):
             if worker.ready and worker.job is None:
+                if worker.connection.poll():  # an idle process says nothing: this one was ended, and by no job
+                    worker.stop()
+                    self.replaced += 1
+                    self._workers[place] = self._start()
+                    continue
                 job = self._next_job()
                 if job is None:
                     return

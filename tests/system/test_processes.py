@@ -46,6 +46,14 @@ def test_a_lost_process_costs_its_own_job(pool):
     assert left.cancelled()
 
 
+def test_a_process_that_is_ended_while_it_is_idle_costs_no_job(pool):
+    first = pool.submit(os.getpid).result()
+    os.kill(first, signal.SIGKILL)
+    while Path(f"/proc/{first}/stat").exists() and ") Z " not in Path(f"/proc/{first}/stat").read_text():
+        time.sleep(0.01)
+    assert pool.submit(os.getpid).result() != first and pool.replaced == 1
+
+
 def test_processes_that_do_not_start_say_so_to_every_job(capfd):
     pool = WorkerPool(operator.call, 1, 1.0, prepare=os.abort)
     with pytest.raises(NoStart, match="ended as it started .crashed .SIGABRT"):
