@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -272,3 +273,13 @@ def test_training_and_conversion_refuse_quantised_weights(stored, checkpoint, tm
     with pytest.raises(UserError, match="dtype 'int8': use one of float32"):
         weights.load(checkpoint, dtype="int8")
     assert Stored(stored["int8"] / "params").specs[SCALE].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [("cpu", None, "float32"), ("tpu", None, "bfloat16"), ("gpu", "7.5", "float16"), ("gpu", "8.0", "bfloat16")],
+)
+def test_the_dtype_suits_the_device(monkeypatch, platform, capability, dtype):
+    device = types.SimpleNamespace(platform=platform, **({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert weights.compute_dtype() == dtype
