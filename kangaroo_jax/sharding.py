@@ -75,7 +75,7 @@ def mesh_sizes(shape: Sequence[int], devices: int) -> tuple[int, int, int, int]:
             raise UserError(f"mesh {tuple(shape)}: {devices} devices do not divide by {rest}")
         sizes[sizes.index(-1)] = devices // rest
     if math.prod(sizes) != devices:
-        raise UserError(f"mesh {tuple(shape)}: {math.prod(sizes)} places for {devices} devices")
+        raise UserError(f"mesh {tuple(shape)}: its axes need {math.prod(sizes)} devices, there are {devices}")
     return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
@@ -91,15 +91,15 @@ def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
     sizes = mesh_sizes(shape, len(devices))
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if devices[0].platform != "tpu":
-        places = np.asarray(devices).reshape(sizes)
+        grid = np.asarray(devices).reshape(sizes)
     elif slices == 1:
-        places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         if sizes[0] % slices:
             raise UserError(f"mesh {sizes}: its data axis must be a multiple of the {slices} slices")
         inner = (sizes[0] // slices, *sizes[1:])
-        places = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
-    return Mesh(places, MESH_AXES)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES)
 
 
 def split_mesh() -> Any:

@@ -102,22 +102,22 @@ def _local(
     value: Keys,
     segments: Pair | None,
     causal: bool,
-    places: Int[Array, " T"] | None = None,
+    positions: Int[Array, " T"] | None = None,
 ) -> Queries:
-    """Attention of what one device holds; `places` of the queries in the row, where it has only some of them."""
+    """Attention of what one device holds; `positions` of the queries in the row, where it has only some of them."""
     if chosen == "splash":
         from kangaroo_jax.models.attention_splash import splash
 
-        pieces = 1 if places is None else key.shape[1] // query.shape[1]
+        pieces = 1 if positions is None else key.shape[1] // query.shape[1]
         return splash(query, key, value, segments, causal=causal, pieces=pieces)
     if chosen == "triton":
         from kangaroo_jax.models.attention_triton import triton
 
-        return triton(query, key, value, segments, causal=causal, places=places)
+        return triton(query, key, value, segments, causal=causal, positions=positions)
     ids: Any = segments or (None, None)
-    if places is None:
+    if positions is None:
         return xla_chunked(query, key, value, Labels(ids[0], None), Labels(ids[1], None), causal)
-    queries, keys = jnp.broadcast_to(places, query.shape[:2]), jnp.arange(key.shape[1], dtype=jnp.int32)
+    queries, keys = jnp.broadcast_to(positions, query.shape[:2]), jnp.arange(key.shape[1], dtype=jnp.int32)
     keys = jnp.broadcast_to(keys, key.shape[:2])
     return xla_chunked(query, key, value, Labels(ids[0], queries), Labels(ids[1], keys), False)
 
@@ -151,7 +151,7 @@ def _on_mesh(
 
         function = functools.partial(_local, chosen)
         return context_parallel(
-            lambda q, k, v, ids, places: function(q, k, v, ids, True, places), query, key, value, segments
+            lambda q, k, v, ids, positions: function(q, k, v, ids, True, positions), query, key, value, segments
         )
 
     ids = None if segments is None else (layout[:2], layout[:2])

@@ -59,8 +59,8 @@ def context_parallel(
 ) -> Float[Array, "B T N H"]:
     """Causal attention by index of rows cut over AXIS; to be called in `per_device`, with T/C tokens of each row.
 
-    `function(query, key, value, segments, places)` gets the queries of two halves, all T keys, the segments
-    of each, and the queries' places in the row, int32[T/C].
+    `function(query, key, value, segments, positions)` gets the queries of two halves, all T keys, the segments
+    of each, and the queries' positions in the row, int32[T/C].
     """
     if query.shape[1] % 2:
         raise ValueError(f"context parallelism: {query.shape[1]} tokens a device must be an even number")

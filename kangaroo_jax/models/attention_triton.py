@@ -19,7 +19,7 @@ def triton(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     *,
     causal: bool,
-    places: Int[Array, " T"] | None = None,
+    positions: Int[Array, " T"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention as in `attention.attention`, for S = T.
@@ -28,7 +28,7 @@ def triton(
 
     Raises UserError where the device has only some of the queries.
     """
-    if places is not None or query.shape[1] != key.shape[1]:
+    if positions is not None or query.shape[1] != key.shape[1]:
         raise UserError("attention 'triton' cannot cut tokens over devices: set the mesh's context axis to 1")
     length, groups = query.shape[1], query.shape[2] // key.shape[2]
     ids = jnp.zeros(query.shape[:2], jnp.int32) if segments is None else segments[0]

@@ -28,7 +28,7 @@ from kangaroo_jax.sharding import constrain
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, for RGB from 0 to 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 Frames = UInt8[Array, "n S S 3"] | Float[Array, "n S S 3"]  # floats are normalised already
-Rotary = tuple[Float[np.ndarray, "places pairs"], Float[np.ndarray, "places pairs"]]
+Rotary = tuple[Float[np.ndarray, "tokens pairs"], Float[np.ndarray, "tokens pairs"]]
 ACTIVATION = ("frames", None, "activation")
 
 
@@ -48,8 +48,8 @@ class Attention(nnx.Module):
         self.out = Linear((d,), (d,), ("vision_heads", "vision_embed"), bias=True, scale=scale, **options)
         self.implementation = implementation
 
-    def __call__(self, x: Float[Array, "n places D"], rotary: Rotary) -> Float[Array, "n places D"]:
-        """The 1 + P places of each frame, CLS first."""
+    def __call__(self, x: Float[Array, "n tokens D"], rotary: Rotary) -> Float[Array, "n tokens D"]:
+        """The 1 + P tokens of each frame, CLS first."""
         query = keep(rotate_pairs(self.query(x), *rotary), "query")
         key = keep(rotate_pairs(self.key(x), *rotary), "key")
         value = keep(self.value(x), "value")
@@ -70,8 +70,8 @@ class MLP(nnx.Module):
         scale = (2 * config.depth) ** -0.5
         self.down = Linear((i,), (d,), ("vision_mlp", "vision_embed"), bias=True, scale=scale, **options)
 
-    def __call__(self, x: Float[Array, "n places D"]) -> Float[Array, "n places D"]:
-        """The 1 + P places of each frame."""
+    def __call__(self, x: Float[Array, "n tokens D"]) -> Float[Array, "n tokens D"]:
+        """The 1 + P tokens of each frame."""
         return self.down(self.norm(jax.nn.silu(self.gate(x)) * self.up(x)))
 
 
@@ -85,8 +85,8 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps, **options)
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x: Float[Array, "n places D"], rotary: Rotary) -> Float[Array, "n places D"]:
-        """The 1 + P places of each frame, CLS first."""
+    def __call__(self, x: Float[Array, "n tokens D"], rotary: Rotary) -> Float[Array, "n tokens D"]:
+        """The 1 + P tokens of each frame, CLS first."""
         x = constrain(x + self.attention(self.attention_norm(x), rotary), ACTIVATION)
         return constrain(x + self.mlp(self.mlp_norm(x)), ACTIVATION)
 
@@ -133,8 +133,8 @@ class EvaClip(nnx.Module):
         x = self.tokens(frames)
         return (self.norm(x) if self.output_norm else x)[:, 1:]
 
-    def tokens(self, frames: Frames) -> Float[Array, "n places D"]:
-        """The 1 + P places of frames before the final norm, CLS first.
+    def tokens(self, frames: Frames) -> Float[Array, "n tokens D"]:
+        """The 1 + P tokens of frames before the final norm, CLS first.
 
         Raises UserError where the side of the frames is no multiple of the patch.
         """
@@ -147,7 +147,7 @@ class EvaClip(nnx.Module):
         cos, sin = rotary_2d(grid, self.head_dim, self.rope_theta, self.rope_reference_grid)
         cos, sin = np.pad(cos, ((1, 0), (0, 0)), constant_values=1.0), np.pad(sin, ((1, 0), (0, 0)))  # CLS stays
 
-        def step(block: Block, x: Float[Array, "n places D"], index: Array) -> Float[Array, "n places D"]:
+        def step(block: Block, x: Float[Array, "n tokens D"], index: Array) -> Float[Array, "n tokens D"]:
             return block(x, (cos, sin))
 
         return run_layers(self.blocks, step, constrain(x, ACTIVATION), scan=self.scan, remat=self.remat)
@@ -170,7 +170,7 @@ class EvaClip(nnx.Module):
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, grid * grid, self.patch_size, self.patch_size, channels)
 
 
-def normalise(frames: UInt8[Array, "*places 3"]) -> Float32[Array, "*places 3"]:
+def normalise(frames: UInt8[Array, "*batch 3"]) -> Float32[Array, "*batch 3"]:
     """Frames in RGB with CLIP's mean and deviation."""
     scale, offset = 1 / (255 * np.asarray(PIXEL_STD)), np.asarray(PIXEL_MEAN) / np.asarray(PIXEL_STD)
     normalised: jax.Array = frames.astype(jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)

@@ -87,7 +87,7 @@ class Linear(nnx.Module):
             return unpacked
         return kernel.astype(dtype)
 
-    def scaled(self, y: Float[Array, "*places"]) -> Float[Array, "*places"]:
+    def scaled(self, y: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """A product [..., outputs] with `weight`, by the scale of each output where the kernel has one."""
         if self.kernel_scale is None or self.kernel[...].dtype != jnp.int8:
             return y
@@ -143,9 +143,9 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLi
         all_tokens = gather(tokens.reshape(-1), embed, 0)
         rows = table.shape[0]
         first = index_on(vocab) * rows if shards(vocab) > 1 else 0
-        place = all_tokens - first
-        mine = (place >= 0) & (place < rows)
-        part = jnp.where(mine[:, None], table[jnp.clip(place, 0, rows - 1)], 0).astype(dtype)
+        local = all_tokens - first
+        mine = (local >= 0) & (local < rows)
+        part = jnp.where(mine[:, None], table[jnp.clip(local, 0, rows - 1)], 0).astype(dtype)
         part = exchange(sum_over(part, vocab), embed, split=0, join=1)
         return part.reshape(*tokens.shape, -1)
 
@@ -161,7 +161,7 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(constant(0.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*places D"]) -> Float[Array, "*places D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """In the dtype of x."""
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -177,7 +177,7 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(constant(1.0), (width,), ("norm",), rngs=rngs, dtype=param_dtype)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*places D"]) -> Float[Array, "*places D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """In the dtype of x."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)

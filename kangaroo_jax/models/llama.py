@@ -205,7 +205,7 @@ class Llama(nnx.Module):
             remembered.append(memory)
         return self.norm(x), remembered
 
-    def unembed(self, hidden: Float[Array, "*places D"]) -> Float32[Array, "*places V"]:
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits."""
         kernel = self.head.weight(hidden.dtype)
         return self.head.scaled(jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32))

@@ -19,7 +19,7 @@ from kangaroo_jax.models.layers import Linear, constant, parameter
 PROJECTORS = ("linear", "mlp2x_gelu")
 
 
-def time_encoding(seconds: Float[Array, "*places"], width: int, theta: float) -> Float[Array, "*places D"]:
+def time_encoding(seconds: Float[Array, "*batch"], width: int, theta: float) -> Float[Array, "*batch D"]:
     """Temporal position encoding of width D.
 
     The sinusoids of Vaswani et al. (2017) of the frame's real time: element 2i is
@@ -76,7 +76,7 @@ class Projector(nnx.Module):
         self.first = Linear((inputs,), (outputs,), ("vision_embed", "embed"), **options)
         self.second = Linear((outputs,), (outputs,), (None, "embed"), **options) if kind == "mlp2x_gelu" else None
 
-    def __call__(self, x: Float[Array, "*places inputs"]) -> Float[Array, "*places outputs"]:
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """From the vision encoder's width to the decoder's."""
         x = self.first(x)
         return x if self.second is None else self.second(jax.nn.gelu(x, approximate=False))

@@ -58,8 +58,8 @@ def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
         loss += 4.0 * llm.width * llm.vocab_size / tensor
 
     frames = data.packs_per_batch * data.frames_per_pack / devices / config.train.accumulate
-    tokens = (data.image_size // vision.patch_size) ** 2 + 1
-    seen = frames * tokens * vision.width * 2.0
+    vision_tokens = (data.image_size // vision.patch_size) ** 2 + 1
+    seen = frames * vision_tokens * vision.width * 2.0
     seen_kept = seen * vision.depth * (1 + KEPT_WIDTHS[vision.remat]) if part_trains("vision", config) else 0.0
     seen_working = seen * 14
     shape, mesh = (data.packs_per_batch, data.frames_per_pack), AbstractMesh(config.train.mesh, MESH_AXES)

@@ -61,10 +61,10 @@ def step_flops(config: ConfigDict, head_tokens: int | None = None) -> Flops:
     below_llm = frames > 0 and any(trains[name] for name in ("vision", "patchify", "projector", "special_embedding"))
 
     patches = (data.image_size // vision.patch_size) ** 2
-    places, d = patches + 1, vision.width
+    vision_tokens, d = patches + 1, vision.width
     layer = 4 * d * d + 3 * d * vision.mlp_width
-    linear = 2.0 * (vision.depth * layer * places + vision.patch_size**2 * 3 * d * patches)
-    attention = 4.0 * vision.depth * places * places * d
+    linear = 2.0 * (vision.depth * layer * vision_tokens + vision.patch_size**2 * 3 * d * patches)
+    attention = 4.0 * vision.depth * vision_tokens * vision_tokens * d
     times = 3 if trains["vision"] else 1
 
     groups = frames // frames_per_group(model)

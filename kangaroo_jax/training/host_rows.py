@@ -33,15 +33,15 @@ class HostRows:
 
     def _put(self, x: np.ndarray, axes: Axes) -> jax.Array:
         shape = (self._packs, *x.shape[1:])
-        place = sharding(self._mesh, axes, shape)
+        where = sharding(self._mesh, axes, shape)
         pieces = []
-        indices = place.addressable_devices_indices_map(shape)
+        indices = where.addressable_devices_indices_map(shape)
         for index in indices.values():
             rows = self._range(index)  # adjacent rows of the batch are adjacent here: `numbers` is sorted
             first = self.numbers.index(rows.start)
             pieces.append(x[(slice(first, first + len(rows)), *(index or ())[1:])])
         # an explicit transfer, which the loop's guard against implicit ones allows
-        return jax.make_array_from_single_device_arrays(shape, place, jax.device_put(pieces, list(indices)))
+        return jax.make_array_from_single_device_arrays(shape, where, jax.device_put(pieces, list(indices)))
 
 
 def whole_data_state(loader: Loader) -> bytes:

@@ -22,13 +22,13 @@ def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainStat
     def fresh() -> dict[str, jax.Array]:
         return binding.flatten(KangarooModel(ModelConfig.from_config(config.model), rngs=nnx.Rngs(config.seed)))
 
-    places = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
+    shardings = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
     if config.init_from:
         if not config.init_other_rope:
             reading.check_rope(config.init_from, config.model)
         params = reading.load_params(config.init_from, binding, mesh)
     else:
-        params = jax.jit(fresh, out_shardings=places)()
+        params = jax.jit(fresh, out_shardings=shardings)()
     with mesh_scope(mesh):
         make = functools.partial(make_state, config)
         where = state_shardings(jax.eval_shape(make, params), binding, mesh)

@@ -52,7 +52,7 @@ class Result:
 
 
 @dataclasses.dataclass
-class Stage:
+class StageRun:
     """A stage that is ready to go on after step `first`."""
 
     config: ConfigDict  # resolved for these chips
@@ -102,14 +102,14 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
     used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
-    places = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
+    capacity = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
     if preemption.reached(config.train.steps + 1):
         tell(f"{config.stage}: asked to stop; saved after step {config.train.steps}, the last")
         raise preemption.saved()
-    return Result(workdir, config.train.steps, seconds, used / places)
+    return Result(workdir, config.train.steps, seconds, used / capacity)
 
 
-def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
+def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> StageRun:
     """Everything that a stage's steps need, restored from its last checkpoint if there is one. Raises UserError."""
     # ------------------------------------------------------------------------------ mesh
     if config.train.compile_cache:
@@ -164,7 +164,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> Stage:
     first = int(state.step)
     before = rewind(workdir, log, samples, first)
     barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
-    return Stage(
+    return StageRun(
         config,
         plain,
         chip,
@@ -195,7 +195,7 @@ def changes(
         yield line
 
 
-def run_steps(stage: Stage, workdir: Path, tell: Tell, preemption: Preemption, begin: float) -> None:
+def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption, begin: float) -> None:
     """Run the stage's steps to the last, with checkpoints; closes the stage's resources. Raises Preempted."""
     config, state, loader, checkpoints = stage.config, stage.state, stage.loader, stage.checkpoints
     stage.state = None  # type: ignore[assignment]  # the first step takes its memory

@@ -134,7 +134,7 @@ class StepLine:
         self._stage, self._steps, self._tell, self._chips = stage, steps, tell, chips
         self._clock = self._begin = time.perf_counter()
         self._first: int | None = None
-        self._sums = {"steps": 0, "tokens": 0, "frames": 0, "places": 0, "frame_places": 0, "wait": 0.0}
+        self._sums = {"steps": 0, "tokens": 0, "frames": 0, "capacity": 0, "frame_capacity": 0, "wait": 0.0}
         self._counts: collections.Counter[str] = collections.Counter()
 
     def add(
@@ -142,17 +142,17 @@ class StepLine:
         *,
         tokens: int,
         frames: int,
-        places: int,
+        capacity: int,
         wait: float,
-        frame_places: int = 0,
+        frame_capacity: int = 0,
         counts: Mapping[str, int] | None = None,
     ) -> None:
         """Add a step: useful tokens and frames, their positions (B * T, B * F), seconds spent waiting for data.
 
         `counts` are samples by source and language, shown if there is more than one of them.
         """
-        step = {"steps": 1, "tokens": tokens, "frames": frames, "places": places, "wait": wait}
-        for key, value in (step | {"frame_places": frame_places}).items():
+        step = {"steps": 1, "tokens": tokens, "frames": frames, "capacity": capacity, "wait": wait}
+        for key, value in (step | {"frame_capacity": frame_capacity}).items():
             self._sums[key] += value
         self._counts.update(counts or {})
 
@@ -184,8 +184,8 @@ class StepLine:
             f"{self._stage} {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.1e}  "
             f"{s['tokens'] / seconds:,.0f} tok/s  {s['frames'] / seconds:,.0f} frames/s  "
-            f"useful {100 * s['tokens'] / max(s['places'], 1):.0f}%"
-            f"{_share(' frames', s['frames'], s['frame_places'])}  {self._mix()}"
+            f"useful {100 * s['tokens'] / max(s['capacity'], 1):.0f}%"
+            f"{_share(' frames', s['frames'], s['frame_capacity'])}  {self._mix()}"
             f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}"
             f"{'skipped ' + str(skipped) + '  ' if skipped else ''}ETA {duration(left)}"
         )

@@ -59,9 +59,9 @@ class Reporter:
         self._line.add(
             tokens=stats.tokens,
             frames=stats.frames,
-            places=stats.token_places,
+            capacity=stats.token_capacity,
             wait=pending.wait,
-            frame_places=stats.frame_places,
+            frame_capacity=stats.frame_capacity,
             counts=stats.by_both,
         )
         use = {}

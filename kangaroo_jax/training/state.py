@@ -27,22 +27,22 @@ def state_shardings(state: Any, binding: Binding, mesh: Mesh) -> Any:
     of other shapes (counts, factored moments) are replicated.
     """
 
-    def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         for key in reversed(path):
             name = getattr(key, "key", None)
             if name in binding.axes and x.shape == binding.shapes[name].shape:
                 return sharding(mesh, binding.axes[name], x.shape)
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
 def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
     """`make_state` without arrays: only shapes, dtypes and shardings."""
     state = jax.eval_shape(lambda params: make_state(config, params), dict(binding.shapes))
-    places = state_shardings(state, binding, mesh)
+    shardings = state_shardings(state, binding, mesh)
     placed: TrainState = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings
     )
     return placed
 

@@ -77,12 +77,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulate: int = 1,
-    places: Any = None,
+    shardings: Any = None,
     skip_nonfinite: bool = False,
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight.
 
-    `accumulate`: parts of the batch that are computed one after another. `places`: the shardings of the state, which
+    `accumulate`: parts of the batch that are computed one after another. `shardings`: the shardings of the state, which
     the step preserves, so that the second step is not compiled again. `skip_nonfinite`: a step whose loss or gradient
     norm is not finite counts, but leaves weights and optimiser unchanged.
     """
@@ -109,4 +109,4 @@ def make_train_step(
             params, opt_state = update(*before)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

@@ -143,7 +143,7 @@ def test_what_would_not_honour_segments_refuses():
     with pytest.raises(UserError, match="splash.*does not run on this device"):
         attention(*qkv, segment_ids=segments, causal=True, implementation="splash")
     with pytest.raises(UserError, match="triton.*context"):
-        triton(*qkv, None, causal=True, places=np.arange(32))
+        triton(*qkv, None, causal=True, positions=np.arange(32))
 
 
 def test_segments_that_differ_are_refused_by_a_kernel_that_knows_one(monkeypatch):

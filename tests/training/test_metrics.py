@@ -97,7 +97,7 @@ def test_rates_are_of_the_window_and_of_a_chip(clock):
     line = StepLine("stage9", 200, lines.append, chips=4)
     for _ in range(2):
         clock.now += 5
-        line.add(tokens=600, frames=30, places=1000, wait=1.02345, frame_places=40, counts={"a/en": 3, "b/zh": 1})
+        line.add(tokens=600, frames=30, capacity=1000, wait=1.02345, frame_capacity=40, counts={"a/en": 3, "b/zh": 1})
     assert line.window() == (2, 10.0)
     rates = {"tokens_per_second_per_chip": 30.0, "frames_per_second_per_chip": 1.5, "data_wait": 0.2047}
     assert line.rates() == rates
@@ -107,7 +107,7 @@ def test_rates_are_of_the_window_and_of_a_chip(clock):
         "a/en 75%  b/zh 25%  wait 20%  MFU 43.2% causal 50.0% full  skipped 3  ETA 0:15:00"
     ]
     clock.now += 2
-    line.add(tokens=500, frames=0, places=1000, wait=0.0, counts={"a/en": 1})
+    line.add(tokens=500, frames=0, capacity=1000, wait=0.0, counts={"a/en": 1})
     assert line.window() == (1, 2.0)
     line.tell(199, VALUES, 0)
     assert lines[1] == (
@@ -120,7 +120,7 @@ def test_the_six_most_frequent_sources_are_shown(clock):
     line = StepLine("s", 10, lines.append)
     clock.now += 1
     counts = {f"{name}/en": i for i, name in enumerate("abcdefgh", start=1)}
-    line.add(tokens=1, frames=1, places=1, wait=0.0, counts=counts)
+    line.add(tokens=1, frames=1, capacity=1, wait=0.0, counts=counts)
     assert line.rates() == {"tokens_per_second_per_chip": 1.0, "frames_per_second_per_chip": 1.0, "data_wait": 0.0}
     line.tell(1, VALUES, 0)
     assert "h/en 22%  g/en 19%  f/en 17%  e/en 14%  d/en 11%  c/en 8%  wait" in lines[0]

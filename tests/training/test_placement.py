@@ -70,7 +70,7 @@ def test_what_the_config_names_is_kept():
     [
         (16, {"packs": 6, "mesh": (1, 4, 1, 4)}, "packs_per_batch 6 must be a multiple of 4"),
         (16, {"packs": 8, "mesh": (1, 4, 1, 4), "accumulate": 4}, "accumulate 4: 8 packs over 4 groups"),
-        (16, {"mesh": (1, 4, 1, 3)}, "12 places for 16 devices"),
+        (16, {"mesh": (1, 4, 1, 3)}, "its axes need 12 devices, there are 16"),
         (6, {"packs": 4}, "must be a multiple of"),
     ],
 )

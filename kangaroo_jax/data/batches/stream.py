@@ -25,7 +25,7 @@ _RECIPES_AHEAD = 64  # recipes made ahead, over all lanes
 class LoaderStats:
     """The contents of a batch: samples, tokens and frames in use; `skipped` counts from the start of the stream.
 
-    `sources` and `languages` count the samples; `token_places` and `frame_places` are B * T and B * F.
+    `sources` and `languages` count the samples; `token_capacity` and `frame_capacity` are B * T and B * F.
     """
 
     samples: int
@@ -33,8 +33,8 @@ class LoaderStats:
     frames: int
     skipped: int
     sample_ids: tuple[str, ...]
-    token_places: int = 0
-    frame_places: int = 0
+    token_capacity: int = 0
+    frame_capacity: int = 0
     sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
     languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
     by_both: Mapping[str, int] = dataclasses.field(default_factory=dict)  # "source/language"
@@ -44,8 +44,8 @@ class LoaderStats:
         return {
             "tokens": self.tokens,
             "frames": self.frames,
-            "useful_tokens": round(self.tokens / max(self.token_places, 1), 4),
-            "useful_frames": round(self.frames / max(self.frame_places, 1), 4),
+            "useful_tokens": round(self.tokens / max(self.token_capacity, 1), 4),
+            "useful_frames": round(self.frames / max(self.frame_capacity, 1), 4),
             "sources": dict(self.by_both),
             "samples": self.samples,
         }
@@ -207,8 +207,8 @@ class _PackedBatchIterator(grain.DatasetIterator):
             frames=sum(recipe.frames for recipe in used),
             skipped=sum(skipped.values()),
             sample_ids=tuple(recipe.id for recipe in used),
-            token_places=len(s.lanes) * s.shape.tokens,
-            frame_places=len(s.lanes) * s.shape.frames,
+            token_capacity=len(s.lanes) * s.shape.tokens,
+            frame_capacity=len(s.lanes) * s.shape.frames,
             sources=_summed(sources, 0),
             languages=_summed(sources, 1),
             by_both={f"{source}/{language}": count for (source, language), count in sources.items()},
