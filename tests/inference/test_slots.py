@@ -225,3 +225,19 @@ def test_the_hosts_memory_is_bounded_and_keeps_the_longest():
     save([8], 30)
     assert host.find(b"", np.array([7], np.uint64)) == (None, 0) and host.bytes == 80
     assert host.find(b"x", np.array([1, 2, 3], np.uint64)) == (None, 0)
+
+
+def test_of_a_prompt_that_is_being_read_only_what_is_read_is_shared(slots):
+    first, _ = slots.place(b"", np.array(FILM, np.uint64), 95)
+    extend(slots, first, FILM[:70])
+    other, count = slots.place(b"", np.array(FILM, np.uint64), 95)
+    assert count == 70 and other is not first and remembered(other) == FILM[:70]
+
+
+def test_what_is_in_a_tail_is_shared_too(slots):
+    first, _ = placed(slots, FILM)
+    for token in (1, 2, 3):
+        read_token(slots, first, token)
+    slots.finish(first, np.array([*FILM, 1, 2, 3], np.uint64))
+    larger, count = slots.place(b"", np.array([*FILM, 1, 2, 3, 4], np.uint64), 200)
+    assert count == 93 and remembered(larger) == remembered(first) == [*FILM, 1, 2, 3]
