@@ -8,6 +8,7 @@ answer, history = kangaroo.chat(query="And then?", history=history)  # without a
 import collections
 import dataclasses
 import secrets
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,6 +145,7 @@ class Kangaroo:
             host_bytes=self._cache_bytes,
             mesh=mesh,
         )
+        self._end = weakref.finalize(self, _close, self.engine, self._decoder, self._given)
 
     @classmethod
     def load(
@@ -191,10 +193,8 @@ class Kangaroo:
         self.close()
 
     def close(self) -> None:
-        """End what is under way, and forget everything."""
-        self.engine.close()
-        self._decoder.close()
-        self._given.close()
+        """End what is under way, and forget everything. It is done, too, when nobody refers to this any more."""
+        self._end()
 
     def warm_up(self) -> int:
         """Compile every program now, so that no answer waits for it; how many there are."""
@@ -390,6 +390,12 @@ class Kangaroo:
     def _submit(self, recipe: Recipe, max_new_tokens: int, sampling: Sampling, **options: Any) -> Ticket:
         request = Request(recipe.tokens, recipe.is_vision, recipe.media, max_new_tokens, sampling, **options)
         return self.engine.submit(request)
+
+
+def _close(engine: Engine, decoder: ThreadDecoder, given: Spool) -> None:
+    engine.close()
+    decoder.close()
+    given.close()
 
 
 def _size(recipe: Recipe) -> tuple[int, list[str], int]:

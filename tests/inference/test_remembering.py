@@ -1,5 +1,6 @@
 """What was seen and read is not seen and read again, and never taken for something else."""
 
+import gc
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -168,3 +169,15 @@ def test_never_the_answer_to_another_video(warm, media, tmp_path, rounds):
     assert answers == alone * rounds
     write_video(tmp_path / "light.mp4", 6, 10)  # in place: it is the dark one now
     assert warm.answer_many([asked[1]], max_new_tokens=8) == [alone[0]]
+
+
+def test_a_model_that_nobody_refers_to_ends_its_threads(make_micro_config, media, random_model):
+    config = make_micro_config()
+    config.model.llm.vocab_size = 300
+    kangaroo = Kangaroo(random_model, config, load_tokenizer(media / "tokenizer.model"))
+    kangaroo.chat(video=media / "a.mp4", query="What?", **SHORT)
+    thread = kangaroo.engine._thread
+    assert thread.is_alive()
+    del kangaroo
+    gc.collect()
+    assert not thread.is_alive()
