@@ -1,5 +1,6 @@
 """Processes that may be lost: what starts them, what is left of them, and what a lost one costs."""
 
+import contextlib
 import operator
 import os
 import signal
@@ -46,12 +47,16 @@ def test_a_lost_process_costs_its_own_job(pool):
     assert left.cancelled()
 
 
-def test_a_process_that_is_ended_while_it_is_idle_costs_no_job(pool):
+def test_a_process_that_is_ended_while_it_is_idle_costs_no_job():
+    pool = WorkerPool(operator.call, 1, 60.0)
     first = pool.submit(os.getpid).result()
     os.kill(first, signal.SIGKILL)
-    while Path(f"/proc/{first}/stat").exists() and ") Z " not in Path(f"/proc/{first}/stat").read_text():
-        time.sleep(0.01)
+    process = Path(f"/proc/{first}")
+    with contextlib.suppress(FileNotFoundError):  # the pool has seen it already
+        while len(list(process.glob("task/*"))) > 1 or ") Z " not in (process / "stat").read_text():
+            time.sleep(0.01)
     assert pool.submit(os.getpid).result() != first and pool.replaced == 1
+    pool.close()
 
 
 def test_processes_that_do_not_start_say_so_to_every_job(capfd):
