@@ -290,7 +290,7 @@ def test_what_does_not_go_together(adapters, llama, checkpoint, tmp_path):
         ([folder], dict(base=llama, format="hf"), "an adapter is orbax or peft"),
         ([folder], dict(preset="tiny"), "tensors do not fit the model"),
         ([ours], dict(base=llama), "says itself what it adapts"),
-        ([llama], dict(base=llama, format="meta"), "is for a source that is a LoRA adapter"),
+        ([llama], dict(base=llama, format="meta"), "is only for a source that is a LoRA adapter"),
         ([llama], dict(lora=llama, format="llama"), "give the folder of a LoRA adapter"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -6,7 +6,7 @@ import pytest
 from kangaroo_jax.data.batches.packing import Packer, fill_row
 from kangaroo_jax.data.batches.shuffle import EndlessShuffle
 from kangaroo_jax.errors import UserError
-from tests.data.test_packing import make, places_of
+from tests.data.test_packing import indices_of, make
 
 # fmt: off
 ROWS = [[0, 2, 3], [4, 6, 10], [7, 11, 12], [14, 15], [16, 18], [17, 19], [9, 20, 22], [5, 13], [21, 27], [26, 28,
@@ -21,7 +21,7 @@ ORDER = [3, 6, 7, 10, 1, 4, 2, 8, 0, 5, 9, 11, 10, 1, 9, 6, 0, 2, 3, 7, 8, 11, 5
 def rows_of(limits: tuple[int, int], bins: int, sizes: list[tuple[int, list[int]]]) -> list[list[int]]:
     packer = Packer(*limits, bins)
     items = [make(i, text, media, 2) for i, (text, media) in enumerate(sizes)]
-    return [places_of(row) for item in items if (row := packer.add(item)) is not None]
+    return [indices_of(row) for item in items if (row := packer.add(item)) is not None]
 
 
 def test_rows_of_a_seeded_stream():

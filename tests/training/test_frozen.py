@@ -150,7 +150,7 @@ def test_every_reader_of_weights_has_both(tmp_path, micro_config):
     frozen = {k: v for k, v in params.items() if k.startswith("llm/") or k.endswith("bias")}
     folder = save(tmp_path, state_of(1, {k: v for k, v in params.items() if k not in frozen}, frozen))
     found, stored = load_params(tmp_path, binding), Stored(*weight_folders(folder / "1"))
-    _, encoder = load_encoder(str(tmp_path), micro_config.model)
+    _, encoder = load_encoder(str(tmp_path), ModelConfig.from_config(micro_config.model))
     assert list(found) == list(binding.shapes) and stored.specs.keys() == params.keys()
     for name, value in params.items():
         np.testing.assert_array_equal(found[name], value)
