@@ -15,14 +15,13 @@ from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.storage import MEMBER, check_file, local
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.files import Stamp, stamp_of
 
 # Digests that stay known while their files do not change.
 _REMEMBERED = 65_536
 # Seconds since a file was last written, within which it may be written again with no sign of it in its times.
 _FRESH = 2.0
 _TRIES = 3  # to read a file that is being written
-
-Stamp = tuple[int, int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +110,7 @@ def _read_digest(path: str, file: Path) -> bytes:
 
 def _stamp(file: Path) -> Stamp:
     with contextlib.suppress(OSError):
-        status = file.stat()
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return stamp_of(file.stat())
     raise UserError(f"{short(str(file))}: no such file")
 
 

@@ -29,7 +29,8 @@ from kangaroo_jax.serving.failures import ApiError, too_large
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.protocol import MediaPart
 from kangaroo_jax.serving.roots import MediaRoot
-from kangaroo_jax.serving.store import MediaStore, Named, StoredFile, stamp_of
+from kangaroo_jax.serving.store import MediaStore, Named, StoredFile
+from kangaroo_jax.system.files import stamp_of
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.roots import MediaRoot
+from kangaroo_jax.system.files import stamp_of
 
 _MOST_NAMES = 4096
 
@@ -47,11 +48,6 @@ class Named:
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
-
-
-def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """What changes with a file."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class MediaStore:

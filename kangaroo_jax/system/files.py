@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what tells that one has changed."""
 
 import json
 import os
@@ -6,6 +6,13 @@ import secrets
 from pathlib import Path
 
 from kangaroo_jax.system.json_text import utf8
+
+Stamp = tuple[int, int, int, int, int]  # device, inode, bytes, ns of the last change of content, of any change
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """What changes with a file."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
