@@ -32,4 +32,4 @@ class UserError(Exception):
 
 
 class EndsTogether:
-    """Of an exception that every process raises after the same step: none of them is lost."""
+    """Marks an exception that every process raises after the same step, so that none of them is lost."""

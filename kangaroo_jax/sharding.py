@@ -121,7 +121,7 @@ def device_kind() -> str:
 
 
 def _device() -> Any:
-    """Of the mesh where one is set, else the first that there is."""
+    """A device of the mesh if one is set, else the first device."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return jax.devices()[0] if device is None else device

@@ -171,7 +171,7 @@ def _annotated(root: Path, rows: Mapping[str, Row], annotations: str) -> list[tu
 
 
 def costs(root: Path) -> dict[str, dict[str, float]]:
-    """Of each stage: clips, CPU seconds of a clip (mean, median, 95th percentile, most), resident MiB at most."""
+    """The costs of each stage: clips, CPU seconds a clip (mean, median, 95th percentile, most), most resident MiB."""
     result = {}
     for folder in sorted((root / "timings").glob("*")):
         found = [json.loads(file.read_bytes()) for file in folder.glob("*.json")]

@@ -154,7 +154,7 @@ def query_order(keys: int, pieces: int) -> np.ndarray:
 
 
 def visited_share(length: int, keys: int, causal: bool, pieces: int = 1) -> float:
-    """Of the length x keys scores (on the busiest device), the share in blocks that the kernel visits."""
+    """The share of the length x keys scores (on the busiest device) in blocks that the kernel visits."""
     if not causal:
         return 1.0
     queries, block = _block(length, keys, causal), _block(keys, keys, causal)

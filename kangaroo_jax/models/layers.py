@@ -96,7 +96,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
         kernel = self.weight(x.dtype)
-        # Of the two the smaller is to move: in generation, a token at a time, that is x.
+        # The smaller of the two moves: in generation, a token at a time, that is x.
         if shards("tokens") > 1 and x.size >= kernel.size:
             kernel = checkpoint_name(joined(kernel, self.axes), "weight")
         product = _product if platform() == "cpu" else jnp.tensordot
@@ -194,7 +194,7 @@ def rotary_1d(
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling = NOT_SCALED) -> Float[np.ndarray, " pairs"]:
-    """Of the H / 2 pairs: theta^(-2i / H), slowed down as Llama 3.1 does for longer contexts (Dubey et al. 2024).
+    """theta^(-2i / H) for the H / 2 pairs, slowed down as Llama 3.1 does for longer contexts (Dubey et al. 2024).
 
     A pair that turns more than `high_freq_factor` times within `original_length` tokens keeps its
     frequency, one that turns less than `low_freq_factor` times is slowed down by `factor`, and

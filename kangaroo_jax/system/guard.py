@@ -13,7 +13,7 @@ from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.memory import peak_mib
 from kangaroo_jax.system.processes import Lost, NoStart, WorkerPool, too_much
 
-# Of glibc in the process: memory of pictures goes back at once, which saves a fifth of it.
+# Settings of glibc: it returns the memory of pictures at once, which saves a fifth of it.
 _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "8388608", "MALLOC_TRIM_THRESHOLD_": "16777216"}
 
 

@@ -56,7 +56,7 @@ class Counting:
 
 
 def encode(frames: np.ndarray, seconds: np.ndarray) -> jnp.ndarray:
-    """Of a group of two frames two tokens: the numbers that the frames show and their seconds."""
+    """Two tokens for a group of two frames: the numbers that the frames show and their seconds."""
     numbers = np.array([read_number(frame) for frame in frames], np.float32)
     return jnp.asarray(np.stack([numbers, seconds], axis=-1).reshape(-1, 2))
 

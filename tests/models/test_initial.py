@@ -14,7 +14,7 @@ DEPTH = {"llm": 2, "vision": 3}
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
-    """Of a model wide enough for a deviation to be seen."""
+    """The weights of a model wide enough for a deviation to be seen."""
     config = small_config(
         **dict(vision__width=64, vision__heads=4, vision__mlp_width=96, vision__depth=3, vision__pos_embed_grid=6),
         **dict(llm__width=80, llm__heads=6, llm__kv_heads=2, llm__head_dim=16, llm__mlp_width=112),

@@ -55,7 +55,7 @@ def test_a_host_reads_the_rows_of_its_devices_and_lays_them_where_they_belong(mo
     mine = jax.devices()[1:4:2]
 
     class Sharding:
-        """Of a batch cut over four devices, two of them here."""
+        """A batch cut over four devices, two of them here."""
 
         def addressable_devices_indices_map(self, shape):
             places = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp")).addressable_devices_indices_map(shape)
