@@ -114,25 +114,14 @@ class Transformers:
         """Raises UserError where it is not installed."""
         try:
             import torch
-            from transformers import LlamaConfig, LlamaForCausalLM
+            from transformers import LlamaForCausalLM
+
+            from kangaroo_jax.bench.torch_kangaroo import llama_config
         except ImportError:
             raise UserError(f"bench chat compares with transformers: {install_line('convert')}") from None
         torch.set_num_threads(usable_cpus())
-        llm = config.llm
-        settings: dict[str, Any] = dict(
-            vocab_size=llm.vocab_size,
-            hidden_size=llm.width,
-            intermediate_size=llm.mlp_width,
-            num_hidden_layers=llm.depth,
-            num_attention_heads=llm.heads,
-            num_key_value_heads=llm.kv_heads,
-            head_dim=llm.head_dim,
-            rope_theta=llm.rope_theta,
-            rms_norm_eps=llm.norm_eps,
-            max_position_embeddings=1 << 20,
-        )
         self._torch: Any = torch
-        self._model: Any = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+        self._model: Any = LlamaForCausalLM(llama_config(config.llm, max_position_embeddings=1 << 20)).eval()
         self._model.load_state_dict({name: torch.from_numpy(array) for name, array in _state(model)}, strict=True)
 
     def measure(self, tokens: np.ndarray, vision: np.ndarray, new: int) -> Measured:

@@ -103,6 +103,22 @@ class Vision(nn.Module):
         return x[:, 1:]
 
 
+def llama_config(llm: Any, **settings: Any) -> LlamaConfig:
+    """The decoder's sizes, `config.model.llm`, in transformers' words, with other settings of LlamaConfig."""
+    return LlamaConfig(
+        vocab_size=llm.vocab_size,
+        hidden_size=llm.width,
+        intermediate_size=llm.mlp_width,
+        num_hidden_layers=llm.depth,
+        num_attention_heads=llm.heads,
+        num_key_value_heads=llm.kv_heads,
+        head_dim=llm.head_dim,
+        rms_norm_eps=llm.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
+        **settings,
+    )
+
+
 class PlainKangaroo(nn.Module):
     """The whole model; `config` is our `config.model`. `forward` returns the mean loss of a batch."""
 
@@ -115,20 +131,7 @@ class PlainKangaroo(nn.Module):
         self.patchify = nn.Conv3d(vision.width, vision.width, kernel, kernel, groups=vision.width)
         self.projector = nn.Sequential(nn.Linear(vision.width, llm.width), nn.GELU(), nn.Linear(llm.width, llm.width))
         self.special_embedding = nn.Parameter(torch.empty(4, llm.width))
-        self.llm = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=llm.vocab_size,
-                hidden_size=llm.width,
-                intermediate_size=llm.mlp_width,
-                num_hidden_layers=llm.depth,
-                num_attention_heads=llm.heads,
-                num_key_value_heads=llm.kv_heads,
-                head_dim=llm.head_dim,
-                rms_norm_eps=llm.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
-                use_cache=False,
-            )
-        )
+        self.llm = LlamaForCausalLM(llama_config(llm, use_cache=False))
 
     def encode(self, frames: Tensor, times: Tensor) -> Tensor:
         """uint8[B, F, S, S, 3], float32[B, F] -> [B, R, D]."""
