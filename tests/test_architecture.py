@@ -15,7 +15,7 @@ FLOORS = (
     ("errors",),
     ("system", "conventions", "chips", "config_files"),
     ("config", "sharding", "report", "data.media"),
-    ("models", "corpus", "data.annotations"),
+    ("models", "corpus", "data.annotations", "evaluation.extraction"),
     ("data",),  # the tokenizer
     ("data.batches",),
     ("data.audit",),

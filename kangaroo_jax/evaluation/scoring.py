@@ -8,39 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-LETTERS = "ABCDEFGHIJ"
-
-# "A red ring" and "I see": an article or pronoun, not a letter; "A or B" and "A is right" are letters.
-_WORD_NOT_LETTER = r"(?!(?<=[AI])\s+(?!or\b|and\b|is\b|because\b)[a-z])"
-_STATED = (
-    r"(?:(?i:\b(?:answer|option|choice))\s*(?i:is\b|would\s+be\b)?|答案\s*(?:是|为)?|选项?|选择)\s*:?\s*[(\[*\"']*"
-)
-
-
-def extract_letter(text: str, choices: str = "ABCD") -> str:
-    """The option letter in an answer, upper case, or "" if there is none or more than one.
-
-    The first of these rules that finds a letter decides:
-
-    1. the answer is the letter, or begins with it and a mark: `B`, `(b)`, `B. blue`, `B、蓝色`, full width too;
-    2. the letter follows words like `the answer is`, `option`, `答案是`, `选`; the last such letter counts;
-    3. exactly one of the letters stands alone, in upper case, somewhere in the text: `It is red (C)`.
-
-    The article in `A red ring` is no letter. Raises ValueError if `choices` is empty or has other characters.
-    """
-    if not choices.isalpha() or not choices.isascii():
-        raise ValueError(f"choices must be letters, not {choices!r}")
-    plain = unicodedata.normalize("NFKC", text).strip()
-    upper, lower = choices.upper(), choices.lower()
-    first = re.match(rf"[(\[*\"'`\s]*([{upper}{lower}])[*\"'`]*\s*(?:[)\].,:;!?。、\n]|$)", plain)
-    if first:
-        return first[1].upper()
-    letter = rf"(?:([{upper}])(?![A-Za-z']){_WORD_NOT_LETTER}|([{lower}])(?=\s*(?:[)\].,;!?。、]|$)))"
-    stated = re.findall(_STATED + letter, plain)
-    if stated:
-        return "".join(stated[-1]).upper()
-    alone = set(re.findall(rf"(?<![A-Za-z0-9'])([{upper}])(?![A-Za-z0-9']){_WORD_NOT_LETTER}", plain))
-    return alone.pop() if len(alone) == 1 else ""
+from kangaroo_jax.evaluation.extraction.strict import LETTERS, extract_letter
 
 
 def normalise(text: str) -> str:
@@ -70,7 +38,7 @@ def is_correct(record: Mapping, prediction: str) -> bool:
     """
     options = record.get("options") or ()
     if options:
-        return extract_letter(prediction, LETTERS[: len(options)]) == record["answer"]
+        return extract_letter(prediction, LETTERS[: len(options)], options) == record["answer"]
     return exact_match(prediction, record["answer"])
 
 
@@ -105,7 +73,7 @@ def _row(record: Mapping, prediction: str) -> dict:
         "language": record["language"],
         "correct": is_correct(record, prediction),
         "chance": 1 / len(options) if options else 0.0,
-        "no_letter": bool(options) and not extract_letter(prediction, LETTERS[: len(options)]),
+        "no_letter": bool(options) and not extract_letter(prediction, LETTERS[: len(options)], options),
     }
 
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kangaroo_jax.evaluation.scoring import extract_letter
+from kangaroo_jax.evaluation.extraction.strict import LETTERS, extract_letter
 from kangaroo_jax.report.charts import bar_chart, loss_chart, stage_label
 from kangaroo_jax.report.page import picture, render
 from kangaroo_jax.system.files import write_text
@@ -168,9 +168,9 @@ def _kinds(stages: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, int, li
 
 def _sample(sample: Mapping) -> dict[str, Any]:
     options = list(sample.get("options") or ())
-    said = extract_letter(sample["answer"]) if options else ""
+    said = extract_letter(sample["answer"], LETTERS[: len(options)], options) if options else ""
     listed = []
-    for letter, option in zip("ABCDEFGHIJ", options, strict=False):
+    for letter, option in zip(LETTERS, options, strict=False):
         listed.append(("good" if letter == sample["truth"] else "bad" if letter == said else "", letter, option))
     question = sample["question"]
     language = {"en": "English", "zh": "Chinese"}.get(sample["language"], sample["language"])

@@ -25,7 +25,7 @@ from kangaroo_jax.corpus.scenes import (
 from kangaroo_jax.corpus.text import ask, caption, chinese_words, dense_caption, facts, middle_second, note
 from kangaroo_jax.corpus.warmup import LESSONS
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.evaluation.scoring import extract_letter
+from kangaroo_jax.evaluation.extraction.strict import extract_letter
 from kangaroo_jax.quickstart.report import FRAMES_SHOWN, pictures
 
 KINDS = ("image", "image_aside", "image_count", "still", "count", "move", "order")

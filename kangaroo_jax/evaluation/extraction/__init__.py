@@ -1,0 +1,1 @@
+"""Reads the option that an answer names: our strict rules, and those of public harnesses and official scripts."""
