@@ -145,8 +145,9 @@ class Engine:
         """Counts since the beginning, and what there is now.
 
         `tokens_prefilled`, `tokens_cached` (of prompts) and `tokens_generated`; `steps`; `programs_compiled`; requests
-        `waiting`, `prefilling` and `running`, and those that ended by `requests_REASON`; slots by `slots_STATE`;
-        `host_bytes` and `host_conversations`; and what `Vision.stats` counts.
+        `waiting`, `prefilling` and `running`, and those that ended by `requests_REASON`; slots by `slots_STATE`, and
+        the busy ones by `used_ROOM`, the tokens that a conversation may have there; `host_bytes` and
+        `host_conversations`; and what `Vision.stats` counts.
         """
         queue = self._queue
         now = {
@@ -160,6 +161,7 @@ class Engine:
         names = ("tokens_prefilled", "tokens_cached", "tokens_generated", "steps", "requests")
         counts = {name: self._counts[name] for name in names} | dict(self._counts)
         slots = {f"slots_{name}": count for name, count in self._slots.counts().items()}
+        slots |= {f"used_{room}": count for room, count in self._slots.used().items()}
         return counts | now | slots | (self._vision.stats() if self._vision is not None else {})
 
     def close(self, drain: float = 0.0) -> None:

@@ -169,6 +169,13 @@ class Slots:
         idle = sum(not slot.busy and slot.length > 0 for slot in self.slots)
         return {"busy": busy, "remembering": idle, "empty": len(self.slots) - busy - idle}
 
+    def used(self) -> dict[int, int]:
+        """How many slots of each class are busy, by the tokens that a conversation may have there."""
+        return {
+            room: sum(slot.busy for slot in self.slots if slot.room == room)
+            for room in sorted({slot.room for slot in self.slots})
+        }
+
     # --------------------------------------------------------------------------------------- inside
 
     def _best(self, namespace: bytes, ids: np.ndarray) -> tuple[Slot | None, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kangaroo_jax.inference.requests import Usage
@@ -30,6 +30,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._now = now
         self._registry.register(self)  # type: ignore[arg-type]
+        ProcessCollector(registry=self._registry)
         self._requests = self._counter("requests", "Requests by what became of them", ("status",))
         self._queried = self._counter("prefix_tokens_queried", "Tokens of prompts that were looked for in the memory")
         self._hits = self._counter("media_cache_hits", "Requests' media whose vision tokens were remembered")
@@ -67,11 +68,10 @@ class Metrics:
         for name, what in (("running", "Requests that are being answered"), ("waiting", "Requests that wait")):
             value = now.get(name, 0) + (now.get("prefilling", 0) if name == "running" else 0)
             yield GaugeMetricFamily(f"kangaroo_requests_{name}", what, value=value)
-        slots = GaugeMetricFamily("kangaroo_slots_used", "Places for conversations, by what they do", labels=["class"])
-        for name, value in now.items():
-            if name.startswith("slots_"):
-                slots.add_metric([name.removeprefix("slots_")], value)
-        yield slots
+        yield _labelled("slots", "Places for conversations, by what they do", "state", "slots_", now)
+        yield _labelled(
+            "slots_used", "Places in use, by the tokens that a conversation has there", "class", "used_", now
+        )
         sizes = GaugeMetricFamily("kangaroo_cache_bytes", "What is remembered", labels=["level"])
         for level, name in (("conversations", "host_bytes"), ("vision", "bytes"), ("media_files", "media_bytes")):
             sizes.add_metric([level], now.get(name, 0))
@@ -82,3 +82,12 @@ class Metrics:
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(f"kangaroo_{name}", what, buckets=buckets, registry=self._registry)
+
+
+def _labelled(name: str, what: str, label: str, prefix: str, now: Mapping[str, float]) -> GaugeMetricFamily:
+    """Those of the numbers whose names begin with `prefix`; what comes after it is the value of the label."""
+    family = GaugeMetricFamily(f"kangaroo_{name}", what, labels=[label])
+    for key, value in now.items():
+        if key.startswith(prefix):
+            family.add_metric([key.removeprefix(prefix)], value)
+    return family

@@ -136,7 +136,7 @@ def test_whatever_comes_a_slot_holds_its_own_conversation(seed, host_bytes):
             assert large.users == sum(slot.large is large for slot in slots.slots)
         assert slots._host.bytes <= host_bytes
     assert reused > 15
-    assert sum(slots.counts().values()) == 5
+    assert sum(slots.counts().values()) == 5 and sum(slots.used().values()) == slots.counts()["busy"]
 
 
 def placed(slots, ids, namespace=b"", need=None):

@@ -62,7 +62,9 @@ class FakeEngine:
         ticket.tell(Answer("".join(said), (5,) * len(said), probabilities, reason, usage))
 
     def stats(self) -> dict[str, int]:
-        return {"running": 1, "tokens_generated": 7, "slots_free": 2}
+        running = sum(not ticket.done for ticket in self.tickets)
+        slots = {"slots_busy": running, "slots_empty": 2, "used_384": running}
+        return {"running": running, "tokens_generated": 7, "programs_compiled": 13} | slots
 
     def close(self) -> None:
         """Nothing runs."""

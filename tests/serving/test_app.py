@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import socket
+import sys
 import threading
 import time
 import tracemalloc
@@ -189,14 +190,17 @@ def test_models_version_ping_health_and_metrics(start) -> None:
         "kangaroo_time_to_first_token_seconds_count 1.0",
         "kangaroo_generation_tokens_total 7.0",
         "kangaroo_decode_workers_replaced_total 2.0",
-        "kangaroo_requests_running 1.0",
-        'kangaroo_slots_used{class="free"} 2.0',
+        "kangaroo_requests_running 0.0",
+        'kangaroo_slots{state="empty"} 2.0',
+        'kangaroo_slots_used{class="384"} 0.0',
     ):
         assert line in text, line
     for name in ("inter_token_latency_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
         assert f"kangaroo_{name}_bucket" in text
     for name in ("loop_lag_seconds_bucket", "prefix_tokens_queried_total", "media_cache_hits_total", "cache_bytes"):
         assert f"kangaroo_{name}" in text
+    if sys.platform == "linux":
+        assert re.search(r"^process_resident_memory_bytes \S+$", text, re.M) and "process_open_fds" in text
 
 
 # ---------------------------------------------------------------------------------- errors
