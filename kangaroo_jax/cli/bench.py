@@ -249,6 +249,53 @@ def chat(
         print(json_text.dumps(rows))
 
 
+def serve(
+    *,
+    checkpoint: str = "",
+    url: str = "",
+    api_key: str = "",
+    model: str = "kangaroo",
+    clients: Count = 64,
+    requests: Count = 500,
+    rounds: Count = 3,
+    tokens: Count = 16,
+    max_body_mb: Count = 4,
+    json: bool = False,
+) -> None:
+    """Measure a server under many clients: text, images and videos, streams, clients that leave, mistakes.
+
+        kangaroo bench serve --checkpoint=runs/quickstart --clients=64
+
+    Args:
+        checkpoint: start a server of it, and compare its answers with those of the Python API
+        url: a server that runs, http://HOST:PORT, in place of a checkpoint
+        api_key: that server's
+        model: its name in requests
+        clients: requests at a time
+        requests: in a round
+        rounds: number of rounds
+        tokens: of the longest answer
+        max_body_mb: bound of the server's bodies, one of which is larger
+        json: print JSON
+    """
+    from kangaroo_jax.bench.serve import bench_serve
+
+    rows = bench_serve(
+        checkpoint=checkpoint,
+        url=url,
+        key=api_key,
+        model=model,
+        clients=clients,
+        requests=requests,
+        rounds=rounds,
+        tokens=tokens,
+        body_mb=max_body_mb,
+        tell=(lambda line: None) if json else print,
+    )
+    if json:
+        print(json_text.dumps(rows))
+
+
 def _begin() -> None:
     """Set up a process for measurements."""
     from kangaroo_jax.system.memory import keep_freed_memory
@@ -271,4 +318,5 @@ COMMANDS = {
     "annotate": annotate,
     "curate": curate,
     "chat": chat,
+    "serve": serve,
 }
