@@ -73,8 +73,9 @@ def attention(
     if causal and query.shape[1] != key.shape[1]:
         raise ValueError(f"causal by index: {query.shape[1]} queries need as many keys, not {key.shape[1]}")
     chosen = choose(implementation, query.shape[-1])
-    if chosen == "triton" and segment_ids is not None and segment_ids[0] is not segment_ids[1]:
-        raise UserError("attention 'triton' knows one array of segments for queries and keys: set xla_chunked")
+    one_array = segment_ids is None or segment_ids[0] is segment_ids[1]
+    if not one_array and (chosen == "triton" or (chosen == "splash" and causal)):
+        raise UserError(f"attention {chosen!r} knows one array of segments for queries and keys: set xla_chunked")
     if split_mesh() is None:
         return _local(chosen, query, key, value, segment_ids, causal)
     return _on_mesh(chosen, query, key, value, segment_ids, causal, LAYOUTS[layout])
@@ -108,8 +109,7 @@ def _local(
     if chosen == "splash":
         from kangaroo_jax.models.attention_splash import splash
 
-        pieces = 1 if positions is None else key.shape[1] // query.shape[1]
-        return splash(query, key, value, segments, causal=causal, pieces=pieces)
+        return splash(query, key, value, segments, causal=causal, positions=positions)
     if chosen == "triton":
         from kangaroo_jax.models.attention_triton import triton
 

@@ -1,10 +1,11 @@
 """Attention by the splash kernel of JAX on TPU: block-sparse FlashAttention in Pallas, segments honoured.
 
-Blocks of queries and keys that the causal order hides are skipped; inside a visited block segments are
-masked. The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`.
+Blocks of queries and keys that the causal order or the segments hide are skipped, in the forward and the backward
+pass; inside a visited block order and segments are masked. Every key-value head, with the query heads that read it,
+is an item of a mapped dimension, so that the kernels of the backward use both cores of a chip that has two. The
+kernel is `jax.experimental.pallas.ops.tpu.splash_attention`.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -12,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
-from jaxtyping import Float, Int
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jaxtyping import Bool, Float, Int
 
 from kangaroo_jax.chips import find_chip
 from kangaroo_jax.conventions import Array
-from kangaroo_jax.sharding import device_kind, index_on
+from kangaroo_jax.sharding import device_kind
 
 LANES = 128  # lengths are padded to a multiple of this
 BLOCKS = (1024, 512, 384, 256, 128)  # of queries and of keys; the largest that divides the length
-COMPUTED = 512  # keys whose scores exist at a time
+COMPUTED = 512  # keys whose scores exist at a time, in a row of several blocks
+# A row without order of at most so many tokens, like a ViT's, is one block: its softmax needs no second pass, and its
+# backward no sum over blocks. Cycles of the two kernels for 1,152 tokens and heads of 64 on v5e: see docs/plan.md.
+WHOLE = 1152
 # Half of every block on the diagonal of a causal row is computed for nothing. Blocks of more than COMPUTED are for
 # rows of at least so many of them, where that is at most a 16th of the row's scores.
 CAUSAL_BLOCKS = 16
@@ -33,38 +36,6 @@ DEVICE_GIB = 16.0  # of a device that is not known
 PADDING = -1  # segment of the padding
 
 
-class Order(masks.Mask):
-    """Who sees whom by index, without ever holding the [T, S] mask: query q sees key s where order[q] >= s."""
-
-    def __init__(self, order: np.ndarray, keys: int) -> None:
-        """`order` int32[T]: the last key that each query sees."""
-        self.q_sequence = order.astype(np.int32)
-        self._keys = keys
-
-    @staticmethod
-    def mask_function(queries: Any, keys: Any) -> Any:
-        """What the kernel computes inside a partly visible block."""
-        return queries >= keys
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(T, S)."""
-        return len(self.q_sequence), self._keys
-
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        """A stand-in for the block: only its any() and all() are asked for."""
-        queries, (first, last, _) = self.q_sequence[index[0]], index[1].indices(self._keys)
-        return np.array([[queries.max() >= first, queries.min() >= last - 1]])
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Order) and self.shape == other.shape and bool((self.q_sequence == other.q_sequence).all())
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.shape, self.q_sequence.tobytes()))
-
-
 def splash(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -72,56 +43,116 @@ def splash(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     *,
     causal: bool,
-    pieces: int = 1,
+    positions: Int[Array, " T"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention as in `attention.attention`.
 
-    With `pieces` over 1 the queries are those of this device (see
-    `attention_context`), S = pieces * T, and `causal` is by index in the whole. `interpret` runs the kernel
-    on any device, slowly, for tests.
+    With `causal` the two arrays of segments are of one row, in which every segment is a run: its tokens stand side
+    by side. `positions` are the queries' in the row, where a device has only some of its tokens (see
+    `attention_context`); then S is a multiple of T. `interpret` runs the kernel on any device, slowly, for tests.
+
+    Raises ValueError where a part of a row is not a multiple of LANES.
     """
-    length, keys = query.shape[1], key.shape[1]
+    (batch, length, heads, width), (keys, kv_heads) = query.shape, key.shape[1:3]
     segments = _padded_segments(segments, query.shape[:2], key.shape[:2])
-    query, key, value = (_pad(x, LANES).swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-    _, heads, padded, _ = query.shape
-    if pieces > 1 and (padded != length or key.shape[2] != keys):
-        raise ValueError(f"context parallelism needs {keys} tokens to divide by {pieces} pieces of whole {LANES}s")
-    blocks = key.shape[2] // _block(key.shape[2], key.shape[2], causal)
-    fused = query.size * query.dtype.itemsize * blocks <= _fused_bytes()
-    kernel = make_kernel(heads, padded, key.shape[2], causal, pieces, fused, interpret)
-    if pieces > 1:
-        kernel = _piece_of(kernel, index_on("tokens"), pieces)
-    ids = None if segments is None else kernels.SegmentIds(*segments)
+    query, key, value = (_pad(x, LANES) for x in (query * width**-0.5, key, value))
+    padded, padded_keys = query.shape[1], key.shape[1]
+    if positions is not None and (padded != length or padded_keys != keys):
+        raise ValueError(f"context parallelism: {length} of {keys} tokens a device are no multiple of {LANES}")
+    query = query.reshape(batch, padded, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    key, value = (x.swapaxes(1, 2) for x in (key, value))
+    blocks_of_keys = padded_keys // _block(padded_keys, padded_keys, causal)
+    fused = query.size * query.dtype.itemsize * blocks_of_keys <= _fused_bytes()
+    sizes = block_sizes(padded, padded_keys, causal, fused)
+    order = jnp.arange(padded, dtype=jnp.int32) if positions is None else positions
+
+    def row(query: Array, key: Array, value: Array, segments: Any) -> Any:
+        infos = _everything(sizes)
+        if causal:
+            begins = jnp.zeros(padded_keys, jnp.int32) if segments is None else begins_of(segments[1])
+            infos = _visits(visited_blocks(begins, order, sizes.block_q, sizes.block_kv), order, sizes)
+        kernel = make_kernel(infos, sizes, causal, interpret)
+        ids = None if segments is None else kernels.SegmentIds(*segments)
+        context: Any = jax.vmap(kernel, (0, 0, 0, None))(query, key, value, ids)
+        return context  # an array, as no residuals are asked for
+
     with jax.named_scope("splash_causal" if causal else "splash_full"):
-        output: Any = jax.vmap(kernel)(query, key, value, ids)  # an array, as no residuals are asked for
-    context: jax.Array = output.swapaxes(1, 2)[:, :length]
-    return context
+        context: jax.Array = jax.vmap(row)(query, key, value, segments)
+    return context.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, width)[:, :length]
 
 
-@functools.cache
+Infos = tuple[MaskInfo, MaskInfo | None, MaskInfo]  # what the forward, the queries' and the keys' gradients visit
+
+
+def begins_of(segments: Int[Array, " S"]) -> Int[Array, " S"]:
+    """The index where the run of equal segments begins in which each token stands."""
+    index = jnp.arange(len(segments), dtype=jnp.int32)
+    new = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
+    return jax.lax.cummax(jnp.where(new, index, 0))
+
+
+def visited_blocks(
+    begins: Int[Array, " S"], order: Int[Array, " T"], block_q: int, block_kv: int
+) -> Bool[Array, "queries keys"]:
+    """Which blocks of keys each block of queries must see: from the first query's segment to the last query.
+
+    `begins` as from `begins_of`; `order` holds the position of each query in the row. A later token never belongs to
+    an earlier segment, so that the earliest query of a block sees the earliest key.
+    """
+    order = order.reshape(-1, block_q)
+    earliest, latest = order.min(axis=1), order.max(axis=1)
+    first, last = begins[earliest] // block_kv, latest // block_kv
+    block = jnp.arange(len(begins) // block_kv, dtype=jnp.int32)
+    return (first[:, None] <= block) & (block <= last[:, None])
+
+
+def _visits(visited: Bool[Array, "queries keys"], order: Any, sizes: kernels.BlockSizes) -> Infos:
+    """`visited` as the kernels take it: a step of the grid is done or skipped, and fetches what the next one needs.
+
+    `order`, int32[T], is the queries'.
+    """
+
+    def info(fetched: Int[Array, "queries keys"]) -> MaskInfo:
+        small = jnp.int8 if max(visited.shape) <= 2**7 else jnp.int16  # the arrays lie in the small scalar memory
+        return MaskInfo(fetched[None].astype(small), None, visited[None].astype(small), None, order)
+
+    forward, d_keys = info(_next_visited(visited)), info(_next_visited(visited.T).T)
+    return forward, None if sizes.use_fused_bwd_kernel else forward, d_keys
+
+
+def _next_visited(visited: Bool[Array, "rows columns"]) -> Int[Array, "rows columns"]:
+    """The column of the next visited block, row after row, at or after each; 0 after the last."""
+    columns = visited.shape[1]
+    index = jnp.arange(visited.size, dtype=jnp.int32)
+    following = jax.lax.cummin(jnp.where(visited.reshape(-1), index, visited.size), reverse=True)
+    return (following % columns).reshape(visited.shape)
+
+
+def _everything(sizes: kernels.BlockSizes) -> Infos:
+    """Every block is visited, none is masked by order."""
+    whole = MaskInfo(None, None, None, None, None)
+    return whole, None if sizes.use_fused_bwd_kernel else whole, whole
+
+
+def sees(queries: Any, keys: Any) -> Any:
+    """What a kernel computes in a visited block of a causal row, of positions."""
+    return queries >= keys
+
+
 def make_kernel(
-    heads: int, length: int, keys: int, causal: bool, pieces: int, fused: bool, interpret: bool
+    infos: Infos, sizes: kernels.BlockSizes, causal: bool, interpret: bool
 ) -> kernels.SplashAttentionKernel:
-    """The kernel for `length` queries a device, with the visited blocks of all `pieces` as NumPy arrays."""
-    order = query_order(keys, pieces) if causal else np.full(length, keys - 1)
-    mask = masks.MultiHeadMask([Order(order, keys)] * heads)
-    blocks, cut = block_sizes(length, keys, causal, fused), dict(head_shards=1, q_seq_shards=pieces)
-    forward, function = mask_info.process_mask(mask, (blocks.block_q, blocks.block_kv), **cut)
-    d_query = None if fused else mask_info.process_mask(mask, (blocks.block_q_dq, blocks.block_kv_dq), **cut)[0]
-    sizes = (blocks.block_q_dkv, blocks.block_kv_dkv)
-    d_keys, _ = mask_info.process_mask_dkv(mask, sizes, shrink_grid=not fused, **cut)
+    """The kernel for the query heads that read one key-value head."""
     return kernels.SplashAttentionKernel(
-        forward,
-        d_query,
-        d_keys,
-        block_sizes=blocks,
-        is_mqa=False,
+        *infos,
+        block_sizes=sizes,
+        is_mqa=True,
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name="context",
-        mask_function=function,
+        mask_function=sees if causal else None,
         interpret=interpret,
     )
 
@@ -129,7 +160,7 @@ def make_kernel(
 def block_sizes(length: int, keys: int, causal: bool, fused: bool) -> kernels.BlockSizes:
     """Blocks for `length` queries a device and `keys`."""
     queries, block = _block(length, keys, causal), _block(keys, keys, causal)
-    computed = math.gcd(block, COMPUTED)
+    computed = block if _is_whole(keys, causal) else math.gcd(block, COMPUTED)
     return kernels.BlockSizes(
         block_q=queries,
         block_kv=block,
@@ -169,8 +200,14 @@ def _fused_bytes() -> float:
 
 def _block(length: int, keys: int, causal: bool) -> int:
     """Size of a block of `length` queries or keys, in a row of `keys`."""
+    if _is_whole(keys, causal):
+        return length
     most = max(COMPUTED, keys // CAUSAL_BLOCKS) if causal else BLOCKS[0]
     return next((block for block in BLOCKS if block <= most and length % block == 0), LANES)
+
+
+def _is_whole(keys: int, causal: bool) -> bool:
+    return not causal and keys <= WHOLE
 
 
 def _pad(x: Float[Array, "B T N H"], multiple: int) -> Float[Array, "B padded N H"]:
@@ -185,20 +222,3 @@ def _padded_segments(segments: Any, queries: tuple[int, ...], keys: tuple[int, .
             return None
         segments = (jnp.zeros(queries, jnp.int32), jnp.zeros(keys, jnp.int32))
     return tuple(jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES)], constant_values=PADDING) for x in segments)
-
-
-def _piece_of(kernel: kernels.SplashAttentionKernel, index: jax.Array, pieces: int) -> kernels.SplashAttentionKernel:
-    """The kernel whose visited blocks are those of piece `index`."""
-
-    def cut(x: Any, axis: int) -> Any:
-        size = x.shape[axis] // pieces
-        return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), index * size, size, axis)
-
-    def cut_info(info: Any) -> Any:
-        if info is None:
-            return None
-        fields = {name: x for name, x in info._asdict().items() if x is not None and not isinstance(x, bool)}
-        return info._replace(**{name: cut(x, 0 if name == "q_sequence" else 1) for name, x in fields.items()})
-
-    infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
-    return kernels.SplashAttentionKernel(*map(cut_info, infos), **kernel.kwargs)

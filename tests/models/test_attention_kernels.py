@@ -63,22 +63,47 @@ def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_bac
             np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize(("causal", "fused"), [(True, True), (True, False), (False, True)])
-def test_splash_of_several_blocks_visits_all_that_are_needed(monkeypatch, causal, fused):
-    """Three blocks of queries and of keys; a query of the last needs keys of the first, and segments cross blocks."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_splash_skips_other_segments_and_changes_no_bit(monkeypatch, fused):
+    """Two rows of four blocks, grouped heads: equal to the plain formula, and to the bit to visiting all blocks."""
     monkeypatch.setattr(attention_splash, "BLOCKS", (128,))
     monkeypatch.setattr(attention_splash, "FUSED_SHARE", 1 / 8 if fused else 0)
-    length = 384
-    qkv = [x[:1] for x in operands(length, heads=1, kv_heads=1)]
-    segments, ids = (np.arange(length) >= 150).astype(np.int32)[None], None
-    mask = np.ones((1, length, length), bool)
-    if causal:
-        mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
-        ids = (jnp.asarray(segments), jnp.asarray(segments))
-    assert attention_splash.block_sizes(length, length, causal, fused).block_kv == 128
+    length = 512
+    qkv = operands(length, heads=2, kv_heads=1)
+    segments = np.zeros((2, length), np.int32)
+    for row, cuts in enumerate(((0, 150, 256, 300, 470), (0, 384, 400))):
+        segments[row] = (np.arange(length)[:, None] >= cuts).sum(axis=1)
+    segments[:, 500:] = 0  # padding
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
+    ids = (jnp.asarray(segments),) * 2
+    sizes = attention_splash.block_sizes(length, length, True, fused)
+    assert sizes.block_kv == 128
+    counts = [
+        attention_splash.visited_blocks(attention_splash.begins_of(row), jnp.arange(length), 128, 128).sum()
+        for row in ids[0]
+    ]
+    assert counts == [6, 7]  # 10 by order alone
     weight = np.random.default_rng(1).normal(size=qkv[0].shape)
-    actual = value_and_gradients(lambda *x: KERNELS["splash"](*x, ids, causal=causal), qkv, weight)
-    expected = value_and_gradients(lambda *x: plain(*x, mask), qkv, weight)
+    run = lambda *x: KERNELS["splash"](*x, ids, causal=True)  # noqa: E731
+    actual = value_and_gradients(run, qkv, weight)
+    for a, b in zip(
+        jax.tree.leaves(actual),
+        jax.tree.leaves(value_and_gradients(lambda *x: plain(*x, mask), qkv, weight)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    monkeypatch.setattr(attention_splash, "begins_of", jnp.zeros_like)  # every row is taken for one segment
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(value_and_gradients(run, qkv, weight)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_splash_of_several_blocks_without_order_visits_them_all(monkeypatch):
+    monkeypatch.setattr(attention_splash, "BLOCKS", (128,))
+    monkeypatch.setattr(attention_splash, "WHOLE", 0)
+    qkv = [x[:1] for x in operands(384, heads=1, kv_heads=1)]
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+    actual = value_and_gradients(lambda *x: KERNELS["splash"](*x, None, causal=False), qkv, weight)
+    expected = value_and_gradients(lambda *x: plain(*x, None), qkv, weight)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
@@ -146,8 +171,9 @@ def test_what_would_not_honour_segments_refuses():
         triton(*qkv, None, causal=True, positions=np.arange(32))
 
 
-def test_segments_that_differ_are_refused_by_a_kernel_that_knows_one(monkeypatch):
-    monkeypatch.setitem(module.PLATFORMS, "triton", ("cpu",))
+@pytest.mark.parametrize("name", ["triton", "splash"])
+def test_segments_that_differ_are_refused_by_a_kernel_that_knows_one(monkeypatch, name):
+    monkeypatch.setitem(module.PLATFORMS, name, ("cpu",))
     segments = (np.zeros((2, 32), np.int32), np.ones((2, 32), np.int32))
-    with pytest.raises(UserError, match="triton.*one array of segments"):
-        attention(*operands(32), segment_ids=segments, causal=True, implementation="triton")
+    with pytest.raises(UserError, match=f"{name}.*one array of segments"):
+        attention(*operands(32), segment_ids=segments, causal=True, implementation=name)

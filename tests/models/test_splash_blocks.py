@@ -10,11 +10,11 @@ import pytest
 from kangaroo_jax.models import attention_splash as module
 from kangaroo_jax.models.attention_splash import (
     BLOCKS,
-    Order,
+    begins_of,
     block_sizes,
-    make_kernel,
     query_order,
     splash,
+    visited_blocks,
     visited_share,
 )
 
@@ -30,8 +30,9 @@ from kangaroo_jax.models.attention_splash import (
         (10_240, 10_240, True, 512, 512),
         (384 * 3, 384 * 3, True, 384, 384),
         (768, 1536, False, 384, 512),
-        (640, 640, False, 128, 128),
-        (768, 768, False, 384, 384),
+        (1280, 1280, False, 256, 256),
+        (1152, 1152, False, 1152, 1152),  # a ViT's 1,025 tokens, padded
+        (640, 640, False, 640, 640),
         (256, 256, True, 256, 256),
     ],
 )
@@ -44,7 +45,7 @@ def test_blocks_are_the_largest_that_divide_the_length(length, keys, causal, que
             block,
             block,
         )
-        computed = {1024: 512, 384: 128}.get(block, block)  # divides the block and 512
+        computed = block if block == keys and not causal else {1024: 512, 384: 128}.get(block, block)
         assert (sizes.block_kv_compute, sizes.block_kv_dkv_compute) == (computed, computed)
         assert (sizes.block_q_dq, sizes.block_kv_dq) == ((None, None) if fused else (queries, block))
         assert sizes.use_fused_bwd_kernel == fused
@@ -56,15 +57,33 @@ def test_the_order_of_queries_is_the_row_or_that_of_the_devices_halves():
     np.testing.assert_array_equal(query_order(16, 2), [0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11, 4, 5, 6, 7])
 
 
-def test_a_block_is_visited_where_a_query_sees_a_key_and_whole_where_each_sees_all():
-    order = Order(np.asarray([0, 1, 2, 3, 4, 5, 6, 7]), 8)
-    assert order.shape == (8, 8)
-    seen = {(q, k): order[slice(q, q + 4), slice(k, k + 4)].ravel().tolist() for q in (0, 4) for k in (0, 4)}
-    assert seen == {(0, 0): [True, False], (0, 4): [False, False], (4, 0): [True, True], (4, 4): [True, False]}
-    same, other = Order(np.arange(8), 8), Order(np.arange(8), 16)
-    assert order == same and hash(order) == hash(same)
-    assert order != other and order != Order(np.arange(8)[::-1], 8) and order != "order"
-    assert bool(Order.mask_function(3, 3)) and not Order.mask_function(2, 3)
+def test_a_run_of_segments_begins_where_the_id_changes():
+    np.testing.assert_array_equal(begins_of(jnp.asarray([3, 3, 1, 1, 1, 0, 0, -1])), [0, 0, 2, 2, 2, 5, 5, 7])
+    np.testing.assert_array_equal(begins_of(jnp.asarray([0])), [0])
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("blocks", [(8, 8), (4, 16), (16, 4), (12, 6)], ids=str)
+def test_exactly_the_blocks_with_a_visible_pair_are_visited(blocks, pieces):
+    """On random rows of 1 to 40 segments, padding among them; (12, 6) has blocks across both halves of a device."""
+    keys, random = 192, np.random.default_rng(sum(blocks))
+    for count in (1, 2, 7, 40):
+        cuts = np.sort(random.integers(0, keys, count - 1))
+        segments = (np.arange(keys)[:, None] >= cuts).sum(axis=1).astype(np.int32)
+        for order in query_order(keys, pieces).reshape(pieces, -1):
+            if len(order) % blocks[0]:
+                continue
+            seen = (segments[order][:, None] == segments) & (np.arange(keys) <= order[:, None])
+            grid = seen.reshape(len(order) // blocks[0], blocks[0], keys // blocks[1], blocks[1]).any(axis=(1, 3))
+            visited = visited_blocks(begins_of(jnp.asarray(segments)), jnp.asarray(order), *blocks)
+            assert not np.any(grid & ~np.asarray(visited)), "a needed block is skipped"
+            if len(order) // 2 % blocks[0] == 0:
+                np.testing.assert_array_equal(visited, grid)
+
+
+def test_a_skipped_step_fetches_what_the_next_visited_one_needs():
+    visited = jnp.asarray([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
+    np.testing.assert_array_equal(module._next_visited(visited), [[1, 1, 3, 3], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
 def test_the_share_that_is_visited_is_counted_by_blocks():
@@ -75,21 +94,13 @@ def test_the_share_that_is_visited_is_counted_by_blocks():
     assert visited_share(1024, 2048, True, 2) == 5 / 8
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_kernel_has_the_masks_of_every_piece(fused):
-    kernel = make_kernel(2, 512, 1024, True, 2, fused, True)
-    blocks = np.asarray(kernel.fwd_mask_info.block_mask)
-    assert (kernel.dq_mask_info is None) == fused
-    assert (blocks > 0).sum(axis=-1).tolist() == [[2, 2]]  # late halves see keys of both blocks
-    piece = module._piece_of(kernel, jnp.int32(1), 2)
-    assert piece.fwd_mask_info.block_mask.shape[1] == 1
-
-
 @pytest.mark.parametrize(("heads", "fused"), [(64, True), (65, False)])
 def test_the_backward_kernel_is_fused_while_its_query_gradients_fit_an_eighth_of_the_memory(heads, fused, monkeypatch):
     """Of 16 GiB, where the device is not known: 16 blocks of keys, 2 MiB of bfloat16 a head and block."""
     chosen = []
-    monkeypatch.setattr(module, "make_kernel", lambda *given: chosen.append(given[5]) or (lambda q, k, v, ids: q))
+    monkeypatch.setattr(
+        module, "make_kernel", lambda _, sizes, *rest: chosen.append(sizes.use_fused_bwd_kernel) or (lambda q, *kv: q)
+    )
     query = jax.ShapeDtypeStruct((1, 16_384, heads, 64), jnp.bfloat16)
     jax.eval_shape(functools.partial(splash, causal=False), query, query, query, None)
     assert chosen == [fused]
@@ -97,5 +108,5 @@ def test_the_backward_kernel_is_fused_while_its_query_gradients_fit_an_eighth_of
 
 def test_pieces_need_whole_blocks():
     query, key = jnp.zeros((1, 100, 1, 8)), jnp.zeros((1, 200, 1, 8))
-    with pytest.raises(ValueError, match="200 tokens to divide by 2 pieces of whole 128s"):
-        splash(query, key, key, None, causal=True, pieces=2, interpret=True)
+    with pytest.raises(ValueError, match="100 of 200 tokens a device are no multiple of 128"):
+        splash(query, key, key, None, causal=True, positions=jnp.arange(100), interpret=True)
