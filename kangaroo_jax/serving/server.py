@@ -19,6 +19,7 @@ import uvicorn
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.serving.app import make_app
 from kangaroo_jax.serving.backend import Backend
+from kangaroo_jax.serving.connections import config_of
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.service import Service
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.1  # seconds between two looks at the event loop, the engine and who is left
 _LAST_WORDS = 3.0  # seconds in which those whose answers are given up are told
-_MOST_CONNECTIONS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +95,7 @@ class _Process:
 
     async def run(self, app: Any, listening: socket.socket) -> None:
         """Serve until the end."""
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=_MOST_CONNECTIONS,
-            timeout_keep_alive=30,
-        )
-        server = _Server(config)
+        server = _Server(config_of(app))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)

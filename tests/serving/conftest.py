@@ -51,6 +51,7 @@ class Running:
     engine: Any
     service: Any
     folder: Path
+    connections: Callable[[], int]
 
     @property
     def port(self) -> int:
@@ -72,11 +73,12 @@ class Running:
 def start(
     tmp_path: Path, tokenizer: Tokenizer, films: Path, make_micro_config: Callable
 ) -> Iterator[Callable[..., Running]]:
-    """Starts a server: `start(limits, keys=..., ready=False, ...)`."""
+    """Starts a server: `start(limits, keys=..., ready=False, ...)`; `seconds` and `most` of its connections."""
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     pytest.importorskip("prometheus_client")
     from kangaroo_jax.serving.app import make_app
+    from kangaroo_jax.serving.connections import config_of
     from kangaroo_jax.serving.service import Service
     from tests.serving.fake import FakeEngine, fake_backend
 
@@ -95,10 +97,8 @@ def start(
             if ready:
                 service.backend = fake_backend(engine, tokenizer, make_micro_config().data, limits)
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            config = uvicorn.Config(
-                make_app(service, **options), log_config=None, lifespan="off", http="h11", ws="none", access_log=False
-            )
-            server = uvicorn.Server(config)
+            bounds = {name: options.pop(name) for name in ("seconds", "most") if name in options}
+            server = uvicorn.Server(config_of(make_app(service, **options), **bounds))
             thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
             thread.start()
 
@@ -108,6 +108,12 @@ def start(
                 service.close()
 
             stack.callback(stop)
-            return Running(f"http://127.0.0.1:{listening.getsockname()[1]}", engine, service, folder.path)
+            return Running(
+                f"http://127.0.0.1:{listening.getsockname()[1]}",
+                engine,
+                service,
+                folder.path,
+                lambda: len(server.server_state.connections),
+            )
 
         yield begin
