@@ -57,12 +57,13 @@ class Programs:
     ) -> None:
         """`model` has unstacked layers (`KangarooModel.unstack`); on a mesh its weights are cut by their axes.
 
-        `precision` is that of `jax.default_matmul_precision`.
+        Of an abstract model, on an abstract device, programs can be lowered and nothing else. `precision` is that of
+        `jax.default_matmul_precision`.
         """
         graph, state = nnx.split(model)
         if mesh is not None:
             for _, weight in nnx.to_flat_state(state):
-                weight.set_value(jax.device_put(weight[...], sharding(mesh, weight.axes, weight.shape)))
+                weight.set_value(_placed(weight.get_value(), sharding(mesh, weight.axes, weight.shape)))
         leaves, treedef = jax.tree.flatten(state)
         self.sizes, self._mesh = sizes, mesh
         self._weights: Weights = tuple(leaves)
@@ -90,6 +91,16 @@ class Programs:
         with ThreadPoolExecutor(max(1, min(4, usable_cpus()))) as pool:
             list(pool.map(lambda key: self._program(key, self._example(key)), self.sizes.keys(image_size)))
 
+    def lower(self, key: Key, platform: str) -> Any:
+        """A program of `Sizes.keys`, lowered for the mesh's devices, of `platform`, and not compiled.
+
+        Raises ValueError where there is no mesh: one of one device, too, tells what is compiled for.
+        """
+        if self._mesh is None:
+            raise ValueError("a program is lowered for a mesh")
+        with self._scope(), jax.set_mesh(self._mesh):
+            return self._jitted(key).trace(*self._example(key)).lower(lowering_platforms=(platform,))
+
     def _example(self, key: Key) -> tuple[Any, ...]:
         """Arguments as those that the program will get."""
         name, *sizes = key
@@ -100,7 +111,7 @@ class Programs:
         large = self._shape_of_part(sizes[0])
         if name == "extend":
             tokens = np.zeros(sizes[1], np.int32)
-            return weights, large, tokens, tokens, self._vision(sizes[1], None), number
+            return weights, large, tokens, tokens, self._shape((sizes[1], self.width), (None, None)), number
         if name == "score":
             tokens = np.zeros(self.sizes.chunks[0], np.int32)
             return weights, large, tokens, number, tokens
@@ -125,13 +136,16 @@ class Programs:
         return program
 
     def _compile(self, key: Key, arguments: Sequence[Any]) -> Any:
+        with self._scope():
+            return self._jitted(key).lower(*arguments).compile()
+
+    def _jitted(self, key: Key) -> Any:
         name, *sizes = key
         function, donated, static = _FUNCTIONS[name]
         bound = functools.partial(function, self._structure, **{k: sizes[i] for k, i in static.items()})
         if name == "decode":
             bound = functools.partial(bound, most=self.sizes.rows[-1])
-        with self._scope():
-            return jax.jit(bound, donate_argnums=donated, keep_unused=True).lower(*arguments).compile()
+        return jax.jit(bound, donate_argnums=donated, keep_unused=True)
 
     @contextlib.contextmanager
     def _scope(self) -> Iterator[None]:
@@ -297,6 +311,13 @@ class Programs:
         return self._put(padded, self._shape((size, self.width), (None, None)))
 
 
+def _placed(weight: Any, where: Any) -> Any:
+    """A weight, or its abstract form, at its place on a mesh."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=where)
+    return jax.device_put(weight, where)
+
+
 class _Store:
     """Compiled programs of one structure, and a lock for each that is being compiled."""
 
@@ -359,10 +380,16 @@ def _score(
     model = structure.model(weights)
     embeddings = model.embed(tokens[None], jnp.full_like(tokens, -1)[None], None)
     hidden, layers = _read(model, large, embeddings, start, visible)
-    logits = constrain(model.llm.unembed(hidden[0]), (None, None))
+    logits = _logits(model, hidden[0])
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
     return layers, (own - total, jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1) - total)
+
+
+def _logits(model: KangarooModel, hidden: jax.Array) -> jax.Array:
+    """hidden [n, D] -> logits [n, V]; each device makes its part, so that logits move and not the head's weights."""
+    logits = constrain(model.llm.unembed(hidden), (None, "activation_vocab"))
+    return constrain(logits, (None, None))
 
 
 def _decode(
@@ -387,7 +414,7 @@ def _decode(
     embeddings = model.embed(tokens, jnp.full_like(tokens, -1), None)
     hidden, steps = model.llm.read(embeddings, (filled + place)[:, None], steps)
     hidden, steps = jax.lax.optimization_barrier((hidden, steps))
-    logits = constrain(model.llm.unembed(hidden[:, 0]), (None, None))
+    logits = _logits(model, hidden[:, 0])
     chosen = choose(logits, seen, index, choices)
     counted = [constrain(row.at[chosen.tokens[i]].add(1), (None,)) for i, row in enumerate(seen)]
     padded = constrain(jnp.pad(chosen.tokens, (0, most - len(larges))), (None,))

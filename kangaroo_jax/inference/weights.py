@@ -191,7 +191,7 @@ class _Reader:
 
     def _cast(self, target: str, array: np.ndarray) -> np.ndarray:
         """In the dtype of the computation; the scales and biases of norms keep theirs."""
-        if self._binding.axes[target][-1:] == ("norm",) or array.dtype == self._dtype:
+        if _keeps_its_dtype(self._binding.axes[target]) or array.dtype == self._dtype:
             return array
         with np.errstate(over="ignore"):
             cast = array.astype(self._dtype)
@@ -209,6 +209,20 @@ class _Reader:
         if name in self._saved and differs(value, self._saved[name]):
             raise reading.damaged(self._folder, f"params: {name} is not as it was saved")
         self.sums[name] = value
+
+
+def abstract(config: ModelConfig, form: str | None) -> KangarooModel:
+    """The model that `load` gives in `config.dtype`, quantised in `form`, with nothing allocated."""
+    model = _abstract(config, form).unstack()
+    for path, weight in nnx.to_flat_state(nnx.state(model)):
+        if path[-1] != SCALE and not _keeps_its_dtype(weight.axes) and jnp.issubdtype(weight.dtype, jnp.floating):
+            weight.set_value(jax.ShapeDtypeStruct(weight.shape, jnp.dtype(config.dtype)))
+    return model
+
+
+def _keeps_its_dtype(axes: tuple[str | None, ...]) -> bool:
+    """Whether a parameter is the scale or bias of a norm."""
+    return axes[-1:] == ("norm",)
 
 
 def _abstract(config: ModelConfig, form: str | None) -> KangarooModel:
