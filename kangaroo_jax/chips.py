@@ -14,6 +14,7 @@ class Chip:
     kind: str  # regex on JAX's device_kind, in lower case
     tflops: float  # dense, bfloat16 (float16 where there is none)
     gib: float  # of memory that a program can use
+    hbm_gb: float  # GB/s of that memory
     link_gb: float  # GB/s in and out of one device, to its own slice or node
     platform: str = "tpu"
     compiles_on_cpu: bool = False  # libtpu compiles for it on any machine
@@ -22,19 +23,19 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", r"tpu v4$", 275, 31.25, 300, compiles_on_cpu=True),
-        Chip("v5e", r"tpu v5 ?(lite|e)", 197, 15.75, 200, compiles_on_cpu=True),
-        Chip("v5p", r"tpu v5p?$", 459, 95.74, 600, compiles_on_cpu=True),
-        Chip("v6e", r"tpu v6 ?(lite|e)", 918, 31.25, 448, compiles_on_cpu=True),
-        Chip("tpu7x", r"tpu ?7x", 1153.5, 94.75, 600, compiles_on_cpu=True),
-        Chip("T4", r"\bt4\b", 65, 14.6, 16, "gpu"),
-        Chip("L4", r"\bl4\b", 121, 22.2, 32, "gpu"),
-        Chip("L40S", r"\bl40s\b", 362, 44.4, 32, "gpu"),
-        Chip("V100", r"\bv100\b", 125, 31.7, 150, "gpu"),
-        Chip("A100", r"\ba100\b", 312, 79.1, 300, "gpu"),
-        Chip("H100", r"\bh100\b", 989, 79.1, 450, "gpu"),
-        Chip("H200", r"\bh200\b", 989, 139.8, 450, "gpu"),
-        Chip("B200", r"\bb200\b", 2250, 178.0, 900, "gpu"),
+        Chip("v4", r"tpu v4$", 275, 31.25, 1228, 300, compiles_on_cpu=True),
+        Chip("v5e", r"tpu v5 ?(lite|e)", 197, 15.75, 819, 200, compiles_on_cpu=True),
+        Chip("v5p", r"tpu v5p?$", 459, 95.74, 2765, 600, compiles_on_cpu=True),
+        Chip("v6e", r"tpu v6 ?(lite|e)", 918, 31.25, 1640, 448, compiles_on_cpu=True),
+        Chip("tpu7x", r"tpu ?7x", 1153.5, 94.75, 3690, 600, compiles_on_cpu=True),
+        Chip("T4", r"\bt4\b", 65, 14.6, 320, 16, "gpu"),
+        Chip("L4", r"\bl4\b", 121, 22.2, 300, 32, "gpu"),
+        Chip("L40S", r"\bl40s\b", 362, 44.4, 864, 32, "gpu"),
+        Chip("V100", r"\bv100\b", 125, 31.7, 900, 150, "gpu"),
+        Chip("A100", r"\ba100\b", 312, 79.1, 2039, 300, "gpu"),
+        Chip("H100", r"\bh100\b", 989, 79.1, 3350, 450, "gpu"),
+        Chip("H200", r"\bh200\b", 989, 139.8, 4800, 450, "gpu"),
+        Chip("B200", r"\bb200\b", 2250, 178.0, 8000, 900, "gpu"),
     )
 }
 

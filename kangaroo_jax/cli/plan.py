@@ -1,14 +1,17 @@
 """`kangaroo plan`."""
 
 from pathlib import Path
+from typing import Any
 
-from kangaroo_jax.cli.arguments import Count, Number, NumberOrNone, Overrides, require
+from kangaroo_jax.cli.arguments import Count, Natural, Number, NumberOrNone, Overrides, require
+from kangaroo_jax.errors import UserError
 
 
 def plan(
     *,
     config: str = "",
     topology: str = "",
+    mode: str = "train",
     slices: Count = 1,
     curriculum: bool = False,
     search: bool = False,
@@ -17,17 +20,22 @@ def plan(
     json: bool = False,
     cache: str = "",
     table: str = "",
+    quantize: str | None = None,
+    slots: Count | None = None,
+    frames: Natural | None = None,
     overrides: Overrides = (),
 ) -> None:
-    """What a stage needs on chips not rented yet: memory, time, cost.
+    """What a stage, or a chat with the model, needs on chips not rented yet: memory, time, cost.
 
         kangaroo plan --config=stage5_long_video:kangaroo_8b --topology=v5e:4x8 --price-per-chip-hour=1.2
+        kangaroo plan --mode=chat --config=stage5_long_video:kangaroo_8b --topology=v5e:1x1 --quantize=int8 --frames=160
 
     Every key of the config is a flag, --config.KEY=VALUE. Exit code 3: it does not fit.
 
     Args:
         config: FILE[:PRESET], such as configs/stage5_long_video.py:kangaroo_8b
         topology: chips: v5e:4x8, v5p:2x2x4, v6e:4x8, H100:8, ...
+        mode: train, a stage; or chat, the engine that answers (kangaroo serve)
         slices: slices (or nodes) of that size, joined by a slower network
         curriculum: all five stages of kangaroo_8b and their sum, without --config
         search: compile several meshes and remat policies, print the best that fits
@@ -36,6 +44,9 @@ def plan(
         json: print JSON
         cache: folder for results, so that the same step is compiled only once
         table: only print a file of --json lines as a Markdown table
+        quantize: with --mode=chat, int8 or int4: the decoder's weights
+        slots: with --mode=chat, conversations at the same time; 1
+        frames: with --mode=chat, frames of the video of a conversation; 0 or nothing: as many tokens as in training
     """
     from kangaroo_jax.config_files import config_folder
     from kangaroo_jax.planning.compile import prepare_environment
@@ -49,12 +60,23 @@ def plan(
         print(table_of_file(file))
         return
     require("plan", plan, topology=topology, config="all" if curriculum else config)
+    of_chat = {"quantize": quantize, "slots": slots, "frames": frames}
+    of_train = {"curriculum": curriculum, "search": search, "price-per-chip-hour": price_per_chip_hour}
+    _check_mode(mode, of_chat, of_train)
     prepare_environment()  # must come before anything imports JAX
 
     from kangaroo_jax.cli.overrides import config_of
     from kangaroo_jax.config import STAGES
     from kangaroo_jax.planning.plan import run
 
+    kept = Path(cache) if cache else None
+    if mode == "chat":
+        from kangaroo_jax.planning.chat import Talk, run_chat
+
+        talk = Talk(config_of("plan", config, overrides), quantize, slots or 1, frames or 0)
+        if code := run_chat(talk, topology, slices=slices, as_json=json, cache=kept):
+            raise SystemExit(code)
+        return
     specs = [f"{name}:kangaroo_8b" for name in STAGES] if curriculum else [config]
     code = run(
         [config_of("plan", spec, overrides) for spec in specs],
@@ -64,10 +86,20 @@ def plan(
         price=price_per_chip_hour,
         as_json=json,
         do_search=search,
-        cache=Path(cache) if cache else None,
+        cache=kept,
     )
     if code:
         raise SystemExit(code)
+
+
+def _check_mode(mode: str, of_chat: dict[str, Any], of_train: dict[str, Any]) -> None:
+    """Raise UserError for a mode that is none, and for a flag of the other one."""
+    if mode not in ("train", "chat"):
+        raise UserError(f"--mode={mode}: train or chat")
+    own, other = ("chat", of_train) if mode == "chat" else ("train", of_chat)
+    for name, value in other.items():
+        if value:
+            raise UserError(f"--{name} does not go with --mode={own}")
 
 
 COMMANDS = {"": plan}

@@ -1,4 +1,4 @@
-"""Compile the real train step for TPU slices that this machine lacks, and read its needs from the program.
+"""Compile programs for TPU slices that this machine lacks, and read the needs of the real train step from its own.
 
 libtpu (the extra `tpu`) compiles on any machine; nothing runs and no weight is allocated.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
@@ -89,7 +90,12 @@ def topology_devices(target: Slices) -> list[Any]:
     from jax.experimental import topologies
 
     check_libtpu()
+    sizes = [int(size) for size in target.topology.split("x")]
+    # A host has 2 x 2 chips; the compiler does not guess that a smaller slice is one smaller host.
+    host = (*(min(2, size) for size in (*sizes, 1)[:2]), 1)
     options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+    if host != (2, 2, 1):
+        options["chips_per_host_bounds"] = host
     if target.chip.name == "v4":
         options["chip_config_name"] = "megacore"
     name = f"{target.chip.name}:{target.topology}"
@@ -136,10 +142,31 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
 
     A program that needs too much memory gives `fits=False` and the memory that it would need.
     """
+
+    def read(program: Any, seconds: Seconds) -> dict[str, Any]:
+        return dataclasses.asdict(_read(program, config, target.chip.gib, seconds))
+
+    def refused(message: str, seconds: Seconds) -> dict[str, Any]:
+        return dataclasses.asdict(_too_large(message, seconds))
+
+    return Compiled(**compile_kept(lambda: lower_step(config, topology_devices(target)), target, cache, read, refused))
+
+
+def compile_kept(
+    lower: Callable[[], Any],
+    target: Slices,
+    cache: Path | None,
+    read: Callable[[Any, Seconds], dict[str, Any]],
+    refused: Callable[[str, Seconds], dict[str, Any]],
+) -> dict[str, Any]:
+    """What `read` says of a lowered program when it is compiled, or `refused` of the compiler's message.
+
+    The same program is compiled once where `cache` names a folder. Results must be JSON-able.
+    """
     import jax
 
     start = time.perf_counter()
-    lowered = lower_step(config, topology_devices(target))
+    lowered = lower()
     lower_seconds = time.perf_counter() - start
     import libtpu
 
@@ -147,7 +174,8 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
     digest = hashlib.sha256(f"{READ} {target} {versions} {lowered.as_text()}".encode()).hexdigest()[:24]
     kept = cache / f"{digest}.json" if cache else None
     if kept is not None and kept.is_file():
-        return Compiled(**json.loads(kept.read_text(encoding="utf-8")))
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
     start, cpu = time.perf_counter(), time.process_time()
     program, message = None, ""
     try:
@@ -159,31 +187,35 @@ def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) 
         "compile_seconds": round(time.perf_counter() - start, 1),
         "compile_cpu_seconds": round(time.process_time() - cpu, 1),
     }
-    result = _too_large(message, seconds) if program is None else _read(program, config, target.chip.gib, seconds)
+    result = refused(message, seconds) if program is None else read(program, seconds)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, dataclasses.asdict(result))
+        write_json(kept, result)
     return result
 
 
-def _too_large(message: str, seconds: Seconds) -> Compiled:
-    """The result for a program that does not fit, from the compiler's message; other errors become UserError."""
+def amount_refused(message: str) -> float:
+    """GiB that the compiler said a program needs, NaN where it does not say. Other errors become UserError."""
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM", message)
     if "RESOURCE_EXHAUSTED" not in message and not found:
-        raise UserError(f"the compiler refused the step: {' '.join(message.split())[:400]}")
+        raise UserError(f"the compiler refused the program: {' '.join(message.split())[:400]}")
     units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
     amount, unit = (found.group(1) or found.group(5), found.group(2) or found.group(6)) if found else ("nan", "G")
-    error = " ".join(message.split())[:300]
+    return round(float(amount) * units[unit], 2)
+
+
+def _too_large(message: str, seconds: Seconds) -> Compiled:
+    """The result for a step that does not fit, from the compiler's message; other errors become UserError."""
     return Compiled(
         fits=False,
-        peak_gib=round(float(amount) * units[unit], 2),
+        peak_gib=amount_refused(message),
         state_gib=float("nan"),
         host_gib=0.0,
         flops={},
         collectives={},
         gathers_logits=False,
-        error=error,
+        error=" ".join(message.split())[:300],
         **seconds,
     )
 

@@ -17,6 +17,7 @@ from kangaroo_jax.chips import Slices, parse_topology
 from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
+from kangaroo_jax.planning import chat
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step
 from kangaroo_jax.sharding import MESH_AXES
@@ -353,15 +354,19 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
 
 
 def table_of_file(path: Path) -> str:
-    """The table of the plans in a file of `--json` lines. Raises UserError if it is no such file."""
-    plans: list[Plan] = []
+    """The table of the plans in a file of `--json` lines, of one mode. Raises UserError if it is no such file."""
+    plans: list[Any] = []
     try:
         for kept in path.read_text(encoding="utf-8").splitlines():
-            plans.append(Plan(**json.loads(kept)))
+            fields = json.loads(kept)
+            plans.append(chat.ChatPlan(**fields) if fields.get("mode") == "chat" else Plan(**fields))
     except OSError as error:
         raise UserError(f"--table={path}: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"--table={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
         ) from None
-    return table(plans, with_sum=False)
+    of_chat = [isinstance(plan, chat.ChatPlan) for plan in plans]
+    if any(of_chat) != all(of_chat):
+        raise UserError(f"--table={path}: lines of --mode=chat and of --mode=train; one table has one of them")
+    return chat.table(plans) if any(of_chat) else table(plans, with_sum=False)

@@ -87,7 +87,7 @@ def test_logits_count_for_the_targets_that_are_asked_for_and_a_linear_projector_
     assert flops.vision == 0 and flops.llm_linear == 2 * 5 * LAYER * TOKENS and flops.score_recomputation == 0
 
 
-CHIP = Chip("imagined", "imagined", tflops=0.001, gib=1.0, link_gb=1.0)
+CHIP = Chip("imagined", "imagined", tflops=0.001, gib=1.0, hbm_gb=1.0, link_gb=1.0)
 
 
 def make(config, tmp_path, chip=CHIP):
