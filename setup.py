@@ -109,6 +109,7 @@ setup(
     package_dir={"kangaroo_jax.configs": "configs", "kangaroo_jax.configs.tiny": "configs/tiny"},
     package_data={
         "kangaroo_jax": ["py.typed"],
+        "kangaroo_jax.planning": ["kernels.jsonl"],
         "kangaroo_jax.report": ["templates/*"],
         "kangaroo_jax.curation.annotate": ["prompts/*.txt"],
         "kangaroo_jax.curation.instruct": ["prompts/*.txt", "schema.json"],

@@ -21,15 +21,12 @@ from kangaroo_jax.chips import Slices
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError, one_line
-from kangaroo_jax.models.attention_splash import visited_share
-from kangaroo_jax.planning import hlo
+from kangaroo_jax.planning import hlo, kernels
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
 GIB = 1 << 30
-READ = 2  # raise it when a program is read differently: cached results are then compiled again
-# Matrix products of [T, S] with the head width in each kernel: forward, the two backward kernels, the fused one.
-KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
+READ = 3  # raise it when a program is read differently: cached results are then compiled again
 
 
 class Seconds(TypedDict):
@@ -233,19 +230,19 @@ def peak_bytes(memory: Any) -> int:
 def _read(program: Any, config: ConfigDict, capacity: float, seconds: Seconds) -> Compiled:
     memory = program.memory_analysis()
     peak = peak_bytes(memory)
+    program_text = hlo.parse(program.as_text())
     flops: dict[str, float] = collections.defaultdict(float)
     moved: dict[str, float] = collections.defaultdict(float)
-    chunks = -(-config.data.tokens_per_pack // config.train.mesh[2] // config.model.llm.loss_chunk)
-    wide = False
-    for visit in hlo.walk(program.as_text(), unknown_trips=max(1, chunks)):
-        scope, operation = visit.operation.scope, visit.operation
-        part = next((name for name in ("vision", "llm") if name in scope), "other")
+    chunks = max(1, -(-config.data.tokens_per_pack // config.train.mesh[2] // config.model.llm.loss_chunk))
+    for visit in hlo.walk(program_text, chunks):
+        part = next((name for name in ("vision", "llm") if name in visit.operation.scope), "other")
         flops[part] += hlo.matmul_flops(visit)
-        if operation.kind == "custom-call" and "splash_" in scope:
-            flops[f"attention_{part}"] += kernel_flops(visit)
-        if found := hlo.collective(operation):
-            moved[found[0]] += found[1] * visit.times
-            wide |= found[0] == "all-gather" and is_logits(operation, config)
+        if kernel := kernels.call(visit):
+            flops[f"attention_{part}"] += kernel.flops * visit.times
+    wide = False
+    for kind, size, visit in hlo.moves(program_text, chunks):
+        moved[kind] += size
+        wide |= kind == "all-gather" and is_logits(visit.operation, config)
     return Compiled(
         fits=peak <= capacity * GIB,
         peak_gib=round(peak / GIB, 2),
@@ -267,25 +264,3 @@ def is_logits(operation: hlo.Operation, config: ConfigDict) -> bool:
             if config.model.llm.width not in dimensions and max(others, default=0) >= chunk:
                 return True
     return False
-
-
-def kernel_flops(visit: hlo.Visit) -> float:
-    """FLOPs of a splash attention kernel: its products over the blocks of queries and keys that it visits."""
-    operation, found = visit.operation, []
-    for name in visit.operation.operands:
-        dtype, shape = visit.computation[name].shapes[0]
-        if dtype in ("bf16", "f32") and len(shape) >= 3:
-            found.append(shape)
-    if len(found) < 2 or "tpu_custom_call" not in operation.text:
-        return 0.0
-    (*rest, heads, length, width), keys = found[0], found[1][-2]
-    kind = next(name for name in ("dkv", "dq", "fwd") if f"splash_mha_{name}" in operation.scope)
-    parts_of_d_query = [s for _, s in operation.shapes if len(s) > len(found[0]) and s[-3:] == (heads, length, width)]
-    if kind == "dkv" and parts_of_d_query:
-        kind = "fused"
-    causal = "splash_causal" in operation.scope
-    share = visited_share(length, keys, causal, keys // length if causal else 1)
-    rows = 1
-    for size in rest:
-        rows *= size
-    return 2.0 * KERNEL_PRODUCTS[kind] * rows * heads * length * keys * width * share * visit.times

@@ -8,6 +8,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 BYTES = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16, "token": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -50,6 +53,13 @@ class Operation:
 Computation = dict[str, Operation]
 
 
+class Module(NamedTuple):
+    """A parsed program."""
+
+    computations: dict[str, Computation]  # operations in the order in which they are scheduled
+    entry: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Visit:
     """An operation and how often the program runs it."""
@@ -63,8 +73,8 @@ class Visit:
         return self.computation[self.operation.operands[index]].shapes[0][1]
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """(computations by name, name of the entry) of an HLO module's text. Raises ValueError if it has no entry."""
+def parse(text: str) -> Module:
+    """An HLO module's text. Raises ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     text = text.replace("={\n", "={").replace("\n}}", "}}")  # a kernel's metadata spans several lines
@@ -80,15 +90,15 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             current[operation.name] = operation
     if not entry:
         raise ValueError("no ENTRY computation: not the text of an HLO module")
-    return computations, entry
+    return Module(computations, entry)
 
 
-def walk(text: str, unknown_trips: int = 1) -> Iterator[Visit]:
-    """Every operation that the program runs, and how often it runs.
+def walk(program: str | Module, unknown_trips: int = 1) -> Iterator[Visit]:
+    """Every operation that the program (its text, or what `parse` made of it) runs, and how often it runs.
 
     `unknown_trips` is assumed for loops whose trip count is only known at run time.
     """
-    computations, entry = parse(text)
+    computations, entry = parse(program) if isinstance(program, str) else program
     yield from _walk(computations, entry, 1.0, unknown_trips)
 
 
@@ -102,12 +112,13 @@ def _walk(computations: dict[str, Computation], name: str, times: float, unknown
             assert body is not None
             yield from _walk(computations, body.lstrip("%"), times * (unknown if trips is None else trips), unknown)
         elif operation.kind in ("fusion", "call", "conditional", "async-start", "custom-call"):
-            for called in _called(operation):
-                if called in computations:
-                    yield from _walk(computations, called, times, unknown)
+            for inner in called(operation):
+                if inner in computations:
+                    yield from _walk(computations, inner, times, unknown)
 
 
-def _called(operation: Operation) -> list[str]:
+def called(operation: Operation) -> list[str]:
+    """Names of the computations that an operation runs, but for loops."""
     names = []
     for key, value in _CALLED.findall(operation.text):
         if key != "async_execution_thread" and not (key == "to_apply" and operation.kind != "call"):
@@ -190,17 +201,63 @@ def collective(operation: Operation) -> tuple[str, int] | None:
         return None
     sizes = [_width(dtype) * math.prod(dimensions) for dtype, dimensions in operation.shapes]
     if kind == "reduce-scatter":
-        return kind, max(sizes) * _group_size(operation)
+        return kind, max(sizes) * max(1, len(group(operation)))
     return kind, max(sizes) if operation.kind.endswith("-start") else sum(sizes)
 
 
-def _group_size(operation: Operation) -> int:
-    """The number of devices in a replica group: two for `{{0,1},{2,3}}` and for `[2,2]<=[4]`."""
-    found = re.search(r"replica_groups=\[\d+,(\d+)\]", operation.text)
-    if found:
-        return int(found.group(1))
-    found = re.search(r"replica_groups=\{\{([\d,]*)\}", operation.text)
-    return found.group(1).count(",") + 1 if found else 1
+def moves(program: Module, unknown_trips: int = 1) -> Iterator[tuple[str, float, Visit]]:
+    """(kind, bytes as in `collective` times its visits, the visit) of every collective, each once.
+
+    A TPU program may spread one over several fusions, in which it stands again under the same channel: one that
+    starts it, computations beside which it goes on, and one that ends it.
+    """
+    started = started_channels(program)
+    for visit in walk(program, unknown_trips):
+        found = collective(visit.operation)
+        if found and (starts(visit.computation) or channel(visit.operation) not in started):
+            yield found[0], found[1] * visit.times, visit
+
+
+def started_channels(program: Module) -> set[str]:
+    """The channels of collectives that a fusion starts and another one ends."""
+    fused = (computation for computation in program.computations.values() if starts(computation))
+    return {channel(operation) for computation in fused for operation in computation.values() if collective(operation)}
+
+
+def starts(computation: Computation) -> bool:
+    """Whether a computation starts a collective that goes on beside others."""
+    return any("AsyncCollectiveStart" in operation.text for operation in computation.values())
+
+
+def ends(computation: Computation) -> bool:
+    """Whether a computation ends a collective that went on beside others."""
+    return any("AsyncCollectiveDone" in operation.text for operation in computation.values())
+
+
+def channel(operation: Operation) -> str:
+    """The number under which all devices know a collective, "" where it has none."""
+    return operation.attribute("channel_id") or ""
+
+
+def group(operation: Operation) -> list[int]:
+    """The devices of a collective's first replica group.
+
+    They are written as {{0,1},{2,3}}, as [2,2]<=[4] (with T(...) where a transposed array is meant), or by the axes of
+    a mesh.
+    """
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", operation.text):
+        return [int(device) for device in found.group(1).split(",") if device]
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", operation.text):
+        devices = np.arange(int(found.group(1)) * int(found.group(2))).reshape(_dimensions(found.group(3)))
+        turned = devices.transpose(_dimensions(found.group(4))) if found.group(4) else devices
+        return [int(device) for device in turned.reshape(-1, int(found.group(2)))[0]]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", operation.text):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
+        index = tuple(slice(None) if f"'{name}'" in found.group(2) else 0 for name in sizes)
+        return [int(device) for device in np.arange(math.prod(sizes.values())).reshape(*sizes.values())[index].flat]
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", operation.text):
+        return [int(found.group(1)), int(found.group(2))]
+    return []
 
 
 # --------------------------------------------------------------------------------- trip counts
@@ -240,7 +297,7 @@ def _compare(computations: dict[str, Computation], condition: Computation) -> tu
     arguments: list[str] | None = None
     inner = condition
     if root.kind == "fusion":
-        inner = computations[_called(root)[0]]
+        inner = computations[called(root)[0]]
         arguments = list(root.operands)
         root = next(operation for operation in inner.values() if operation.root)
     if root.kind != "compare":

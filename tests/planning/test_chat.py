@@ -2,14 +2,18 @@
 
 import json
 
+import jax
 import pytest
 
 from kangaroo_jax.chips import CHIPS, parse_topology
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config_files import load_config
-from kangaroo_jax.planning import chat, chat_work
+from kangaroo_jax.inference import weights
+from kangaroo_jax.inference.programs import Programs
+from kangaroo_jax.planning import chat, chat_work, hlo
 from kangaroo_jax.planning.chat_work import Talk
 from kangaroo_jax.planning.compile import topology_devices
+from kangaroo_jax.sharding import make_mesh
 
 from .test_plan import needs_libtpu
 
@@ -83,6 +87,18 @@ def test_a_gpu_is_planned_by_formula(capsys):
 def test_mistakes_are_one_line(capsys, arguments, message):
     code, _, error = run(capsys, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_moves_activations_and_no_weights(make_micro_config):
+    config = make_micro_config()
+    config.model.llm.update(vocab_size=4096, kv_heads=4, heads=4)
+    asked = Talk(config, None, 2, 0)
+    mesh = make_mesh((1, 1, 1, 4), jax.devices()[:4])
+    programs = Programs(weights.abstract(asked.model, None), asked.sizes, mesh=mesh)
+    step = programs.lower(("decode", asked.capacity, 2), "cpu").compile()
+    moved = [size for _, size, _ in hlo.moves(hlo.parse(step.as_text()))]
+    assert moved and max(moved) <= 4 * 4096 * 2  # the logits, float32, of two rows
 
 
 # ------------------------------------------------------------------- compiled for TPUs, by libtpu

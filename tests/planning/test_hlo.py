@@ -106,6 +106,63 @@ def test_collectives_of_a_real_program_have_their_kind_and_bytes():
     assert [pair for pair in found if pair] == [("all-reduce", 32 * 4)]
 
 
+# As a TPU program spreads a collective over fusions: it stands in the first, in those beside it and in the last.
+FUSED = """HloModule m, is_scheduled=true
+
+%start (a: bf16[4096,1024]) -> (bf16[4096,1024], bf16[4096,4096]) {
+  %a = bf16[4096,1024]{1,0} parameter(0)
+  %g.1 = bf16[4096,4096]{1,0} all-gather(%a), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}
+  ROOT %s = (bf16[4096,1024], bf16[4096,4096]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b: bf16[4096,1024], x: bf16[512,512]) -> bf16[512,512] {
+  %b = bf16[4096,1024]{1,0} parameter(0)
+  %x = bf16[512,512]{1,0} parameter(1)
+  %g.2 = bf16[4096,4096]{1,0} all-gather(%b), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}
+  ROOT %y = bf16[512,512]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%done (c: bf16[4096,1024]) -> bf16[4096,4096] {
+  %c = bf16[4096,1024]{1,0} parameter(0)
+  %g.3 = bf16[4096,4096]{1,0} all-gather(%c), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}
+  ROOT %e = bf16[4096,4096]{1,0} custom-call(%g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[4096,1024], x: bf16[512,512]) -> bf16[4096,4096] {
+  %a = bf16[4096,1024]{1,0} parameter(0)
+  %x = bf16[512,512]{1,0} parameter(1)
+  %r = bf16[512,512]{1,0} all-reduce(%x), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %one = (bf16[4096,1024], bf16[4096,4096]) fusion(%a), kind=kCustom, calls=%start
+  %p = bf16[4096,1024]{1,0} get-tuple-element(%one), index=0
+  %two = bf16[512,512]{1,0} fusion(%p, %r), kind=kOutput, calls=%beside, \
+metadata={op_name="jit(f)/llm/dot"}, backend_config={"window_config":{"estimated_cycles":"150000"}}
+  ROOT %three = bf16[4096,4096]{1,0} fusion(%p), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_that_is_spread_over_fusions_counts_once():
+    found = [(kind, moved, hlo.group(visit.operation)) for kind, moved, visit in hlo.moves(hlo.parse(FUSED))]
+    assert found == [("all-reduce", 512 * 512 * 2, [0, 2, 4, 6]), ("all-gather", 4096 * 4096 * 2, [0, 1, 2, 3])]
+    assert flops(FUSED) == 2 * 512**3
+
+
+@pytest.mark.parametrize(
+    ("written", "devices"),
+    [
+        ("replica_groups={{0,3},{1,2}}", [0, 3]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,2,2]T(1,2,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','b'}", [0, 2]),
+        ("source_target_pairs={{5,6},{6,7}}", [5, 6]),
+        ("channel_id=1", []),
+    ],
+)
+def test_groups_are_read_in_each_spelling(written, devices):
+    operation = hlo.parse(f"ENTRY %m (a: f32[8]) -> f32[8] {{\n  %a = f32[8] all-reduce(%b), {written}\n}}")
+    assert hlo.group(operation.computations["m"]["a"]) == devices
+
+
 def test_no_module_is_an_error():
     with pytest.raises(ValueError, match="ENTRY"):
         list(hlo.walk("nothing"))
