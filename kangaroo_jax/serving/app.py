@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -12,11 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 import kangaroo_jax
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.requests import Answer
+from kangaroo_jax.serving import schema
 from kangaroo_jax.serving.answers import DONE, Writer, encoded, event
 from kangaroo_jax.serving.failures import ApiError, too_large
 from kangaroo_jax.serving.gate import Gate
@@ -45,16 +47,22 @@ def make_app(
         title="kangaroo_jax", version=kangaroo_jax.__version__, docs_url=None, redoc_url=None, root_path=root_path
     )
     routes = Routes(service)
-    for path, handler, methods in (
-        ("/health", routes.health, ["GET"]),
-        ("/ping", routes.ping, ["GET", "POST"]),
-        ("/version", routes.version, ["GET"]),
-        ("/metrics", routes.metrics, ["GET"]),
-        ("/v1/models", routes.models, ["GET"]),
+    for path, handler, method in (
+        ("/health", routes.health, "GET"),
+        ("/ping", routes.ping, "GET"),
+        ("/ping", routes.ping, "POST"),
+        ("/version", routes.version, "GET"),
+        ("/v1/models", routes.models, "GET"),
     ):
-        app.add_api_route(path, handler, methods=methods)
-    app.add_api_route("/v1/chat/completions", routes.asked(routes.chat), methods=["POST"])
-    app.add_api_route("/tokenize", routes.asked(routes.tokenize), methods=["POST"])
+        app.add_api_route(path, handler, methods=[method])
+    app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_class=PlainTextResponse)
+    for path, asked, told in (
+        ("/v1/chat/completions", routes.chat, schema.chat(service.limits)),
+        ("/tokenize", routes.tokenize, schema.tokenize(service.limits)),
+    ):
+        app.add_api_route(
+            path, routes.asked(asked), methods=["POST"], openapi_extra=told, summary=inspect.getdoc(asked)
+        )
     app.add_exception_handler(HTTPException, _http_error)
     gate: Any = Gate(app, service, keys)
     if origins:
@@ -124,7 +132,7 @@ class Routes:
         return route
 
     async def chat(self, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack) -> Response:
-        """/v1/chat/completions."""
+        """The answers to a conversation, whole or streamed."""
         service = self._service
         request, running = await service.while_there(http.is_disconnected, self._begun(http, call, stack))
         writer = Writer(
@@ -140,7 +148,7 @@ class Routes:
         return answer(writer.whole(answers, service.answered(answers, running.rendered, call)))
 
     async def tokenize(self, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack) -> Response:
-        """/tokenize: the ids of a text, or of a prompt with its media."""
+        """The ids of a text, or of a prompt with its media."""
         service, backend = self._service, self._service.ready()
         tokenizer = backend.tokenizer
 
