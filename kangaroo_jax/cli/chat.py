@@ -24,6 +24,9 @@ def chat(
     temperature: Number = 0.0,
     top_p: Number = 0.9,
     seed: Natural = 0,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    kv_dtype: str | None = None,
 ) -> None:
     """Ask a trained model about a video or an image.
 
@@ -40,10 +43,14 @@ def chat(
         temperature: sampling temperature; 0 always takes the most likely token
         top_p: sample among the most likely tokens with this total probability
         seed: seed of the sampling
+        dtype: of the computation: float32, bfloat16 or float16; by default what suits the device
+        quantize: int8 or int4, of the decoder's weights
+        kv_dtype: int8 halves the memory of what is remembered; by default it is of the computation's dtype
     """
     media = {"video": video[0] if video and len(video) == 1 else video, "image": image, "start": start, "end": end}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, forgiving=query is None and sys.stdin.isatty())
+    options["held"] = {"dtype": dtype, "quantize": quantize, "kv_dtype": kv_dtype}
     talk(checkpoint, typed() if query is None else [query], media, sampling, **options)
 
 
@@ -55,11 +62,12 @@ def talk(
     *,
     max_new_tokens: int = 512,
     forgiving: bool = False,
+    held: dict[str, Any] | None = None,
 ) -> None:
     """Answer each of `lines`, until an empty one, on standard output. Lines that are no list may be COMMANDS_TYPED.
 
-    `media` are arguments of `inference.history.ask` for the first line, `sampling` those of `Sampling`. With
-    `forgiving` what is wrong in a line is said, and the conversation goes on.
+    `media` are arguments of `inference.history.ask` for the first line, `sampling` those of `Sampling`, `held` those of
+    `Kangaroo.load`. With `forgiving` what is wrong in a line is said, and the conversation goes on.
 
     Raises:
         UserError: see `ask`. All possible checks come before the model is loaded.
@@ -71,7 +79,7 @@ def talk(
     drawing, media = Sampling(**sampling or {}), media or {}
     with _typed_addresses():
         ask(lines[0] if isinstance(lines, list) else "?", **media)
-        with Kangaroo.load(checkpoint) as kangaroo:
+        with Kangaroo.load(checkpoint, **held or {}) as kangaroo:
             conversation = _Typed(kangaroo, media, drawing, max_new_tokens)
             for line in lines:
                 if not line.strip():

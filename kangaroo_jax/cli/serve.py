@@ -24,6 +24,7 @@ def serve(
     slots: Count = 4,
     dtype: str | None = None,
     quantize: str | None = None,
+    kv_dtype: str | None = None,
     host_cache_gib: Number = 4.0,
     vision_cache_gib: Number = 2.0,
     share_cache: bool = False,
@@ -70,6 +71,7 @@ def serve(
         slots: conversations of that length at the same time
         dtype: of the computation: float32, bfloat16 or float16; by default what suits the device
         quantize: int8 or int4, of the decoder's weights
+        kv_dtype: int8 halves the memory of what is remembered; by default it is of the computation's dtype
         host_cache_gib: memory for conversations that lost their place on the device
         vision_cache_gib: memory for what was seen of media
         share_cache: let what one API key's requests left serve another's

@@ -28,7 +28,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
 from kangaroo_jax.inference.engine import Engine
 from kangaroo_jax.inference.history import History, ask, conversation
-from kangaroo_jax.inference.programs import Programs
+from kangaroo_jax.inference.programs import Programs, check_kv_dtype
 from kangaroo_jax.inference.requests import Answer, Logprob, Request, Ticket, Usage
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.inference.sizes import Sizes
@@ -122,6 +122,7 @@ class Kangaroo:
         *,
         weights_id: str = "",
         mesh: Mesh | None = None,
+        kv_dtype: str | None = None,
         slots: int = SLOTS,
         cache_gib: float = CACHE_GIB,
     ) -> None:
@@ -144,6 +145,7 @@ class Kangaroo:
             detokenizer=lambda stop: Detokenizer(tokenizer, stop),
             host_bytes=self._cache_bytes,
             mesh=mesh,
+            kv_dtype=kv_dtype,
         )
         self._end = weakref.finalize(self, _close, self.engine, self._decoder, self._given)
 
@@ -154,6 +156,7 @@ class Kangaroo:
         *,
         dtype: str | None = None,
         quantize: str | None = None,
+        kv_dtype: str | None = None,
         mesh: Mesh | None = None,
         slots: int = SLOTS,
         cache_gib: float = CACHE_GIB,
@@ -163,14 +166,17 @@ class Kangaroo:
         Args:
             path: the folder.
             dtype, quantize, mesh: see `weights.load`.
+            kv_dtype: int8 halves what a conversation takes on the device; None keeps keys and values as computed.
             slots: conversations that are remembered on the device.
             cache_gib: GiB of the host's memory for what was seen, and for conversations that have lost their slot.
 
         Raises:
-            UserError: there is no checkpoint or tokenizer, or it is of another model than its config.
+            UserError: there is no checkpoint or tokenizer, it is of another model than its config, or an option is
+                none of those known.
         """
+        check_kv_dtype(kv_dtype)
         loaded = weights.load(path, dtype=dtype, quantize=quantize, mesh=mesh)
-        options: dict[str, Any] = dict(mesh=mesh, slots=slots, cache_gib=cache_gib)
+        options: dict[str, Any] = dict(mesh=mesh, kv_dtype=kv_dtype, slots=slots, cache_gib=cache_gib)
         return cls(loaded.model, loaded.config, loaded.tokenizer, weights_id=loaded.weights_id, **options)
 
     def _vision(self, programs: Programs) -> Vision:

@@ -63,6 +63,7 @@ class Engine:
         host_bytes: int = 0,
         mesh: Mesh | None = None,
         precision: str | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         """Starts its thread; nothing is compiled before it is needed, or `warm_up` is called.
 
@@ -74,8 +75,12 @@ class Engine:
             host_bytes: of the host's memory for conversations that have lost their slot.
             mesh: over which the weights and memories are cut.
             precision: of matrix products, as `jax.default_matmul_precision` has it.
+            kv_dtype: of what is remembered; int8, or None as it is computed.
+
+        Raises:
+            UserError: `kv_dtype` is none of these.
         """
-        self.programs = Programs(model, sizes, mesh=mesh, precision=precision)
+        self.programs = Programs(model, sizes, mesh=mesh, precision=precision, kv_dtype=kv_dtype)
         self.failed: str | None = None
         self._vision = vision(self.programs) if vision is not None else None
         self._detokenizer = detokenizer

@@ -3,24 +3,109 @@
 The large part of a layer is keys [K, H, C] and values [K, C, H]: the order in which attention reads them, so that
 nothing is turned. A decode step only reads it, so that it needs no copy and several conversations may share one;
 the step writes the tail, TAIL tokens long. `Chunk` is a piece of one prompt, `Step` one token of several conversations.
+
+Where the large part is int8, every token attends to rounded keys and values, those of its own chunk and of the tail
+included: an answer does not depend on when a tail is moved, or how a prompt is cut.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kangaroo_jax.inference.sizes import TAIL
 from kangaroo_jax.models.attention import MASKED
 from kangaroo_jax.sharding import constrain
 
 QUERIES = 128  # of a chunk, whose scores exist at a time
-KEYS = ("activation_kv_heads", None, None)  # of the large part; of values as well
 TAILS = (None, None, "activation_kv_heads", None, None)
+INT8 = "int8"
+_LARGEST = 127
+# Of each array of a part, its axis of tokens and the names of its axes.
+_AXES: dict[str, tuple[int, tuple[str | None, ...]]] = {
+    "keys": (2, ("activation_kv_heads", None, None)),
+    "values": (1, ("activation_kv_heads", None, None)),
+    "key_scale": (1, ("activation_kv_heads", None)),
+    "value_scale": (1, ("activation_kv_heads", None)),
+}
 
-Layer = tuple[jax.Array, jax.Array]  # keys [K, H, C], values [K, C, H]
-Layers = tuple[Layer, ...]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Keys and values of S tokens in one layer. Of int8, each token of each head has a scale."""
+
+    keys: Any  # [K, H, S]
+    values: Any  # [K, S, H]
+    key_scale: Any = None  # float32[K, S]
+    value_scale: Any = None
+
+    @classmethod
+    def shapes(cls, heads: int, width: int, tokens: int, dtype: Any, make: Callable[..., Any]) -> "Part":
+        """What `make(shape, names of axes, dtype)` gives for each array of a part."""
+        scale = make((heads, tokens), _AXES["key_scale"][1], jnp.float32) if dtype == jnp.int8 else None
+        keys = make((heads, width, tokens), _AXES["keys"][1], dtype)
+        return cls(keys, make((heads, tokens, width), _AXES["values"][1], dtype), scale, scale)
+
+    @classmethod
+    def of(cls, keys: jax.Array, values: jax.Array, dtype: Any) -> "Part":
+        """A part of keys [K, H, S] and values [K, S, H], which are rounded for int8."""
+        if dtype != jnp.int8:
+            return cls(keys.astype(dtype), values.astype(dtype))
+        keys, key_scale = _whole(keys, 1)
+        values, value_scale = _whole(values, 2)
+        return cls(keys, values, key_scale[:, 0], value_scale[:, :, 0])
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return int(self.values.shape[1])
+
+    def arrays(self) -> dict[str, Any]:
+        """Its arrays by name."""
+        return {name: array for name in _AXES if (array := getattr(self, name)) is not None}
+
+    def first(self, count: int) -> "Part":
+        """The first tokens; of NumPy's arrays a view."""
+        return Part(**{name: array[_until(name, count)] for name, array in self.arrays().items()})
+
+    def written(self, new: "Part", start: jax.Array | int) -> "Part":
+        """With other tokens in place of those from `start` on."""
+        zero, start, other = jnp.int32(0), jnp.asarray(start, jnp.int32), new.arrays()
+
+        def write(name: str, array: jax.Array) -> jax.Array:
+            axis, names = _AXES[name]
+            place = tuple(start if i == axis else zero for i in range(array.ndim))
+            return constrain(jax.lax.dynamic_update_slice(array, other[name], place), names)
+
+        return Part(**{name: write(name, array) for name, array in self.arrays().items()})
+
+    def padded(self, like: "Part") -> "Part":
+        """NumPy's arrays with as many tokens as `like` has, the later ones left out or 0."""
+        padded = {}
+        for name, shape in like.arrays().items():
+            padded[name] = np.zeros(shape.shape, shape.dtype)
+            part = getattr(self, name)[_until(name, like.tokens)]
+            padded[name][_until(name, part.shape[_AXES[name][0]])] = part
+        return Part(**padded)
+
+
+Layers = tuple[Part, ...]
+
+
+def _until(name: str, count: int) -> tuple[slice, ...]:
+    return (*[slice(None)] * _AXES[name][0], slice(0, count))
+
+
+def _whole(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """x as int8, and the scale float32 that all numbers along an axis share."""
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(axis, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST)
+    return jnp.rint(x / scale).astype(jnp.int8), scale
 
 
 @jax.tree_util.register_dataclass
@@ -28,32 +113,27 @@ Layers = tuple[Layer, ...]
 class Chunk:
     """The memory of one layer while a piece of one conversation's prompt is read: B is 1."""
 
-    layer: Layer
+    layer: Part
     start: jax.Array  # int32[], how many tokens it holds; the new ones stand behind them
     visible: int = dataclasses.field(metadata=dict(static=True))  # at least start
 
     def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, Chunk]":
         """See `LayerMemory`. Reads what was there before it writes, so that the write is made in place."""
-        keys, values = self.layer
         count, heads = query.shape[1], key.shape[2]
-        new_keys = key[0].transpose(1, 2, 0).astype(keys.dtype)
-        new_values = value[0].transpose(1, 0, 2).astype(values.dtype)
+        new = Part.of(key[0].transpose(1, 2, 0), value[0].transpose(1, 0, 2), self.layer.keys.dtype)
         queries = _grouped(query[0], heads)
         earlier = jnp.arange(self.visible) < self.start
         contexts = []
         for first in range(0, count, QUERIES):
             last = min(first + QUERIES, count)
             own = jnp.arange(last) <= jnp.arange(first, last)[:, None]
-            parts = [(new_keys[:, :, :last], new_values[:, :last], own[:, None])]
+            parts = [(new.first(last), own[:, None])]
             if self.visible:
-                parts.append((keys[:, :, : self.visible], values[:, : self.visible], earlier))
+                parts.append((self.layer.first(self.visible), earlier))
             contexts.append(_attend(queries[:, first:last], parts))
         context = jnp.concatenate(contexts, axis=1).transpose(1, 0, 2, 3).reshape(query.shape)
-        context, new_keys, new_values = jax.lax.optimization_barrier((context, new_keys, new_values))
-        zero = jnp.int32(0)
-        keys = jax.lax.dynamic_update_slice(keys, new_keys, (zero, zero, self.start))
-        values = jax.lax.dynamic_update_slice(values, new_values, (zero, self.start, zero))
-        return context, dataclasses.replace(self, layer=(constrain(keys, KEYS), constrain(values, KEYS)))
+        context, new = jax.lax.optimization_barrier((context, new))
+        return context, dataclasses.replace(self, layer=self.layer.written(new, self.start))
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +141,7 @@ class Chunk:
 class Step:
     """The memory of one layer while each of B conversations reads one token."""
 
-    layers: tuple[Layer, ...]  # of each row; rows may name the same arrays
+    layers: tuple[Part, ...]  # of each row; rows may name the same arrays
     tails: tuple[jax.Array, ...]  # [2, K, TAIL, H] of each row: keys and values
     filled: jax.Array  # int32[B], tokens in the large part
     place: jax.Array  # int32[B], of the new token in the tail
@@ -71,13 +151,16 @@ class Step:
         """See `LayerMemory`. What it remembers is in `new` alone."""
         heads = key.shape[2]
         new = jnp.stack([key[:, 0], value[:, 0]], axis=1)
+        if self.layers[0].key_scale is not None:
+            whole, scale = _whole(new, 3)
+            new = (whole * scale).astype(new.dtype)
         contexts = []
-        for row, ((keys, values), tail) in enumerate(zip(self.layers, self.tails, strict=True)):
+        for row, (part, tail) in enumerate(zip(self.layers, self.tails, strict=True)):
             here = jnp.arange(TAIL) == self.place[row]
             tail = jnp.where(here[:, None], new[row, :, :, None].astype(tail.dtype), tail)
             parts = [
-                (keys, values, jnp.arange(values.shape[1]) < self.filled[row]),
-                (tail[0].swapaxes(1, 2), tail[1], jnp.arange(TAIL) <= self.place[row]),
+                (part, jnp.arange(part.tokens) < self.filled[row]),
+                (Part(tail[0].swapaxes(1, 2), tail[1]), jnp.arange(TAIL) <= self.place[row]),
             ]
             contexts.append(_attend(_grouped(query[row], heads), parts))
         context = jnp.concatenate(contexts, axis=1).transpose(1, 0, 2, 3).reshape(query.shape)
@@ -106,29 +189,29 @@ def _grouped(query: jax.Array, heads: int) -> jax.Array:
     return grouped
 
 
-def _attend(query: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+def _attend(query: jax.Array, parts: Sequence[tuple[Part, jax.Array]]) -> jax.Array:
     """One softmax over several parts of a memory.
 
-    query [K, T, G, H]; of each part keys [K, H, S], values [K, S, H] and which of them are seen, bool[S] or
-    bool[T, 1, S] -> [K, T, G, H].
+    query [K, T, G, H]; which tokens of each part are seen, bool[S] or bool[T, 1, S] -> [K, T, G, H].
     """
-    scores = [
-        jnp.where(
-            seen,
-            jnp.einsum("ktgh,khs->ktgs", query, keys.astype(query.dtype), preferred_element_type=jnp.float32),
-            MASKED,
-        )
-        for keys, _, seen in parts
-    ]
+    scores = [jnp.where(seen, _scores(query, part), MASKED) for part, seen in parts]
     largest = scores[0].max(-1, keepdims=True)
     for other in scores[1:]:
         largest = jnp.maximum(largest, other.max(-1, keepdims=True))
     weights = [jnp.exp(score - largest) for score in scores]
     total = sum(weight.sum(-1, keepdims=True) for weight in weights)
-    outputs = [
-        jnp.einsum(
-            "ktgs,ksh->ktgh", weight.astype(query.dtype), values.astype(query.dtype), preferred_element_type=jnp.float32
-        )
-        for weight, (_, values, _) in zip(weights, parts, strict=True)
-    ]
+    outputs = [_weighed(weight, part, query.dtype) for weight, (part, _) in zip(weights, parts, strict=True)]
     return (sum(outputs[1:], outputs[0]) / total).astype(query.dtype)
+
+
+def _scores(query: jax.Array, part: Part) -> jax.Array:
+    keys = part.keys.astype(query.dtype)
+    scores = jnp.einsum("ktgh,khs->ktgs", query, keys, preferred_element_type=jnp.float32)
+    return scores if part.key_scale is None else scores * part.key_scale[:, None, None]
+
+
+def _weighed(weight: jax.Array, part: Part, dtype: Any) -> jax.Array:
+    if part.value_scale is not None:
+        weight = weight * part.value_scale[:, None, None]
+    values = part.values.astype(dtype)
+    return jnp.einsum("ktgs,ksh->ktgh", weight.astype(dtype), values, preferred_element_type=jnp.float32)

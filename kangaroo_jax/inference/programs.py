@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from kangaroo_jax.inference.memories import KEYS, TAILS, Chunk, Layers, Step, write_tails
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.memories import INT8, TAILS, Chunk, Layers, Part, Step, write_tails
 from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, choose
 from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
@@ -53,13 +54,20 @@ class Programs:
     tail = TAIL
 
     def __init__(
-        self, model: KangarooModel, sizes: Sizes, *, mesh: Mesh | None = None, precision: str | None = None
+        self,
+        model: KangarooModel,
+        sizes: Sizes,
+        *,
+        mesh: Mesh | None = None,
+        precision: str | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         """`model` has unstacked layers (`KangarooModel.unstack`); on a mesh its weights are cut by their axes.
 
         Of an abstract model, on an abstract device, programs can be lowered and nothing else. `precision` is that of
-        `jax.default_matmul_precision`.
+        `jax.default_matmul_precision`; `kv_dtype` see `check_kv_dtype`.
         """
+        check_kv_dtype(kv_dtype)
         graph, state = nnx.split(model)
         if mesh is not None:
             for _, weight in nnx.to_flat_state(state):
@@ -68,12 +76,14 @@ class Programs:
         self.sizes, self._mesh = sizes, mesh
         self._weights: Weights = tuple(leaves)
         shapes = tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in leaves)
-        common = (sizes.rows[-1], sizes.chunks[0], sizes.frames)  # that programs depend on, beside their own sizes
+        # What programs depend on, beside their own sizes.
+        common = (sizes.rows[-1], sizes.chunks[0], sizes.frames, kv_dtype)
         self._structure = _Structure(graph, treedef, (shapes, common), mesh, precision)
         llm, patch = model.llm, model.vision.patch_size
         self.depth, self.kv_heads, self.head_dim = llm.depth, llm.kv_heads, llm.head_dim
         self.vocabulary, self.width = model.llm.embedding.shape
         self.dtype, self.patch_size = llm.dtype, patch
+        self.kv_dtype = jnp.dtype(kv_dtype) if kv_dtype is not None else self.dtype
         joined = model.patchify.kernel_size[0] if model.joins_frames else 1
         self.frames_a_call = -(-sizes.frames // joined) * joined
         self._store = _store(self._structure)
@@ -174,7 +184,7 @@ class Programs:
         Returns:
             the large part, and an array that is there when the piece is read.
         """
-        capacity = large[0][1].shape[1]
+        capacity = large[0].tokens
         size = next(size for size in self.sizes.chunks if size >= len(tokens))
         far = next(far for far in self.sizes.lookbacks(capacity) if far >= start)
         padded = np.zeros(size, np.int32)
@@ -193,7 +203,7 @@ class Programs:
         Returns the large part, which was used up, and of each place the log-probability of `following`, the
         likeliest token and its log-probability, padded.
         """
-        size, capacity = self.sizes.chunks[0], large[0][1].shape[1]
+        size, capacity = self.sizes.chunks[0], large[0].tokens
         pad = (0, size - len(tokens))
         arguments = (self._weights, large, np.pad(tokens, pad), np.int32(start), np.pad(following, pad))
         layers, found = self._run(("score", capacity), *arguments)
@@ -213,7 +223,7 @@ class Programs:
         numbers int32[5, B]: the row of `previous` in which a row's token is, or -1; the token itself in that case;
         tokens in the large part and in the tail; the place of the token to choose in its answer.
         """
-        key = ("decode", larges[0][0][1].shape[1], len(larges))
+        key = ("decode", larges[0][0].tokens, len(larges))
         arguments = (self._weights, tuple(larges), tuple(tails), tuple(seen), previous, numbers, choices)
         chosen, tails, seen = self._run(key, *arguments)
         return chosen, tuple(tails), tuple(seen)
@@ -251,36 +261,32 @@ class Programs:
 
     def flush(self, large: Layers, tail: jax.Array, filled: int) -> Layers:
         """See `slots.Device`."""
-        layers: Layers = self._run(("flush", large[0][1].shape[1]), large, tail, np.int32(filled))
+        layers: Layers = self._run(("flush", large[0].tokens), large, tail, np.int32(filled))
         return layers
 
     def copy(self, into: Layers, large: Layers, capacity: int) -> Layers:
         """See `slots.Device`."""
-        layers: Layers = self._run(("copy", large[0][1].shape[1], capacity), into, large)
+        layers: Layers = self._run(("copy", large[0].tokens, capacity), into, large)
         return layers
 
     def save(self, large: Layers, count: int) -> tuple[Any, int]:
         """See `slots.Device`."""
-        content = [
-            (np.asarray(keys)[:, :, :count].copy(), np.asarray(values)[:, :count].copy()) for keys, values in large
-        ]
-        return content, sum(array.nbytes for layer in content for array in layer)
+        content = [jax.tree.map(np.copy, jax.tree.map(np.asarray, part).first(count)) for part in large]
+        return content, sum(array.nbytes for array in jax.tree.leaves(content))
 
     def size(self, count: int) -> int:
         """See `slots.Device`."""
-        return 2 * self.depth * self.kv_heads * self.head_dim * count * self.dtype.itemsize
+        one = Part.shapes(
+            self.kv_heads, self.head_dim, 1, self.kv_dtype, lambda shape, _, dtype: np.zeros(shape, dtype)
+        )
+        return count * self.depth * sum(array.nbytes for array in one.arrays().values())
 
     def restore(self, content: Any, capacity: int) -> Layers:
         """See `slots.Device`."""
         shapes = self._shape_of_part(capacity)
-
-        def put(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
-            whole = np.zeros(shape.shape, shape.dtype)
-            part = tuple(slice(0, min(sizes)) for sizes in zip(array.shape, shape.shape, strict=True))
-            whole[part] = array[part]
-            return self._put(whole, shape)
-
-        return tuple((put(keys, a), put(values, b)) for (keys, values), (a, b) in zip(content, shapes, strict=True))
+        padded = tuple(part.padded(shape) for part, shape in zip(content, shapes, strict=True))
+        layers: Layers = jax.tree.map(self._put, padded, shapes)
+        return layers
 
     # ------------------------------------------------------------------------------------------ arrays
 
@@ -290,9 +296,7 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, dtype or self.dtype, sharding=where)
 
     def _shape_of_part(self, capacity: int) -> Any:
-        k, h = self.kv_heads, self.head_dim
-        layer = (self._shape((k, h, capacity), KEYS), self._shape((k, capacity, h), KEYS))
-        return (layer,) * self.depth
+        return (Part.shapes(self.kv_heads, self.head_dim, capacity, self.kv_dtype, self._shape),) * self.depth
 
     def _zeros(self, shape: Any) -> jax.Array:
         return self._put(np.zeros(shape.shape, shape.dtype), shape)
@@ -334,6 +338,12 @@ class _Store:
 @functools.lru_cache(maxsize=8)
 def _store(structure: _Structure) -> _Store:
     return _Store()
+
+
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """Raise UserError unless it names how keys and values are kept: int8, or None as they are computed."""
+    if kv_dtype not in (None, INT8):
+        raise UserError(f"kv_dtype {kv_dtype!r}: use {INT8}, or none to keep keys and values as they are computed")
 
 
 # ------------------------------------------------------------------------------------------ pure functions
@@ -422,23 +432,16 @@ def _decode(
 
 
 def _flush(structure: _Structure, large: Layers, tail: jax.Array, filled: jax.Array) -> Layers:
-    zero = jnp.int32(0)
-    layers = []
-    for number, (keys, values) in enumerate(large):
-        keys = jax.lax.dynamic_update_slice(keys, tail[number, 0].swapaxes(1, 2), (zero, zero, filled))
-        values = jax.lax.dynamic_update_slice(values, tail[number, 1], (zero, filled, zero))
-        layers.append((constrain(keys, KEYS), constrain(values, KEYS)))
-    return tuple(layers)
+    return tuple(
+        part.written(Part.of(keys.swapaxes(1, 2), values, part.keys.dtype), filled)
+        for part, (keys, values) in zip(large, tail, strict=True)
+    )
 
 
 def _copy(structure: _Structure, into: Layers, large: Layers) -> Layers:
-    layers = []
-    for (keys, values), (their_keys, their_values) in zip(into, large, strict=True):
-        count = min(keys.shape[2], their_keys.shape[2])
-        keys = keys.at[:, :, :count].set(their_keys[:, :, :count])
-        values = values.at[:, :count].set(their_values[:, :count])
-        layers.append((constrain(keys, KEYS), constrain(values, KEYS)))
-    return tuple(layers)
+    return tuple(
+        part.written(theirs.first(min(part.tokens, theirs.tokens)), 0) for part, theirs in zip(into, large, strict=True)
+    )
 
 
 # Each program's function, the arguments that it uses up, and its static sizes by their place in the key.

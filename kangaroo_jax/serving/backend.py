@@ -12,6 +12,7 @@ from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.programs import check_kv_dtype
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.prompts import Prompts
@@ -46,6 +47,7 @@ class Choices:
     checkpoint: str
     dtype: str | None = None
     quantize: str | None = None
+    kv_dtype: str | None = None
     context: int = 0  # tokens of a conversation; 0: of the longest sample in training
     slots: int = 4  # conversations of that length at the same time
     host_cache_gib: float = 4.0  # conversations that lost their slot
@@ -59,6 +61,7 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     from kangaroo_jax.inference.vision import Vision
     from kangaroo_jax.inference.weights import load
 
+    check_kv_dtype(choices.kv_dtype)
     step(f"loading {Path(choices.checkpoint)}")
     loaded = load(choices.checkpoint, dtype=choices.dtype, quantize=choices.quantize)
     config, sizes = loaded.config, ModelConfig.from_config(loaded.config.model)
@@ -84,6 +87,7 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
         ),
         detokenizer=lambda stop: Detokenizer(loaded.tokenizer, stop),
         host_bytes=int(choices.host_cache_gib * (1 << 30)),
+        kv_dtype=choices.kv_dtype,
     )
     step("starting processes that decode")
     with contextlib.suppress(UserError):  # there is no such file, but the first request will not wait for a process

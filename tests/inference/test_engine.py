@@ -1,6 +1,7 @@
 """The engine against the plain forward: whoever asks beside whom, in whichever slot, read in whatever pieces."""
 
 import dataclasses
+import functools
 import threading
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.memories import Chunk, Part
 from kangaroo_jax.inference.requests import Answer, EngineError, Event, Request
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.inference.sizes import Sizes
@@ -90,10 +92,15 @@ def request(
     return Request(np.array(tokens, np.int32), np.array(is_vision), media, new, **options)
 
 
-@jax.jit
-def _logits(weights, graph, tokens, index, vision, length):
+@functools.partial(jax.jit, static_argnums=6)
+def _logits(weights, graph, tokens, index, vision, length, rounded):
     model = nnx.merge(graph.value, weights)
     x = model.embed(tokens[None], index[None], vision[None])
+    if rounded:
+        heads, width = model.llm.kv_heads, model.llm.head_dim
+        nothing = Part.shapes(heads, width, PLAIN, jnp.int8, lambda shape, _, dtype: jnp.zeros(shape, dtype))
+        whole = [Chunk(nothing, jnp.int32(0), visible=0)] * model.llm.depth
+        return model.unstack().llm.unembed(model.llm.read(x, jnp.arange(PLAIN)[None], whole)[0])[0]
     segments = (jnp.arange(PLAIN) < length).astype(jnp.int32)[None]
     return model.llm.unembed(model.llm(x, segments, jnp.arange(PLAIN)[None])[0])
 
@@ -104,8 +111,11 @@ class Graph:
     value: nnx.GraphDef
 
 
-def logits_after(model, asked: Request, answer) -> np.ndarray:
-    """float32[n, V] of the plain forward: what it says after the prompt and each token of the answer."""
+def logits_after(model, asked: Request, answer, rounded=False) -> np.ndarray:
+    """float32[n, V] of the plain forward: what it says after the prompt and each token of the answer.
+
+    With `rounded`, of one with int8 keys and values, at once.
+    """
     graph, weights = nnx.split(model)
     ids = np.concatenate([asked.tokens, np.asarray(answer, np.int32)])
     tokens, index = np.zeros(PLAIN, np.int32), np.full(PLAIN, -1, np.int32)
@@ -115,14 +125,14 @@ def logits_after(model, asked: Request, answer) -> np.ndarray:
     rows = [vision_of(ref) for ref in asked.media]
     if rows:
         vision[: sum(map(len, rows))] = np.concatenate(rows)
-    found = np.asarray(_logits(weights, Graph(graph), tokens, index, vision, len(ids)))
+    found = np.asarray(_logits(weights, Graph(graph), tokens, index, vision, len(ids), rounded))
     return found[len(asked.tokens) - 1 : len(ids) - 1 + (not len(answer))]
 
 
-def assert_plain(model, asked: Request, answer: Answer) -> None:
+def assert_plain(model, asked: Request, answer: Answer, rounded=False) -> None:
     """The answer is the greedy one of the plain forward; of two tokens that are equally likely either."""
     assert len(answer.ids) == asked.max_new_tokens and answer.finish_reason == "length"
-    logits = logits_after(model, asked, answer.ids)
+    logits = logits_after(model, asked, answer.ids, rounded)
     chosen = logits[np.arange(len(answer.ids)), answer.ids]
     np.testing.assert_allclose(chosen, logits.max(-1), atol=1e-4)
 
@@ -207,6 +217,44 @@ def test_what_gave_way_comes_back_from_the_host(model, unstacked):
         again = engine.submit(more).result(60)
         assert_plain(model, more, again)
         assert again.usage.cached_tokens == len(asked[0].tokens) + 19
+
+
+def test_int8_keys_and_values_are_rounded_alike_wherever_they_are(model, unstacked):
+    """In a chunk, a tail, a part that is flushed, shared, copied to a larger slot, or comes back from the host."""
+    sizes = Sizes(((256, 2), (384, 1)), chunks=(7, 32), visible=(64,), rows=(1, 2), frames=4)
+    with make_engine(unstacked, sizes, host_bytes=1 << 20, kv_dtype="int8") as engine:
+
+        def ask(asked, cached):
+            answer = engine.submit(asked).result(60)
+            assert_plain(model, asked, answer, rounded=True)
+            assert answer.usage.cached_tokens in (cached, cached + 1)
+            return answer.ids
+
+        first = request(1, 30, [("a", 40)], new=70)
+        answer = ask(first, 0)
+        known = len(first.tokens) + 69
+        ask(request(2, 9, before=first, answer=answer), known)
+        ask(request(3, 90, before=first, answer=answer), known)  # needs the larger slot
+        for seed in (4, 5, 6):
+            ask(request(seed, 150, new=5), 0)
+        assert engine.stats()["host_conversations"] > 0
+        ask(request(7, 5, before=first, answer=answer), known)
+        empty = engine.programs.empty(256)[0]
+        assert empty.keys.dtype == empty.values.dtype == jnp.int8
+        assert engine.programs.size(256) == sum(x.nbytes for x in jax.tree.leaves(engine.programs.empty(256)))
+
+
+def test_int8_keys_and_values_change_little(model):
+    asked = request(1, 60, [("a", 60)])
+    answer = np.random.default_rng(0).integers(11, V, 100)
+    plain, rounded = (jax.nn.log_softmax(logits_after(model, asked, answer, r)) for r in (False, True))
+    divergence = np.asarray((jnp.exp(plain) * (plain - rounded)).sum(-1))
+    assert 0 < divergence.mean() < 5e-3
+
+
+def test_a_dtype_that_keys_and_values_cannot_have_is_refused_in_one_line(unstacked):
+    with pytest.raises(UserError, match="kv_dtype 'int4': use int8, or none"):
+        make_engine(unstacked, kv_dtype="int4")
 
 
 @pytest.mark.slow
