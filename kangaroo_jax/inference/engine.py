@@ -26,6 +26,7 @@ from kangaroo_jax.inference.sampling import Choices, Chosen, seen_in_prompt
 from kangaroo_jax.inference.scheduling import Queue
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.inference.slots import Slots
+from kangaroo_jax.inference.timing import Finishes
 from kangaroo_jax.inference.vision import Vision
 from kangaroo_jax.models.kangaroo import KangarooModel
 
@@ -97,6 +98,7 @@ class Engine:
         self._choices: dict[int, tuple[tuple[Run, ...], Choices]] = {}
         self._spares: list[tuple[Any, Any]] = []  # tails and what was seen, for rows that nobody has
         self._markers: list[tuple[Run, Any]] = []
+        self._finishes = Finishes()
         self._failures = 0
         if self._vision is not None:
             self._vision.listener = self._awake.set
@@ -199,6 +201,7 @@ class Engine:
         for run in left:
             self._leave(run)
             run.ticket.tell(EngineError(reason))
+        self._finishes.close()
         if self._vision is not None:
             self._vision.close()
 
@@ -254,7 +257,7 @@ class Engine:
         self._counts["tokens_prefilled"] += len(tokens)
         self._markers.append((run, marker))
         if not run.left():
-            run.prompt_read()
+            self._finishes.of(marker, run.prompt_read)
             if run.request.continuation is None:
                 self._queue.answer(run)
 

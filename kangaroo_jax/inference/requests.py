@@ -75,8 +75,8 @@ class Usage:
     frames_encoded: int = 0
     frames_reused: int = 0
     queue: float = 0.0  # until it had a slot
-    decode_frames: float = 0.0
-    encode: float = 0.0
+    decode_frames: float = 0.0  # from the beginning of the decoding to the last frame
+    encode: float = 0.0  # while the device was at its frames
     prefill: float = 0.0  # from its slot to the end of its prompt
     first_token: float = 0.0  # from submission
     total: float = 0.0

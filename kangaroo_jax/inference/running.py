@@ -113,9 +113,9 @@ class Run:
         first, left = self.slot.filled, self.left()
         return first, first + min(left, sizes.chunk(left, first, self.slot.capacity))
 
-    def prompt_read(self) -> None:
-        """The prompt is read, or its last piece is on its way."""
-        self.usage.prefill = time.perf_counter() - self.placed
+    def prompt_read(self, when: float) -> None:
+        """The prompt was read at a time of `time.perf_counter`."""
+        self.usage.prefill = when - self.placed
 
     # ------------------------------------------------------------------------------------ the answer
 

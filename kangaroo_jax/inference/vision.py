@@ -22,6 +22,7 @@ from kangaroo_jax.data.media.decode import Decoder, Outcome
 from kangaroo_jax.data.media.video import Clip, MediaRef
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.identity import Source, media_identity
+from kangaroo_jax.inference.timing import Finishes
 
 Encode = Callable[[np.ndarray, np.ndarray], jax.Array]  # uint8[F, S, S, 3], seconds float32[F] -> [R, D]
 
@@ -70,6 +71,7 @@ class Vision:
         # Called from any thread when something has happened that `pump` or who waits for a medium should see.
         self.listener: Callable[[], None] = lambda: None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="identity")
+        self._finishes = Finishes()
         self._lock = threading.RLock()
         self._media: collections.OrderedDict[tuple[bytes, bytes], _Medium] = collections.OrderedDict()
         self._unfinished: list[_Medium] = []  # in the order in which they were asked for
@@ -140,6 +142,7 @@ class Vision:
     def close(self) -> None:
         """Forget everything, and wait for nothing that is under way."""
         self._readers.shutdown(wait=False, cancel_futures=True)
+        self._finishes.close()
         with self._lock:
             unfinished = list(self._unfinished)
             self._media.clear()
@@ -152,9 +155,10 @@ class Vision:
         missing = self.frames_a_call - len(pixels)
         padded = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else pixels
         rows = self._encode(padded, np.pad(seconds, (0, missing)))
+        self._finishes.of(rows, functools.partial(medium.looked, begun))
         rows.copy_to_host_async()
         with self._lock:
-            medium.add_rows(len(pixels), rows, time.perf_counter() - begun)
+            medium.add_rows(len(pixels), rows)
             self._encoded += len(pixels)
             self._encoding.append(medium)
             if medium.complete and medium in self._unfinished:
@@ -209,6 +213,7 @@ class _Medium:
         self.decode_seconds = self.encode_seconds = 0.0
         self.frames_decoded = self.frames_encoded = 0
         self._begun = time.perf_counter()
+        self._looked = 0.0  # until when
         self._pieces: list[Future[Outcome]] = []
         self._ready: dict[int, Clip] = {}  # pieces that came before an earlier one
         self._next_piece = 0
@@ -338,11 +343,16 @@ class _Medium:
         seconds = np.array(self.seconds[first : first + count], np.float32)
         return np.concatenate(parts) if len(parts) > 1 else parts[0], seconds
 
-    def add_rows(self, frames: int, rows: jax.Array, seconds: float) -> None:
+    def add_rows(self, frames: int, rows: jax.Array) -> None:
         first = self.ready
         self.frames_encoded += frames
-        self.encode_seconds += seconds
         self._rows.append((first, self.ready, rows))
+
+    def looked(self, begun: float, ended: float) -> None:
+        """The device had frames from `begun` on, those before them perhaps as well, and is done with them."""
+        with self.owner._lock:
+            self.encode_seconds += ended - max(begun, self._looked)
+            self._looked = ended
 
     def settle(self) -> None:
         """Bring rows that are still on the device to the host, those of padding left out."""

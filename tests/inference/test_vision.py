@@ -65,7 +65,7 @@ def encode(frames: np.ndarray, seconds: np.ndarray) -> jnp.ndarray:
 def make(request):
     """Makes a Vision of two frames a group, two tokens each, and four frames a call."""
 
-    def make(decoder: Decoder | None = None, **options) -> Vision:
+    def make(decoder: Decoder | None = None, encode=encode, **options) -> Vision:
         decoder = Counting(decoder or ThreadDecoder(2))
         defaults = dict(image_size=SIDE, frames_per_group=2, tokens_per_group=2, frames_a_call=4, cache_bytes=1 << 20)
         vision = Vision(encode, decoder, **{**defaults, "weights_id": "w", **options})
@@ -100,6 +100,33 @@ def numbers(rows: np.ndarray) -> list[int]:
 
 
 WANTED = [1, 3, 5, 7, 9, 11, 13, 15]  # the frames on display at the moments of `ref`
+
+
+class Slow(np.ndarray):
+    """Tokens that the device needs a while for, from when it is handed their frames."""
+
+    @classmethod
+    def encode(cls, frames: np.ndarray, seconds: np.ndarray) -> "Slow":
+        rows = np.asarray(encode(frames, seconds)).view(cls)
+        rows.there = time.perf_counter() + 0.1
+        return rows
+
+    def copy_to_host_async(self) -> None:
+        pass
+
+    def block_until_ready(self) -> "Slow":
+        time.sleep(max(0.0, self.there - time.perf_counter()))
+        return self
+
+
+def test_seconds_of_looking_are_those_until_the_tokens_are_there(make, clips):
+    vision, begun = make(encode=Slow.encode), time.perf_counter()
+    watched = vision.watch(ref(clips / "a.mp4"))
+    seen(vision, watched)
+    deadline = time.monotonic() + 10
+    while watched.usage["encode"] < 0.1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 0.1 <= watched.usage["encode"] <= time.perf_counter() - begun
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])
