@@ -301,10 +301,23 @@ class Kangaroo:
         logprobs: int | None = None,
     ) -> Stream:
         """The answer to the last of `turns` (a history and what `ask` returns) as it comes. Raises UserError."""
-        recipe = self.recipe(conversation(turns))
+        options: dict[str, Any] = dict(stop=stop, stop_ids=stop_ids, logprobs=logprobs)
+        return Stream(self.submit(conversation(turns), sampling, max_new_tokens=max_new_tokens, **options), turns)
+
+    def submit(
+        self,
+        conversation: Conversation,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+    ) -> Ticket:
+        """The engine's ticket for the answer to a conversation that ends with the user's turn. Raises UserError."""
         options: dict[str, Any] = dict(stop=tuple(stop), logprobs=logprobs)
         options["stop_ids"] = tuple(stop_ids) or self.tokenizer.stop_ids
-        return Stream(self._submit(recipe, max_new_tokens, sampling or Sampling(), **options), turns)
+        return self._submit(self.recipe(conversation), max_new_tokens, sampling or Sampling(), **options)
 
     def generate(
         self,

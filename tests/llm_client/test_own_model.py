@@ -1,7 +1,9 @@
 """Our own model as a captioner in this process: a checkpoint of random weights that is loaded and asked."""
 
+import asyncio
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ from kangaroo_jax.curation.annotate.run import annotate_clips
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.llm_client import own_model
 from kangaroo_jax.llm_client.own_model import OwnModel
+from kangaroo_jax.llm_client.requests import Completion, Failure, Request
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
@@ -67,6 +71,41 @@ def test_it_captions_frames_in_batches_as_chat_does(tmp_path, checkpoint, honest
             assert kangaroo.chat(image=path, query=asked, max_new_tokens=12)[0] == said["text"]
     summary = json.loads((tmp_path / "out/annotation.json").read_text())
     assert summary["this_run"]["captioner_a"]["calls"] == 4
+
+
+def test_a_bad_image_costs_its_own_request_alone(tmp_path, checkpoint):
+    Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no image")
+    backend = OwnModel("own", str(checkpoint), batch_size=3, settings={})
+
+    async def ask() -> list:
+        paths = [str(tmp_path / name) for name in ("good.png", "bad.png", "good.png", "bad.png", "good.png")]
+        asked = [Request("v1", f"What is it, {i}?", images=(path,)) for i, path in enumerate(paths)]
+        return await asyncio.gather(*(backend.complete(one, (), 4, 0) for one in asked), return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    for answer in answers[1::2]:
+        assert isinstance(answer, Failure) and answer.kind == "input" and "bad.png" in str(answer)
+    assert all(isinstance(a, Completion) and 0 < a.completion_tokens <= 4 < a.prompt_tokens for a in answers[::2])
+
+
+def test_who_stops_waiting_cancels_the_answer(checkpoint):
+    backend = OwnModel("own", str(checkpoint), settings={})
+
+    async def ask() -> None:
+        long = asyncio.create_task(backend.complete(Request("v1", "What?"), (), 100_000, 0))
+        while not (own_model._load(backend._path).stats()["running"]):
+            await asyncio.sleep(0.01)
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+
+    asyncio.run(ask())
+    engine = own_model._load(backend._path).engine
+    deadline = time.monotonic() + 30
+    while not engine.stats().get("requests_cancelled") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.stats()["requests_cancelled"] == 1
 
 
 def test_no_checkpoint_is_one_line(tmp_path):

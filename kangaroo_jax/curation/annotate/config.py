@@ -24,7 +24,7 @@ def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
     c.structured = True  # endpoint: whether it supports response_format json_schema
     c.timeout = 120.0  # endpoint: seconds before a call fails
     c.checkpoint = ""  # kangaroo: a folder that training wrote
-    c.batch_size = 16  # kangaroo: prompts a batch
+    c.batch_size = 16  # kangaroo: answers under way at a time
     c.corpus = ""  # scenes: a folder that kangaroo_jax.corpus.make wrote
     c.view = "all"  # scenes: all, or thing (less detail)
     c.temperature = 0.0
