@@ -7,8 +7,10 @@ No program is as fast; one that is far from it wastes something.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
@@ -16,7 +18,7 @@ from kangaroo_jax.chips import Chip, Slices
 from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
-from kangaroo_jax.inference.memories import KEYS, QUERIES, TAILS
+from kangaroo_jax.inference.memories import QUERIES, TAILS, Part
 from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
 from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.models.quantized import FORMATS
@@ -137,8 +139,12 @@ def held(talk: Talk, mesh: tuple[int, int, int, int]) -> Held:
 
 def _large(talk: Talk, capacity: int, mesh: AbstractMesh) -> int:
     llm = talk.model.llm
-    keys = jax.ShapeDtypeStruct((llm.kv_heads, llm.head_dim, capacity), talk.model.dtype)
-    return 2 * llm.depth * _bytes(keys, KEYS, mesh)
+
+    def size(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> int:
+        return _bytes(jax.ShapeDtypeStruct(shape, dtype), axes, mesh)
+
+    layer = Part.shapes(llm.kv_heads, llm.head_dim, capacity, jnp.dtype(talk.model.dtype), size)
+    return llm.depth * sum(layer.arrays().values())
 
 
 def _bytes(array: jax.ShapeDtypeStruct, axes: tuple[str | None, ...], mesh: AbstractMesh) -> int:
