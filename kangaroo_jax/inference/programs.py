@@ -276,10 +276,9 @@ class Programs:
 
     def size(self, count: int) -> int:
         """See `slots.Device`."""
-        one = Part.shapes(
-            self.kv_heads, self.head_dim, 1, self.kv_dtype, lambda shape, _, dtype: np.zeros(shape, dtype)
-        )
-        return count * self.depth * sum(array.nbytes for array in one.arrays().values())
+        shapes = jax.tree.leaves(self._shape_of_part(count))
+        size: int = sum(shape.size * shape.dtype.itemsize for shape in shapes)
+        return size
 
     def restore(self, content: Any, capacity: int) -> Layers:
         """See `slots.Device`."""
