@@ -112,6 +112,9 @@ class Kangaroo:
 
     What was seen and read is remembered: a video that was asked about is not decoded, looked at or read again.
     A context manager, which closes it.
+
+    Attributes:
+        weights_id: names the numbers of the weights, their dtype and how they are quantised.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class Kangaroo:
         model_config = ModelConfig.from_config(config.model)
         self._frames_per_group = frames_per_group(model_config)
         self._tokens_per_group = tokens_per_group(model_config, config.data.image_size)
-        self._weights_id = weights_id or secrets.token_hex(16)
+        self.weights_id = weights_id or secrets.token_hex(16)
         self._cache_bytes = int(cache_gib * 2**30) // 2  # as much for what was seen as for what was read
         self._decoder, self._given = ThreadDecoder(usable_cpus()), Spool()
         if not isinstance(model.llm.layers, nnx.List):
@@ -187,7 +190,7 @@ class Kangaroo:
             frames_per_group=self._frames_per_group,
             tokens_per_group=self._tokens_per_group,
             frames_a_call=programs.frames_a_call,
-            weights_id=self._weights_id,
+            weights_id=self.weights_id,
             cache_bytes=self._cache_bytes,
             pieces=usable_cpus(),
         )
