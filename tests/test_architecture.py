@@ -16,13 +16,14 @@ FLOORS = (
     ("system", "conventions", "chips", "config_files"),
     ("config", "sharding", "report", "data.media"),
     ("models", "corpus", "data.annotations", "evaluation.extraction"),
-    ("data",),  # the tokenizer
+    ("data", "evaluation.benchmarks"),  # data itself is the tokenizer
     ("data.batches",),
     ("data.audit",),
     ("checkpoints",),
     ("training", "inference"),
     ("conversion.torch_model",),
-    ("conversion", "llm_client", "evaluation", "planning", "serving"),
+    ("conversion", "llm_client", "planning", "serving"),
+    ("evaluation",),
     ("curation.stages",),
     ("curation.engine",),
     ("curation.annotate",),

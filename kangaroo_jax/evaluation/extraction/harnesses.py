@@ -126,8 +126,36 @@ def official_mvbench(text: str, letters: str, options: Sequence[str] = ()) -> st
 
 
 def official_vnbench(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """VNBench's own script: the first of A, B, C, D that occurs anywhere, so that `Answer B` is A."""
-    return next((letter for letter in letters if letter in text), "")
+    """VNBench's own script: the first of A to D that occurs before the first full stop, so that `Answer B` is A."""
+    return next((letter for letter in "ABCD" if letter in text.split(".")[0]), "")
+
+
+def vlmevalkit_inferred(text: str, letters: str, options: Sequence[str] = ()) -> str:
+    """VLMEvalKit without a judge: the only letter among the last five words, else the only option's text."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [letter for letter in letters if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if len(text) > 2 * sum(map(len, options)):
+        return ""
+    quoted = [x for x, option in zip(letters, options, strict=False) if option.lower() in text.lower()]
+    return quoted[0] if len(quoted) == 1 else ""
+
+
+def vlmevalkit_mvbench(text: str, letters: str, options: Sequence[str] = ()) -> str:
+    """VLMEvalKit's MVBench without a judge: what the official script accepts, or what is inferred."""
+    return official_mvbench(text, letters, options) + vlmevalkit_inferred(text, letters, options)
+
+
+def vlmevalkit_mlvu(text: str, letters: str, options: Sequence[str] = ()) -> str:
+    """VLMEvalKit's MLVU without a judge: what the official script reads, or what is inferred."""
+    read = official_mlvu(text, letters, options)
+    return (read if read in letters else "") + vlmevalkit_inferred(text, letters, options)
+
+
+def vlmevalkit_longvideobench(text: str, letters: str, options: Sequence[str] = ()) -> str:
+    """VLMEvalKit's LongVideoBench without a judge: the first capital from A to E, and no guess."""
+    return _first_capital(text, _LEADS, "ABCDE")
 
 
 def lmms_egoschema(text: str, letters: str, options: Sequence[str] = ()) -> str:
@@ -156,5 +184,25 @@ def official_tempcompass(text: str, letters: str, options: Sequence[str] = ()) -
     plain = text.strip()
     for letter, option in zip(letters, options, strict=False):
         if plain in (letter, f"{letter}. {option}") or plain[:2] in (letter + ".", letter + ")"):
+            return letter
+    return ""
+
+
+def official_yes_no(text: str, letters: str, options: Sequence[str] = ()) -> str:
+    """TempCompass' own rule: the answer begins with yes or no, in either case."""
+    lowered = text.strip().lower()
+    return next((x for x, option in zip(letters, options, strict=False) if lowered.startswith(option)), "")
+
+
+def official_matching(text: str, letters: str, options: Sequence[str] = ()) -> str:
+    """TempCompass' own rule for captions: the line of an option, its sentence, or its mark (`Caption A`, `A`)."""
+    plain = text.strip()
+    for letter, option in zip(letters, options, strict=False):
+        mark, _, sentence = option.partition(": ")
+        if (
+            plain in (option, sentence)
+            or plain.partition(") ")[2] == sentence
+            or plain.replace(".", "") in (mark, mark.split(" ")[-1])
+        ):
             return letter
     return ""

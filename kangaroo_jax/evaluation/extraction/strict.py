@@ -57,3 +57,29 @@ def extract_letter(text: str, choices: str = "ABCD", options: Sequence[str] = ()
 
 def _plain(option: str) -> str:
     return unicodedata.normalize("NFKC", option).strip().rstrip(".。")
+
+
+def extract_word(text: str, choices: str, options: Sequence[str]) -> str:
+    """The letter of the option whose word (`yes`, `no`) begins the answer or is the only one in it, else ""."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFKC", without_thoughts(text)).casefold())
+    named = [letter for letter, option in zip(choices, options, strict=False) if option.casefold() in words]
+    if words and (first := [x for x, o in zip(choices, options, strict=False) if o.casefold() == words[0]]):
+        return first[0]
+    return named[0] if len(named) == 1 else ""
+
+
+def extract_line(text: str, choices: str, options: Sequence[str]) -> str:
+    """The letter of the option that an answer is, where options are lines with marks of their own (`Caption A: ...`).
+
+    The answer is the line, its sentence or its mark; or exactly one mark, or one sentence, stands in it; else "".
+    """
+    plain = _plain(without_thoughts(text)).casefold()
+    parts = [(x, *_plain(o).casefold().partition(": ")[::2]) for x, o in zip(choices, options, strict=False)]
+    for letter, mark, sentence in parts:
+        if plain.strip("()[]*\"' ") in (f"{mark}: {sentence}", sentence, mark, mark.split(" ")[-1]):
+            return letter
+    for form in (1, 2):
+        named = [part[0] for part in parts if re.search(rf"(?<!\w){re.escape(part[form])}(?!\w)", plain)]
+        if len(named) == 1:
+            return named[0]
+    return ""

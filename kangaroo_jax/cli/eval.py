@@ -1,0 +1,138 @@
+"""`kangaroo eval`: answers benchmarks from local files and scores the answers under every protocol."""
+
+from pathlib import Path
+
+from kangaroo_jax.cli.arguments import Count, Natural, Number, Several, listed
+from kangaroo_jax.errors import UserError
+
+
+def evaluate(
+    *,
+    checkpoint: str = "",
+    benchmark: str = "",
+    data: str = "",
+    workdir: str = "",
+    controls: bool = False,
+    check: bool = False,
+    describe: str = "",
+    rescore: bool = False,
+    compare: Several = None,
+    prompt: str = "",
+    protocol: str = "strict",
+    frames: Natural = 0,
+    limit: Natural = 0,
+    max_new_tokens: Natural = 0,
+    strict: bool = False,
+    share: str = "1/1",
+    at_a_time: Count = 8,
+    slots: Count = 4,
+    cache_gib: Number = 4.0,
+    dtype: str | None = None,
+    quantize: str | None = None,
+) -> None:
+    """Answer published benchmarks from local files, and score the answers under every protocol.
+
+        kangaroo eval --checkpoint=runs/quickstart --benchmark=quickstart --data=runs/quickstart --workdir=runs/eval
+        kangaroo eval --describe=video-mme
+        kangaroo eval --benchmark=video-mme,mlvu --data=/data --check
+        kangaroo eval --workdir=runs/eval --rescore
+        kangaroo eval --compare runs/eval_a runs/eval_b
+
+    Nothing is downloaded. Run it again with the same workdir to go on: what was answered by these weights about these
+    bytes is not asked again. docs/evaluation.md lists the benchmarks.
+
+    Args:
+        checkpoint: folder that training or a conversion wrote
+        benchmark: names by commas, or FILE.jsonl of conversations with answers
+        data: folder of the benchmarks' files
+        workdir: folder for answers and results
+        controls: also ask without the video, with one frame, and with the options in another order
+        check: only look whether the files are whole
+        describe: only say what a benchmark is, what to fetch and where it goes; "all" lists them
+        rescore: only score the answers in the workdir
+        compare: only compare the workdirs of two runs, question by question
+        prompt: style of the prompts: official, lmms-eval, vlmevalkit, ...; by default each benchmark's first
+        protocol: of the comparison
+        frames: of a video; 0 is the benchmark's number, or as in training
+        limit: questions of each benchmark; 0 is all
+        max_new_tokens: longest answer; 0 is the benchmark's
+        strict: end at the first video that cannot be read
+        share: part of the videos that this process asks about, such as 2/4
+        at_a_time: questions under way together
+        slots: conversations that are remembered on the device
+        cache_gib: memory for what was seen and read
+        dtype: of the computation: float32, bfloat16 or float16
+        quantize: int8 or int4, of the decoder's weights
+    """
+    from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS, benchmark_named
+
+    if describe:
+        _describe(list(BENCHMARKS) if describe == "all" else listed(describe))
+        return
+    if compare:
+        _compare(compare, protocol)
+        return
+    if rescore:
+        from kangaroo_jax.evaluation.running import rescore as run_again
+
+        run_again(Path(_needed("workdir", workdir, "folder for answers and results")))
+        return
+    names = tuple(listed(_needed("benchmark", benchmark, "names by commas; --describe=all lists them")))
+    _needed("data", data, "folder of the benchmarks' files; --describe=NAME says what goes there")
+    for name in names:
+        benchmark_named(name)
+    if check:
+        _check(names, Path(data), limit)
+        return
+    _needed("workdir", workdir, "folder for answers and results")
+    _needed("checkpoint", checkpoint, "folder that training or a conversion wrote")
+
+    from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint
+
+    part = Share.of(share)
+    settings = Settings(names, str(Path(data).resolve()), prompt, frames, limit, max_new_tokens, controls)
+    loading = Loading(dtype, quantize, slots, cache_gib, at_a_time, strict)
+    evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part)
+
+
+def _needed(flag: str, value: str, what: str) -> str:
+    if not value:
+        raise UserError(f"eval: --{flag} is missing ({what})")
+    return value
+
+
+def _describe(names: list[str]) -> None:
+    from kangaroo_jax.evaluation.benchmarks.table import benchmark_named
+    from kangaroo_jax.evaluation.checking import describe
+
+    for name in names:
+        print("\n".join(describe(benchmark_named(name))))
+
+
+def _check(names: tuple[str, ...], data: Path, limit: int) -> None:
+    """Say what is missing or broken; exit code 3 where a question cannot be asked."""
+    from kangaroo_jax.evaluation.benchmarks.table import benchmark_named
+    from kangaroo_jax.evaluation.checking import check, questions_of, report
+
+    complete = True
+    for name in names:
+        benchmark = benchmark_named(name)
+        found = check(benchmark, questions_of(benchmark, data, limit))
+        print("\n".join(report(benchmark, found)))
+        complete = complete and found.complete
+    if not complete:
+        raise SystemExit(3)
+
+
+def _compare(runs: list[str], protocol: str) -> None:
+    from kangaroo_jax.evaluation.benchmarks.question import PROTOCOLS
+    from kangaroo_jax.evaluation.results import compare_runs
+
+    if len(runs) != 2:
+        raise UserError(f"eval: --compare takes the workdirs of two runs, not {len(runs)}: --compare A B")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol={protocol}: is none of {', '.join(PROTOCOLS)}")
+    print("\n".join(compare_runs(Path(runs[0]), Path(runs[1]), protocol)))
+
+
+COMMANDS = {"": evaluate}

@@ -1,0 +1,1 @@
+"""The published benchmarks from their official files: a file each."""

@@ -1,0 +1,155 @@
+"""What is asked: the tasks of a benchmark, and each as tokens of a prompt with the identity of its answer."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.data.annotations.conversation import Media
+from kangaroo_jax.data.batches.sample import Recipe, frame_policy, plan_media, render_parts
+from kangaroo_jax.data.media.video import MediaRef
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question, Wording
+from kangaroo_jax.evaluation.benchmarks.subtitles import on_display
+from kangaroo_jax.evaluation.samples import key_of
+from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.inference.identity import source_of
+
+CONTROLS = ("no-video", "one-frame", "rotated")  # what is asked beside the question itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A question as it is to be asked."""
+
+    benchmark: Benchmark
+    question: Question
+    wording: Wording
+    style: str
+    variant: str = ""  # "" or a control
+    frames: int | None = None  # of a video; None as in training
+    max_new_tokens: int = 16
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """See `samples.Name`."""
+        return self.benchmark.name, self.variant, self.question.id
+
+    def generation(self) -> dict[str, Any]:
+        """What the answer depends on beside weights and prompt; answers are greedy."""
+        return {"max_new_tokens": self.max_new_tokens, "temperature": 0.0, "likelihood": self.wording.likelihood}
+
+
+def tasks_of(
+    benchmark: Benchmark,
+    questions: Iterable[Question],
+    style: str = "",
+    variants: Sequence[str] = ("",),
+    frames: int | None = None,
+    max_new_tokens: int | None = None,
+) -> list[Task]:
+    """The tasks of a benchmark: those about one video are neighbours, in all variants.
+
+    Raises UserError: the benchmark has no such style of prompt.
+    """
+    style = style or next(iter(benchmark.wordings))
+    if style not in benchmark.wordings:
+        raise UserError(f"{benchmark.name}: has no prompts of {style!r}; there are {', '.join(benchmark.wordings)}")
+    by_video: dict[tuple[str, str], list[Task]] = {}
+    for question in questions:
+        wording = benchmark.wording(style, question.kind)
+        for variant in variants:
+            if variant == "rotated" and (wording.likelihood or not _turns(question)):
+                continue
+            asked = rotated(question) if variant == "rotated" else question
+            told = max_new_tokens or benchmark.max_new_tokens
+            task = Task(benchmark, asked, wording, style, variant, frames or benchmark.frames, told)
+            seen = variant if variant in ("no-video", "one-frame") else ""
+            by_video.setdefault((question.video or question.id, seen), []).append(task)
+    return [task for some in by_video.values() for task in some]
+
+
+def rotated(question: Question) -> Question:
+    """The question with its options moved by half of them, so that none keeps its letter; as it is where none can."""
+    if not _turns(question):
+        return question
+    half = (len(question.options) + 1) // 2
+    letter = question.answer
+    if letter:
+        letter = question.letters[(question.letters.index(letter) - half) % len(question.options)]
+    return dataclasses.replace(question, options=question.options[half:] + question.options[:half], answer=letter)
+
+
+def _turns(question: Question) -> bool:
+    """Whether a question shows lettered options whose order is ours to choose."""
+    return question.kind == "choice" and len(question.options) > 1 and not question.prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A task as tokens."""
+
+    task: Task
+    recipe: Recipe
+    continuations: tuple[np.ndarray, ...]  # texts whose likelihood is wanted
+    identity: dict[str, Any]
+    key: str
+
+
+class Prompts:
+    """Makes prompts for a model. Its methods may be called from any thread."""
+
+    def __init__(self, model: Kangaroo) -> None:
+        config = ModelConfig.from_config(model.config.model)
+        self._per_group = frames_per_group(config)
+        self._tokens = tokens_per_group(config, model.config.data.image_size)
+        self._policy = frame_policy(model.config.data, self._per_group)
+        self._model = model
+
+    def prompt(self, task: Task) -> Prompt:
+        """The tokens of a task and the identity of its answer. Raises UserError where a medium cannot be read."""
+        question, wording, tokenizer = task.question, task.wording, self._model.tokenizer
+        refs = self._refs(task)
+        times = [time + (ref.start or 0.0) for ref in refs if ref.kind == "video" for time in ref.times]
+        shown = on_display(question.subtitles, times, question.subtitles_from) if question.subtitles else ""
+        turns: list[tuple[str, Sequence[str | MediaRef]]] = [("user", [*refs, wording.prompt(question, shown)])]
+        if wording.system:
+            turns.insert(0, ("system", [wording.system]))
+        if wording.prefill:
+            turns.append(("assistant", [wording.prefill]))
+        recipe = render_parts(turns, tokenizer, self._per_group, self._tokens, leave_open=bool(wording.prefill))
+        scored = question.options if wording.likelihood else ()
+        continuations = tuple(np.array(tokenizer.encode(option), np.int32) for option in scored)
+        ids = hashlib.sha256(recipe.tokens.astype("<i4").tobytes())
+        for continuation in continuations:
+            ids.update(b"|" + continuation.astype("<i4").tobytes())
+        digests = [[source_of(path).digest.hex() for path in ref.frames or (ref.path,)] for ref in refs]
+        identity = {
+            "weights": self._model.weights_id,
+            "media": [hashlib.sha256("".join(some).encode()).hexdigest() for some in digests],
+            "prompt": ids.hexdigest(),
+            "times": [[ref.start or 0.0, *(round(time, 6) for time in ref.times)] for ref in refs],
+            "generation": task.generation(),
+        }
+        return Prompt(task, recipe, continuations, identity, key_of(identity))
+
+    def _refs(self, task: Task) -> tuple[MediaRef, ...]:
+        if task.variant == "no-video":
+            return ()
+        media = tuple(self._framed(medium, task.frames) for medium in task.question.media)
+        refs = plan_media(media, self._policy, self._per_group)
+        return tuple(_middle_only(ref, self._per_group) for ref in refs) if task.variant == "one-frame" else refs
+
+    @staticmethod
+    def _framed(medium: Media, frames: int | None) -> Media:
+        return medium if frames is None or medium.kind == "image" else dataclasses.replace(medium, nframes=frames)
+
+
+def _middle_only(ref: MediaRef, count: int) -> MediaRef:
+    """The medium as its middle frame, as often as a group takes frames."""
+    middle = len(ref.times) // 2
+    frames = (ref.frames[middle],) * count if ref.frames else ()
+    return dataclasses.replace(ref, times=(ref.times[middle],) * count, frames=frames)
