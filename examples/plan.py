@@ -7,10 +7,9 @@ For TPUs (`--topology=v5e:4x8`) each stage's step is compiled, a minute or two e
 
 import argparse
 
-from kangaroo_jax import load_config
 from kangaroo_jax.chips import parse_topology
+from kangaroo_jax.config import STAGES, StageConfig
 from kangaroo_jax.planning.plan import make_plan
-from kangaroo_jax.training.curriculum import STAGES
 
 
 def main() -> None:
@@ -22,7 +21,9 @@ def main() -> None:
 
     hours = 0.0
     for stage in STAGES:
-        plan = make_plan(load_config(f"{stage}:kangaroo_8b"), parse_topology(arguments.topology), mfu=arguments.mfu)
+        plan = make_plan(
+            StageConfig.load(f"{stage}:kangaroo_8b"), parse_topology(arguments.topology), mfu=arguments.mfu
+        )
         hours += plan.chip_hours
         memory = f"{plan.peak_hbm_gib:5.1f} of {plan.capacity_gib:.0f} GiB"
         print(f"{stage:22} {memory}  {'fits' if plan.fits else 'does not fit'}  {plan.step_seconds:6.1f} s a step")

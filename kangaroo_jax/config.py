@@ -7,13 +7,12 @@ in code.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-import ml_collections
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config_files import nearest
+from kangaroo_jax.config_files import load_config, nearest
 from kangaroo_jax.errors import UserError
 
 # The curriculum, in order: files of `configs/`.
@@ -48,19 +47,45 @@ class Section:
                 raise UserError(f"{cls.PATH}.{key} is missing; {cls.PATH} needs every key that kangaroo_jax.config has")
         return cls(**{key: _read(config[key], default, f"{cls.PATH}.{key}") for key, default in fields.items()})
 
+    def flat(self) -> Iterator[tuple[str, Any]]:
+        """(key with dots, value) of everything that is no section."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Section):
+                yield from ((f"{field.name}.{key}", inner) for key, inner in value.flat())
+            else:
+                yield field.name, value
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """A copy in which keys ("packs_per_batch", "data.packs_per_batch") have these values."""
+        section = self
+        for key, value in values.items():
+            name, _, inner = key.partition(".")
+            if inner:
+                value = getattr(section, name).changed({inner: value})
+            section = dataclasses.replace(section, **{name: value})
+        return section
+
 
 def _read(value: Any, default: Any, path: str) -> Any:
     """`value` as the type of `default`. Raises UserError."""
     if isinstance(default, Section) and isinstance(value, Mapping | ConfigDict):
         return type(default).from_config(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuples(value)
     if isinstance(value, bool) == isinstance(default, bool):
         if isinstance(default, float) and isinstance(value, int):
             return float(value)
         if isinstance(value, type(default)):
             return value
     raise UserError(f"{path} is {value!r}: must be {_KINDS.get(type(default), 'a section')}")
+
+
+def tuples(value: Any) -> Any:
+    """The value with lists as tuples: JSON has only lists, a config only tuples."""
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
@@ -311,6 +336,11 @@ class StageConfig(Section):
 
     PATH = "config"
 
+    @classmethod
+    def load(cls, spec: str) -> "StageConfig":
+        """The stage of `FILE[:PRESET]` (`config_files.load_config`). Raises UserError."""
+        return cls.from_config(load_config(spec))
+
     stage: str = ""  # name of the stage; a folder of the curriculum's workdir
     model: ModelConfig = ModelConfig()
     init_from: str = ""  # checkpoint folder whose weights the stage starts from; "" is a fresh start
@@ -364,9 +394,10 @@ def lock(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
-def to_plain(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> dict:
-    """A config as plain dictionaries and lists, for JSON."""
-    return config.to_dict()
+def to_plain(config: StageConfig) -> dict[str, Any]:
+    """A stage as plain dictionaries, their keys in the order of the alphabet, for JSON."""
+    plain: dict[str, Any] = ConfigDict(dataclasses.asdict(config)).to_dict()
+    return plain
 
 
 def frames_per_group(model: ModelConfig) -> int:

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.checkpoints.reading import completed
-from kangaroo_jax.config import PRESETS, ModelConfig, StageConfig, model_config, stage_config
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import PRESETS, ModelConfig, StageConfig, model_config, stage_config, to_plain
 from kangaroo_jax.errors import UserError
 
 
@@ -21,7 +20,7 @@ def test_a_config_becomes_its_dataclass_and_back(preset):
 
 
 def test_what_a_stage_file_changes_arrives():
-    stage = StageConfig.from_config(load_config("stage1_image_pretrain:kangaroo_8b"))
+    stage = StageConfig.load("stage1_image_pretrain:kangaroo_8b")
     assert not stage.model.patchify.enabled
     assert (stage.data.loss_on, stage.data.image_size) == ("caption", 224)
 
@@ -64,11 +63,25 @@ def test_whole_numbers_and_lists_do_for_fractions_and_tuples():
     assert model == ModelConfig.from_config(model_config("tiny"))
 
 
+def test_a_changed_copy_leaves_the_first_as_it_was_and_every_key_is_listed():
+    stage = StageConfig()
+    other = stage.changed({"model.llm.rope_scaling.factor": 8.0, "data.fps": 2.0, "seed": 3})
+    differ = {key: value for key, value in other.flat() if dict(stage.flat())[key] != value}
+    assert differ == {"model.llm.rope_scaling.factor": 8.0, "data.fps": 2.0, "seed": 3}
+    assert to_plain(other) == dataclasses.asdict(other) and list(to_plain(other)) == sorted(to_plain(other))
+
+
+def test_a_key_that_a_stage_file_invents_is_named(tmp_path):
+    text = "from kangaroo_jax.config import stage_config\ndef get_config(preset='tiny'):\n"
+    (tmp_path / "mine.py").write_text(text + "    c = stage_config(preset)\n    c.data.fsp = 2.0\n    return c\n")
+    with pytest.raises(UserError, match=r"config.data: there is no key 'fsp' \(did you mean 'fps'\?\)"):
+        StageConfig.load(str(tmp_path / "mine.py"))
+
+
 def test_a_kept_config_of_another_version_is_completed():
     kept = {"model": {"preset": "tiny", "llm": {"depth": 2}}, "data": {"fps": 2.0, "sampler": "old"}, "lora": {"r": 4}}
-    config = completed(kept, Path("CHECKPOINT"))
-    stage = StageConfig.from_config({key: value for key, value in config.items() if key != "lora"})
-    assert (stage.model.llm.depth, stage.model.llm.width, stage.data.fps, config.lora.r) == (2, 64, 2.0, 4)
+    stage = StageConfig.from_config(completed(kept, Path("CHECKPOINT")))
+    assert (stage.model.llm.depth, stage.model.llm.width, stage.data.fps) == (2, 64, 2.0)
     kept["model"]["llm"]["mixture"] = 8
     with pytest.raises(UserError, match="CHECKPOINT: config.model.llm.mixture of the checkpoint is a setting"):
         completed(kept, Path("CHECKPOINT"))

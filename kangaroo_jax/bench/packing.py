@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.data.audit.stats import Sizes, fullness
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.progress import Tell
@@ -24,14 +22,13 @@ LONG_SHARE = 0.7  # share of long videos among the samples of a stage with a sep
 _COLUMNS = ("useful_tokens", "useful_frames", "offline_tokens", "offline_frames", "tokens_at_most", "frames_at_most")
 
 
-def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[Sizes]:
+def made_up(config: StageConfig, samples: int, text: str, seed: int = 0) -> list[Sizes]:
     """Synthetic samples of a stage: frames uniform in its ranges, text uniform or log-uniform in TEXT.
 
     Text is cut to the room that `max_sample_tokens` leaves, as in training.
     """
     data, rng = config.data, np.random.default_rng(seed)
-    model = ModelConfig.from_config(config.model)
-    group, rows = frames_per_group(model), tokens_per_group(model, data.image_size)
+    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
     two_ranges = (data.long_min_frames, data.long_max_frames) != (data.min_frames, data.max_frames)
     found = []
     for i in range(samples):
@@ -45,7 +42,7 @@ def made_up(config: ConfigDict, samples: int, text: str, seed: int = 0) -> list[
     return found
 
 
-def bench_packing(config: ConfigDict, samples: int, text: str, seed: int = 0) -> dict[str, Any]:
+def bench_packing(config: StageConfig, samples: int, text: str, seed: int = 0) -> dict[str, Any]:
     """The shares of `stats.fullness` for a stage's rows, and gflops_per_useful_token (of a causal train step)."""
     data = config.data
     found = fullness(
@@ -63,10 +60,10 @@ def bench_rows(specs: Sequence[str], row: str, samples: int, seed: int, tell: Te
     """
     results = []
     for spec in specs or [f"{stage}:kangaroo_8b" for stage in STAGES]:
-        config = load_config(spec)
+        config = StageConfig.load(spec)
         if row:
-            with config.unlocked():
-                config.data.tokens_per_pack, config.data.frames_per_pack = _row(row)
+            tokens, frames = _row(row)
+            config = config.changed({"data.tokens_per_pack": tokens, "data.frames_per_pack": frames})
             if not specs and not _holds_a_sample(config):
                 tell(f"{config.stage}: a sample may have {_most(config)}, which that row does not hold")
                 continue
@@ -78,12 +75,12 @@ def bench_rows(specs: Sequence[str], row: str, samples: int, seed: int, tell: Te
     return results
 
 
-def _most(config: ConfigDict) -> str:
+def _most(config: StageConfig) -> str:
     data = config.data
     return f"{data.max_sample_tokens:,} tokens and {max(data.max_frames, data.long_max_frames)} frames"
 
 
-def _holds_a_sample(config: ConfigDict) -> bool:
+def _holds_a_sample(config: StageConfig) -> bool:
     data = config.data
     frames = max(data.max_frames, data.long_max_frames)
     return data.max_sample_tokens <= data.tokens_per_pack and frames <= data.frames_per_pack

@@ -9,11 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import find_chip
-from kangaroo_jax.config import ModelConfig, frames_per_group, stage_config, tokens_per_group
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import StageConfig, frames_per_group, stage_config, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
@@ -24,27 +22,22 @@ from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import build_step, make_state
 
 
-def bench_config(spec: str, packs: int = 0, moment_dtype: str = "") -> ConfigDict:
+def bench_config(spec: str, packs: int = 0, moment_dtype: str = "") -> StageConfig:
     """The config of STAGE:PRESET, placed on one device; `packs` and `moment_dtype` replace its own values if given."""
-    config = load_config(spec)
-    with config.unlocked():
-        config.train.mesh = (1, 1, 1, 1)
-        if packs:
-            config.data.packs_per_batch = packs
-        if moment_dtype:
-            config.optimizer.moment_dtype = moment_dtype
+    asked = {"data.packs_per_batch": packs, "optimizer.moment_dtype": moment_dtype}
+    given = {key: value for key, value in asked.items() if value}
+    config = StageConfig.load(spec).changed({"train.mesh": (1, 1, 1, 1), **given})
     return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
 
 
-def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBatch:
+def full_batch(config: StageConfig, seed: int = 0, segments: int = 1) -> PackedBatch:
     """One video a row that fills the row's frames (as far as its tokens allow), then text to the end.
 
     The row is cut into `segments` of equal length.
     """
     data, rng = config.data, np.random.default_rng(seed)
     b, t, f, s = data.packs_per_batch, data.tokens_per_pack, data.frames_per_pack, data.image_size
-    model = ModelConfig.from_config(config.model)
-    group, rows = frames_per_group(model), tokens_per_group(model, data.image_size)
+    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
     vision = min(f // group * rows, t - 16)
     index, length = np.arange(t, dtype=np.int32), -(-t // segments)
     tokens = rng.integers(16, config.model.llm.vocab_size, (b, t), np.int32)
@@ -65,7 +58,7 @@ def full_batch(config: ConfigDict, seed: int = 0, segments: int = 1) -> PackedBa
     )
 
 
-def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
+def bench_train(config: StageConfig, steps: int) -> dict[str, float | str]:
     """Compile the step of a stage's config and run it `steps` times; the result is the median.
 
     Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, model_tflops, loss and device;
@@ -101,12 +94,12 @@ def bench_train(config: ConfigDict, steps: int) -> dict[str, float | str]:
     }
 
 
-def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float | str]:
+def bench_vision(config: StageConfig, steps: int, frames: int) -> dict[str, float | str]:
     """The vision encoder and projector alone, forward: the median of `steps` calls on `frames` frames.
 
     Returns ms_per_call, frames_per_second, device and, where the chip's peak is known, mfu.
     """
-    model = ModelConfig.from_config(config.model)
+    model = config.model
     graph, weights = nnx.split(KangarooModel(model, rngs=nnx.Rngs(config.seed), param_dtype=model.dtype))
     side, random = config.data.image_size, np.random.default_rng(0)
     pixels = jax.device_put(random.integers(0, 256, (1, frames, side, side, 3), np.uint8))
@@ -119,10 +112,8 @@ def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float
         jax.block_until_ready(encode(weights, pixels, times))
         seconds.append(time.perf_counter() - start)
     median, chip = float(np.median(seconds)), find_chip(jax.devices()[0].device_kind)
-    with config.unlocked():
-        config.data.update(packs_per_batch=1, frames_per_pack=frames)
-        config.optimizer.trainable = ((".*", None),)
-    flops = step_flops(config)
+    alone = {"data.packs_per_batch": 1, "data.frames_per_pack": frames, "optimizer.trainable": ((".*", None),)}
+    flops = step_flops(config.changed(alone))
     result: dict[str, float | str] = {
         "device": jax.devices()[0].device_kind,
         "ms_per_call": round(1000 * median, 2),
@@ -133,7 +124,7 @@ def bench_vision(config: ConfigDict, steps: int, frames: int) -> dict[str, float
     return result
 
 
-def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: int) -> dict[str, float | str]:
+def compare_with_torch(config: StageConfig, steps: int, rounds: int, segments: int) -> dict[str, float | str]:
     """Run our step and the same model in plain PyTorch in turn, from the same weights on the same batch.
 
     Both take real AdamW steps with clipping, in float32, with all CPU threads. The first step of each turn is not
@@ -181,9 +172,8 @@ def compare_with_torch(config: ConfigDict, steps: int, rounds: int, segments: in
 class JaxTrainer:
     """Runs the real train step of a config repeatedly on one batch."""
 
-    def __init__(self, config: ConfigDict, batch: PackedBatch) -> None:
-        model = ModelConfig.from_config(config.model)
-        binding = abstract_model(model)
+    def __init__(self, config: StageConfig, batch: PackedBatch) -> None:
+        model, binding = config.model, abstract_model(config.model)
         make = lambda: make_state(config, binding.flatten(KangarooModel(model, rngs=nnx.Rngs(config.seed))))  # noqa: E731
         self.state = jax.jit(make)()  # in one program, so that frozen weights never exist in float32
         self._step = build_step(config, binding, self.state)
@@ -196,10 +186,10 @@ class JaxTrainer:
         return float(metrics["loss"])
 
 
-def torch_config() -> ConfigDict:
+def torch_config() -> StageConfig:
     """The config of `train-vs-torch`: `base_100m`, float32, all trained; 2 rows of 4 frames at 224 px, 512 tokens."""
     config = stage_config("base_100m")
     config.model.update(dtype="float32", scan=False)
     config.data.update(image_size=224, packs_per_batch=2, tokens_per_pack=512, frames_per_pack=4)
     config.train.update(steps=100, accumulate=1)
-    return config
+    return StageConfig.from_config(config)

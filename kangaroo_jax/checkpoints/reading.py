@@ -4,6 +4,8 @@ STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen}      STAGE/
 """
 
 import contextlib
+import dataclasses
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.checkpoints.digests import changed
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
-from kangaroo_jax.config import PRESETS, stage_config
+from kangaroo_jax.config import PRESETS, ModelConfig, RopeScaling, StageConfig, stage_config, tuples
 from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.models.quantized import SCALE
@@ -149,24 +151,29 @@ def check_not_quantized(found: Iterable[str], where: Path) -> None:
 ROPE_SETTINGS = ("vision.rope_theta", "vision.rope_reference_grid", "tpe.theta", "llm.rope_theta", "llm.rope_scaling")
 
 
-def check_rope(path: str | Path, model: ml_collections.ConfigDict) -> None:
+def check_rope(path: str | Path, model: ModelConfig) -> None:
     """Raise UserError that names the first rope setting in which a checkpoint's config differs from `model`.
 
-    `llm.rope_scaling` with factor 1, or missing (older checkpoints), counts as no scaling.
+    `llm.rope_scaling` with factor 1 counts as no scaling.
     """
     folder = find(path)
-    found, wanted = load_config(folder).model, model
+    found = load_stage(folder).model
     for name in ROPE_SETTINGS:
-        part, key = name.split(".")
-        before, now = found[part].get(key), wanted[part].get(key)
-        if key == "rope_scaling":
-            before, now = ({} if not x or x["factor"] == 1.0 else x.to_dict() for x in (before, now))
+        before, now = _rope(found, name), _rope(model, name)
         if before != now:
             raise UserError(
                 f"{folder}: config.model.{name} of the checkpoint is {before or 'none'}, of this config "
                 f"{now or 'none'}; its weights were trained with the former: set --config.model.{name}, or "
                 "--config.init_other_rope=True to change it on purpose"
             )
+
+
+def _rope(model: ModelConfig, name: str) -> Any:
+    """One of ROPE_SETTINGS; {} for a scaling that scales nothing."""
+    value: Any = operator.attrgetter(name)(model)
+    if isinstance(value, RopeScaling):
+        return {} if value.factor == 1.0 else dataclasses.asdict(value)
+    return value
 
 
 def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) -> Params:
@@ -214,13 +221,27 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
     Raises UserError if it is damaged, or its model has a setting that this version does not know.
     """
     folder = find(path)
+    return completed(kept_config(folder), folder).lock()
+
+
+def kept_config(folder: Path) -> dict[str, Any]:
+    """The config in the checkpoint `folder` as it is written. Raises UserError if it is damaged."""
     with named_if_damaged(folder):
-        plain = _tuples(_read_json(folder / "config"))
+        plain = tuples(_read_json(folder / "config"))
     if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in ("model", "data")):
         raise damaged(folder, "config: its model or data is no section")
     if "model" not in plain:
         raise damaged(folder, "config: it has no model")
-    return completed(plain, folder).lock()
+    return plain
+
+
+def load_stage(path: str | Path) -> StageConfig:
+    """`load_config` as a `StageConfig`. Raises UserError."""
+    folder, config = find(path), load_config(path)
+    try:
+        return StageConfig.from_config(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def completed(plain: Mapping[str, Any], where: Path) -> ml_collections.ConfigDict:
@@ -235,7 +256,7 @@ def completed(plain: Mapping[str, Any], where: Path) -> ml_collections.ConfigDic
             f"{where}: config.model.{name} of the checkpoint is a setting that this version does not know; use the "
             "version that wrote it, or a later one"
         )
-    return ml_collections.ConfigDict({**plain, **_filled(plain, known)})
+    return ml_collections.ConfigDict(_filled(plain, known))
 
 
 def unknown_keys(found: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
@@ -257,13 +278,6 @@ def _filled(found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
 def _read_json(folder: Path) -> Any:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(folder)
-
-
-def _tuples(value: Any) -> Any:
-    """The value with lists as tuples: JSON has only lists, a config only tuples."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def find_tokenizer(folder: Path) -> Path:

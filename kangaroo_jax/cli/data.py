@@ -3,15 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kangaroo_jax.cli.arguments import Count, Natural, Number, Several
 from kangaroo_jax.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
+    from kangaroo_jax.config import StageConfig
     from kangaroo_jax.data.batches.mixture import Source
+    from kangaroo_jax.data.tokenizer import Tokenizer
 
 
 def check(
@@ -148,7 +148,7 @@ def show(
         media_root: folder of the media; by default each file's own
         allow_private: addresses may lead to private networks
     """
-    from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+    from kangaroo_jax.config import frames_per_group, tokens_per_group
     from kangaroo_jax.data.audit.samples import Samples
     from kangaroo_jax.data.batches.loader import batch_from_recipes
     from kangaroo_jax.data.batches.preview import batch_tree, save_picture
@@ -160,8 +160,7 @@ def show(
         raise UserError(f"data show: there is no sample {number}; there are {len(samples)}, from 0")
     settings, vocabulary = _config(config, tokenizer)
     side = settings.data.image_size
-    model = ModelConfig.from_config(settings.model)
-    sizes = frames_per_group(model), tokens_per_group(model, side)
+    sizes = frames_per_group(settings.model), tokens_per_group(settings.model, side)
     recipe = make_recipe(samples[number], vocabulary, settings.data, *sizes)
     batch = batch_from_recipes([recipe], tokens=len(recipe.tokens), frames=recipe.frames, image_size=side)
     size = f"{len(recipe.tokens)} tokens, {recipe.frames} frames"
@@ -187,11 +186,11 @@ def _open(sources: Sequence[str], media_root: str) -> "list[Source]":
     return opened
 
 
-def _config(spec: str, tokenizer: str) -> "tuple[ConfigDict, Any]":
-    from kangaroo_jax.config_files import load_config
+def _config(spec: str, tokenizer: str) -> "tuple[StageConfig, Tokenizer]":
+    from kangaroo_jax.config import StageConfig
     from kangaroo_jax.data.tokenizer import load_tokenizer
 
-    return load_config(spec), load_tokenizer(tokenizer)
+    return StageConfig.load(spec), load_tokenizer(tokenizer)
 
 
 COMMANDS = {"check": check, "stats": stats, "build": build, "show": show}

@@ -66,20 +66,20 @@ def plan(
     prepare_environment()  # must come before anything imports JAX
 
     from kangaroo_jax.cli.overrides import config_of
-    from kangaroo_jax.config import STAGES
+    from kangaroo_jax.config import STAGES, StageConfig
     from kangaroo_jax.planning.plan import run
 
     kept = Path(cache) if cache else None
     if mode == "chat":
         from kangaroo_jax.planning.chat import Talk, run_chat
 
-        talk = Talk(config_of("plan", config, overrides), quantize, slots or 1, frames or 0)
+        talk = Talk(StageConfig.from_config(config_of("plan", config, overrides)), quantize, slots or 1, frames or 0)
         if code := run_chat(talk, topology, slices=slices, as_json=json, cache=kept):
             raise SystemExit(code)
         return
     specs = [f"{name}:kangaroo_8b" for name in STAGES] if curriculum else [config]
     code = run(
-        [config_of("plan", spec, overrides) for spec in specs],
+        [StageConfig.from_config(config_of("plan", spec, overrides)) for spec in specs],
         topology,
         slices=slices,
         mfu=mfu,

@@ -276,11 +276,10 @@ class _Sparse:
 def _open_ours(folder: Path, model: ConfigDict | None) -> Adapter:
     from kangaroo_jax.checkpoints import reading
 
-    stored = reading.load_config(folder)
-    config = _lists(stored.to_dict())
+    config = _lists(reading.kept_config(folder))
     if not {"lora", "model", "adapted"} <= set(config):
         raise UserError(f"{folder / 'config'}: is not the config of an adapter (lora, model, adapted)")
-    model = ConfigDict(stored.model.to_dict()) if model is None else model
+    model = ConfigDict(reading.load_config(folder).model.to_dict()) if model is None else model
     settings = check_settings(config["lora"], folder / "config")
     adapted = {path: (None,) if layers is None else tuple(layers) for path, layers in config["adapted"].items()}
     known = {(row.ours, row.layer) for rows in kernels(model).values() for row in rows}

@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints.stored import whole
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, unwrapped
@@ -82,10 +82,11 @@ class InJax:
         from kangaroo_jax.models.parameters import abstract_model
 
         self.source = source
-        self.config = ConfigDict(source.config.to_dict())
-        self.config.model.update(dtype="float32", attention="auto")
-        _shrink(self.config.model, {path.split("/")[0] for path in source.weights.specs})
-        binding = abstract_model(ModelConfig.from_config(self.config.model))
+        config = ConfigDict(source.config.to_dict())
+        config.model.update(dtype="float32", attention="auto")
+        _shrink(config.model, {path.split("/")[0] for path in source.weights.specs})
+        self.config = StageConfig.from_config(config)
+        binding = abstract_model(self.config.model)
         if source.layout == "orbax":
             params = reading.load_params(source.path, binding)
         else:

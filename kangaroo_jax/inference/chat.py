@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
@@ -120,7 +119,7 @@ class Kangaroo:
     def __init__(
         self,
         model: KangarooModel,
-        config: ConfigDict,
+        config: StageConfig,
         tokenizer: Tokenizer,
         *,
         weights_id: str = "",
@@ -133,9 +132,8 @@ class Kangaroo:
         if slots < 1:
             raise UserError(f"slots is {slots}: at least one conversation must be remembered")
         self.config, self.tokenizer = config, tokenizer
-        model_config = ModelConfig.from_config(config.model)
-        self._frames_per_group = frames_per_group(model_config)
-        self._tokens_per_group = tokens_per_group(model_config, config.data.image_size)
+        self._frames_per_group = frames_per_group(config.model)
+        self._tokens_per_group = tokens_per_group(config.model, config.data.image_size)
         self.weights_id = weights_id or secrets.token_hex(16)
         self._cache_bytes = int(cache_gib * 2**30) // 2  # as much for what was seen as for what was read
         self._decoder, self._given = ThreadDecoder(usable_cpus()), Spool()

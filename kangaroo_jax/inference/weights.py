@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import Digests, RunningDigest, differs
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.checkpoints.stored import Stored, check_finite, whole
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import ModelConfig, StageConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
@@ -39,7 +38,7 @@ class Loaded:
     """A model to talk to."""
 
     model: KangarooModel  # its decoder's layers stand apart
-    config: ConfigDict  # of the stage that trained it
+    config: StageConfig  # of the stage that trained it
     tokenizer: Tokenizer
     weights_id: str  # names the numbers, the dtype in which they compute and how they are quantised
     dtype: str
@@ -68,11 +67,11 @@ def load(
         raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if quantize is not None and quantize not in FORMATS:
         raise UserError(f"quantize {quantize!r}: use one of {', '.join(FORMATS)}")
-    config = reading.load_config(folder)
+    config = reading.load_stage(folder)
     tokenizer = load_tokenizer(reading.find_tokenizer(folder))
-    reader = _Reader(folder, ModelConfig.from_config(config.model), dtype, quantize, mesh)
+    reader = _Reader(folder, config.model, dtype, quantize, mesh)
     model = reader.model()
-    told = [reader.sums, dtype, reader.form, config.model.to_dict()]
+    told = [reader.sums, dtype, reader.form, dataclasses.asdict(config.model)]
     name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return Loaded(model, config, tokenizer, name, dtype, reader.form)
 

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, Slices
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import ModelConfig, StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
 from kangaroo_jax.inference.memories import QUERIES, TAILS, Part
@@ -36,7 +35,7 @@ VISION_WIDTHS = 14  # of the ViT's activations that are there at a time, in mult
 class Talk:
     """An engine that is planned: a model, how its numbers are kept, and for how long a conversation."""
 
-    config: ConfigDict  # a stage's
+    config: StageConfig  # a stage's
     quantize: str | None  # the format of the decoder's weights
     slots: int
     frames: int  # of the video that a conversation is about; 0: as many tokens as a row in training
@@ -54,7 +53,7 @@ class Talk:
     @property
     def model(self) -> ModelConfig:
         """The model, in the two-byte dtype of the chip."""
-        return dataclasses.replace(ModelConfig.from_config(self.config.model), dtype="bfloat16")
+        return dataclasses.replace(self.config.model, dtype="bfloat16")
 
     @property
     def video_tokens(self) -> int:
@@ -194,11 +193,8 @@ def _least(chip: Chip, flops: float, read: float) -> float:
 
 def _flops(talk: Talk, tokens: int, frames: int) -> Flops:
     """The work of forward passes over so many tokens or frames."""
-    config = talk.config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.update(packs_per_batch=1, tokens_per_pack=tokens, frames_per_pack=frames)
-        config.optimizer.trainable = ((".*", None),)
-    return step_flops(config)
+    row = {"data.packs_per_batch": 1, "data.tokens_per_pack": tokens, "data.frames_per_pack": frames}
+    return step_flops(talk.config.changed({**row, "optimizer.trainable": ((".*", None),)}))
 
 
 def _encode_seconds(talk: Talk, chip: Chip, devices: int, one: Held) -> float:

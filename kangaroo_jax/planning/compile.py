@@ -15,10 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ml_collections import ConfigDict
-
 from kangaroo_jax.chips import Slices
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.planning import hlo, kernels
@@ -103,7 +101,7 @@ def topology_devices(target: Slices) -> list[Any]:
         raise UserError(f"topology {name}: {text[:200]}") from None
 
 
-def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
+def abstract_batch(config: StageConfig, mesh: Any) -> PackedBatch:
     """The shapes and shardings of a batch."""
     import jax
 
@@ -118,7 +116,7 @@ def abstract_batch(config: ConfigDict, mesh: Any) -> PackedBatch:
     return PackedBatch(**arrays)
 
 
-def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
+def lower_step(config: StageConfig, devices: list[Any]) -> Any:
     """The train step of a resolved config (see `training.placement`), lowered for `devices`."""
     import jax
 
@@ -127,14 +125,14 @@ def lower_step(config: ConfigDict, devices: list[Any]) -> Any:
     from kangaroo_jax.training.state import abstract_state, build_step
 
     mesh = make_mesh(config.train.mesh, devices)
-    binding = abstract_model(ModelConfig.from_config(config.model))
+    binding = abstract_model(config.model)
     state = abstract_state(config, binding, mesh)
     step = build_step(config, binding, state)
     with jax.set_mesh(mesh):
         return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
 
 
-def compile_step(config: ConfigDict, target: Slices, cache: Path | None = None) -> Compiled:
+def compile_step(config: StageConfig, target: Slices, cache: Path | None = None) -> Compiled:
     """Compile the step of a resolved config for `target`; results are cached in the folder `cache`, if given.
 
     A program that needs too much memory gives `fits=False` and the memory that it would need.
@@ -227,7 +225,7 @@ def peak_bytes(memory: Any) -> int:
     return int(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
 
 
-def _read(program: Any, config: ConfigDict, capacity: float, seconds: Seconds) -> Compiled:
+def _read(program: Any, config: StageConfig, capacity: float, seconds: Seconds) -> Compiled:
     memory = program.memory_analysis()
     peak = peak_bytes(memory)
     program_text = hlo.parse(program.as_text())
@@ -255,7 +253,7 @@ def _read(program: Any, config: ConfigDict, capacity: float, seconds: Seconds) -
     )
 
 
-def is_logits(operation: hlo.Operation, config: ConfigDict) -> bool:
+def is_logits(operation: hlo.Operation, config: StageConfig) -> bool:
     """Whether a result is logits: as wide as the vocabulary and as long as the tokens of a chunk or more."""
     vocabulary, chunk = config.model.llm.vocab_size, config.model.llm.loss_chunk
     for _, dimensions in operation.shapes:

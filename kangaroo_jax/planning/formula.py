@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip, Slices
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import MESH_AXES, sharding
 from kangaroo_jax.training.flops import part_trains, step_flops
@@ -27,7 +26,7 @@ KEPT_WIDTHS = {"full": 0.0, "offload": 0.0, "minimal": 3.5, "dots": 11.0, "none"
 RECOMPUTED = {"full": 0.73, "offload": 0.45, "minimal": 0.45, "dots": 0.0, "none": 0.0}
 
 
-def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float, float]:
+def weights_and_state(config: StageConfig, counts: dict[str, int]) -> tuple[float, float]:
     """(bytes of weights and optimiser, bytes of gradients) of the whole model, over all devices."""
     moments = {"float32": 8.0, "bfloat16": 4.0}[config.optimizer.moment_dtype]
     moments = {"adafactor": 0.02, "muon": 4.0}.get(config.optimizer.kind, moments)
@@ -36,9 +35,9 @@ def weights_and_state(config: ConfigDict, counts: dict[str, int]) -> tuple[float
     return trained * (4.0 + moments) + frozen * 2.0, trained * 4.0
 
 
-def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
+def peak_gib(config: StageConfig, counts: dict[str, int]) -> float:
     """Estimated memory of one device, in GiB, for a resolved config (`training.placement.resolve`)."""
-    data, model = config.data, ModelConfig.from_config(config.model)
+    data, model = config.data, config.model
     _, fsdp, context, tensor = config.train.mesh
     llm, vision = model.llm, model.vision
     devices = config.train.mesh[0] * fsdp * context * tensor
@@ -71,7 +70,7 @@ def peak_gib(config: ConfigDict, counts: dict[str, int]) -> float:
     return round(COMPILERS_SHARE * total / GIB + OVERHEAD_GIB, 2)
 
 
-def step_seconds(config: ConfigDict, chip: Chip, counts: dict[str, int], mfu: float) -> float:
+def step_seconds(config: StageConfig, chip: Chip, counts: dict[str, int], mfu: float) -> float:
     """Estimated seconds of a step: the work, including recomputation, at `mfu`, and half of the transfers (overlap)."""
     _, fsdp, context, tensor = config.train.mesh
     devices = config.train.mesh[0] * fsdp * context * tensor
@@ -90,21 +89,23 @@ def step_seconds(config: ConfigDict, chip: Chip, counts: dict[str, int], mfu: fl
     return compute + 0.5 * moved * parts / (chip.link_gb * 1e9)
 
 
-def candidates(config: ConfigDict, target: Slices, counts: dict[str, int], mfu: float) -> Iterator[ConfigDict]:
+def candidates(config: StageConfig, target: Slices, counts: dict[str, int], mfu: float) -> Iterator[StageConfig]:
     """Resolved configs with other meshes and remat policies that the formula expects to fit, fastest first."""
     inner = target.devices // target.slices
     sizes = [2**i for i in range(inner.bit_length()) if inner % 2**i == 0]
-    found: list[tuple[float, ConfigDict]] = []
+    found: list[tuple[float, StageConfig]] = []
     for context, tensor in itertools.product(sizes, sizes):
         if inner % (context * tensor) or tensor > config.model.llm.kv_heads:
             continue
         for remat in ("none", "minimal", "full"):
-            trial = config.copy_and_resolve_references()
-            with trial.unlocked():
-                trial.train.update(mesh=(target.slices, -1, context, tensor), accumulate=0)
-                trial.model.llm.remat, trial.model.vision.remat = remat, "full" if remat == "none" else remat
+            choice = {
+                "train.mesh": (target.slices, -1, context, tensor),
+                "train.accumulate": 0,
+                "model.llm.remat": remat,
+                "model.vision.remat": "full" if remat == "none" else remat,
+            }
             try:
-                trial = resolve(trial, target.chip, target.devices, target.slices)
+                trial = resolve(config.changed(choice), target.chip, target.devices, target.slices)
             except UserError:
                 continue
             if config.data.tokens_per_pack % (2 * context) == 0 and peak_gib(trial, counts) < 1.1 * target.chip.gib:

@@ -11,10 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from kangaroo_jax.chips import Slices, parse_topology
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import chat
@@ -66,7 +64,7 @@ class Plan:
 
 
 def make_plan(
-    config: ConfigDict, target: Slices, *, mfu: float, price: float | None = None, cache: Path | None = None
+    config: StageConfig, target: Slices, *, mfu: float, price: float | None = None, cache: Path | None = None
 ) -> Plan:
     """The plan of a stage's config on `target`: compiled for a TPU, by formula for a GPU.
 
@@ -80,7 +78,7 @@ def make_plan(
     Raises UserError where the config does not fit the number of chips, or libtpu is missing.
     """
     config = resolve(config, target.chip, target.devices, target.slices)
-    counts = count_parameters(ModelConfig.from_config(config.model))
+    counts = count_parameters(config.model)
     compiled = compile_step(config, target, cache) if target.chip.compiles_on_cpu else None
     flops = step_flops(config)
     seconds = flops.causal / (target.devices * target.chip.tflops * 1e12 * mfu)
@@ -118,7 +116,7 @@ def make_plan(
     )
 
 
-def over_model(compiled: Compiled | None, config: ConfigDict, target: Slices) -> float | None:
+def over_model(compiled: Compiled | None, config: StageConfig, target: Slices) -> float | None:
     """Compiled FLOPs of all devices over the model's, which include the scores that FlashAttention computes twice."""
     if compiled is None or not compiled.flops:
         return None
@@ -126,7 +124,7 @@ def over_model(compiled: Compiled | None, config: ConfigDict, target: Slices) ->
     return round(sum(compiled.flops.values()) * target.devices / (flops.causal + flops.score_recomputation), 4)
 
 
-def useful_share(config: ConfigDict) -> float:
+def useful_share(config: StageConfig) -> float:
     """The share of useful tokens in a row, from packing synthetic samples with the real packer.
 
     Frames are uniform in the stage's ranges (half of the samples are long ones), text is uniform in TEXT_TOKENS.
@@ -134,8 +132,7 @@ def useful_share(config: ConfigDict) -> float:
     from kangaroo_jax.data.batches.packing import Packer, PackItem
 
     data, random_ = config.data, random.Random(0)
-    model = ModelConfig.from_config(config.model)
-    group, rows = frames_per_group(model), tokens_per_group(model, data.image_size)
+    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
     packer = Packer(data.tokens_per_pack, data.frames_per_pack, data.packing_bins)
     used = packs = 0
     for index in range(SAMPLES):
@@ -165,13 +162,13 @@ class _Lengths:
 
 
 def nearest_change(
-    config: ConfigDict, target: Slices, plan: Plan, *, cache: Path | None = None, tell: Tell = print
+    config: StageConfig, target: Slices, plan: Plan, *, cache: Path | None = None, tell: Tell = print
 ) -> str:
     """The mildest change that makes a stage fit, compiled if there is a compiler; "" if none is known.
 
     Changes are tried by increasing cost: remat, tensor and context axes, bfloat16 moments, a larger slice.
     """
-    counts = count_parameters(ModelConfig.from_config(config.model))
+    counts = count_parameters(config.model)
     base = plan_formula.peak_gib(resolve(config, target.chip, target.devices, target.slices), counts)
     known = plan.peak_hbm_gib == plan.peak_hbm_gib  # not NaN
     correction = plan.peak_hbm_gib / base if known else 1.0  # corrects the formula by the compiler's result
@@ -194,7 +191,7 @@ def nearest_change(
     return ""
 
 
-def _changes(config: ConfigDict, target: Slices) -> Iterable[tuple[str, ConfigDict, Slices]]:
+def _changes(config: StageConfig, target: Slices) -> Iterable[tuple[str, StageConfig, Slices]]:
     """(description of a change, changed config, chips), mildest first."""
     slices, inner = target.slices, target.devices // target.slices
     changes: list[dict[str, Any]] = []
@@ -204,10 +201,8 @@ def _changes(config: ConfigDict, target: Slices) -> Iterable[tuple[str, ConfigDi
         if inner % (context * tensor) == 0:
             changes.append({"train.mesh": (slices, inner // (context * tensor), context, tensor)})
     for change in [*changes, *({**change, "optimizer.moment_dtype": "bfloat16"} for change in changes)]:
-        trial = config.copy_and_resolve_references()
-        with trial.unlocked():
-            trial.update_from_flattened_dict({"model.llm.remat": "full", "model.vision.remat": "full", **change})
-            trial.train.accumulate = 0
+        least = {"model.llm.remat": "full", "model.vision.remat": "full", "train.accumulate": 0}
+        trial = config.changed({**least, **change})
         yield " ".join(f"--config.{key}={_flag(value)}" for key, value in change.items()), trial, target
     for size in _larger(target.topology):
         larger = parse_topology(f"{target.chip.name}:{size}", slices)
@@ -228,10 +223,10 @@ def _larger(topology: str) -> list[str]:
 
 
 def search(
-    config: ConfigDict, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
-) -> tuple[Plan, ConfigDict] | None:
+    config: StageConfig, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
+) -> tuple[Plan, StageConfig] | None:
     """The first mesh and remat policies that fit, fastest first by the formula; None if none fits."""
-    counts = count_parameters(ModelConfig.from_config(config.model))
+    counts = count_parameters(config.model)
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
         if number == SEARCHED:
             break
@@ -249,7 +244,7 @@ def search(
 
 
 def run(
-    configs: list[ConfigDict],
+    configs: list[StageConfig],
     topology: str,
     *,
     slices: int = 1,

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.data.tokenizer import Tokenizer
@@ -64,12 +64,12 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     check_kv_dtype(choices.kv_dtype)
     step(f"loading {Path(choices.checkpoint)}")
     loaded = load(choices.checkpoint, dtype=choices.dtype, quantize=choices.quantize)
-    config, sizes = loaded.config, ModelConfig.from_config(loaded.config.model)
+    config, model = loaded.config, loaded.config.model
     decoder = ProcessDecoder(
         choices.workers, limits.max_decode_seconds, prepare=Bounded(limits.max_decoder_mb * MIB).begin
     )
     context = choices.context or min(config.data.max_sample_tokens, config.data.tokens_per_pack)
-    per_group, tokens = frames_per_group(sizes), tokens_per_group(sizes, config.data.image_size)
+    per_group, tokens = frames_per_group(model), tokens_per_group(model, config.data.image_size)
     prompts = Prompts(loaded.tokenizer, config.data, per_group, tokens, decoder.probe, limits)
     engine = Engine(
         loaded.model,

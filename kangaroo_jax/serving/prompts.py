@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations.conversation import Media
 from kangaroo_jax.data.batches.sample import Recipe, frame_policy, plan_media, render_parts
 from kangaroo_jax.data.media.video import MediaInfo, MediaRef
@@ -33,7 +32,7 @@ class Prompts:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        config: ConfigDict,
+        config: DataConfig,
         frames_per_group: int,
         tokens_per_group: int,
         probe: Callable[[str, str], MediaInfo],

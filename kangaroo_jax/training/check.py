@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from kangaroo_jax.config_files import config_keys, nearest
+from kangaroo_jax.config import StageConfig
+from kangaroo_jax.config_files import nearest
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import multiplier
 from kangaroo_jax.models.stack import REMAT_POLICIES
@@ -46,39 +46,37 @@ _SHARES = ("optimizer.warmup_fraction", "optimizer.final_fraction")  # 0 to 1, b
 _DECAYS = ("optimizer.b1", "optimizer.b2")  # 0 to 1, 1 not included
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: StageConfig) -> None:
     """Raise UserError that names the first key with an invalid value, and the valid ones."""
-    for key in config_keys(config):
-        value = _value(config, key)
+    values = dict(config.flat())
+    for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise _bad(key, value, "must be a finite number")
     for key, choices in _CHOICES.items():
-        value = _value(config, key)
-        if value not in choices:
-            raise _bad(key, value, f"one of {', '.join(choices)}{nearest(str(value), choices)}")
+        if values[key] not in choices:
+            raise _bad(key, values[key], f"one of {', '.join(choices)}{nearest(str(values[key]), choices)}")
     for key, least in _AT_LEAST.items():
-        if _value(config, key) < least:
-            raise _bad(key, _value(config, key), f"must be at least {least:g}")
+        if values[key] < least:
+            raise _bad(key, values[key], f"must be at least {least:g}")
     for key in _ABOVE_ZERO:
-        if _value(config, key) <= 0:
-            raise _bad(key, _value(config, key), "must be above 0")
+        if values[key] <= 0:
+            raise _bad(key, values[key], "must be above 0")
     for key in _SHARES:
-        if not 0 <= _value(config, key) <= 1:
-            raise _bad(key, _value(config, key), "is a share, from 0 to 1")
+        if not 0 <= values[key] <= 1:
+            raise _bad(key, values[key], "is a share, from 0 to 1")
     for key in _DECAYS:
-        if not 0 <= _value(config, key) < 1:
-            raise _bad(key, _value(config, key), "must be from 0 to below 1")
+        if not 0 <= values[key] < 1:
+            raise _bad(key, values[key], "must be from 0 to below 1")
     _check_heads(config)
     _check_sizes(config)
     _check_rules(config.optimizer.trainable)
     _check_profile(config.train.profile)
-    keys = list(config_keys(config))
     for key in config.allow_changes:
-        if key not in keys:
-            raise UserError(f"config.allow_changes names {key!r}, which is no key{nearest(str(key), keys)}")
+        if key not in values:
+            raise UserError(f"config.allow_changes names {key!r}, which is no key{nearest(str(key), values)}")
 
 
-def check_trainable(config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def check_trainable(config: StageConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Raise UserError if a parameter matches no rule of `optimizer.trainable`, or no parameter trains."""
     if all(not multiplier(path, config.optimizer.trainable) for path in shapes):
         raise UserError(
@@ -87,17 +85,11 @@ def check_trainable(config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruc
         )
 
 
-def _value(config: ConfigDict, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
 def _bad(key: str, value: Any, wanted: str) -> UserError:
     return UserError(f"config.{key} is {value!r}: {wanted}")
 
 
-def _check_heads(config: ConfigDict) -> None:
+def _check_heads(config: StageConfig) -> None:
     vision, llm = config.model.vision, config.model.llm
     if vision.width % vision.heads:
         raise UserError(f"config.model.vision.width {vision.width} must be a multiple of its heads, {vision.heads}")
@@ -107,8 +99,8 @@ def _check_heads(config: ConfigDict) -> None:
         raise UserError(f"config.model.llm.head_dim {llm.head_dim} must be even: rotary positions turn pairs")
 
 
-def _check_sizes(config: ConfigDict) -> None:
-    kernel, data = tuple(config.model.patchify.kernel), config.data
+def _check_sizes(config: StageConfig) -> None:
+    kernel, data = config.model.patchify.kernel, dict(config.data.flat())
     if len(kernel) != 3 or not all(isinstance(size, int) and size >= 1 for size in kernel):
         raise _bad("model.patchify.kernel", kernel, "frames, rows and columns, each at least 1, such as (2, 2, 2)")
     for least, most in (("min_frames", "max_frames"), ("long_min_frames", "long_max_frames")):

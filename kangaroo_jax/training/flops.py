@@ -7,9 +7,7 @@ it trains. Recomputation by remat does not count.
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.models.parameters import multiplier
 
 _SOME_WEIGHT = {
@@ -49,12 +47,12 @@ class Flops:
         return self.vision / self.causal
 
 
-def step_flops(config: ConfigDict, head_tokens: int | None = None) -> Flops:
+def step_flops(config: StageConfig, head_tokens: int | None = None) -> Flops:
     """FLOPs of a train step for a stage's config.
 
     `head_tokens`: targets of positive weight in the batch, for which logits are computed; by default all.
     """
-    model, data = ModelConfig.from_config(config.model), config.data
+    model, data = config.model, config.data
     tokens, frames = data.packs_per_batch * data.tokens_per_pack, data.packs_per_batch * data.frames_per_pack
     vision, llm = model.vision, model.llm
     trains = {name: part_trains(name, config) for name in PARTS}
@@ -89,7 +87,7 @@ def step_flops(config: ConfigDict, head_tokens: int | None = None) -> Flops:
     )
 
 
-def part_trains(part: str, config: ConfigDict) -> bool:
+def part_trains(part: str, config: StageConfig) -> bool:
     """Whether the matrices of a part of the model train, by `config.optimizer.trainable`."""
     path = part if part == "special_embedding" else f"{part}/{_SOME_WEIGHT[part]}"
     return multiplier(path, config.optimizer.trainable) is not None

@@ -5,10 +5,9 @@ import functools
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.sharding import mesh_scope, sharding
@@ -16,11 +15,11 @@ from kangaroo_jax.training.state import make_state, state_shardings
 from kangaroo_jax.training.step import TrainState
 
 
-def initial_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
+def initial_state(config: StageConfig, binding: Binding, mesh: Mesh) -> TrainState:
     """Weights of `config.init_from`, or fresh ones, split into trained and frozen; zeros in the optimiser."""
 
     def fresh() -> dict[str, jax.Array]:
-        return binding.flatten(KangarooModel(ModelConfig.from_config(config.model), rngs=nnx.Rngs(config.seed)))
+        return binding.flatten(KangarooModel(config.model, rngs=nnx.Rngs(config.seed)))
 
     shardings = {path: sharding(mesh, axes, binding.shapes[path].shape) for path, axes in binding.axes.items()}
     if config.init_from:

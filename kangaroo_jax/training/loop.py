@@ -5,7 +5,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.chips import Chip, find_chip
-from kangaroo_jax.config import PRESETS, ModelConfig, frames_per_group, model_config, to_plain, tokens_per_group
+from kangaroo_jax.config import PRESETS, StageConfig, frames_per_group, model_config, to_plain, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader
@@ -55,8 +54,8 @@ class Result:
 class StageRun:
     """A stage that is ready to go on after step `first`."""
 
-    config: ConfigDict  # resolved for these chips
-    plain: dict[str, Any]  # the config as given, which a run on other chips may resolve otherwise
+    config: StageConfig  # resolved for these chips
+    given: StageConfig  # which a run on other chips may resolve otherwise
     chip: Chip | None  # None if its peak is unknown
     mesh: Mesh
     tokenizer: Tokenizer
@@ -86,7 +85,8 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state is saved, and the process should end with its code.
             If it came in the last step, the stage is finished as well.
     """
-    check_config(config)
+    given = StageConfig.from_config(config)
+    check_config(given)
     jax.devices()  # fails early if there are none
     workdir, start = Path(workdir), time.perf_counter()
     tell = unbroken(tell) if is_main() else lambda line: None
@@ -96,8 +96,7 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         stack.enter_context(locked(workdir, tell))
         preemption = Preemption(tell)
         stack.callback(preemption.close)
-        stage = prepare(config, workdir, tell)
-        config = stage.config
+        stage = prepare(given, workdir, tell)
         run_steps(stage, workdir, tell, preemption, start)
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
@@ -109,20 +108,19 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
     return Result(workdir, config.train.steps, seconds, used / capacity)
 
 
-def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> StageRun:
+def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
     """Everything that a stage's steps need, restored from its last checkpoint if there is one. Raises UserError."""
     # ------------------------------------------------------------------------------ mesh
-    if config.train.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", config.train.compile_cache)
+    if given.train.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", given.train.compile_cache)
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
-    plain = to_plain(config)
-    config = resolve(config, chip, len(devices), len({getattr(d, "slice_index", 0) or 0 for d in devices}))
+    config = resolve(given, chip, len(devices), len({getattr(d, "slice_index", 0) or 0 for d in devices}))
     mesh = make_mesh(config.train.mesh, devices)
     if devices[0].platform == "cpu":
         keep_freed_memory()
     # ----------------------------------------------------------------- model and tokenizer
-    binding = abstract_model(ModelConfig.from_config(config.model))
+    binding = abstract_model(config.model)
     check_trainable(config, binding.shapes)
     state: TrainState = abstract_state(config, binding, mesh)
     barrier(f"{config.stage} opens")
@@ -131,7 +129,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> StageRun:
     )
     saved = checkpoints.latest_folder()
     tokenizer = open_tokenizer(config)
-    for line in changes(config, plain, saved, binding, tokenizer):
+    for line in changes(given, saved, binding, tokenizer):
         tell(f"{config.stage}: {line}")
     # ------------------------------------------------------------------------------ data
     ledger = Ledger(of_host(workdir / "ledger.jsonl"))
@@ -156,7 +154,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> StageRun:
     # ------------------------------------------------------------------------------ records
     if is_main():
         reading.keep_tokenizer(config.data.tokenizer, workdir)
-        write_json(workdir / "config.json", plain)
+        write_json(workdir / "config.json", to_plain(given))
     log = MetricLog(
         workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
     )
@@ -166,7 +164,7 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> StageRun:
     barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
     return StageRun(
         config,
-        plain,
+        given,
         chip,
         mesh,
         tokenizer,
@@ -183,12 +181,10 @@ def prepare(config: ConfigDict, workdir: Path, tell: Tell) -> StageRun:
     )
 
 
-def changes(
-    config: ConfigDict, plain: dict[str, Any], saved: Path | None, binding: Binding, tokenizer: Tokenizer
-) -> Iterator[str]:
+def changes(config: StageConfig, saved: Path | None, binding: Binding, tokenizer: Tokenizer) -> Iterator[str]:
     """Lines about differences from the checkpoint that the stage resumes or starts from. Raises UserError."""
     if saved is not None:
-        yield from check_resume(saved, ConfigDict(plain), binding.shapes)
+        yield from check_resume(saved, config, binding.shapes)
     elif config.init_from:
         saved = reading.find(config.init_from)
     if saved is not None and (line := check_tokenizer(saved, config, tokenizer)):
@@ -226,7 +222,7 @@ def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption
             pending = None
 
     def save() -> None:
-        checkpoints.save(state, whole_data_state(loader), stage.plain)
+        checkpoints.save(state, whole_data_state(loader), to_plain(stage.given))
         clock.saved()
 
     with contextlib.ExitStack() as stack:
@@ -274,7 +270,7 @@ def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption
             )
 
 
-def saved_by_number(step: int, config: ConfigDict) -> bool:
+def saved_by_number(step: int, config: StageConfig) -> bool:
     """Whether a checkpoint follows `step` by its number, independently of time."""
     every = [number for number in (config.train.checkpoint_every, config.train.keep_period) if number]
     return step == config.train.steps or any(step % number == 0 for number in every)
@@ -292,7 +288,7 @@ def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict
     return {**numbers, "elapsed": number(last, "elapsed")}
 
 
-def open_tokenizer(config: ConfigDict) -> Tokenizer:
+def open_tokenizer(config: StageConfig) -> Tokenizer:
     """The tokenizer of `config.data`, checked against the model's ids. Raises UserError."""
     if not config.data.tokenizer:
         raise UserError(
@@ -305,7 +301,7 @@ def open_tokenizer(config: ConfigDict) -> Tokenizer:
             f"{where}: {tokenizer.vocab_size} tokens, but config.model.llm.vocab_size is "
             f"{config.model.llm.vocab_size}; this is {preset}: {_preset_for(tokenizer)}"
         )
-    for name, wanted in config.model.special_ids.items():
+    for name, wanted in config.model.special_ids.flat():
         if getattr(tokenizer, name) != wanted:
             raise UserError(
                 f"{where}: <{name}> is {getattr(tokenizer, name)}, but config.model.special_ids.{name} is {wanted}; "
@@ -328,14 +324,13 @@ def _preset_for(tokenizer: Tokenizer) -> str:
     return f"say {' or '.join(f':{preset}' for preset in fit)} after the config's name, or give its own tokenizer"
 
 
-def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
+def open_loader(config: StageConfig, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
     """The loader of the stage's batches, for the `rows` that this host needs. Raises UserError."""
-    model = ModelConfig.from_config(config.model)
     return make_loader(
         config.data,
         tokenizer,
-        frames_per_group=frames_per_group(model),
-        tokens_per_group=tokens_per_group(model, config.data.image_size),
+        frames_per_group=frames_per_group(config.model),
+        tokens_per_group=tokens_per_group(config.model, config.data.image_size),
         seed=config.seed,
         ledger=ledger,
         rows=rows,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import Chip
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.flops import step_flops
 
@@ -18,7 +18,7 @@ class Observer:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: StageConfig,
         chip: Chip | None,
         *,
         workdir: Path,
@@ -35,7 +35,7 @@ class Observer:
         self._perfect = {  # seconds of a step at the chip's peak
             name: value / peak for name, value in (("mfu_causal", flops.causal), ("mfu_full", flops.full)) if peak
         }
-        self._profile, self._workdir, self._tell = tuple(config.train.profile), workdir, tell
+        self._profile, self._workdir, self._tell = config.train.profile, workdir, tell
         self._clock, before = time.perf_counter(), before or {}
         self._begin = (self._clock if begin is None else begin) - before.get("elapsed", 0.0)
         self._stepping = before.get("stepping", 0.0)  # seconds of steps, without the first one, which compiles

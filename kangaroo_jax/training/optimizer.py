@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 from optax import contrib
 
+from kangaroo_jax.config import OptimizerConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import Params, multiplier
 
@@ -20,7 +20,7 @@ MUON_RMS = 0.2  # root mean square of an update, matched to AdamW's usual one (L
 NO_DECAY = re.compile(r".*(bias|scale|norm|position_embedding|cls_token|special_embedding).*")
 
 
-def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then cosine to `final_fraction` of it at the last of `steps`."""
     warmup = max(1, math.ceil(config.warmup_fraction * steps))
     return optax.warmup_cosine_decay_schedule(
@@ -37,7 +37,7 @@ def decayed(paths: Iterable[str]) -> dict[str, bool]:
     return {path: not NO_DECAY.fullmatch(path) for path in paths}
 
 
-def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
     """Clip by the global norm, Adam (or another kind), decoupled weight decay, then each parameter's own rate.
 
     Args:
@@ -64,7 +64,7 @@ def make_optimizer(config: ConfigDict, steps: int, params: Params) -> optax.Grad
     )
 
 
-def scale_by_moments(config: ConfigDict, params: Params) -> optax.GradientTransformation:
+def scale_by_moments(config: OptimizerConfig, params: Params) -> optax.GradientTransformation:
     """The transformation of a gradient into a step of about unit size, by `config.kind`.
 
     Kinds are adamw; adafactor (Shazeer and Stern 2018); muon (Jordan et al. 2024) for the matrices in the layers of
@@ -82,7 +82,7 @@ def scale_by_moments(config: ConfigDict, params: Params) -> optax.GradientTransf
     return adam
 
 
-def scale_by_adam(config: ConfigDict) -> optax.GradientTransformation:
+def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adam with moments stored in `config.moment_dtype` and computed in float32."""
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.moment_dtype == "float32":

@@ -8,9 +8,8 @@ settings.
 import dataclasses
 import math
 
-from ml_collections import ConfigDict
-
 from kangaroo_jax.chips import Chip
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import mesh_sizes
 
@@ -38,7 +37,7 @@ TABLE: tuple[tuple[str, int, Placement], ...] = (
 DEFAULT = Placement()
 
 
-def resolve(config: ConfigDict, chip: Chip | None, devices: int, slices: int = 1) -> ConfigDict:
+def resolve(config: StageConfig, chip: Chip | None, devices: int, slices: int = 1) -> StageConfig:
     """A copy of a stage's config with mesh, accumulation and remat policies set.
 
     Args:
@@ -49,34 +48,29 @@ def resolve(config: ConfigDict, chip: Chip | None, devices: int, slices: int = 1
 
     Raises UserError if the mesh does not fit the devices, or the packs do not fit the mesh.
     """
-    config = config.copy_and_resolve_references()
     row = _row(config, chip, devices // slices)
-    with config.unlocked():
-        for part, policy in ((config.model.llm, row.llm_remat), (config.model.vision, row.vision_remat)):
-            if part.remat == "auto":
-                part.remat = policy
-        if not config.train.mesh:
-            row = _shared_rows(config, row, chip, devices, slices)
-        mesh = tuple(config.train.mesh) or (slices, -1, row.context, row.tensor)
-        config.train.mesh = mesh_sizes(mesh, devices)
-        rows = config.train.mesh[0] * config.train.mesh[1]
-        packs = config.data.packs_per_batch
-        if packs % rows:
-            raise UserError(
-                f"config.data.packs_per_batch {packs} must be a multiple of {rows}, the data and fsdp sizes of the "
-                f"mesh {config.train.mesh}"
-            )
-        if not config.train.accumulate:
-            config.train.accumulate = _accumulate(packs // rows, row.packs_per_device)
-        if packs % (rows * config.train.accumulate):
-            raise UserError(
-                f"config.train.accumulate {config.train.accumulate}: {packs} packs over {rows} groups of devices "
-                f"cannot be cut into as many parts"
-            )
-    return config
+    policies = {"model.llm.remat": row.llm_remat, "model.vision.remat": row.vision_remat}
+    kept = dict(config.flat())
+    left_open = {key: policy for key, policy in policies.items() if kept[key] == "auto"}
+    if not config.train.mesh:
+        row = _shared_rows(config, row, chip, devices, slices)
+    mesh = mesh_sizes(config.train.mesh or (slices, -1, row.context, row.tensor), devices)
+    packs, rows = config.data.packs_per_batch, mesh[0] * mesh[1]
+    if packs % rows:
+        raise UserError(
+            f"config.data.packs_per_batch {packs} must be a multiple of {rows}, the data and fsdp sizes of the "
+            f"mesh {mesh}"
+        )
+    accumulate = config.train.accumulate or _accumulate(packs // rows, row.packs_per_device)
+    if packs % (rows * accumulate):
+        raise UserError(
+            f"config.train.accumulate {accumulate}: {packs} packs over {rows} groups of devices "
+            f"cannot be cut into as many parts"
+        )
+    return config.changed({**left_open, "train.mesh": mesh, "train.accumulate": accumulate})
 
 
-def _row(config: ConfigDict, chip: Chip | None, devices: int) -> Placement:
+def _row(config: StageConfig, chip: Chip | None, devices: int) -> Placement:
     for name, tokens, placement in TABLE:
         if chip is not None and chip.name == name and config.data.tokens_per_pack <= tokens:
             # A slice that is smaller than the group of devices uses all it has.
@@ -85,7 +79,7 @@ def _row(config: ConfigDict, chip: Chip | None, devices: int) -> Placement:
     return DEFAULT
 
 
-def _shared_rows(config: ConfigDict, row: Placement, chip: Chip | None, devices: int, slices: int) -> Placement:
+def _shared_rows(config: StageConfig, row: Placement, chip: Chip | None, devices: int, slices: int) -> Placement:
     """The placement with larger groups of devices, if there are more groups than packs.
 
     The context axis grows; on GPUs, whose attention does not support it, the tensor axis grows.

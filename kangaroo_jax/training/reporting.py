@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints.reading import NotFinite
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine
@@ -31,7 +31,7 @@ class Reporter:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: StageConfig,
         *,
         log: MetricLog,
         samples: SampleLog,

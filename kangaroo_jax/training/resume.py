@@ -1,14 +1,13 @@
 """Compares the config and tokenizer of a checkpoint with the current ones: some may change when a run goes on."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from kangaroo_jax.checkpoints.reading import find_tokenizer, load_config, tokenizer_file
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoints.reading import find_tokenizer, load_stage, tokenizer_file
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model, multiplier
@@ -18,21 +17,21 @@ _COMPUTATION = ("preset", "dtype", "scan", "attention", "vision.remat", "llm.rem
 _UNSAID = ("allow_changes",)
 
 
-def check_resume(folder: Path, config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
+def check_resume(folder: Path, config: StageConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """Lines about differences from the checkpoint `folder`; `shapes` are those of the model of `config`.
 
     Raises UserError that names the first key that cannot change within a stage, or that makes another model and is
     not in `config.allow_changes`.
     """
-    saved = load_config(folder)
-    before, now = dict(flat(saved.to_dict())), dict(flat(config.to_dict()))
-    differ = {key: (before.get(key), now.get(key)) for key in now if _plain(before.get(key)) != _plain(now.get(key))}
+    saved = load_stage(folder)
+    before, now = dict(saved.flat()), dict(config.flat())
+    differ = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
     scaling = "model.llm.rope_scaling."
     if before[f"{scaling}factor"] == now[f"{scaling}factor"] == 1.0:
         differ = {key: values for key, values in differ.items() if not key.startswith(scaling)}  # no scaling
     for key, values in differ.items():
         if key.startswith("model.") and key.removeprefix("model.") not in _COMPUTATION:
-            if dict(abstract_model(ModelConfig.from_config(saved.model)).shapes) != dict(shapes):
+            if dict(abstract_model(saved.model).shapes) != dict(shapes):
                 raise _cannot(folder, key, *values)
             if key not in config.allow_changes:
                 raise _not_asked(f"{folder}: config.{key} was {values[0]!r} and is now {values[1]!r}", key)
@@ -42,11 +41,11 @@ def check_resume(folder: Path, config: ConfigDict, shapes: Mapping[str, jax.Shap
     return [f"config.{key} was {a!r}, is now {b!r}" for key, (a, b) in differ.items() if key not in _UNSAID]
 
 
-def _trained(config: ConfigDict, shapes: Iterable[str]) -> set[str]:
+def _trained(config: StageConfig, shapes: Iterable[str]) -> set[str]:
     return {path for path in shapes if multiplier(path, config.optimizer.trainable) is not None}
 
 
-def check_tokenizer(folder: Path, config: ConfigDict, tokenizer: Tokenizer) -> str:
+def check_tokenizer(folder: Path, config: StageConfig, tokenizer: Tokenizer) -> str:
     """A line if the tokenizer beside the checkpoint `folder` makes other tokens than `tokenizer`, else "".
 
     It is also "" if there is no tokenizer to compare. Raises UserError if they differ and "data.tokenizer" is not in
@@ -72,19 +71,6 @@ def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
         and a.stop_ids == b.stop_ids
         and all(a.name(i) == b.name(i) and a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
     )
-
-
-def flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no section."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", x) for inner, x in flat(value))
-        else:
-            yield key, value
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def _cannot(folder: Path, key: str, before: Any, now: Any) -> UserError:

@@ -5,15 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.models.parameters import Binding, Params, split_trainable
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
 
 
-def make_state(config: ConfigDict, params: Params) -> TrainState:
+def make_state(config: StageConfig, params: Params) -> TrainState:
     """Step 0: `params` split into trained and frozen by `config.optimizer`, and zeros in the optimiser."""
     trained, frozen = split_trainable(params, config.optimizer.trainable, config.optimizer.frozen_dtype)
     optimizer = make_optimizer(config.optimizer, config.train.steps, trained)
@@ -37,7 +37,7 @@ def state_shardings(state: Any, binding: Binding, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
-def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainState:
+def abstract_state(config: StageConfig, binding: Binding, mesh: Mesh) -> TrainState:
     """`make_state` without arrays: only shapes, dtypes and shardings."""
     state = jax.eval_shape(lambda params: make_state(config, params), dict(binding.shapes))
     shardings = state_shardings(state, binding, mesh)
@@ -47,7 +47,7 @@ def abstract_state(config: ConfigDict, binding: Binding, mesh: Mesh) -> TrainSta
     return placed
 
 
-def build_step(config: ConfigDict, binding: Binding, state: TrainState) -> TrainStep:
+def build_step(config: StageConfig, binding: Binding, state: TrainState) -> TrainStep:
     """The train step of a resolved config (`placement.resolve`) for a state, which may be abstract."""
     optimizer = make_optimizer(config.optimizer, config.train.steps, state.params)
     schedule = make_schedule(config.optimizer, config.train.steps)

@@ -7,7 +7,7 @@ import pytest
 
 from kangaroo_jax.bench.packing import bench_packing, made_up
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.audit.stats import Sizes, fullness, offline_rows
 
 TARGETS = {"stage4_instruct": 0.97, "stage5_long_video": 0.96}  # useful tokens; of frames 0.92
@@ -35,7 +35,7 @@ def test_no_packing_exceeds_its_bound():
 @pytest.mark.parametrize("stage", TARGETS)
 @pytest.mark.parametrize("text", ["uniform", "log-uniform"])
 def test_rows_of_the_published_model_are_full(stage, text):
-    config = load_config(f"{stage}:kangaroo_8b")
+    config = StageConfig.load(f"{stage}:kangaroo_8b")
     assert max(len(sample.tokens) for sample in made_up(config, 500, text)) <= config.data.max_sample_tokens
     found = bench_packing(config, 4000, text)
     assert found["useful_tokens"] >= TARGETS[stage] and found["useful_frames"] >= 0.92, found

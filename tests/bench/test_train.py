@@ -8,6 +8,7 @@ import pytest
 
 from kangaroo_jax.bench import train as bench
 from kangaroo_jax.cli import main as cli
+from kangaroo_jax.config import StageConfig
 
 pytestmark = pytest.mark.alone
 
@@ -15,11 +16,12 @@ pytestmark = pytest.mark.alone
 def test_bench_train_reports_rates(make_micro_config, capsys, monkeypatch):
     config = make_micro_config()
     config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=4)
-    monkeypatch.setattr(bench, "load_config", lambda spec: config)
+    stage = StageConfig.from_config(config)
+    monkeypatch.setattr(StageConfig, "load", lambda spec: stage)
     assert cli.main(["bench", "train", "--steps=2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["ms_per_step"] > 0 and result["tokens_per_second"] > 0 and result["frames_per_second"] > 0
-    batch = bench.full_batch(config)
+    batch = bench.full_batch(stage)
     assert (batch.vision_index >= 0).sum() == 4 // 2 * 1 * 1  # two groups of one token: 2 x 2 patches joined
 
 

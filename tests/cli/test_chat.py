@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.cli.chat import talk
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
@@ -24,7 +25,9 @@ def loaded(monkeypatch, make_micro_config, media, random_model):  # noqa: F811
     config = make_micro_config()
     config.model.llm.vocab_size = 300
     tokenizer = load_tokenizer(media / "tokenizer.model")
-    monkeypatch.setattr(Kangaroo, "load", lambda path: Kangaroo(random_model, config, tokenizer))
+    monkeypatch.setattr(
+        Kangaroo, "load", lambda path: Kangaroo(random_model, StageConfig.from_config(config), tokenizer)
+    )
 
 
 def test_commands(loaded, media, tmp_path, capsys):  # noqa: F811
@@ -64,14 +67,15 @@ from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.cli.main import main
 from tests.conftest import _micro_config
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.models.kangaroo import KangarooModel
 from flax import nnx
 config = _micro_config()
 config.model.llm.vocab_size = 300
 config.data.tokens_per_pack = 8192
+config = StageConfig.from_config(config)
 Tokenizer.stop_ids = property(lambda self: ())
-model = KangarooModel(ModelConfig.from_config(config.model), rngs=nnx.Rngs(0))
+model = KangarooModel(config.model, rngs=nnx.Rngs(0))
 Kangaroo.load = classmethod(lambda cls, path: cls(model, config, load_tokenizer(sys.argv[1])))
 main(["chat", "--checkpoint=x", "--max-new-tokens=8000", "--temperature=1"])
 """

@@ -17,7 +17,7 @@ from kangaroo_jax.cli.chat import chat
 from kangaroo_jax.cli.data import check
 from kangaroo_jax.cli.jobs import JOBS, commands_of
 from kangaroo_jax.cli.train import train
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import StageConfig, stage_config
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
@@ -299,10 +299,10 @@ def test_a_tokenizer_of_another_preset_names_the_preset(tmp_path):
         train_sentencepiece(["What moves, and which way?"], tmp_path / "t.model", vocab_size=285)
     )
     with pytest.raises(UserError, match="this is kangaroo_8b: say :base_100m or :tiny"):
-        loop.open_tokenizer(config)
+        loop.open_tokenizer(StageConfig.from_config(config))
     config.data.tokenizer = "none.model"
     with pytest.raises(UserError, match="the quickstart leaves one for the preset tiny"):
-        loop.open_tokenizer(config)
+        loop.open_tokenizer(StageConfig.from_config(config))
 
 
 def test_nothing_is_converted_where_it_cannot_be_verified(capsys, tmp_path, monkeypatch):

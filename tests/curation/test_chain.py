@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import DataConfig, stage_config
 from kangaroo_jax.corpus.make import Corpus, CorpusMixture, make_corpus, scenes_of
 from kangaroo_jax.corpus.records import media_name
 from kangaroo_jax.corpus.text import dense_caption
@@ -88,14 +88,20 @@ def test_what_is_curated_is_captioned_asked_about_exported_and_loaded(corpus, tm
 
 def load(dataset: Path, folder: Path, names: Set[str]) -> None:
     """Every sample of the dataset comes out of the loader, with pictures in it."""
-    config = stage_config("tiny").data
-    config.update(train=(str(dataset),), min_frames=4, max_frames=8, image_size=16)
-    config.update(tokens_per_pack=512, frames_per_pack=24, packs_per_batch=2, packing_bins=3, cache_mib=0)
+    data = stage_config("tiny").data
+    data.update(train=(str(dataset),), min_frames=4, max_frames=8, image_size=16)
+    data.update(tokens_per_pack=512, frames_per_pack=24, packs_per_batch=2, packing_bins=3, cache_mib=0)
     texts = ["user assistant system What moves first? The red circle moves left. 红色的圆形向左移动。 0123456789"] * 40
     tokenizer = load_tokenizer(train_sentencepiece(texts, folder / "t.model", 330))
     ledger, seen = Ledger(), set[str]()
     loader = make_loader(
-        config, tokenizer, frames_per_group=1, tokens_per_group=4, seed=0, ledger=ledger, num_threads=0
+        DataConfig.from_config(data),
+        tokenizer,
+        frames_per_group=1,
+        tokens_per_group=4,
+        seed=0,
+        ledger=ledger,
+        num_threads=0,
     )
     for _ in range(4 * len(names)):
         batch, stats = next(loader)

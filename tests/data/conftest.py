@@ -1,12 +1,12 @@
 """A small tokenizer and a folder of media that several tests share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import DataConfig, stage_config
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.data.media import numbered_frame, write_video
 
@@ -28,9 +28,9 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data_config() -> ConfigDict:
+def data_config() -> DataConfig:
     """`config.data` of the tiny preset, with 4 to 8 frames, 12 to 16 of videos over 10 s."""
-    config = stage_config("tiny").data
-    config.update(min_frames=4, max_frames=8, long_seconds=10.0, long_min_frames=12, long_max_frames=16)
-    config.update(tokens_per_pack=256, frames_per_pack=24, packs_per_batch=2, packing_bins=3, cache_mib=0)
+    config = DataConfig.from_config(stage_config("tiny").data)
+    config = replace(config, min_frames=4, max_frames=8, long_seconds=10.0, long_min_frames=12, long_max_frames=16)
+    config = replace(config, tokens_per_pack=256, frames_per_pack=24, packs_per_batch=2, packing_bins=3, cache_mib=0)
     return config

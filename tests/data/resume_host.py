@@ -11,9 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import DataConfig, stage_config
 from kangaroo_jax.conventions import FIELDS
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader
@@ -23,7 +21,7 @@ from kangaroo_jax.data.tokenizer import load_tokenizer
 def open_loader(workdir: Path, host: int, hosts: int, workers: int) -> Loader:
     """The loader of `config.json`."""
     settings = json.loads((workdir / "config.json").read_text())
-    config = ConfigDict(stage_config("tiny").data.to_dict() | settings["data"] | {"num_workers": workers})
+    config = DataConfig.from_config(stage_config("tiny").data.to_dict() | settings["data"] | {"num_workers": workers})
     return make_loader(
         config, load_tokenizer(workdir / "tokenizer.model"), frames_per_group=2, tokens_per_group=3,
         seed=settings["seed"], ledger=Ledger(workdir / f"ledger-{host}.jsonl"),

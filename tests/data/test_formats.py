@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 from PIL import Image
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, count_tags, language_of
 from kangaroo_jax.data.annotations.format_writing import to_record
 from kangaroo_jax.data.annotations.formats import FORMATS, Columns, parse_record
@@ -293,7 +293,7 @@ def test_the_kinds_of_records_that_are_about(
     assert [(medium.kind, medium.path) for medium in parsed.conversation.media] == media
 
 
-def test_tags_that_are_text_reach_the_model_as_text(tokenizer: Tokenizer, data_config: ConfigDict) -> None:
+def test_tags_that_are_text_reach_the_model_as_text(tokenizer: Tokenizer, data_config: DataConfig) -> None:
     content = [{"type": "text", "text": "an <image> or \\<video> tag"}]
     parts = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
     conversation = parse_record(parts, "x", "/").conversation

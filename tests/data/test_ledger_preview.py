@@ -1,13 +1,14 @@
 """The ledger survives being killed; a batch can be looked at."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.conventions import FIELDS
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.batches.ledger import Ledger
@@ -63,14 +64,14 @@ def test_ledger_without_a_file(tmp_path: Path) -> None:
         Ledger(tmp_path / "file" / "ledger.jsonl")
 
 
-def test_tree_and_picture(tokenizer: Tokenizer, data_config: ConfigDict, media: Path, tmp_path: Path) -> None:
+def test_tree_and_picture(tokenizer: Tokenizer, data_config: DataConfig, media: Path, tmp_path: Path) -> None:
     video = Conversation(
         "v",
         (Turn("user", "<video>\nWhat moves? 什么?"), Turn("assistant", "The circle.\n红色")),
         (Media("video", str(media / "20s.mp4")),),
     )
     text = Conversation("t", (Turn("user", "Q " * 200), Turn("assistant", "A")))
-    data_config.update(max_sample_tokens=900, tokens_per_pack=900)
+    data_config = replace(data_config, max_sample_tokens=900, tokens_per_pack=900)
     recipes = [make_recipe(conversation, tokenizer, data_config, 2, 3) for conversation in (video, video, text)]
     rows = [[recipes[0], recipes[1]], [recipes[2]], []]
     clips = [decode_recipes(row, ThreadDecoder(0), 48) for row in rows]

@@ -2,13 +2,14 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations import readers, sources
 from kangaroo_jax.data.annotations.readers import line_places
 from kangaroo_jax.data.annotations.sources import AnnotationFile, evenly
@@ -54,7 +55,7 @@ def records(path: Path, count: int, bad: int) -> Path:
 
 
 def test_a_mistake_that_is_checked_stops_at_once_and_another_goes_to_the_ledger(
-    tmp_path: Path, data_config: ConfigDict, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data_config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = records(tmp_path / "train.jsonl", 41, bad=7)
     with pytest.raises(UserError, match="train.jsonl, line 15: not JSON"):
@@ -64,7 +65,9 @@ def test_a_mistake_that_is_checked_stops_at_once_and_another_goes_to_the_ledger(
     assert len(file) == 41 and "41 samples" in file.describe() and "5 of them" in file.describe()
     with pytest.raises(UserError, match="train.jsonl, line 15: not JSON"):
         file[7]
-    data_config.update(train=(str(path),), packing_bins=0, packs_per_batch=1, max_frames=0, frames_per_pack=0)
+    data_config = replace(
+        data_config, train=(str(path),), packing_bins=0, packs_per_batch=1, max_frames=0, frames_per_pack=0
+    )
     ledger = Ledger(tmp_path / "ledger.jsonl")
     loader = make_loader(data_config, tokenizer, frames_per_group=2, tokens_per_group=3, seed=1, ledger=ledger)
     seen = [next(loader)[1].sample_ids[0] for _ in range(80)]
@@ -72,7 +75,7 @@ def test_a_mistake_that_is_checked_stops_at_once_and_another_goes_to_the_ledger(
     assert sorted(seen) == sorted([f"s{i}" for i in range(41) if i != 7] * 2)
     (entry,) = map(json.loads, (tmp_path / "ledger.jsonl").read_text().splitlines())
     assert "train.jsonl, line 15: not JSON" in entry["reason"] and entry["stage"] == "recipe"
-    data_config.strict = True
+    data_config = replace(data_config, strict=True)
     strict = make_loader(data_config, tokenizer, frames_per_group=2, tokens_per_group=3, seed=1, ledger=Ledger())
     with pytest.raises(UserError, match="line 15: not JSON"):
         for _ in range(41):

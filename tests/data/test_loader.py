@@ -4,13 +4,14 @@ import json
 import os
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.data.batches import loader as loader_module
@@ -48,12 +49,12 @@ def annotate(folder: Path, media: Path, count: int = 30, bad: dict[int, str] | N
 
 
 @pytest.fixture
-def config(data_config: ConfigDict, tmp_path: Path, media: Path) -> ConfigDict:
-    data_config.train = (str(annotate(tmp_path, media)),)
+def config(data_config: DataConfig, tmp_path: Path, media: Path) -> DataConfig:
+    data_config = replace(data_config, train=(str(annotate(tmp_path, media)),))
     return data_config
 
 
-def open_loader(config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger | None = None, **kwargs: Any) -> Loader:
+def open_loader(config: DataConfig, tokenizer: Tokenizer, ledger: Ledger | None = None, **kwargs: Any) -> Loader:
     settings = {"frames_per_group": K, "tokens_per_group": V, "seed": 5, "num_threads": 0} | kwargs
     return make_loader(config, tokenizer, ledger=ledger or Ledger(), **settings)
 
@@ -70,7 +71,7 @@ def assert_same(a: tuple[PackedBatch, LoaderStats, bytes], b: tuple[PackedBatch,
     assert a[1:] == b[1:]
 
 
-def test_shapes_types_and_contents(config: ConfigDict, tokenizer: Tokenizer) -> None:
+def test_shapes_types_and_contents(config: DataConfig, tokenizer: Tokenizer) -> None:
     loader = open_loader(config, tokenizer)
     for batch, stats, _ in take(loader, 5):
         assert batch.tokens.shape == (2, 256) and batch.frames.shape == (2, 24, 48, 48, 3)
@@ -87,8 +88,8 @@ def test_shapes_types_and_contents(config: ConfigDict, tokenizer: Tokenizer) -> 
 
 
 @pytest.mark.parametrize("bins", [0, 1, 3])
-def test_an_epoch_sees_every_sample_once(config: ConfigDict, tokenizer: Tokenizer, bins: int) -> None:
-    config.packing_bins = bins
+def test_an_epoch_sees_every_sample_once(config: DataConfig, tokenizer: Tokenizer, bins: int) -> None:
+    config = replace(config, packing_bins=bins)
     loader = open_loader(config, tokenizer)
     seen: list[str] = []
     while len(seen) < 90:
@@ -107,7 +108,7 @@ def test_an_epoch_sees_every_sample_once(config: ConfigDict, tokenizer: Tokenize
     loader.close()
 
 
-def test_the_seed_decides_the_order(config: ConfigDict, tokenizer: Tokenizer) -> None:
+def test_the_seed_decides_the_order(config: DataConfig, tokenizer: Tokenizer) -> None:
     orders = []
     for seed in (1, 1, 2):
         loader = open_loader(config, tokenizer, seed=seed)
@@ -117,8 +118,8 @@ def test_the_seed_decides_the_order(config: ConfigDict, tokenizer: Tokenizer) ->
 
 
 @pytest.mark.parametrize("bins", [0, 3])
-def test_resume_is_exact_at_every_batch(config: ConfigDict, tokenizer: Tokenizer, bins: int) -> None:
-    config.packing_bins = bins
+def test_resume_is_exact_at_every_batch(config: DataConfig, tokenizer: Tokenizer, bins: int) -> None:
+    config = replace(config, packing_bins=bins)
     loader = open_loader(config, tokenizer)
     start = loader.get_state()
     whole = take(loader, 12)
@@ -136,12 +137,12 @@ def test_resume_is_exact_at_every_batch(config: ConfigDict, tokenizer: Tokenizer
 
 @pytest.mark.parametrize("threads, workers, cache", [(1, 0, 0), (4, 0, 0), (2, 0, 8), (0, 2, 0)])
 def test_the_same_batches_however_they_are_made(
-    config: ConfigDict, tokenizer: Tokenizer, threads: int, workers: int, cache: int
+    config: DataConfig, tokenizer: Tokenizer, threads: int, workers: int, cache: int
 ) -> None:
     reference = open_loader(config, tokenizer)
     expected = take(reference, 8)
     reference.close()
-    config.update(num_workers=workers, cache_mib=cache)
+    config = replace(config, num_workers=workers, cache_mib=cache)
     loader = open_loader(config, tokenizer, num_threads=threads)
     for a, b in zip(expected, take(loader, 8), strict=True):
         assert_same(a, b)
@@ -150,7 +151,7 @@ def test_the_same_batches_however_they_are_made(
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to CPUs")
 def test_as_many_threads_decode_as_the_process_has_cpus(
-    config: ConfigDict, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not as many as the machine has, nor at most 8."""
     asked: list[int] = []
@@ -171,8 +172,8 @@ def test_as_many_threads_decode_as_the_process_has_cpus(
     assert asked == [1, 20]
 
 
-def test_hosts_share_the_samples(config: ConfigDict, tokenizer: Tokenizer) -> None:
-    config.packing_bins = 0
+def test_hosts_share_the_samples(config: DataConfig, tokenizer: Tokenizer) -> None:
+    config = replace(config, packing_bins=0)
     seen = []
     for host in range(2):
         loader = open_loader(config, tokenizer, rows=[host])
@@ -183,7 +184,7 @@ def test_hosts_share_the_samples(config: ConfigDict, tokenizer: Tokenizer) -> No
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 30
 
 
-def test_a_state_of_other_data_is_refused(config: ConfigDict, tokenizer: Tokenizer) -> None:
+def test_a_state_of_other_data_is_refused(config: DataConfig, tokenizer: Tokenizer) -> None:
     loader = open_loader(config, tokenizer)
     state = loader.get_state()
     loader.close()
@@ -198,17 +199,17 @@ def test_a_state_of_other_data_is_refused(config: ConfigDict, tokenizer: Tokeniz
 
 
 @pytest.fixture
-def bad_config(data_config: ConfigDict, tmp_path: Path, media: Path) -> ConfigDict:
+def bad_config(data_config: DataConfig, tmp_path: Path, media: Path) -> DataConfig:
     """s3 is missing, s4 is text, s5 is cut short (found only by decoding)."""
     (tmp_path / "text.mp4").write_text("no video")
     whole = write_video(tmp_path / "cut.mp4", 20, 4, options={"movflags": "faststart"})
     whole.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.7)])
     bad = {3: str(tmp_path / "missing.mp4"), 4: str(tmp_path / "text.mp4"), 5: str(whole)}
-    data_config.train = (str(annotate(tmp_path, media, count=12, bad=bad)),)
+    data_config = replace(data_config, train=(str(annotate(tmp_path, media, count=12, bad=bad)),))
     return data_config
 
 
-def test_bad_samples_are_skipped_and_entered_once(bad_config: ConfigDict, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bad_samples_are_skipped_and_entered_once(bad_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     loader = open_loader(bad_config, tokenizer, ledger)
     taken = take(loader, 20)
@@ -235,8 +236,8 @@ def test_bad_samples_are_skipped_and_entered_once(bad_config: ConfigDict, tokeni
     again.close()
 
 
-def test_strict_raises_at_the_first_bad_sample(bad_config: ConfigDict, tokenizer: Tokenizer) -> None:
-    bad_config.strict = True
+def test_strict_raises_at_the_first_bad_sample(bad_config: DataConfig, tokenizer: Tokenizer) -> None:
+    bad_config = replace(bad_config, strict=True)
     loader = open_loader(bad_config, tokenizer)
     with pytest.raises(UserError, match="sample 's[345]': .*strict"):
         take(loader, 20)
@@ -245,11 +246,13 @@ def test_strict_raises_at_the_first_bad_sample(bad_config: ConfigDict, tokenizer
 
 @pytest.mark.parametrize("keep_header", [False, True])
 def test_nothing_but_bad_samples_is_an_error(
-    data_config: ConfigDict, tokenizer: Tokenizer, tmp_path: Path, media: Path, keep_header: bool
+    data_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, media: Path, keep_header: bool
 ) -> None:
     path = write_video(tmp_path / "a.mp4", 20, 4, options={"movflags": "faststart"})
     path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 3] if keep_header else b"x")
-    data_config.train = (str(annotate(tmp_path, media, count=4, bad=dict.fromkeys(range(4), str(path)))),)
+    data_config = replace(
+        data_config, train=(str(annotate(tmp_path, media, count=4, bad=dict.fromkeys(range(4), str(path)))),)
+    )
     loader = open_loader(data_config, tokenizer)
     with pytest.raises(UserError, match="none of the 4 samples can be used"):
         take(loader, 20)
@@ -257,20 +260,20 @@ def test_nothing_but_bad_samples_is_an_error(
 
 
 def test_one_good_sample_among_many_bad_ones_is_enough(
-    data_config: ConfigDict, tokenizer: Tokenizer, tmp_path: Path, media: Path
+    data_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, media: Path
 ) -> None:
     bad = {i: "missing.mp4" for i in range(9)} | {9: "2s.mp4"}
-    data_config.train = (str(annotate(tmp_path, media, count=10, bad=bad)),)
+    data_config = replace(data_config, train=(str(annotate(tmp_path, media, count=10, bad=bad)),))
     loader = open_loader(data_config, tokenizer)
     assert {name for _, stats, _ in take(loader, 3) for name in stats.sample_ids} == {"s9"}
     loader.close()
 
 
-def test_mistakes_in_the_configuration(config: ConfigDict, tokenizer: Tokenizer) -> None:
-    config.frames_per_pack = 7
+def test_mistakes_in_the_configuration(config: DataConfig, tokenizer: Tokenizer) -> None:
+    config = replace(config, frames_per_pack=7)
     with pytest.raises(UserError, match="frames_per_pack 7 must be a multiple of 2"):
         open_loader(config, tokenizer)
-    config.update(frames_per_pack=24, train=())
+    config = replace(config, frames_per_pack=24, train=())
     with pytest.raises(UserError, match="config.data.train is empty"):
         open_loader(config, tokenizer)
 
@@ -278,9 +281,9 @@ def test_mistakes_in_the_configuration(config: ConfigDict, tokenizer: Tokenizer)
 # ------------------------------------------------------------------------- text, evaluation
 
 
-def test_text_alone_needs_no_frames(data_config: ConfigDict, tokenizer: Tokenizer, tmp_path: Path, media: Path) -> None:
-    data_config.train = (str(annotate(tmp_path, media, bad=dict.fromkeys(range(30), ""))),)
-    data_config.frames_per_pack = 0
+def test_text_alone_needs_no_frames(data_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, media: Path) -> None:
+    data_config = replace(data_config, train=(str(annotate(tmp_path, media, bad=dict.fromkeys(range(30), ""))),))
+    data_config = replace(data_config, frames_per_pack=0)
     loader = open_loader(data_config, tokenizer)
     batch, stats, _ = take(loader, 1)[0]
     assert batch.frames.shape == (2, 0, 48, 48, 3) and stats.frames == 0 and (batch.vision_index == -1).all()
@@ -288,7 +291,7 @@ def test_text_alone_needs_no_frames(data_config: ConfigDict, tokenizer: Tokenize
     loader.close()
 
 
-def test_one_recipe_a_row(config: ConfigDict, tokenizer: Tokenizer) -> None:
+def test_one_recipe_a_row(config: DataConfig, tokenizer: Tokenizer) -> None:
     recipes = [make_recipe(c, tokenizer, config, K, V) for c in read_conversations(config.train)][:6]
     batch = batch_from_recipes(recipes, tokens=200, frames=16, image_size=32)
     assert batch.frames.shape == (6, 16, 32, 32, 3)
@@ -303,7 +306,7 @@ def test_one_recipe_a_row(config: ConfigDict, tokenizer: Tokenizer) -> None:
         batch_from_recipes([], tokens=10, frames=16, image_size=32)
 
 
-def test_one_recipe_a_row_raises_for_a_bad_file(bad_config: ConfigDict, tokenizer: Tokenizer) -> None:
+def test_one_recipe_a_row_raises_for_a_bad_file(bad_config: DataConfig, tokenizer: Tokenizer) -> None:
     cut = [c for c in read_conversations(bad_config.train) if c.id == "s5"][0]
     recipe = make_recipe(cut, tokenizer, bad_config, K, V)
     with pytest.raises(UserError, match="cut.mp4: .*cut short"):

@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader, merge_states
 from kangaroo_jax.data.batches.mixture import Lane, Mixture, open_sources
@@ -82,7 +83,7 @@ def test_without_a_shuffle_lanes_take_turns_on_the_files(files: dict[str, str]) 
 
 @pytest.mark.parametrize("bins", [0, 1, 2])
 def test_without_a_shuffle_each_batch_is_a_stretch_of_the_file(
-    data_config: ConfigDict, tokenizer: Tokenizer, tmp_path: Path, bins: int
+    data_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, bins: int
 ) -> None:
     """Rows of unlike samples, over more than one epoch, with a restart on two hosts on the way."""
     count, rows = 400, 4
@@ -90,8 +91,8 @@ def test_without_a_shuffle_each_batch_is_a_stretch_of_the_file(
         for i, words in enumerate(np.random.default_rng(0).integers(1, 9, count).tolist()):
             talk = [{"from": "human", "value": "What?" * words}, {"from": "gpt", "value": "red"}]
             file.write(json.dumps({"id": str(i), "conversations": talk}) + "\n")
-    data_config.update(train=(str(tmp_path / "file.jsonl"),), shuffle=False, packing_bins=bins)
-    data_config.update(packs_per_batch=rows, frames_per_pack=0, tokens_per_pack=128)
+    data_config = replace(data_config, train=(str(tmp_path / "file.jsonl"),), shuffle=False, packing_bins=bins)
+    data_config = replace(data_config, packs_per_batch=rows, frames_per_pack=0, tokens_per_pack=128)
     batches: list[list[int]] = []
     loaders = [loader_of(data_config, tokenizer)]
     while sum(map(len, batches)) < 1.5 * count:
@@ -134,7 +135,7 @@ def test_registries(tmp_path: Path, files: dict[str, str]) -> None:
         Mixture(open_sources([files["a"], files["b"]], "", weights=[1, -1]), 0, 1)
 
 
-def loader_of(config: ConfigDict, tokenizer: Tokenizer, host: int = 0, hosts: int = 1) -> Loader:
+def loader_of(config: DataConfig, tokenizer: Tokenizer, host: int = 0, hosts: int = 1) -> Loader:
     return make_loader(
         config, tokenizer, frames_per_group=2, tokens_per_group=3, seed=5, ledger=Ledger(), num_threads=0,
         rows=range(host * config.packs_per_batch // hosts, (host + 1) * config.packs_per_batch // hosts),
@@ -142,9 +143,11 @@ def loader_of(config: ConfigDict, tokenizer: Tokenizer, host: int = 0, hosts: in
 
 
 def test_counts_and_weights_changed_on_the_way(
-    data_config: ConfigDict, tokenizer: Tokenizer, files: dict[str, str]
+    data_config: DataConfig, tokenizer: Tokenizer, files: dict[str, str]
 ) -> None:
-    data_config.update(train=(files["a"], files["b"], files["c"]), weights=(1.0, 1.0, 2.0), frames_per_pack=0)
+    data_config = replace(
+        data_config, train=(files["a"], files["b"], files["c"]), weights=(1.0, 1.0, 2.0), frames_per_pack=0
+    )
     loader = loader_of(data_config, tokenizer)
     assert "share 50.0% as 'c'" in loader.describe()[2]
     stats = [next(loader)[1] for _ in range(12)]
@@ -161,7 +164,7 @@ def test_counts_and_weights_changed_on_the_way(
     same.set_state(state)
     assert [next(same)[1].sample_ids for _ in range(3)] == expected
     same.close()
-    data_config.weights = (0.0, 1.0, 1.0)
+    data_config = replace(data_config, weights=(0.0, 1.0, 1.0))
     changed = loader_of(data_config, tokenizer)
     changed.set_state(state)
     later = [next(changed)[1] for _ in range(40)]
@@ -172,7 +175,7 @@ def test_counts_and_weights_changed_on_the_way(
     assert {n: sum(lane["taken"][n] for lane in taken.values()) for n in ("a", "b", "c")} == drawn_before
 
 
-def _drawn(state: bytes, config: ConfigDict, tokenizer: Tokenizer) -> dict[str, list[int]]:
+def _drawn(state: bytes, config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
     mixture = Mixture(open_sources(config.train, "", weights=config.weights), 5, config.packs_per_batch)
     used: dict[str, list[int]] = {source.name: [] for source in mixture.sources}
     for v, lane in json.loads(state)["lanes"].items():
@@ -182,28 +185,28 @@ def _drawn(state: bytes, config: ConfigDict, tokenizer: Tokenizer) -> dict[str, 
 
 
 def test_a_source_may_be_added_but_not_lost(
-    data_config: ConfigDict, tokenizer: Tokenizer, files: dict[str, str]
+    data_config: DataConfig, tokenizer: Tokenizer, files: dict[str, str]
 ) -> None:
-    data_config.update(train=(files["a"],), weights=(1.0,), frames_per_pack=0)
+    data_config = replace(data_config, train=(files["a"],), weights=(1.0,), frames_per_pack=0)
     loader = loader_of(data_config, tokenizer)
     next(loader)
     state = loader.get_state()
     loader.close()
-    data_config.update(train=(files["a"], files["b"]), weights=(1.0, 1.0))
+    data_config = replace(data_config, train=(files["a"], files["b"]), weights=(1.0, 1.0))
     more = loader_of(data_config, tokenizer)
     more.set_state(state)
     assert sum(next(more)[1].sources.get("b", 0) for _ in range(6)) > 0
     state = more.get_state()
     more.close()
-    data_config.update(train=(files["b"],), weights=(1.0,))
+    data_config = replace(data_config, train=(files["b"],), weights=(1.0,))
     fewer = loader_of(data_config, tokenizer)
     with pytest.raises(UserError, match="saved data position: config.data.train: a is missing"):
         fewer.set_state(state)
     fewer.close()
 
 
-def test_states_of_hosts_are_merged(data_config: ConfigDict, tokenizer: Tokenizer, files: dict[str, str]) -> None:
-    data_config.update(train=(files["a"],), frames_per_pack=0, packs_per_batch=4)
+def test_states_of_hosts_are_merged(data_config: DataConfig, tokenizer: Tokenizer, files: dict[str, str]) -> None:
+    data_config = replace(data_config, train=(files["a"],), frames_per_pack=0, packs_per_batch=4)
     hosts = [loader_of(data_config, tokenizer, host, 2) for host in range(2)]
     one = loader_of(data_config, tokenizer)
     for _ in range(3):

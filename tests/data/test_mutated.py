@@ -6,14 +6,15 @@ import json
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.conventions import FIELDS
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import make_loader
@@ -149,7 +150,7 @@ def resident() -> float:
 
 
 def run(
-    config: ConfigDict, tokenizer: Tokenizer, ledger: Ledger, epochs: int
+    config: DataConfig, tokenizer: Tokenizer, ledger: Ledger, epochs: int
 ) -> tuple[dict[str, set[bytes]], list[float], float]:
     """The arrays that arrive of each sample, memory (MiB) after every epoch, and the longest wait for a batch (s).
 
@@ -175,12 +176,12 @@ def run(
     "mutants, epochs, frames", [(36, 1, 5000), pytest.param(1000, 5, 100_000, marks=pytest.mark.slow)]
 )
 def test_mutated_media(
-    tmp_path: Path, media: Path, data_config: ConfigDict, tokenizer: Tokenizer, mutants: int, epochs: int, frames: int
+    tmp_path: Path, media: Path, data_config: DataConfig, tokenizer: Tokenizer, mutants: int, epochs: int, frames: int
 ) -> None:
     both, healthy = annotate(tmp_path, media, mutants, 12, frames)
     files = {entry["id"]: entry for entry in map(json.loads, both.read_text().splitlines())}
-    data_config.update(packing_bins=0, packs_per_batch=1, num_workers=2, decode_seconds=SECONDS_A_FILE)
-    data_config.train = (str(both),)
+    data_config = replace(data_config, packing_bins=0, packs_per_batch=1, num_workers=2, decode_seconds=SECONDS_A_FILE)
+    data_config = replace(data_config, train=(str(both),))
     seen, memory, longest = run(data_config, tokenizer, Ledger(tmp_path / "ledger.jsonl"), epochs)
     entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     names = {entry["id"] for entry in entries}
@@ -199,7 +200,7 @@ def test_mutated_media(
     for entry in entries:
         path = files[entry["id"]].get("video") or files[entry["id"]]["image"]
         assert entry["path"] == path and path in entry["reason"] and "\n" not in entry["reason"]
-    data_config.train = (str(healthy),)
+    data_config = replace(data_config, train=(str(healthy),))
     alone, _, _ = run(data_config, tokenizer, Ledger(), 1)
     assert alone == good  # as if the others never existed
     if epochs > 2:

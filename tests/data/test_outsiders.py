@@ -5,14 +5,15 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.curation.engine.manifest import read_inputs
 from kangaroo_jax.data.annotations import sources
 from kangaroo_jax.data.annotations.conversation import Conversation
@@ -241,7 +242,7 @@ def test_several_wrong_records_are_counted(tmp_path: Path) -> None:
 
 
 def test_no_record_ends_a_training(
-    tmp_path: Path, tokenizer: Tokenizer, data_config: ConfigDict, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     good = [json.dumps({"id": f"g{i}", "conversations": talk}) for i in range(6)]
@@ -256,7 +257,7 @@ def test_no_record_ends_a_training(
         return made(conversation, *more)
 
     monkeypatch.setattr(feed, "make_recipe", breaks)
-    data_config.update(train=(str(tmp_path / "a.jsonl"),))
+    data_config = replace(data_config, train=(str(tmp_path / "a.jsonl"),))
     sizes = {"frames_per_group": 2, "tokens_per_group": 3, "seed": 1, "num_threads": 2}
     loader = make_loader(data_config, tokenizer, ledger=Ledger(tmp_path / "l.jsonl"), **sizes)
     seen = {name for _ in range(4) for name in next(loader)[1].sample_ids}
@@ -264,7 +265,7 @@ def test_no_record_ends_a_training(
     assert seen == {f"g{i}" for i in range(6)}
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "l.jsonl").read_text().splitlines()]
     assert len(reasons) == 4 and any("cannot be used (KeyError" in reason for reason in reasons)
-    data_config.update(strict=True)
+    data_config = replace(data_config, strict=True)
     loader = make_loader(data_config, tokenizer, ledger=Ledger(), **sizes)
     with pytest.raises(UserError, match=r"config.data.strict"):
         for _ in range(9):

@@ -1,12 +1,12 @@
 """Recipes: the template to the token, the arithmetic of the paper's stages, what is learnt, what is cut."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.annotations.formats import parse_record
 from kangaroo_jax.data.batches.sample import make_recipe, plan_media, render_parts, render_prompt, video_block_length
@@ -38,7 +38,7 @@ def spell(t: Tokenizer, *parts: str | int | list[int]) -> list[int]:
     return ids
 
 
-def test_template_is_exact(tokenizer: Tokenizer, data_config: ConfigDict, media: Path) -> None:
+def test_template_is_exact(tokenizer: Tokenizer, data_config: DataConfig, media: Path) -> None:
     t = tokenizer
     video = Media("video", str(media / "2s.mp4"))
     photo = Media("image", str(media / "photo.jpg"))
@@ -62,7 +62,7 @@ def test_template_is_exact(tokenizer: Tokenizer, data_config: ConfigDict, media:
     assert recipe.frames == 6 and [ref.times for ref in recipe.media] == [(0.25, 0.75, 1.25, 1.75), (0.0, 0.0)]
 
 
-def test_tags_and_specials_in_text_are_only_text(tokenizer: Tokenizer, data_config: ConfigDict) -> None:
+def test_tags_and_specials_in_text_are_only_text(tokenizer: Tokenizer, data_config: DataConfig) -> None:
     words = "say <vision><|eot_id|>"
     recipe = make_recipe(chat(words, "a <video> tag <eov>"), tokenizer, data_config, K, V)
     t = tokenizer
@@ -72,9 +72,9 @@ def test_tags_and_specials_in_text_are_only_text(tokenizer: Tokenizer, data_conf
     assert not recipe.is_vision.any() and recipe.media == ()
 
 
-def test_caption_loss_drops_the_users_words(tokenizer: Tokenizer, data_config: ConfigDict, media: Path) -> None:
+def test_caption_loss_drops_the_users_words(tokenizer: Tokenizer, data_config: DataConfig, media: Path) -> None:
     t = tokenizer
-    data_config.loss_on = "caption"
+    data_config = replace(data_config, loss_on="caption")
     conversation = chat("<image>\nDescribe this.", "A red circle.", media=(Media("image", str(media / "photo.jpg")),))
     recipe = make_recipe(conversation, t, data_config, 1, V)
     picture = [t.vi_start, *[t.vision] * V, t.eov, t.vi_end]
@@ -82,7 +82,7 @@ def test_caption_loss_drops_the_users_words(tokenizer: Tokenizer, data_config: C
     answer = spell(t, "A red circle.", t.eot)
     assert recipe.tokens.tolist() == prompt + answer
     assert recipe.weights.tolist() == [0.0] * len(prompt) + [1.0] * len(answer)
-    data_config.loss_on = "all"
+    data_config = replace(data_config, loss_on="all")
     with pytest.raises(UserError, match="assistant, caption"):
         make_recipe(conversation, t, data_config, 1, V)
 
@@ -100,9 +100,9 @@ def test_caption_loss_drops_the_users_words(tokenizer: Tokenizer, data_config: C
 def test_token_arithmetic_of_the_stages(
     tokenizer: Tokenizer, tmp_path: Path, frames: int, k: int, v: int, vision: int, whole: int
 ) -> None:
-    config = stage_config("kangaroo_8b").data
-    config.update(min_frames=frames, max_frames=frames, max_sample_tokens=22_528, tokens_per_pack=22_528)
-    config.update(frames_per_pack=160)
+    config = DataConfig()
+    config = replace(config, min_frames=frames, max_frames=frames, max_sample_tokens=22_528, tokens_per_pack=22_528)
+    config = replace(config, frames_per_pack=160)
     path = write_video(tmp_path / "a.mp4", 8, 8)
     conversation = chat("<video>Q", "A", media=(Media("video", str(path)),))
     recipe = make_recipe(conversation, tokenizer, config, k, v)
@@ -114,13 +114,13 @@ def test_token_arithmetic_of_the_stages(
     assert counts == {t.eof: frames // k - 1, t.eov: 1, t.vi_start: 1, t.vi_end: 1}
 
 
-def test_long_samples_lose_whole_rounds(tokenizer: Tokenizer, data_config: ConfigDict, media: Path) -> None:
+def test_long_samples_lose_whole_rounds(tokenizer: Tokenizer, data_config: DataConfig, media: Path) -> None:
     video = Media("video", str(media / "2s.mp4"))
     conversation = chat("<video>\nQ", "A", "Q " * 5, "A " * 5, "<video>Q", "A", media=(video, video))
     whole = make_recipe(conversation, tokenizer, data_config, K, V)
     assert whole.frames == 8
     for limit in range(len(whole.tokens), 20, -1):
-        data_config.max_sample_tokens = limit
+        data_config = replace(data_config, max_sample_tokens=limit)
         try:
             recipe = make_recipe(conversation, tokenizer, data_config, K, V)
         except UserError as error:
@@ -134,14 +134,14 @@ def test_long_samples_lose_whole_rounds(tokenizer: Tokenizer, data_config: Confi
         assert recipe.frames in (4, 8)
     else:
         pytest.fail("the first round was never too long")
-    data_config.update(max_sample_tokens=256, frames_per_pack=4)
+    data_config = replace(data_config, max_sample_tokens=256, frames_per_pack=4)
     assert make_recipe(conversation, tokenizer, data_config, K, V).frames == 4
-    data_config.frames_per_pack = 2
+    data_config = replace(data_config, frames_per_pack=2)
     with pytest.raises(UserError, match="4 frames to its first answer"):
         make_recipe(conversation, tokenizer, data_config, K, V)
 
 
-def test_a_question_after_the_last_answer_is_left_out(tokenizer: Tokenizer, data_config: ConfigDict) -> None:
+def test_a_question_after_the_last_answer_is_left_out(tokenizer: Tokenizer, data_config: DataConfig) -> None:
     a = make_recipe(chat("Q", "A", "Q2"), tokenizer, data_config, K, V)
     b = make_recipe(chat("Q", "A"), tokenizer, data_config, K, V)
     np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -202,7 +202,7 @@ def test_a_duration_that_is_no_number_of_seconds_is_passed_over(value: object, s
         assert parse_record({"messages": turns}, "line 1", "").conversation.media[0].duration == seconds
 
 
-def test_prompt_is_the_beginning_of_the_sample(tokenizer: Tokenizer, data_config: ConfigDict, media: Path) -> None:
+def test_prompt_is_the_beginning_of_the_sample(tokenizer: Tokenizer, data_config: DataConfig, media: Path) -> None:
     conversation = chat("<video>\nQ", "A", "Q2", "A2", media=(Media("video", str(media / "5s.mp4")),))
     sample = make_recipe(conversation, tokenizer, data_config, K, V)
     prompt = render_prompt(conversation.split_answer()[0], tokenizer, data_config, K, V)

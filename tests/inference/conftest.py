@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from kangaroo_jax.inference.chat import Kangaroo
@@ -56,5 +57,5 @@ def kangaroo(make_micro_config, media, random_model) -> Iterator[Kangaroo]:
     """Something to talk to, which remembers nothing of other tests."""
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    with Kangaroo(random_model, config, load_tokenizer(media / "tokenizer.model")) as kangaroo:
+    with Kangaroo(random_model, StageConfig.from_config(config), load_tokenizer(media / "tokenizer.model")) as kangaroo:
         yield kangaroo

@@ -16,7 +16,7 @@ from PIL import Image
 
 from kangaroo_jax.checkpoints.reading import keep_tokenizer
 from kangaroo_jax.cli.chat import chat, talk, typed
-from kangaroo_jax.config import ModelConfig, to_plain
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.media.decode import decode_one
 from kangaroo_jax.data.media.storage import MediaCache, use_cache
@@ -221,7 +221,7 @@ def checkpoint(tmp_path_factory, make_micro_config, media, random_model):
     params = abstract_model(ModelConfig.from_config(config.model)).flatten(random_model)
     state = TrainState(jnp.int32(7), params, {}, {})
     checkpoints = Checkpoints(folder, state)
-    checkpoints.save(state, b"{}", to_plain(config))
+    checkpoints.save(state, b"{}", config.to_dict())
     checkpoints.close()
     keep_tokenizer(media / "tokenizer.model", folder)
     return folder

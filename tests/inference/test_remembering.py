@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.media.video import load_video
 from kangaroo_jax.data.tokenizer import load_tokenizer
@@ -41,7 +42,7 @@ def warm(make_micro_config, media, random_model):
     """A model whose programs are all compiled."""
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    with Kangaroo(random_model, config, load_tokenizer(media / "tokenizer.model")) as kangaroo:
+    with Kangaroo(random_model, StageConfig.from_config(config), load_tokenizer(media / "tokenizer.model")) as kangaroo:
         assert kangaroo.warm_up() == kangaroo.stats()["programs_compiled"]
         yield kangaroo
 
@@ -174,7 +175,7 @@ def test_never_the_answer_to_another_video(warm, media, tmp_path, rounds):
 def test_a_model_that_nobody_refers_to_ends_its_threads(make_micro_config, media, random_model):
     config = make_micro_config()
     config.model.llm.vocab_size = 300
-    kangaroo = Kangaroo(random_model, config, load_tokenizer(media / "tokenizer.model"))
+    kangaroo = Kangaroo(random_model, StageConfig.from_config(config), load_tokenizer(media / "tokenizer.model"))
     kangaroo.chat(video=media / "a.mp4", query="What?", **SHORT)
     thread = kangaroo.engine._thread
     assert thread.is_alive()

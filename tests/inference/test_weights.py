@@ -15,7 +15,7 @@ from flax import nnx
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import RunningDigest, digests
 from kangaroo_jax.checkpoints.stored import Stored
-from kangaroo_jax.config import ModelConfig, to_plain
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory, make_micro_config, media, params) -> Path:
     state = TrainState(jnp.int32(7), {n: x for n, x in params.items() if n not in frozen}, frozen, {})
     checkpoints = Checkpoints(folder, state)
     checkpoints.keep_frozen(state)
-    checkpoints.save(state, b"{}", to_plain(config))
+    checkpoints.save(state, b"{}", config.to_dict())
     checkpoints.close()
     reading.keep_tokenizer(media / "tokenizer.model", folder)
     return folder

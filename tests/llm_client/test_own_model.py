@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.checkpoints.reading import keep_tokenizer
-from kangaroo_jax.config import ModelConfig, to_plain
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.run import annotate_clips
 from kangaroo_jax.data.tokenizer import train_sentencepiece
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory, make_micro_config, make_random_model) -> Path:
     params = abstract_model(ModelConfig.from_config(config.model)).flatten(make_random_model(config.model))
     state = TrainState(jnp.int32(7), params, {}, {})
     checkpoints = Checkpoints(folder, state)
-    checkpoints.save(state, b"{}", to_plain(config))
+    checkpoints.save(state, b"{}", config.to_dict())
     checkpoints.close()
     train_sentencepiece(WORDS, folder.parent / "tokenizer.model", vocab_size=300)
     keep_tokenizer(folder.parent / "tokenizer.model", folder)

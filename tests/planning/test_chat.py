@@ -7,7 +7,7 @@ import pytest
 
 from kangaroo_jax.chips import CHIPS, parse_topology
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.inference import weights
 from kangaroo_jax.inference.programs import Programs
 from kangaroo_jax.planning import chat, chat_work, hlo
@@ -31,7 +31,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def talk(quantize: str | None = "int8", slots: int = 1, frames: int = 160) -> Talk:
-    return Talk(load_config("stage5_long_video:kangaroo_8b"), quantize, slots, frames)
+    return Talk(StageConfig.load("stage5_long_video:kangaroo_8b"), quantize, slots, frames)
 
 
 def test_what_an_8b_engine_holds_is_what_its_numbers_take():
@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 def test_a_step_on_a_mesh_moves_activations_and_no_weights(make_micro_config):
     config = make_micro_config()
     config.model.llm.update(vocab_size=4096, kv_heads=4, heads=4)
-    asked = Talk(config, None, 2, 0)
+    asked = Talk(StageConfig.from_config(config), None, 2, 0)
     mesh = make_mesh((1, 1, 1, 4), jax.devices()[:4])
     programs = Programs(weights.abstract(asked.model, None), asked.sizes, mesh=mesh)
     step = programs.lower(("decode", asked.capacity, 2), "cpu").compile()
@@ -117,7 +117,7 @@ def test_programs_of_a_small_engine_are_compiled_for_one_chip_and_for_four(make_
     config = make_micro_config()
     with config.unlocked():
         config.model.llm.update(width=512, heads=4, kv_heads=4, head_dim=128, mlp_width=1024, vocab_size=1024, depth=2)
-    asked = Talk(config, "int8", 2, 16)
+    asked = Talk(StageConfig.from_config(config), "int8", 2, 16)
     peaks = {}
     for name in ("v5e:1x1", "v5e:2x2"):
         found = chat.make_chat_plan(asked, parse_topology(name), tmp_path)

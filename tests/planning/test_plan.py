@@ -1,5 +1,6 @@
 """The plan: formulas against known numbers, work and traffic of compiled steps, and the job itself."""
 
+import dataclasses
 import json
 from importlib import metadata
 from pathlib import Path
@@ -11,8 +12,7 @@ import pytest
 
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.config import STAGES, ModelConfig
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import STAGES, StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import compile as plan_compile
@@ -47,7 +47,7 @@ def config(make_micro_config):
     config.data.update(packs_per_batch=8, tokens_per_pack=128, frames_per_pack=16)
     config.train.mesh = (2, 2, 1, 2)
     config.optimizer.kind = "adamw"  # Muon's products of a weight with itself are no part of the model's work
-    return config
+    return StageConfig.from_config(config)
 
 
 def compiled_on_cpu(config) -> str:
@@ -64,22 +64,18 @@ def work(text: str, part: str = "") -> float:
 
 
 def test_flops_of_llama_are_six_per_weight_and_token_and_frozen_parts_cost_less():
-    config = load_config("stage4_instruct:kangaroo_8b")
-    with config.unlocked():
-        config.data.update(packs_per_batch=1)
-    flops, counts = step_flops(config), count_parameters(ModelConfig.from_config(config.model))
+    config = StageConfig.load("stage4_instruct:kangaroo_8b").changed({"data.packs_per_batch": 1})
+    flops, counts = step_flops(config), count_parameters(config.model)
     tokens = config.data.tokens_per_pack
     in_products = counts["llm"] - config.model.llm.vocab_size * config.model.llm.width  # all but the embedding
     assert flops.llm_linear + flops.head == pytest.approx(6 * in_products * tokens, rel=1e-3)
     assert flops.llm_attention_full == 12 * 32 * tokens**2 * 4096 == 2 * flops.llm_attention_causal
     vision = 96 * (6 * 304.1e6 * 1025 + 12 * 24 * 1025**2 * 1024)
     assert flops.vision == pytest.approx(vision, rel=0.01)
-    with config.unlocked():
-        config.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
-    assert step_flops(config).vision == pytest.approx(flops.vision / 3)
-    with config.unlocked():
-        config.optimizer.trainable = (("(vision|projector)/.*", 1.0), (".*", None))
-    assert step_flops(config).llm_linear == pytest.approx(flops.llm_linear * 2 / 3)
+    vision_frozen = config.changed({"optimizer.trainable": (("vision/.*", None), (".*", 1.0))})
+    assert step_flops(vision_frozen).vision == pytest.approx(flops.vision / 3)
+    decoder_frozen = config.changed({"optimizer.trainable": (("(vision|projector)/.*", 1.0), (".*", None))})
+    assert step_flops(decoder_frozen).llm_linear == pytest.approx(flops.llm_linear * 2 / 3)
 
 
 def test_chips_are_found_by_what_jax_calls_them():
@@ -101,7 +97,7 @@ def test_bad_topologies_are_one_line(text):
 
 def test_the_packing_share_of_every_stage_is_a_share():
     for stage in STAGES:
-        share = plan.useful_share(load_config(f"{stage}:kangaroo_8b"))
+        share = plan.useful_share(StageConfig.load(f"{stage}:kangaroo_8b"))
         assert 0.5 < share <= 1, (stage, share)
 
 
@@ -109,16 +105,16 @@ def test_every_stage_is_placed_on_every_slice():
     for name, size in (("v5e", "4x8"), ("v5p", "2x2x4"), ("v6e", "4x8"), ("v6e", "4x4"), ("H100", "8")):
         target = parse_topology(f"{name}:{size}")
         for stage in STAGES:
-            config = resolve(load_config(f"{stage}:kangaroo_8b"), target.chip, target.devices)
+            config = resolve(StageConfig.load(f"{stage}:kangaroo_8b"), target.chip, target.devices)
             assert np.prod(config.train.mesh) == target.devices and config.train.accumulate >= 1
             assert config.model.llm.remat != "auto"
-    two = resolve(load_config("stage4_instruct:kangaroo_8b"), CHIPS["v5e"], 64, 2)
+    two = resolve(StageConfig.load("stage4_instruct:kangaroo_8b"), CHIPS["v5e"], 64, 2)
     assert two.train.mesh[0] == 2
 
 
 def test_more_chips_than_packs_share_rows():
     """On a TPU by context, on a GPU (whose attention has no context axis) by tensor."""
-    config = load_config("stage5_long_video:kangaroo_8b")
+    config = StageConfig.load("stage5_long_video:kangaroo_8b")
     assert config.data.packs_per_batch == 64
     assert resolve(config, CHIPS["v5p"], 64).train.mesh == (1, 64, 1, 1)
     assert resolve(config, CHIPS["v5p"], 256).train.mesh == (1, 64, 4, 1)
@@ -127,10 +123,8 @@ def test_more_chips_than_packs_share_rows():
 
 
 def test_a_batch_that_does_not_fit_the_mesh_is_one_line():
-    config = load_config("stage5_long_video:kangaroo_8b")
-    with config.unlocked():
-        config.data.packs_per_batch = 12
-        config.train.mesh = (1, 8, 1, 4)
+    config = StageConfig.load("stage5_long_video:kangaroo_8b")
+    config = config.changed({"data.packs_per_batch": 12, "train.mesh": (1, 8, 1, 4)})
     with pytest.raises(UserError, match="packs_per_batch 12 must be a multiple of 8"):
         resolve(config, CHIPS["v5e"], 32)
 
@@ -141,24 +135,22 @@ def test_a_batch_that_does_not_fit_the_mesh_is_one_line():
 def test_eight_devices_do_no_more_work_than_one(config):
     """Neither the ViT nor anything else is computed twice, though the mesh has a tensor axis."""
     eight = compiled_on_cpu(config)
-    config.train.mesh = (1, 1, 1, 1)
-    one = compiled_on_cpu(config)
+    one = compiled_on_cpu(config.changed({"train.mesh": (1, 1, 1, 1)}))
     assert 8 * work(eight, "vision") <= 1.02 * work(one, "vision")
     assert 8 * work(eight) <= 1.02 * work(one)
 
 
 def test_frozen_parts_add_no_gradient_collectives_and_logits_are_not_gathered(config):
-    config.train.mesh = (1, 8, 1, 1)
+    config = config.changed({"train.mesh": (1, 8, 1, 1)})
     moved = {}
     for name, rules in (("frozen", (("llm/.*", None), (".*", 1.0))), ("trained", ((".*", 1.0),))):
-        config.optimizer.trainable = rules
         moved[name] = 0.0
-        for visit in hlo.walk(compiled_on_cpu(config)):
+        for visit in hlo.walk(compiled_on_cpu(config.changed({"optimizer.trainable": rules}))):
             found = hlo.collective(visit.operation)
             if found and found[0] in ("all-reduce", "reduce-scatter"):
                 moved[name] += found[1] * visit.times
             assert not (found and found[0] == "all-gather" and plan_compile.is_logits(visit.operation, config))
-    counts = count_parameters(ModelConfig.from_config(config.model))
+    counts = count_parameters(config.model)
     assert moved["frozen"] < 4 * 1.2 * (counts["total"] - counts["llm"]) + 4096
     assert moved["trained"] > moved["frozen"] + 4 * 0.5 * counts["llm"]
 
@@ -202,8 +194,8 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 
 def test_the_nearest_change_fits_by_the_formula_that_said_no():
-    config, target = load_config("stage5_long_video:kangaroo_8b"), parse_topology("V100:8")
-    counts = count_parameters(ModelConfig.from_config(config.model))
+    config, target = StageConfig.load("stage5_long_video:kangaroo_8b"), parse_topology("V100:8")
+    counts = count_parameters(config.model)
     before = plan.make_plan(config, target, mfu=0.4)
     assert not before.fits
     change = plan.nearest_change(config, target, before)
@@ -294,12 +286,15 @@ def test_a_step_fits_whose_arguments_and_temporaries_sum_to_more_than_the_chip_h
 @needs_libtpu
 def test_a_tpu_step_is_compiled_here_with_splash_attention(config, tmp_path):
     """A small model on eight v5e chips: the kernels are there, and the work is the model's."""
-    with config.unlocked():
-        config.model.dtype = "bfloat16"
-        config.model.vision.update(width=128, depth=2, heads=2, mlp_width=256)
-        config.model.llm.update(width=256, heads=4, kv_heads=2, head_dim=128, mlp_width=512, remat="none")
-        config.data.update(packs_per_batch=8, tokens_per_pack=2048, frames_per_pack=16)
-        config.train.mesh = (1, 4, 1, 2)
+    model = dataclasses.replace(
+        config.model,
+        dtype="bfloat16",
+        vision=dataclasses.replace(config.model.vision, width=128, depth=2, heads=2, mlp_width=256),
+        llm=dataclasses.replace(
+            config.model.llm, width=256, heads=4, kv_heads=2, head_dim=128, mlp_width=512, remat="none"
+        ),
+    )
+    config = config.changed({"model": model, "data.tokens_per_pack": 2048, "train.mesh": (1, 4, 1, 2)})
     target = parse_topology("v5e:2x4")
     found = plan.make_plan(config, target, mfu=0.5, cache=tmp_path)
     assert found.fits and found.source == "compiled" and 0 < found.peak_hbm_gib < 2 and not found.gathers_logits

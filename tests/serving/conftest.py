@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import Limits
@@ -95,7 +96,9 @@ def start(
             folder = stack.enter_context(WorkFolder(tmp_path / "work"))
             service = Service(("kangaroo", "k2"), limits, MediaStore(folder, limits, films), share_cache=share_cache)
             if ready:
-                service.backend = fake_backend(engine, tokenizer, make_micro_config().data, limits)
+                service.backend = fake_backend(
+                    engine, tokenizer, DataConfig.from_config(make_micro_config().data), limits
+                )
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             bounds = {name: options.pop(name) for name in ("seconds", "most") if name in options}
             server = uvicorn.Server(config_of(make_app(service, **options), **bounds))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from kangaroo_jax.checkpoints import reading
-from kangaroo_jax.config import ModelConfig, to_plain
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
@@ -48,7 +48,7 @@ def checkpoint(
     folder = tmp_path_factory.mktemp("stage5")
     state = TrainState(jnp.int32(7), params, {}, {})
     checkpoints = Checkpoints(folder, state)
-    checkpoints.save(state, b"{}", to_plain(config))
+    checkpoints.save(state, b"{}", config.to_dict())
     checkpoints.close()
     reading.keep_tokenizer(tokenizer_file, folder)
     return folder

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from kangaroo_jax.checkpoints.reading import check_rope, check_shapes, find, find_tokenizer, keep_tokenizer, load_config
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import ModelConfig, stage_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.training import loop
@@ -124,11 +124,11 @@ def test_every_setting_that_turns_angles_is_compared(saved, key, value):
     folder, config = saved
     model = config.model.copy_and_resolve_references()
     model.llm.rope_scaling.low_freq_factor = 3.0  # nothing, as long as the factor is 1
-    check_rope(folder, model)
+    check_rope(folder, ModelConfig.from_config(model))
     model.update_from_flattened_dict({key: value})
     name = key.removesuffix(".factor")
     with pytest.raises(UserError, match=rf"7: config\.model\.{name} of the checkpoint is .*--config\.model\.{name}"):
-        check_rope(folder, model)
+        check_rope(folder, ModelConfig.from_config(model))
 
 
 def test_what_a_stage_runs_on_is_said_in_words():

@@ -13,7 +13,7 @@ import pytest
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import changed, digests
 from kangaroo_jax.checkpoints.reading import NotFinite
-from kangaroo_jax.config import ModelConfig, to_plain
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
@@ -44,6 +44,10 @@ def config_of(folder: Path, corpus: Path, **changes):
     return config
 
 
+def typed(folder: Path, corpus: Path, **changes) -> StageConfig:
+    return StageConfig.from_config(config_of(folder, corpus, **changes))
+
+
 REFUSED = {
     "optimizer.kind": ("adamw", "optimizer.kind was 'muon' and is now 'adamw'"),
     "optimizer.trainable": ((("llm/.*", None), (".*", 1.0)), r"config.optimizer.trainable was \(\('\.\*', 1.0\)"),
@@ -60,21 +64,22 @@ REFUSED = {
 
 def test_what_cannot_change_is_named_and_what_may_is_said(trained, corpus):
     folder = reading.find(trained / "run")
-    shapes = abstract_model(ModelConfig.from_config(config_of(trained, corpus).model)).shapes
-    assert check_resume(folder, config_of(trained, corpus), shapes) == []
+    shapes = abstract_model(typed(trained, corpus).model).shapes
+    assert check_resume(folder, typed(trained, corpus), shapes) == []
     for key, (value, message) in REFUSED.items():
-        config = config_of(trained, corpus, **{key: value})
+        config = typed(trained, corpus, **{key: value})
         with pytest.raises(UserError, match=message) as error:
-            check_resume(folder, config, abstract_model(ModelConfig.from_config(config.model)).shapes)
+            check_resume(folder, config, abstract_model(config.model).shapes)
         assert "\n" not in str(error.value)
-    config = config_of(trained, corpus, **{"optimizer.learning_rate": 3e-3, "data.fps": 2.0, "train.steps": 8})
-    config.optimizer.trainable = (("llm/.*", 0.5), (".*", 1.0))  # the same weights train
-    config.model.llm.rope_scaling.low_freq_factor = 2.0  # means nothing where the factor is 1
+    may = {"optimizer.learning_rate": 3e-3, "data.fps": 2.0, "train.steps": 8}
+    may["optimizer.trainable"] = (("llm/.*", 0.5), (".*", 1.0))  # the same weights train
+    may["model.llm.rope_scaling.low_freq_factor"] = 2.0  # means nothing where the factor is 1
+    config = typed(trained, corpus, **may)
     lines = "\n".join(check_resume(folder, config, shapes))
     for part in ("learning_rate was 0.002, is now 0.003", "data.fps was 1.0, is now 2.0", "steps was 4", "trainable"):
         assert part in lines
     assert "rope" not in lines
-    config.model.tpe.enabled, config.allow_changes = False, ("model.tpe.enabled",)
+    config = config.changed({"model.tpe.enabled": False, "allow_changes": ("model.tpe.enabled",)})
     assert "config.model.tpe.enabled was True, is now False" in check_resume(folder, config, shapes)
 
 
@@ -110,8 +115,8 @@ def test_another_tokenizer_is_refused_on_resume_and_as_a_start(trained, corpus, 
         config.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=r"other.model: is another tokenizer than .*allow_changes='\(\"data.tok"):
             train(config, run, tell=lambda _: None)
-    config.allow_changes = ("data.tokenizer",)
-    assert "is another tokenizer" in check_tokenizer(folder, config, loop.open_tokenizer(config))
+    allowed = StageConfig.from_config(config).changed({"allow_changes": ("data.tokenizer",)})
+    assert "is another tokenizer" in check_tokenizer(folder, allowed, loop.open_tokenizer(allowed))
     reading.keep_tokenizer(config.data.tokenizer, tmp_path)
     assert reading.find_tokenizer(tmp_path).read_bytes() == (tmp_path / "other.model").read_bytes()
 
@@ -249,7 +254,7 @@ def test_which_checkpoints_are_kept(tmp_path):
 
 
 def test_a_config_without_keys_of_today_is_filled_and_one_of_tomorrow_is_refused(trained, corpus, tmp_path):
-    config = to_plain(config_of(trained, corpus))
+    config = config_of(trained, corpus).to_dict()
     del config["model"]["vision"]["output_norm"]
     del config["train"]["keep_period"]
     checkpoints = Checkpoints(tmp_path, small_state(0))
@@ -258,7 +263,7 @@ def test_a_config_without_keys_of_today_is_filled_and_one_of_tomorrow_is_refused
     config["model"]["llm"]["mixture"] = 8
     checkpoints.save(small_state(2), b"", config)
     checkpoints.close()
-    assert reading.load_config(tmp_path / "checkpoints" / "1").to_dict() == to_plain(config_of(trained, corpus))
+    assert reading.load_config(tmp_path / "checkpoints" / "1").to_dict() == config_of(trained, corpus).to_dict()
     with pytest.raises(UserError, match="config.model.llm.mixture of the checkpoint is a setting that this version"):
         reading.load_config(tmp_path)
 
@@ -266,7 +271,7 @@ def test_a_config_without_keys_of_today_is_filled_and_one_of_tomorrow_is_refused
 def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path, monkeypatch):
     """On a CPU the memory that a step frees is kept; functions are compiled into the cache that is asked for."""
     shutil.copytree(trained / "run", tmp_path / "run")
-    config = config_of(trained, corpus, **{"train.steps": 5})
+    config = typed(trained, corpus, **{"train.steps": 5})
     kept, cache = [], jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(loop, "keep_freed_memory", lambda: kept.append(True))
 
@@ -282,9 +287,9 @@ def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path
     fresh.checkpoints.close()
     del fresh
     before = live()
-    config.train.compile_cache = str(tmp_path / "compiled")
+    cached = config.changed({"train.compile_cache": str(tmp_path / "compiled")})
     try:
-        again = loop.prepare(config, tmp_path / "run", lambda _: None)
+        again = loop.prepare(cached, tmp_path / "run", lambda _: None)
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoints import reading
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import ModelConfig, StageConfig
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
@@ -62,7 +62,7 @@ def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, t
     config = small_stage("stage1_image_pretrain", corpus, 3)
     config.optimizer.trainable = load_config("stage1_image_pretrain:kangaroo_8b").optimizer.trainable
     binding = abstract_model(ModelConfig.from_config(config.model))
-    before = initial_state(config, binding, make_mesh((1, 1, 1, 1), jax.devices()[:1]))
+    before = initial_state(StageConfig.from_config(config), binding, make_mesh((1, 1, 1, 1), jax.devices()[:1]))
     assert all(v.dtype == jnp.bfloat16 for v in before.frozen.values())
     assert all(v.dtype == jnp.float32 for v in before.params.values())
     assert {k.split("/")[0] for k in before.params} == {"vision", "projector", "special_embedding"}
@@ -80,13 +80,11 @@ def test_frozen_parts_stay_bit_for_bit_in_bf16_without_optimiser_state(corpus, t
 
 def test_gradients_of_frozen_parts_are_not_computed(corpus):
     """The jitted step has no output, and so no work, for a frozen weight's gradient: count its matmuls."""
-    everything = small_stage("stage4_instruct", corpus, 3)
-    frozen = small_stage("stage5_long_video", corpus, 3, **{"data.long_max_frames": 16, "data.long_min_frames": 16})
+    rows = {"data.tokens_per_pack": 64, "data.long_max_frames": 16, "data.long_min_frames": 16}
     flops = []
-    for config in (everything, frozen):
-        binding = abstract_model(ModelConfig.from_config(config.model))
-        config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=16)
-        config.train.mesh = (1, 1, 1, 1)
+    for name in ("stage4_instruct", "stage5_long_video"):  # everything, and with a frozen decoder
+        config = StageConfig.from_config(small_stage(name, corpus, 3, **rows))
+        binding = abstract_model(config.model)
         from kangaroo_jax.training import loop
 
         state = initial_state(config, binding, loop.make_mesh((1, 1, 1, 1), jax.devices()[:1]))
@@ -208,12 +206,12 @@ def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus,
     # Rope settings, which no shape shows: the first that differs is named.
     faster = small_stage("stage5_long_video", corpus, 2, init_from=str(tmp_path / "small"))
     faster.model.llm.rope_scaling.low_freq_factor = 2.0  # means nothing where the factor is 1
-    reading.check_rope(tmp_path / "small", faster.model)
+    reading.check_rope(tmp_path / "small", ModelConfig.from_config(faster.model))
     for name, value in (("llm.rope_scaling", 8.0), ("llm.rope_theta", 5e5), ("vision.rope_reference_grid", 16)):
         key = f"{name}.factor" if "scaling" in name else name  # each comes before the last in order
         faster.update_from_flattened_dict({f"model.{key}": value})
         with pytest.raises(UserError, match=f"small.*: config.model.{name} of the checkpoint is") as error:
-            reading.check_rope(tmp_path / "small", faster.model)
+            reading.check_rope(tmp_path / "small", ModelConfig.from_config(faster.model))
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="rope_reference_grid of the checkpoint is 4, of this config 16"):
         train(faster, tmp_path / "b", tell=lambda _: None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.models.kangaroo import KangarooModel
@@ -29,7 +29,7 @@ def config(make_micro_config):
     config.data.update(packs_per_batch=8, tokens_per_pack=64, frames_per_pack=6)
     config.optimizer.update(learning_rate=3e-3)
     config.train.steps = STEPS
-    return config
+    return StageConfig.from_config(config)
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,15 @@ def batch(config) -> PackedBatch:
 
 
 def first_params(config) -> dict[str, jax.Array]:
-    model = KangarooModel(ModelConfig.from_config(config.model), rngs=nnx.Rngs(0))
-    return {k: np.asarray(v) for k, v in abstract_model(ModelConfig.from_config(config.model)).flatten(model).items()}
+    model = KangarooModel(config.model, rngs=nnx.Rngs(0))
+    return {k: np.asarray(v) for k, v in abstract_model(config.model).flatten(model).items()}
 
 
 def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[float]:
     """The losses of `steps` real steps on one batch over a mesh of `shape`."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
-    config = config.copy_and_resolve_references()
-    config.train.update(steps=STEPS, accumulate=accumulate)
-    binding = abstract_model(ModelConfig.from_config(config.model))
+    config = config.changed({"train.accumulate": accumulate})
+    binding = abstract_model(config.model)
     with mesh_scope(mesh):
         make = functools.partial(make_state, config)
         state = jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, params), binding, mesh))(params)
@@ -101,7 +100,7 @@ def test_losses_of_20_steps_equal_those_of_one_device(config, batch, params, one
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(config, batch, params):
     """Parts differ in their weights, so that a mean of means would not do."""
-    binding = abstract_model(ModelConfig.from_config(config.model))
+    binding = abstract_model(config.model)
     run = jax.jit(lambda params, batch, parts: gradient(binding, params, {}, batch, parts), static_argnums=2)
     (whole, weight), expected = run(params, batch, 1)
     (parts, weight_of_parts), actual = run(params, batch, 4)
@@ -125,7 +124,7 @@ def test_generated_text_is_that_of_one_device(config, params, shape):
     from kangaroo_jax.inference.requests import Request
     from kangaroo_jax.inference.sizes import Sizes
 
-    binding = abstract_model(ModelConfig.from_config(config.model))
+    binding = abstract_model(config.model)
     random = np.random.default_rng(1)
     tokens = [random.integers(11, 400, n).astype(np.int32) for n in (100, 61)]
     marks = [np.isin(np.arange(len(t)), places) for t, places in zip(tokens, ([3, 4], [7]), strict=True)]

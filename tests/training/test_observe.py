@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from kangaroo_jax.chips import Chip
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import StageConfig, stage_config
 from kangaroo_jax.training import observe
 from kangaroo_jax.training.flops import part_trains, step_flops
 from kangaroo_jax.training.observe import Observer
@@ -24,7 +24,7 @@ def config():
     model.projector = "mlp2x_gelu"
     data.update(packs_per_batch=6, tokens_per_pack=128, frames_per_pack=10, image_size=16)
     config.optimizer.trainable = ALL
-    return config
+    return StageConfig.from_config(config)
 
 
 TOKENS, FRAMES, PATCHES = 6 * 128, 6 * 10, 16
@@ -59,8 +59,7 @@ def test_a_step_that_trains_all_is_six_flops_a_weight_and_token_and_palms_attent
 def test_what_is_frozen_has_no_gradient_of_its_weights_and_none_at_all_where_nothing_below_trains(
     config, trainable, times
 ):
-    whole, config.optimizer.trainable = step_flops(config), trainable
-    flops = step_flops(config)
+    whole, flops = step_flops(config), step_flops(config.changed({"optimizer.trainable": trainable}))
     shares = [getattr(flops, part) / getattr(whole, part) for part in ("vision", "projector", "llm_linear")]
     assert shares == pytest.approx([time / 3 for time in times])
     assert flops.head / whole.head == pytest.approx(times[2] / 3)
@@ -70,7 +69,7 @@ def test_what_is_frozen_has_no_gradient_of_its_weights_and_none_at_all_where_not
 
 
 def test_parts_train_as_the_rules_say(config):
-    config.optimizer.trainable = (("llm/.*", None), ("patchify/.*", None), (".*", 1.0))
+    config = config.changed({"optimizer.trainable": (("llm/.*", None), ("patchify/.*", None), (".*", 1.0))})
     trained = {part: part_trains(part, config) for part in ("vision", "patchify", "projector", "llm")}
     assert trained == {"vision": True, "patchify": False, "projector": True, "llm": False}
     assert part_trains("special_embedding", config)
@@ -78,11 +77,9 @@ def test_parts_train_as_the_rules_say(config):
 
 def test_logits_count_for_the_targets_that_are_asked_for_and_a_linear_projector_is_one_matrix(config):
     assert step_flops(config, head_tokens=100).head == 6 * 40 * 101 * 100
-    config.model.projector = "linear"
-    config.model.patchify.enabled = False
+    config = config.changed({"model.projector": "linear", "model.patchify.enabled": False})
     assert step_flops(config).projector == 6 * 24 * 40 * FRAMES * PATCHES
-    config.data.frames_per_pack = 0
-    config.optimizer.trainable = (("projector/.*", 1.0), (".*", None))
+    config = config.changed({"data.frames_per_pack": 0, "optimizer.trainable": PROJECTOR_ONLY})
     flops = step_flops(config)  # nothing below the decoder trains where there are no frames
     assert flops.vision == 0 and flops.llm_linear == 2 * 5 * LAYER * TOKENS and flops.score_recomputation == 0
 
@@ -147,7 +144,7 @@ def test_a_profile_is_of_the_steps_asked_for_and_is_ended_once(config, tmp_path,
     calls: list[str] = []
     monkeypatch.setattr(observe.jax.profiler, "start_trace", lambda path: calls.append(f"start {path}"))
     monkeypatch.setattr(observe.jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    config.train.profile = (3, 4)
+    config = config.changed({"train.profile": (3, 4)})
     observer, lines = make(config, tmp_path)
     for number in range(1, 8):
         observer.step(number, Step())

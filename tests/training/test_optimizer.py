@@ -1,21 +1,21 @@
 """AdamW against the published formula, the schedule, decay and the rates of groups."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from kangaroo_jax.config import ModelConfig, model_config, stage_config
+from kangaroo_jax.config import ModelConfig, OptimizerConfig, model_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.optimizer import decayed, make_optimizer, make_schedule
 
 
 def optimizer_config(**changes):
-    config = stage_config("tiny").optimizer
-    config.update(kind="adamw", **changes)
-    return config
+    return dataclasses.replace(OptimizerConfig(), **changes)
 
 
 def test_schedule_warms_up_to_the_peak_and_ends_at_the_final_fraction():
@@ -74,11 +74,10 @@ def test_norms_biases_and_embeddings_of_position_are_not_decayed():
 
 
 def test_moments_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
-    config, params = optimizer_config(), {"a/kernel": jnp.linspace(-1, 1, 256).reshape(16, 16)}
-    config.update(learning_rate=1e-2, weight_decay=0.0, warmup_fraction=0.0)
+    params = {"a/kernel": jnp.linspace(-1, 1, 256).reshape(16, 16)}
     moved = {}
     for dtype in ("float32", "bfloat16"):
-        config.moment_dtype = dtype
+        config = optimizer_config(learning_rate=1e-2, weight_decay=0.0, warmup_fraction=0.0, moment_dtype=dtype)
         optimizer = make_optimizer(config, 20, params)
         state, now = optimizer.init(params), params
         moments = [x for x in jax.tree.leaves(state) if x.shape == (16, 16)]
@@ -94,8 +93,7 @@ def test_moments_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
 
 
 def test_adafactor_learns_with_a_state_of_rows_and_columns():
-    config = stage_config("tiny").optimizer
-    config.update(kind="adafactor", trainable=((".*", 1.0),), learning_rate=3e-2, weight_decay=0.0)
+    config = optimizer_config(kind="adafactor", learning_rate=3e-2, weight_decay=0.0)
     params = {"a/kernel": jnp.ones((256, 128))}
     optimizer = make_optimizer(config, 50, params)
     state, start = optimizer.init(params), params
@@ -109,9 +107,7 @@ def test_adafactor_learns_with_a_state_of_rows_and_columns():
 
 def test_muon_takes_orthogonal_steps_of_adams_size_inside_the_network_and_adams_elsewhere():
     """Against the polar factor of the gradient by SVD; Newton-Schulz brings singular values to 0.7 to 1.2 of 1."""
-    config = stage_config("tiny").optimizer
-    config.update(kind="muon", learning_rate=1.0, weight_decay=0.0, warmup_fraction=0.0, clip_norm=1e9)
-    config.trainable = ((".*", 1.0),)
+    config = optimizer_config(kind="muon", learning_rate=1.0, weight_decay=0.0, warmup_fraction=0.0, clip_norm=1e9)
     shapes = {"llm/layers/attention/out/kernel": (2, 4, 8, 24), "llm/layers/mlp/up/kernel": (2, 24, 40)}
     shapes |= {"projector/first/kernel": (12, 24), "llm/head/kernel": (24, 60), "llm/layers/mlp_norm/scale": (2, 24)}
     random = np.random.default_rng(0)
@@ -134,7 +130,6 @@ def test_muon_takes_orthogonal_steps_of_adams_size_inside_the_network_and_adams_
 
 @pytest.mark.parametrize("change", [{"kind": "sgd"}, {"moment_dtype": "int8"}])
 def test_unknown_optimisers_are_one_line(change):
-    config = stage_config("tiny").optimizer
-    config.update(change)
+    config = optimizer_config(**change)
     with pytest.raises(UserError, match=next(iter(change.values()))):
         make_optimizer(config, 5, {"a/kernel": jnp.ones(3)})

@@ -3,22 +3,18 @@
 import pytest
 
 from kangaroo_jax.chips import CHIPS
-from kangaroo_jax.config import stage_config
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.placement import resolve
 
 
 def config_of(packs=32, tokens=8192, **train):
-    config = stage_config("kangaroo_8b")
-    config.data.update(packs_per_batch=packs, tokens_per_pack=tokens)
-    config.train.update(train)
-    return config
+    data = {"data.packs_per_batch": packs, "data.tokens_per_pack": tokens}
+    return StageConfig().changed({**data, **{f"train.{key}": value for key, value in train.items()}})
 
 
 def decided(chip, devices, slices=1, **changes):
-    config = config_of(**changes)
-    found = resolve(config, CHIPS.get(chip), devices, slices)
-    assert config.model.llm.remat == "auto" and not (config.train.mesh and "mesh" not in changes)  # a copy is changed
+    found = resolve(config_of(**changes), CHIPS.get(chip), devices, slices)
     return tuple(found.train.mesh), found.train.accumulate, found.model.llm.remat, found.model.vision.remat
 
 
@@ -59,8 +55,7 @@ def test_what_is_left_open_is_decided(chip, devices, slices, changes, expected):
 
 
 def test_what_the_config_names_is_kept():
-    config = config_of()
-    config.model.llm.remat = config.model.vision.remat = "dots"
+    config = config_of().changed({"model.llm.remat": "dots", "model.vision.remat": "dots"})
     found = resolve(config, CHIPS["v5p"], 16)
     assert (found.model.llm.remat, found.model.vision.remat) == ("dots", "dots")
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kangaroo_jax.config import PRESETS, STAGES, ModelConfig
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import PRESETS, STAGES, StageConfig
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.planning.compile import abstract_batch
 from kangaroo_jax.sharding import make_mesh
@@ -19,11 +18,11 @@ from kangaroo_jax.training.state import abstract_state, build_step, make_state, 
 def config(micro_config):
     micro_config.optimizer.trainable = (("llm/embedding", None), ("vision/.*", None), (".*", 1.0))
     micro_config.optimizer.update(kind="adamw", frozen_dtype="bfloat16")
-    return micro_config
+    return StageConfig.from_config(micro_config)
 
 
 def test_a_state_begins_at_step_0_with_zero_moments_and_frozen_weights_as_they_are_kept(config):
-    binding = abstract_model(ModelConfig.from_config(config.model))
+    binding = abstract_model(config.model)
     params = {name: np.ones(x.shape, x.dtype) for name, x in binding.shapes.items()}
     state = jax.jit(lambda params: make_state(config, params))(params)
     assert int(state.step) == 0 and state.step.dtype == jnp.int32
@@ -37,7 +36,7 @@ def test_a_state_begins_at_step_0_with_zero_moments_and_frozen_weights_as_they_a
 
 
 def test_what_is_of_a_weight_is_cut_like_it_and_what_is_not_stays_whole(config):
-    binding, mesh = abstract_model(ModelConfig.from_config(config.model)), make_mesh((1, 2, 2, 2))
+    binding, mesh = abstract_model(config.model), make_mesh((1, 2, 2, 2))
     state = abstract_state(config, binding, mesh)
     assert state.step.sharding.spec == PartitionSpec()
     by_name: dict[str, set] = {}
@@ -56,9 +55,8 @@ def test_what_is_of_a_weight_is_cut_like_it_and_what_is_not_stays_whole(config):
 
 
 def test_a_factored_moment_of_another_shape_stays_whole(config):
-    config.optimizer.update(kind="adafactor")
-    config.model.llm.update(mlp_width=256, width=256)
-    state = abstract_state(config, abstract_model(ModelConfig.from_config(config.model)), make_mesh((1, 2, 2, 2)))
+    config = config.changed({"optimizer.kind": "adafactor", "model.llm.mlp_width": 256, "model.llm.width": 256})
+    state = abstract_state(config, abstract_model(config.model), make_mesh((1, 2, 2, 2)))
     places = {
         x.sharding.spec
         for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -73,8 +71,8 @@ STEPS = [(name, preset) for name in (*STAGES, "hour_video") for preset in PRESET
 @pytest.mark.parametrize(("name", "preset"), STEPS, ids=[f"{name}:{preset}" for name, preset in STEPS])
 def test_the_step_of_every_stage_and_preset_is_traced(name, preset):
     """Frames, patches, packs and heads of every stage file go together with every preset; nothing is allocated."""
-    config = resolve(load_config(f"{name}:{preset}"), None, 1)
-    mesh, binding = make_mesh((1, 1, 1, 1), jax.devices()[:1]), abstract_model(ModelConfig.from_config(config.model))
+    config = resolve(StageConfig.load(f"{name}:{preset}"), None, 1)
+    mesh, binding = make_mesh((1, 1, 1, 1), jax.devices()[:1]), abstract_model(config.model)
     state = abstract_state(config, binding, mesh)
     after, metrics = jax.eval_shape(build_step(config, binding, state), state, abstract_batch(config, mesh))
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32

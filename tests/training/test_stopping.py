@@ -17,6 +17,7 @@ import pytest
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.reading import NotFinite
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import curriculum, loop, observe, stopping
@@ -99,7 +100,8 @@ def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, m
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(corpus, tmp_path):
-    config = small_stage("stage4_instruct", corpus, 9, **{"train.on_nonfinite": "skip", "train.nonfinite_in_a_row": 3})
+    changes = {"train.on_nonfinite": "skip", "train.nonfinite_in_a_row": 3}
+    config = StageConfig.from_config(small_stage("stage4_instruct", corpus, 9, **changes))
     reporter = Reporter(
         config,
         log=MetricLog(tmp_path),
@@ -333,7 +335,14 @@ def test_goodput_counts_steps_alone_and_earlier_processes(corpus, tmp_path, monk
     now = [1000.0]
     monkeypatch.setattr(observe.time, "perf_counter", lambda: now[0])
     config = small_stage("stage4_instruct", corpus, 6)
-    observer = Observer(config, None, workdir=tmp_path, tell=print, begin=990.0, before={"elapsed": 30, "stepping": 8})
+    observer = Observer(
+        StageConfig.from_config(config),
+        None,
+        workdir=tmp_path,
+        tell=print,
+        begin=990.0,
+        before={"elapsed": 30, "stepping": 8},
+    )
 
     class Step:
         def _cache_size(self) -> int:

@@ -68,10 +68,10 @@ def _encoder(checkpoint: str, side: int) -> tuple[int, Callable[[np.ndarray], np
     """The side S of the frames, and a function uint8[n, S, S, 3] -> float32[n, D] of unit length; cached."""
     import jax
 
-    from kangaroo_jax.checkpoints.reading import load_config
+    from kangaroo_jax.checkpoints.reading import load_stage
 
-    config = load_config(checkpoint)
-    binding, params = load_encoder(checkpoint, ModelConfig.from_config(config.model))
+    config = load_stage(checkpoint)
+    binding, params = load_encoder(checkpoint, config.model)
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:

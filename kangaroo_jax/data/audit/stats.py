@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from kangaroo_jax.config import STAGES, ModelConfig, frames_per_group, tokens_per_group
-from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config import STAGES, StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
 from kangaroo_jax.data.batches.packing import Packer, PackItem
@@ -26,7 +24,7 @@ _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 def write_stats(
-    sources: Sequence[Source], config: ConfigDict, tokenizer: Tokenizer, folder: Path, *, limit: int
+    sources: Sequence[Source], config: StageConfig, tokenizer: Tokenizer, folder: Path, *, limit: int
 ) -> dict[str, Any]:
     """Write `stats.json` and `stats.png`; returns the contents of the first.
 
@@ -69,7 +67,9 @@ def write_stats(
         "packing": {},
     }
     for stage in STAGES:
-        result["packing"][stage] = packing_of(conversations, load_config(f"{stage}:{config.model.preset}"), tokenizer)
+        result["packing"][stage] = packing_of(
+            conversations, StageConfig.load(f"{stage}:{config.model.preset}"), tokenizer
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "stats.json", result)
     _plot(values, result["packing"], folder / "stats.png")
@@ -77,11 +77,10 @@ def write_stats(
 
 
 def _recipes(
-    conversations: Sequence[Conversation], config: ConfigDict, tokenizer: Tokenizer
+    conversations: Sequence[Conversation], config: StageConfig, tokenizer: Tokenizer
 ) -> tuple[list[Recipe], int]:
     """The recipes of a stage, and the number of samples without one."""
-    model = ModelConfig.from_config(config.model)
-    sizes = frames_per_group(model), tokens_per_group(model, config.data.image_size)
+    sizes = frames_per_group(config.model), tokens_per_group(config.model, config.data.image_size)
     recipes = []
     for conversation in conversations:
         try:
@@ -91,7 +90,7 @@ def _recipes(
     return recipes, len(conversations) - len(recipes)
 
 
-def packing_of(conversations: Sequence[Conversation], config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+def packing_of(conversations: Sequence[Conversation], config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """How full a stage's packs would be, and the number of tokens that suits the frames of a pack."""
     recipes, skipped = _recipes(conversations, config, tokenizer)
     if not recipes:

@@ -2,13 +2,11 @@
 
 import collections
 import dataclasses
-import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.batches.mixture import Lane, Mixture
 from kangaroo_jax.data.batches.packing import Packer, SampleIndex
 from kangaroo_jax.data.batches.sample import Recipe, make_recipe
@@ -37,15 +35,14 @@ class RecipeMaker:
         self,
         mixture: Mixture,
         tokenizer: Tokenizer,
-        config: ConfigDict,
+        config: DataConfig,
         frames_per_group: int,
         tokens_per_group: int,
         decoder: Decoder,
     ) -> None:
         """`decoder` probes the media."""
         self._files = [source.file for source in mixture.sources]
-        self._tokenizer, self._sizes = tokenizer, (frames_per_group, tokens_per_group)
-        self._config = types.SimpleNamespace(**{key: config[key] for key in config})  # faster to read
+        self._tokenizer, self._config, self._sizes = tokenizer, config, (frames_per_group, tokens_per_group)
         self._probe: Callable[..., Any] = decoder.probe
         self._kept: collections.OrderedDict[SampleIndex, Recipe] = collections.OrderedDict()
         self._room = config.cache_mib << 17

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import grain
-from ml_collections import ConfigDict
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.feed import RecipeMaker
 from kangaroo_jax.data.batches.ledger import Ledger
@@ -39,7 +39,7 @@ _PREFETCHED_BATCHES = 2
 
 
 def make_loader(
-    config: ConfigDict,
+    config: DataConfig,
     tokenizer: Tokenizer,
     *,
     frames_per_group: int,
@@ -127,14 +127,14 @@ def sampled_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _media_cache(config: ConfigDict) -> MediaCache:
+def _media_cache(config: DataConfig) -> MediaCache:
     """Where fetched media are kept, and within which limits they are fetched."""
     folder = Path(config.media_cache or default_cache().folder)
     limits = Limits(int(config.fetch_gib * (1 << 30)), config.fetch_seconds, config.allow_private)
     return MediaCache(folder, config.media_cache_gib << 30, limits)
 
 
-def _check(config: ConfigDict, frames_per_group: int) -> None:
+def _check(config: DataConfig, frames_per_group: int) -> None:
     """Raise a UserError where keys of `config.data` do not fit each other."""
     if config.frames_per_pack % frames_per_group:
         raise UserError(

@@ -22,8 +22,8 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
 from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import (
@@ -66,7 +66,7 @@ class Recipe:
         return sum(len(ref.times) for ref in self.media)
 
 
-def frame_policy(config: ConfigDict, frames_per_group: int) -> FramePolicy:
+def frame_policy(config: DataConfig, frames_per_group: int) -> FramePolicy:
     """The frame sampling of `config.data`."""
     return FramePolicy(
         fps=config.fps,
@@ -82,7 +82,7 @@ def frame_policy(config: ConfigDict, frames_per_group: int) -> FramePolicy:
 def make_recipe(
     conversation: Conversation,
     tokenizer: Tokenizer,
-    config: ConfigDict,
+    config: DataConfig,
     frames_per_group: int,
     tokens_per_group: int,
     probe_media: Prober | None = None,
@@ -142,7 +142,7 @@ def make_recipe(
 def render_prompt(
     conversation: Conversation,
     tokenizer: Tokenizer,
-    config: ConfigDict,
+    config: DataConfig,
     frames_per_group: int,
     tokens_per_group: int,
 ) -> Recipe:

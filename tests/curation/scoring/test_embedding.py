@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.config import ModelConfig, to_plain
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.curation import duplicates
 from kangaroo_jax.curation.curate import Options, curate, plain_config, select_again
 from kangaroo_jax.curation.engine.manifest import read_inputs
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory, model) -> Path:
     params = abstract_model(ModelConfig.from_config(config.model)).flatten(weights)
     state = TrainState(jnp.int32(3), params, {}, {})
     checkpoints = Checkpoints(folder, state)
-    checkpoints.save(state, b"{}", to_plain(config))
+    checkpoints.save(state, b"{}", config.to_dict())
     checkpoints.close()
     return folder
 
