@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.conversation import Media
 from kangaroo_jax.data.batches.sample import Recipe, frame_policy, plan_media, render_parts
 from kangaroo_jax.data.media.video import MediaRef
@@ -103,9 +103,8 @@ class Prompts:
     """Makes prompts for a model. Its methods may be called from any thread."""
 
     def __init__(self, model: Kangaroo) -> None:
-        config = ModelConfig.from_config(model.config.model)
-        self._per_group = frames_per_group(config)
-        self._tokens = tokens_per_group(config, model.config.data.image_size)
+        self._per_group = frames_per_group(model.config.model)
+        self._tokens = tokens_per_group(model.config.model, model.config.data.image_size)
         self._policy = frame_policy(model.config.data, self._per_group)
         self._model = model
 
