@@ -33,6 +33,15 @@ def test_time_encoding_is_the_sinusoid_of_the_seconds():
         np.testing.assert_allclose(encoding[:, 2 * i + 1], np.cos(angle), atol=2e-5)
 
 
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_rotary_angles_are_those_of_float64_to_the_end_of_an_hour(theta):
+    positions = np.asarray([0, 1, 2, 8191, 26_623, 466_943, 1_048_575, 2**21 - 1])
+    angles = positions[:, None] * theta ** -(np.arange(0, 128, 2) / 128)
+    cos, sin = jax.jit(lambda p: rotary_1d(p, 128, theta))(jnp.asarray(positions[None], jnp.int32))
+    np.testing.assert_allclose(cos[0], np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin[0], np.sin(angles), atol=1e-6)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     random = np.random.default_rng(0)
     query, key = random.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
