@@ -27,7 +27,8 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
 from kangaroo_jax.inference.engine import Engine
 from kangaroo_jax.inference.history import History, ask, conversation
-from kangaroo_jax.inference.programs import Programs, check_kv_dtype
+from kangaroo_jax.inference.memories import check_kv_dtype
+from kangaroo_jax.inference.programs import Programs
 from kangaroo_jax.inference.requests import Answer, Logprob, Request, Ticket, Usage
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.inference.sizes import Sizes

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.sizes import TAIL
 from kangaroo_jax.models.attention import MASKED
 from kangaroo_jax.sharding import constrain
@@ -31,6 +32,12 @@ _AXES: dict[str, tuple[int, tuple[str | None, ...]]] = {
     "key_scale": (1, ("activation_kv_heads", None)),
     "value_scale": (1, ("activation_kv_heads", None)),
 }
+
+
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """Raise UserError unless it names how keys and values are kept: int8, or None as they are computed."""
+    if kv_dtype not in (None, INT8):
+        raise UserError(f"kv_dtype {kv_dtype!r}: use {INT8}, or none to keep keys and values as they are computed")
 
 
 @jax.tree_util.register_dataclass

@@ -18,8 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference.memories import INT8, TAILS, Chunk, Layers, Part, Step, write_tails
+from kangaroo_jax.inference.memories import TAILS, Chunk, Layers, Part, Step, check_kv_dtype, write_tails
 from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, choose
 from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
@@ -337,12 +336,6 @@ class _Store:
 @functools.lru_cache(maxsize=8)
 def _store(structure: _Structure) -> _Store:
     return _Store()
-
-
-def check_kv_dtype(kv_dtype: str | None) -> None:
-    """Raise UserError unless it names how keys and values are kept: int8, or None as they are computed."""
-    if kv_dtype not in (None, INT8):
-        raise UserError(f"kv_dtype {kv_dtype!r}: use {INT8}, or none to keep keys and values as they are computed")
 
 
 # ------------------------------------------------------------------------------------------ pure functions

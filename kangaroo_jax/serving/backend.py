@@ -12,7 +12,7 @@ from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.engine import Engine
-from kangaroo_jax.inference.programs import check_kv_dtype
+from kangaroo_jax.inference.memories import check_kv_dtype
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.prompts import Prompts
