@@ -21,6 +21,7 @@ def plan(
     cache: str = "",
     table: str = "",
     quantize: str | None = None,
+    kv_dtype: str | None = None,
     slots: Count | None = None,
     frames: Natural | None = None,
     overrides: Overrides = (),
@@ -35,16 +36,17 @@ def plan(
     Args:
         config: FILE[:PRESET], such as configs/stage5_long_video.py:kangaroo_8b
         topology: chips: v5e:4x8, v5p:2x2x4, v6e:4x8, H100:8, ...
-        mode: train, a stage; or chat, the engine that answers (kangaroo serve)
+        mode: train, a stage; chat, the engine that answers; kernels, lines of the table of attention kernels
         slices: slices (or nodes) of that size, joined by a slower network
         curriculum: all five stages of kangaroo_8b and their sum, without --config
-        search: compile several meshes and remat policies, print the best that fits
+        search: compile several meshes and remat policies, print the one foretold fastest that fits
         price_per_chip_hour: price in any currency
         mfu: assumed utilisation (causal attention counted), for time and cost
         json: print JSON
         cache: folder for results, so that the same step is compiled only once
         table: only print a file of --json lines as a Markdown table
         quantize: with --mode=chat, int8 or int4: the decoder's weights
+        kv_dtype: with --mode=chat, int8: keys and values
         slots: with --mode=chat, conversations at the same time; 1
         frames: with --mode=chat, frames of the video of a conversation; 0 or nothing: as many tokens as in training
     """
@@ -59,8 +61,8 @@ def plan(
             file = of_clone
         print(table_of_file(file))
         return
-    require("plan", plan, topology=topology, config="all" if curriculum else config)
-    of_chat = {"quantize": quantize, "slots": slots, "frames": frames}
+    require("plan", plan, topology=topology, config="all" if curriculum or mode == "kernels" else config)
+    of_chat = {"quantize": quantize, "kv-dtype": kv_dtype, "slots": slots, "frames": frames}
     of_train = {"curriculum": curriculum, "search": search, "price-per-chip-hour": price_per_chip_hour}
     _check_mode(mode, of_chat, of_train)
     prepare_environment()  # must come before anything imports JAX
@@ -70,10 +72,17 @@ def plan(
     from kangaroo_jax.planning.plan import run
 
     kept = Path(cache) if cache else None
+    if mode == "kernels":
+        from kangaroo_jax.planning.kernel_table import run_kernels
+
+        run_kernels(topology)
+        return
     if mode == "chat":
         from kangaroo_jax.planning.chat import Talk, run_chat
 
-        talk = Talk(StageConfig.from_config(config_of("plan", config, overrides)), quantize, slots or 1, frames or 0)
+        talk = Talk(
+            StageConfig.from_config(config_of("plan", config, overrides)), quantize, kv_dtype, slots or 1, frames or 0
+        )
         if code := run_chat(talk, topology, slices=slices, as_json=json, cache=kept):
             raise SystemExit(code)
         return
@@ -94,12 +103,12 @@ def plan(
 
 def _check_mode(mode: str, of_chat: dict[str, Any], of_train: dict[str, Any]) -> None:
     """Raise UserError for a mode that is none, and for a flag of the other one."""
-    if mode not in ("train", "chat"):
-        raise UserError(f"--mode={mode}: train or chat")
-    own, other = ("chat", of_train) if mode == "chat" else ("train", of_chat)
-    for name, value in other.items():
+    others = {"train": of_chat, "chat": of_train, "kernels": {**of_chat, **of_train}}
+    if mode not in others:
+        raise UserError(f"--mode={mode}: train, chat or kernels")
+    for name, value in others[mode].items():
         if value:
-            raise UserError(f"--{name} does not go with --mode={own}")
+            raise UserError(f"--{name} does not go with --mode={mode}")
 
 
 COMMANDS = {"": plan}

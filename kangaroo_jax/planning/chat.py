@@ -12,7 +12,7 @@ from kangaroo_jax.chips import Slices, parse_topology
 from kangaroo_jax.inference import weights
 from kangaroo_jax.inference.programs import Programs
 from kangaroo_jax.models.quantized import FORMATS
-from kangaroo_jax.planning import chat_work
+from kangaroo_jax.planning import chat_work, cycles, hlo
 from kangaroo_jax.planning.chat_work import GIB, Held, Talk
 from kangaroo_jax.planning.compile import Seconds, amount_refused, compile_kept, peak_bytes, topology_devices
 from kangaroo_jax.sharding import MESH_AXES, make_mesh
@@ -30,6 +30,7 @@ class Program:
     argument_gib: float
     temp_gib: float
     code_gib: float
+    foretold_seconds: float | None  # of one run, see `cycles`; None where the chip's clock is not known
     lower_seconds: float
     compile_seconds: float
     compile_cpu_seconds: float
@@ -44,6 +45,7 @@ class ChatPlan:
     topology: str
     source: str  # "compiled", or "formula" if there is no compiler for the chip
     quantize: str | None
+    kv_dtype: str | None
     slots: int
     frames: int
     video_tokens: int
@@ -60,6 +62,7 @@ class ChatPlan:
     encode_seconds_bound: float  # of it
     next_round_seconds_bound: float
     tokens_per_second_bound: dict[str, float]  # by conversations that are answered at the same time
+    tokens_per_second_foretold: dict[str, float]  # by the compiled programs
     programs: dict[str, dict[str, Any]]
     compile_seconds: float | None
     compile_cpu_seconds: float | None
@@ -84,6 +87,7 @@ def make_chat_plan(talk: Talk, target: Slices, cache: Path | None = None) -> Cha
         topology=str(target),
         source="compiled" if found else "formula",
         quantize=talk.quantize,
+        kv_dtype=talk.kv_dtype,
         slots=talk.slots,
         frames=talk.frames,
         video_tokens=talk.video_tokens,
@@ -100,10 +104,21 @@ def make_chat_plan(talk: Talk, target: Slices, cache: Path | None = None) -> Cha
         encode_seconds_bound=bounds.of_it_encode_seconds,
         next_round_seconds_bound=bounds.next_round_seconds,
         tokens_per_second_bound=dict(bounds.tokens_per_second),
+        tokens_per_second_foretold=_speeds(found),
         programs={name: dataclasses.asdict(program) for name, program in found.items()},
         compile_seconds=_sum(found, "compile_seconds"),
         compile_cpu_seconds=_sum(found, "compile_cpu_seconds"),
     )
+
+
+def _speeds(found: dict[str, Program]) -> dict[str, float]:
+    """Tokens a second of all conversations together, by their number."""
+    speeds = {}
+    for name, program in found.items():
+        kind, _, rows = name.partition(" ")
+        if kind == "decode" and program.foretold_seconds:
+            speeds[rows or "1"] = round(int(rows or 1) / program.foretold_seconds, 1)
+    return speeds
 
 
 def _sum(found: dict[str, Program], name: str) -> float | None:
@@ -114,24 +129,26 @@ def compile_programs(talk: Talk, target: Slices, cache: Path | None) -> dict[str
     """The neediest of the engine's programs, compiled for a TPU slice."""
     devices = topology_devices(target)
     model = weights.abstract(talk.model, talk.quantize)
-    programs = Programs(model, talk.sizes, mesh=make_mesh(talk.mesh(target), devices))
+    programs = Programs(model, talk.sizes, mesh=make_mesh(talk.mesh(target), devices), kv_dtype=talk.kv_dtype)
     capacity = target.chip.gib * GIB
 
     def read(program: Any, seconds: Seconds) -> dict[str, Any]:
         memory = program.memory_analysis()
+        parts = cycles.foretell(hlo.parse(program.as_text()), target)
         found = Program(
             fits=peak_bytes(memory) <= capacity,
             peak_gib=round(memory.peak_memory_in_bytes / GIB, 3),
             argument_gib=round(memory.argument_size_in_bytes / GIB, 3),
             temp_gib=round(memory.temp_size_in_bytes / GIB, 3),
             code_gib=round(memory.generated_code_size_in_bytes / GIB, 3),
+            foretold_seconds=round(sum(parts.values()), 4) if parts else None,
             **seconds,
         )
         return dataclasses.asdict(found)
 
     def refused(message: str, seconds: Seconds) -> dict[str, Any]:
         unknown = float("nan")
-        return dataclasses.asdict(Program(False, amount_refused(message), unknown, unknown, 0.0, **seconds))
+        return dataclasses.asdict(Program(False, amount_refused(message), unknown, unknown, 0.0, None, **seconds))
 
     return {
         name: Program(**compile_kept(lambda key=key: programs.lower(key, "tpu"), target, cache, read, refused))  # type: ignore[misc]
@@ -167,6 +184,9 @@ def nearest_change(talk: Talk, target: Slices, plan: ChatPlan) -> str:
     for form in FORMATS if talk.quantize is None else ("int4",) if talk.quantize == "int8" else ():
         changes.append((f"--quantize={form}", {"quantize": form}))
         changes.append((f"--quantize={form} --slots=1", {"quantize": form, "slots": 1}))
+    if talk.kv_dtype is None:
+        narrow = [(f"{text} --kv-dtype=int8", {**change, "kv_dtype": "int8"}) for text, change in changes]
+        changes = [("--kv-dtype=int8", {"kv_dtype": "int8"}), *changes, *narrow]
     for text, change in changes:
         trial = dataclasses.replace(talk, **change)
         one = chat_work.held(trial, talk.mesh(target))
@@ -200,6 +220,13 @@ def text(plan: ChatPlan) -> str:
     speeds = ", ".join(f"{speed:,} with {rows}" for rows, speed in plan.tokens_per_second_bound.items())
     seen = f"{plan.frames} frames, {plan.video_tokens:,} tokens, " if plan.frames else ""
     quantize = f" --quantize={plan.quantize}" if plan.quantize else ""
+    quantize += f" --kv-dtype={plan.kv_dtype}" if plan.kv_dtype else ""
+    first = f"{plan.first_token_seconds_bound} s for a question of {chat_work.QUESTION} tokens"
+    if plan.frames:
+        first = (
+            f"{plan.first_token_seconds_bound} s after the frames are decoded, of it {plan.encode_seconds_bound} for "
+        )
+        first += f"the ViT; a next question {plan.next_round_seconds_bound} s"
     rows = {
         "memory a device": f"{plan.peak_hbm_gib} of {plan.capacity_gib} GiB ({plan.source}): {verdict}",
         "of it weights": f"{plan.weights_gib} GiB, decoder {plan.quantize or '16 bits'}",
@@ -207,13 +234,25 @@ def text(plan: ChatPlan) -> str:
         f"{plan.conversations} fit",
         "programs": f"{plan.temporary_gib} GiB beside that",
         "mesh": ", ".join(f"{name} {size}" for name, size in plan.mesh.items()),
-        "first token, bound": f"{plan.first_token_seconds_bound} s after the frames are decoded, of it "
-        f"{plan.encode_seconds_bound} for the ViT; a next question {plan.next_round_seconds_bound} s",
+        "first token, bound": first,
         "tokens a second, bound": f"{speeds} conversations at a time",
+        **_foretold(plan),
         "compiled in": f"{plan.compile_seconds} s" if plan.compile_seconds is not None else "not compiled: by formula",
         "to start it": f"kangaroo serve --checkpoint=DIR --context={plan.context} --slots={plan.slots}{quantize}",
     }
     return "\n".join([f"{plan.stage} on {plan.topology}", *(f"  {name:22} {value}" for name, value in rows.items())])
+
+
+def _foretold(plan: ChatPlan) -> dict[str, str]:
+    """A row of what the compiler's own estimates say of time."""
+    seconds = {name: program["foretold_seconds"] for name, program in plan.programs.items()}
+    if not plan.tokens_per_second_foretold or None in seconds.values():
+        return {}
+    speeds = ", ".join(f"{speed:,} with {rows}" for rows, speed in plan.tokens_per_second_foretold.items())
+    return {
+        "foretold": f"{speeds} at a time; {seconds['encode']} s a call of the ViT, {seconds['extend']} s for the last "
+        "512 tokens of a full conversation"
+    }
 
 
 def table(plans: list[ChatPlan]) -> str:
@@ -225,6 +264,7 @@ def table(plans: list[ChatPlan]) -> str:
         row = {
             "slice": plan.topology,
             "decoder": plan.quantize or "16 bits",
+            "keys, values": plan.kv_dtype or "16 bits",
             "frames, tokens": f"{plan.frames}, {plan.context:,}",
             "weights": f"{plan.weights_gib}",
             "a conversation": f"{plan.conversation_gib}",
@@ -235,6 +275,7 @@ def table(plans: list[ChatPlan]) -> str:
             "first token, s": f"{plan.first_token_seconds_bound:.2f}",
             "next question, s": f"{plan.next_round_seconds_bound:.3f}",
             "tokens a second, 1 / all": " / ".join(f"{speed:,.0f}" for speed in speeds.values()),
+            "foretold": " / ".join(f"{speed:,.0f}" for speed in plan.tokens_per_second_foretold.values()),
             "compile s (CPU s)": "by formula" if cpu is None else f"{plan.compile_seconds:.0f} ({cpu:.0f})",
         }
         rows.append(row)

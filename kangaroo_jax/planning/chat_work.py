@@ -17,7 +17,7 @@ from kangaroo_jax.chips import Chip, Slices
 from kangaroo_jax.config import ModelConfig, StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
-from kangaroo_jax.inference.memories import QUERIES, TAILS, Part
+from kangaroo_jax.inference.memories import QUERIES, TAILS, Part, check_kv_dtype
 from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
 from kangaroo_jax.models.parameters import Binding
 from kangaroo_jax.models.quantized import FORMATS
@@ -37,12 +37,14 @@ class Talk:
 
     config: StageConfig  # a stage's
     quantize: str | None  # the format of the decoder's weights
+    kv_dtype: str | None  # how keys and values are kept; None as they are computed
     slots: int
     frames: int  # of the video that a conversation is about; 0: as many tokens as a row in training
 
     def __post_init__(self) -> None:
         if self.quantize is not None and self.quantize not in FORMATS:
             raise UserError(f"--quantize={self.quantize}: use one of {', '.join(FORMATS)}")
+        check_kv_dtype(self.kv_dtype)
         if self.frames % frames_per_group(self.model):
             raise UserError(f"--frames={self.frames}: must be a multiple of {frames_per_group(self.model)}")
         try:
@@ -142,7 +144,7 @@ def _large(talk: Talk, capacity: int, mesh: AbstractMesh) -> int:
     def size(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> int:
         return _bytes(jax.ShapeDtypeStruct(shape, dtype), axes, mesh)
 
-    layer = Part.shapes(llm.kv_heads, llm.head_dim, capacity, jnp.dtype(talk.model.dtype), size)
+    layer = Part.shapes(llm.kv_heads, llm.head_dim, capacity, jnp.dtype(talk.kv_dtype or talk.model.dtype), size)
     return llm.depth * sum(layer.arrays().values())
 
 
@@ -205,11 +207,12 @@ def _encode_seconds(talk: Talk, chip: Chip, devices: int, one: Held) -> float:
 
 def _extend_seconds(talk: Talk, chip: Chip, devices: int, one: Held, start: int, prompt: int) -> float:
     """Reading a prompt from `start` on, but for its last token, in the chunks in which the engine does."""
-    total, llm = 0.0, talk.model.llm
-    for size, far in _chunks(talk.sizes, start, prompt - 1, talk.capacity):
-        linear = _flops(talk, size, 0).llm_linear
+    total, llm, a_token = 0.0, talk.model.llm, _flops(talk, 1, 0).llm_linear
+    capacity = talk.capacity
+    for size, far in _chunks(talk.sizes, start, prompt - 1, capacity):
+        linear = size * a_token
         attention = 4.0 * llm.depth * llm.heads * llm.head_dim * size * (far + size / 2)
-        read = one.decoder + one.large * far / talk.capacity
+        read = one.decoder + one.large * far / capacity
         total += _least(chip, (linear + attention) / devices, read)
     return total
 

@@ -19,12 +19,12 @@ from kangaroo_jax.chips import Slices
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError, one_line
-from kangaroo_jax.planning import hlo, kernels
+from kangaroo_jax.planning import cycles, hlo, kernels
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
 GIB = 1 << 30
-READ = 3  # raise it when a program is read differently: cached results are then compiled again
+READ = 4  # raise it when a program is read differently: cached results are then compiled again
 
 
 class Seconds(TypedDict):
@@ -45,6 +45,7 @@ class Compiled:
     host_gib: float  # offloaded to host memory
     flops: dict[str, float]  # by part: vision, llm, other (the LM head), attention_vision, attention_llm
     collectives: dict[str, float]  # bytes by kind
+    seconds: dict[str, float]  # of a step by part (`cycles.PARTS`), foretold; empty where the chip's clock is not known
     gathers_logits: bool  # an all-gather of something as wide as the vocabulary and as long as a pack
     lower_seconds: float
     compile_seconds: float
@@ -132,19 +133,23 @@ def lower_step(config: StageConfig, devices: list[Any]) -> Any:
         return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
 
 
-def compile_step(config: StageConfig, target: Slices, cache: Path | None = None) -> Compiled:
+def compile_step(config: StageConfig, target: Slices, cache: Path | None = None, visited: float = 1.0) -> Compiled:
     """Compile the step of a resolved config for `target`; results are cached in the folder `cache`, if given.
 
+    `visited` is the share of a row's causal blocks of attention that packing leaves (see `packing`), for the time.
     A program that needs too much memory gives `fits=False` and the memory that it would need.
     """
 
     def read(program: Any, seconds: Seconds) -> dict[str, Any]:
-        return dataclasses.asdict(_read(program, config, target.chip.gib, seconds))
+        return dataclasses.asdict(_read(program, config, target, visited, seconds))
 
     def refused(message: str, seconds: Seconds) -> dict[str, Any]:
         return dataclasses.asdict(_too_large(message, seconds))
 
-    return Compiled(**compile_kept(lambda: lower_step(config, topology_devices(target)), target, cache, read, refused))
+    def lower() -> Any:
+        return lower_step(config, topology_devices(target))
+
+    return Compiled(**compile_kept(lower, target, cache, read, refused, f"visited {visited}"))
 
 
 def compile_kept(
@@ -153,10 +158,12 @@ def compile_kept(
     cache: Path | None,
     read: Callable[[Any, Seconds], dict[str, Any]],
     refused: Callable[[str, Seconds], dict[str, Any]],
+    beside: str = "",
 ) -> dict[str, Any]:
     """What `read` says of a lowered program when it is compiled, or `refused` of the compiler's message.
 
-    The same program is compiled once where `cache` names a folder. Results must be JSON-able.
+    The same program is compiled once where `cache` names a folder; `beside` is what else the results depend on. They
+    must be JSON-able.
     """
     import jax
 
@@ -165,8 +172,8 @@ def compile_kept(
     lower_seconds = time.perf_counter() - start
     import libtpu
 
-    versions = f"{jax.__version__} {getattr(libtpu, '__version__', '')}"
-    digest = hashlib.sha256(f"{READ} {target} {versions} {lowered.as_text()}".encode()).hexdigest()[:24]
+    versions = f"{jax.__version__} {getattr(libtpu, '__version__', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
+    digest = hashlib.sha256(f"{READ} {target} {versions} {beside} {lowered.as_text()}".encode()).hexdigest()[:24]
     kept = cache / f"{digest}.json" if cache else None
     if kept is not None and kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -209,6 +216,7 @@ def _too_large(message: str, seconds: Seconds) -> Compiled:
         host_gib=0.0,
         flops={},
         collectives={},
+        seconds={},
         gathers_logits=False,
         error=" ".join(message.split())[:300],
         **seconds,
@@ -225,7 +233,7 @@ def peak_bytes(memory: Any) -> int:
     return int(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
 
 
-def _read(program: Any, config: StageConfig, capacity: float, seconds: Seconds) -> Compiled:
+def _read(program: Any, config: StageConfig, target: Slices, visited: float, seconds: Seconds) -> Compiled:
     memory = program.memory_analysis()
     peak = peak_bytes(memory)
     program_text = hlo.parse(program.as_text())
@@ -242,12 +250,13 @@ def _read(program: Any, config: StageConfig, capacity: float, seconds: Seconds) 
         moved[kind] += size
         wide |= kind == "all-gather" and is_logits(visit.operation, config)
     return Compiled(
-        fits=peak <= capacity * GIB,
+        fits=peak <= target.chip.gib * GIB,
         peak_gib=round(peak / GIB, 2),
         state_gib=round(memory.argument_size_in_bytes / GIB, 2),
         host_gib=round((memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB, 2),
         flops=dict(flops),
         collectives=dict(moved),
+        seconds=cycles.foretell(program_text, target, chunks, visited),
         gathers_logits=wide,
         **seconds,
     )

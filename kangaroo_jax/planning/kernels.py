@@ -74,7 +74,7 @@ class Call:
     length: int
     keys: int
     width: int
-    share: float  # of the blocks that are visited
+    share: float  # of the blocks that are visited, where all of a row are of one sample
     blocks: tuple[int, int, int]  # queries and keys of one, and the keys whose scores exist at a time
 
     @property
@@ -86,17 +86,21 @@ class Call:
         """What it was compiled for."""
         return Shape(chip, self.kind, self.causal, *self.blocks, self.width)
 
-    def seconds(self, chip: Chip) -> float:
-        """Its time by its schedule, at least that of its products at the peak; that alone where none is known."""
+    def seconds(self, chip: Chip, visited: float = 1.0) -> float:
+        """Its time by its schedule, at least that of its products at the peak; that alone where none is known.
+
+        `visited` is the share of a causal row's blocks that packing leaves of `share`.
+        """
         shape = self.shape(chip.name)
         timed = table().get(shape)
-        peak = self.flops / (chip.tflops * 1e12)
+        share = visited if self.causal else 1.0
+        peak = self.flops * share / (chip.tflops * 1e12)
         if timed is None or chip.name not in CLOCK_GHZ:
             return peak
         queries, keys = self.length // shape.block_q, self.keys // shape.block_kv
         steps = self.items * queries * keys
         rows = self.items * (queries if self.kind in ("fwd", "dq") else keys)
-        cycles = timed.schedule.cycles(steps, steps * self.share, rows) / timed.cores
+        cycles = timed.schedule.cycles(steps, steps * self.share * share, rows) / timed.cores
         return max(cycles / (CLOCK_GHZ[chip.name] * 1e9), peak * CORES.get(chip.name, 1) / timed.cores)
 
 

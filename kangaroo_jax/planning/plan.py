@@ -6,18 +6,18 @@ are estimated by formula. If the stage does not fit, it names the nearest change
 
 import dataclasses
 import json
-import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.chips import Slices, parse_topology
-from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import chat
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step
+from kangaroo_jax.planning.packing import Packed, packed
 from kangaroo_jax.sharding import MESH_AXES
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.flops import step_flops
@@ -25,8 +25,6 @@ from kangaroo_jax.training.placement import resolve
 
 DOES_NOT_FIT = 3  # exit code
 SEARCHED = 4  # the most candidates that --search compiles
-TEXT_TOKENS = (32, 512)  # assumed tokens of a sample's text (question and answer), uniform, cut to the room left
-SAMPLES = 2000  # samples packed to find the useful share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,13 @@ class Plan:
     compile_seconds: float | None
     compile_cpu_seconds: float | None  # CPU time of all threads
     nearest_change: str = ""
+    foretold_seconds: float | None = None  # of a step, by the compiled program
+    foretold_mfu_causal: float | None = None
+    foretold_mfu_full: float | None = None
+    foretold_mfu_pairs: float | None = None  # attention counted over pairs of one sample
+    foretold_chip_hours: float | None = None
+    foretold_cost: float | None = None
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)  # of foretold_seconds, see `cycles.PARTS`
 
 
 def make_plan(
@@ -79,7 +84,8 @@ def make_plan(
     """
     config = resolve(config, target.chip, target.devices, target.slices)
     counts = count_parameters(config.model)
-    compiled = compile_step(config, target, cache) if target.chip.compiles_on_cpu else None
+    rows = packed(config, config.train.mesh[2])
+    compiled = compile_step(config, target, cache, rows.visited) if target.chip.compiles_on_cpu else None
     flops = step_flops(config)
     seconds = flops.causal / (target.devices * target.chip.tflops * 1e12 * mfu)
     hours = seconds * config.train.steps * target.devices / 3600
@@ -96,7 +102,7 @@ def make_plan(
         capacity_gib=target.chip.gib,
         params_b=round(counts["total"] / 1e9, 3),
         params_per_device_gib=round(state, 2) if compiled is None or compiled.error else compiled.state_gib,
-        useful_token_share=useful_share(config),
+        useful_token_share=rows.useful,
         model_tflops_causal=round(flops.causal / 1e12, 1),
         model_tflops_full=round(flops.full / 1e12, 1),
         vit_share=round(flops.vision_share, 4),
@@ -111,9 +117,30 @@ def make_plan(
         mesh=dict(zip(MESH_AXES, config.train.mesh, strict=True)),
         accumulate=config.train.accumulate,
         remat={"llm": config.model.llm.remat, "vision": config.model.vision.remat},
+        **foretold(compiled, config, target, rows, price),
         compile_seconds=compiled.compile_seconds if compiled else None,
         compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
     )
+
+
+def foretold(
+    compiled: Compiled | None, config: StageConfig, target: Slices, rows: Packed, price: float | None
+) -> dict[str, Any]:
+    """What the compiled program says of time, as fields of a `Plan`."""
+    if compiled is None or not compiled.seconds:
+        return {}
+    flops, seconds = step_flops(config), sum(compiled.seconds.values())
+    peak = seconds * target.devices * target.chip.tflops * 1e12
+    hours = seconds * config.train.steps * target.devices / 3600
+    return {
+        "foretold_seconds": round(seconds, 3),
+        "foretold_mfu_causal": round(flops.causal / peak, 4),
+        "foretold_mfu_full": round(flops.full / peak, 4),
+        "foretold_mfu_pairs": round((flops.causal - flops.llm_attention_causal * (1 - rows.pairs)) / peak, 4),
+        "foretold_chip_hours": round(hours, 1),
+        "foretold_cost": None if price is None else round(hours * price, 2),
+        "parts": {part: round(spent, 4) for part, spent in compiled.seconds.items()},
+    }
 
 
 def over_model(compiled: Compiled | None, config: StageConfig, target: Slices) -> float | None:
@@ -122,40 +149,6 @@ def over_model(compiled: Compiled | None, config: StageConfig, target: Slices) -
         return None
     flops = step_flops(config)
     return round(sum(compiled.flops.values()) * target.devices / (flops.causal + flops.score_recomputation), 4)
-
-
-def useful_share(config: StageConfig) -> float:
-    """The share of useful tokens in a row, from packing synthetic samples with the real packer.
-
-    Frames are uniform in the stage's ranges (half of the samples are long ones), text is uniform in TEXT_TOKENS.
-    """
-    from kangaroo_jax.data.batches.packing import Packer, PackItem
-
-    data, random_ = config.data, random.Random(0)
-    group, rows = frames_per_group(config.model), tokens_per_group(config.model, data.image_size)
-    packer = Packer(data.tokens_per_pack, data.frames_per_pack, data.packing_bins)
-    used = packs = 0
-    for index in range(SAMPLES):
-        low, high = (data.min_frames, data.max_frames)
-        if index % 2:
-            low, high = (data.long_min_frames, data.long_max_frames)
-        frames = min(random_.randint(low, high) // group * group or group, data.frames_per_pack)
-        vision = frames // group * (rows + 1) + 2 if frames else 0
-        left = data.max_sample_tokens - vision
-        text = random_.randint(min(TEXT_TOKENS[0], left), max(1, min(TEXT_TOKENS[1], left)))
-        closed = packer.add(PackItem((0, index), _Lengths(f"sample {index}", range(vision + text), frames)))  # type: ignore[arg-type]
-        if closed is not None:
-            used, packs = used + sum(len(item.recipe.tokens) for item in closed), packs + 1
-    return round(used / (packs * data.tokens_per_pack), 3) if packs else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lengths:
-    """The attributes of a recipe that the packer reads."""
-
-    id: str
-    tokens: range
-    frames: int
 
 
 # ------------------------------------------------------------------------- changes and search
@@ -225,19 +218,21 @@ def _larger(topology: str) -> list[str]:
 def search(
     config: StageConfig, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
 ) -> tuple[Plan, StageConfig] | None:
-    """The first mesh and remat policies that fit, fastest first by the formula; None if none fits."""
+    """Of the meshes and remat policies that are fastest by the formula, the one foretold fastest that fits, if any."""
     counts = count_parameters(config.model)
+    found: list[tuple[float, Plan, StageConfig]] = []
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
         if number == SEARCHED:
             break
         plan = make_plan(trial, target, mfu=mfu, price=price, cache=cache)
-        seconds = plan_formula.step_seconds(trial, target.chip, counts, mfu)
+        by_formula = plan_formula.step_seconds(trial, target.chip, counts, mfu)
+        seconds = by_formula if plan.foretold_seconds is None else plan.foretold_seconds
         shape, remat = tuple(plan.mesh.values()), plan.remat["llm"]
         verdict = "fits" if plan.fits else "does not fit"
         tell(f"mesh {shape} remat {remat}: {verdict}, {plan.peak_hbm_gib} GiB, about {seconds:.2f} s a step")
         if plan.fits:
-            return plan, trial
-    return None
+            found.append((seconds, plan, trial))
+    return min(found, key=lambda one: one[0])[1:] if found else None
 
 
 # ------------------------------------------------------------------------------------ output
@@ -308,9 +303,26 @@ def text(plan: Plan) -> str:
         "collectives, GiB": moved or "not known",
         f"at {100 * plan.mfu:.0f}% MFU": f"{plan.step_seconds} s a step, {plan.steps:,} steps, "
         f"{plan.chip_hours:,} chip-hours{cost}",
+        **_foretold_rows(plan),
         "compiled in": f"{plan.compile_seconds} s" if plan.compile_seconds is not None else "not compiled: by formula",
     }
     return "\n".join([f"{plan.stage} on {plan.topology}", *(f"  {name:22} {value}" for name, value in rows.items())])
+
+
+def _foretold_rows(plan: Plan) -> dict[str, str]:
+    """Rows of what the compiled program says of time."""
+    if plan.foretold_seconds is None:
+        return {}
+    cost = "" if plan.foretold_cost is None else f", cost {plan.foretold_cost:,.0f}"
+    ways = {"causal": plan.foretold_mfu_causal, "full": plan.foretold_mfu_full, "own pairs": plan.foretold_mfu_pairs}
+    shares_of_peak = ", ".join(f"{100 * share:.1f}% {way}" for way, share in ways.items() if share is not None)
+    shares = {part.replace("_", " "): spent / plan.foretold_seconds for part, spent in plan.parts.items()}
+    largest = sorted(((share, part) for part, share in shares.items() if share >= 0.005), reverse=True)
+    return {
+        "foretold": f"{plan.foretold_seconds} s a step, {plan.foretold_chip_hours:,} chip-hours{cost}; MFU "
+        f"{shares_of_peak}",
+        "of it": ", ".join(f"{part} {100 * share:.0f}%" for share, part in largest),
+    }
 
 
 def line(plan: Plan) -> str:
@@ -335,6 +347,9 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
             "compiled / model": "" if ratio is None else f"{ratio:.3f}",
             "s a step": f"{plan.step_seconds:.1f}",
             "chip-hours": f"{plan.chip_hours:,.0f}",
+            "foretold s": "" if plan.foretold_seconds is None else f"{plan.foretold_seconds:.1f}",
+            "foretold MFU": "" if plan.foretold_mfu_causal is None else f"{100 * plan.foretold_mfu_causal:.0f}%",
+            "foretold chip-hours": "" if plan.foretold_chip_hours is None else f"{plan.foretold_chip_hours:,.0f}",
             "cost": "" if plan.cost is None else f"{plan.cost:,.0f}",
             "compile s (CPU s)": "by formula" if seconds is None else f"{seconds:.0f} ({plan.compile_cpu_seconds:.0f})",
         }

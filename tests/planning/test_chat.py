@@ -30,8 +30,8 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def talk(quantize: str | None = "int8", slots: int = 1, frames: int = 160) -> Talk:
-    return Talk(StageConfig.load("stage5_long_video:kangaroo_8b"), quantize, slots, frames)
+def talk(quantize: str | None = "int8", kv_dtype: str | None = None, slots: int = 1) -> Talk:
+    return Talk(StageConfig.load("stage5_long_video:kangaroo_8b"), quantize, kv_dtype, slots, 160)
 
 
 def test_what_an_8b_engine_holds_is_what_its_numbers_take():
@@ -44,6 +44,8 @@ def test_what_an_8b_engine_holds_is_what_its_numbers_take():
     assert one.large == 2 * 32 * 8 * 128 * 2 * asked.capacity and one.slot > one.large
     plain = chat_work.held(talk(None), (1, 1, 1, 1))
     assert plain.decoder == pytest.approx(2 * maps, rel=1e-3) and plain.vision == one.vision
+    narrow = chat_work.held(talk(kv_dtype="int8"), (1, 1, 1, 1))
+    assert narrow.large == pytest.approx(one.large * (128 + 4) / 256)  # a scale a token, beside 128 numbers
     quarter = chat_work.held(talk(None), (1, 1, 1, 4))
     assert 4 * quarter.weights == pytest.approx(plain.weights, rel=1e-2) and 4 * quarter.large == plain.large
 
@@ -75,12 +77,13 @@ def test_a_gpu_is_planned_by_formula(capsys):
     ("arguments", "message"),
     [
         ([CONFIG, "--topology=H100:1", "--quantize=int3"], "--quantize=int3: use one of int8, int4"),
+        ([CONFIG, "--topology=H100:1", "--kv-dtype=fp8"], "kv_dtype 'fp8': use int8"),
         ([CONFIG, "--topology=H100:1", "--frames=7"], "--frames=7: must be a multiple of 2"),
         ([CONFIG, "--topology=H100:1", "--slots=17"], "--slots=17: 17 slots of one class"),
         ([CONFIG, "--topology=H100:16"], "plan for 1, 2, 4, 8 devices, not 16"),
         ([CONFIG, "--topology=H100:8", "--slices=2"], "one engine answers on one slice"),
         ([CONFIG, "--topology=H100:8", "--search"], "--search does not go with --mode=chat"),
-        ([CONFIG, "--topology=H100:8", "--mode=talk"], "--mode=talk: train or chat"),
+        ([CONFIG, "--topology=H100:8", "--mode=talk"], "--mode=talk: train, chat or kernels"),
         ([CONFIG, "--topology=H100:8", "--mode=train", "--slots=1"], "--slots does not go with --mode=train"),
     ],
 )
@@ -93,7 +96,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 def test_a_step_on_a_mesh_moves_activations_and_no_weights(make_micro_config):
     config = make_micro_config()
     config.model.llm.update(vocab_size=4096, kv_heads=4, heads=4)
-    asked = Talk(StageConfig.from_config(config), None, 2, 0)
+    asked = Talk(StageConfig.from_config(config), None, None, 2, 0)
     mesh = make_mesh((1, 1, 1, 4), jax.devices()[:4])
     programs = Programs(weights.abstract(asked.model, None), asked.sizes, mesh=mesh)
     step = programs.lower(("decode", asked.capacity, 2), "cpu").compile()
@@ -117,7 +120,7 @@ def test_programs_of_a_small_engine_are_compiled_for_one_chip_and_for_four(make_
     config = make_micro_config()
     with config.unlocked():
         config.model.llm.update(width=512, heads=4, kv_heads=4, head_dim=128, mlp_width=1024, vocab_size=1024, depth=2)
-    asked = Talk(StageConfig.from_config(config), "int8", 2, 16)
+    asked = Talk(StageConfig.from_config(config), "int8", "int8", 2, 16)
     peaks = {}
     for name in ("v5e:1x1", "v5e:2x2"):
         found = chat.make_chat_plan(asked, parse_topology(name), tmp_path)

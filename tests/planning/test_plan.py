@@ -18,6 +18,7 @@ from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import compile as plan_compile
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning import hlo, plan
+from kangaroo_jax.planning.packing import packed
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 
@@ -97,8 +98,8 @@ def test_bad_topologies_are_one_line(text):
 
 def test_the_packing_share_of_every_stage_is_a_share():
     for stage in STAGES:
-        share = plan.useful_share(StageConfig.load(f"{stage}:kangaroo_8b"))
-        assert 0.5 < share <= 1, (stage, share)
+        found = packed(StageConfig.load(f"{stage}:kangaroo_8b"))
+        assert 0.5 < found.useful <= 1 and 0 < found.pairs < found.visited <= 1, (stage, found)
 
 
 def test_every_stage_is_placed_on_every_slice():
@@ -298,6 +299,9 @@ def test_a_tpu_step_is_compiled_here_with_splash_attention(config, tmp_path):
     target = parse_topology("v5e:2x4")
     found = plan.make_plan(config, target, mfu=0.5, cache=tmp_path)
     assert found.fits and found.source == "compiled" and 0 < found.peak_hbm_gib < 2 and not found.gathers_logits
-    compiled = plan_compile.compile_step(resolve(config, target.chip, 8), target, tmp_path)
+    assert sum(found.parts.values()) == pytest.approx(found.foretold_seconds, abs=2e-3) and found.foretold_mfu_causal
+    assert found.parts["llm_attention"] > 0 and found.parts["vision_products"] > 0
+    resolved = resolve(config, target.chip, 8)
+    compiled = plan_compile.compile_step(resolved, target, tmp_path, packed(resolved, 1).visited)
     assert compiled.flops["attention_llm"] > 0 and compiled.flops["attention_vision"] > 0
     assert len(list(tmp_path.glob("*.json"))) == 1
