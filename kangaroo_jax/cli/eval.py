@@ -12,6 +12,8 @@ def evaluate(
     benchmark: str = "",
     data: str = "",
     workdir: str = "",
+    server: str = "",
+    model: str = "kangaroo",
     controls: bool = False,
     check: bool = False,
     describe: str = "",
@@ -23,6 +25,9 @@ def evaluate(
     limit: Natural = 0,
     max_new_tokens: Natural = 0,
     strict: bool = False,
+    as_images: bool = False,
+    api_key_env: str = "",
+    side: Count = 448,
     share: str = "1/1",
     at_a_time: Count = 8,
     slots: Count = 4,
@@ -33,6 +38,7 @@ def evaluate(
     """Answer published benchmarks from local files, and score the answers under every protocol.
 
         kangaroo eval --checkpoint=runs/quickstart --benchmark=quickstart --data=runs/quickstart --workdir=runs/eval
+        kangaroo eval --server=http://127.0.0.1:8000/v1 --benchmark=mvbench --data=/data --workdir=runs/served
         kangaroo eval --describe=video-mme
         kangaroo eval --benchmark=video-mme,mlvu --data=/data --check
         kangaroo eval --workdir=runs/eval --rescore
@@ -46,7 +52,9 @@ def evaluate(
         benchmark: names by commas, or FILE.jsonl of conversations with answers
         data: folder of the benchmarks' files
         workdir: folder for answers and results
-        controls: also ask without the video, with one frame, and with the options in another order
+        server: address of a server of OpenAI's protocol, in place of a checkpoint
+        model: its name at the server
+        controls: also ask without the video, with one frame, with shuffled frames, and with the options moved
         check: only look whether the files are whole
         describe: only say what a benchmark is, what to fetch and where it goes; "all" lists them
         rescore: only score the answers in the workdir
@@ -57,6 +65,9 @@ def evaluate(
         limit: questions of each benchmark; 0 is all
         max_new_tokens: longest answer; 0 is the benchmark's
         strict: end at the first video that cannot be read
+        as_images: send a server each frame as an image, where it knows no video
+        api_key_env: variable of the environment that holds the server's key
+        side: pixels of the frames that a server is sent
         share: part of the videos that this process asks about, such as 2/4
         at_a_time: questions under way together
         slots: conversations that are remembered on the device
@@ -85,14 +96,22 @@ def evaluate(
         _check(names, Path(data), limit)
         return
     _needed("workdir", workdir, "folder for answers and results")
-    _needed("checkpoint", checkpoint, "folder that training or a conversion wrote")
+    if not server:
+        _needed("checkpoint", checkpoint, "folder that training or a conversion wrote; or --server=URL")
+    elif checkpoint:
+        raise UserError("eval: --checkpoint and --server are two models; give one")
 
-    from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint
+    from kangaroo_jax.evaluation.asking_server import Server
+    from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint, evaluate_server
 
     part = Share.of(share)
     settings = Settings(names, str(Path(data).resolve()), prompt, frames, limit, max_new_tokens, controls)
     loading = Loading(dtype, quantize, slots, cache_gib, at_a_time, strict)
-    evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part)
+    if server:
+        served = Server(server, model, api_key_env, as_images, side)
+        evaluate_server(served, settings, Path(workdir), loading, part)
+    else:
+        evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part)
 
 
 def _needed(flag: str, value: str, what: str) -> str:

@@ -48,27 +48,24 @@ def ask_model(
                 if isinstance(found, UserError):
                     while under_way:  # rows keep the order of the tasks
                         _collect(under_way, samples, strict, told)
-                    _fail(task, MEDIA, found, samples, strict, told)
+                    fail(task, MEDIA, found, samples, strict, told)
                     continue
-                kept = samples.answer(found.key)
-                if kept is not None:
-                    row = {**kept, **_head(task)}
-                    if samples.latest.get(task.name, {}).get("key") != found.key:
-                        samples.add(row)
-                    told(task, row, True)
+                if was_answered(task, found.key, samples, told):
                     continue
                 if len(under_way) >= at_a_time:
                     _collect(under_way, samples, strict, told)
                 try:
                     under_way.append((found, _submit(model, found)))
                 except UserError as error:
-                    _fail(task, REQUEST, error, samples, strict, told)
+                    fail(task, REQUEST, error, samples, strict, told)
             while under_way:
                 _collect(under_way, samples, strict, told)
         finally:
             for _, tickets in under_way:
                 for ticket in tickets:
                     ticket.cancel()
+            pool.shutdown(cancel_futures=True)
+            prompts.close()
 
 
 def _prepared(
@@ -118,10 +115,10 @@ def _collect(
     except UserError as error:
         for ticket in tickets:
             ticket.cancel()
-        _fail(task, MEDIA, error, samples, strict, told)
+        fail(task, MEDIA, error, samples, strict, told)
         return
     except EngineError as error:
-        _fail(task, REQUEST, error, samples, strict, told)
+        fail(task, REQUEST, error, samples, strict, told)
         return
     row = _row(prompt, answers)
     samples.add(row)
@@ -130,7 +127,7 @@ def _collect(
 
 def _row(prompt: Prompt, answers: Sequence[Answer]) -> Row:
     usage = answers[0].usage
-    row: Row = {**_head(prompt.task), "key": prompt.key, "identity": prompt.identity}
+    row: Row = {**head_of(prompt.task), "key": prompt.key, "identity": prompt.identity}
     if prompt.continuations:
         row["losses"] = [round(-sum(t.logprob for t in a.logprobs) / len(a.logprobs), 6) for a in answers]
         row["text"] = ""
@@ -141,16 +138,29 @@ def _row(prompt: Prompt, answers: Sequence[Answer]) -> Row:
     return row
 
 
-def _head(task: Task) -> Row:
+def was_answered(task: Task, key: str, samples: Samples, told: Told) -> bool:
+    """Whether there is an answer with this identity, which is then the task's."""
+    kept = samples.answer(key)
+    if kept is None:
+        return False
+    row = {**kept, **head_of(task)}
+    if samples.latest.get(task.name, {}).get("key") != key:
+        samples.add(row)
+    told(task, row, True)
+    return True
+
+
+def head_of(task: Task) -> Row:
+    """What names a row."""
     benchmark, variant, name = task.name
     return {"benchmark": benchmark, "variant": variant, "id": name, "style": task.style, "at": round(time.time())}
 
 
-def _fail(task: Task, kind: str, error: Exception, samples: Samples, strict: bool, told: Told) -> None:
-    """Store that a task has no answer, and why."""
+def fail(task: Task, kind: str, error: Exception, samples: Samples, strict: bool, told: Told) -> None:
+    """Store that a task has no answer, and why; raise the error where the run is strict."""
     if strict:
         raise error
-    row = {**_head(task), "key": "", "text": "", "failure": {"kind": kind, "reason": str(error)}}
+    row = {**head_of(task), "key": "", "text": "", "failure": {"kind": kind, "reason": str(error)}}
     if samples.latest.get(task.name, {}).get("failure") != row["failure"]:
         samples.add(row)
     told(task, row, False)

@@ -2,19 +2,22 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.asking import ask_model
+from kangaroo_jax.evaluation.asking_server import Server, ask_server
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.evaluation.benchmarks.table import benchmark_named
 from kangaroo_jax.evaluation.checking import questions_of
 from kangaroo_jax.evaluation.marking import mark
 from kangaroo_jax.evaluation.prompting import CONTROLS, Task, tasks_of
+from kangaroo_jax.evaluation.report import write_report
 from kangaroo_jax.evaluation.results import (
     lines_of,
     marked_answers,
@@ -110,22 +113,37 @@ def evaluate_checkpoint(
 
         options: dict[str, Any] = {"dtype": loading.dtype, "quantize": loading.quantize}
         with Kangaroo.load(checkpoint, **options, slots=loading.slots, cache_gib=loading.cache_gib) as model:
-            for benchmark, questions in asked:
-                tasks = [task for task in _tasks(benchmark, questions, settings) if share.has(task)]
-                progress = Running(benchmark, len(tasks), tell)
-                try:
-                    ask_model(
-                        model,
-                        tasks,
-                        samples,
-                        at_a_time=loading.at_a_time,
-                        strict=loading.strict,
-                        told=progress.told,
-                    )
-                except EngineError as error:
-                    raise UserError(f"the model cannot go on ({error}); run this again to go on") from None
-                progress.finish()
+            try:
+                _ask_each(functools.partial(ask_model, model), asked, samples, settings, loading, share, tell)
+            except EngineError as error:
+                raise UserError(f"the model cannot go on ({error}); run this again to go on") from None
         return score_answers(asked, samples, settings, workdir, tell)
+
+
+def evaluate_server(
+    server: Server, settings: Settings, workdir: Path, loading: Loading, share: Share, tell: Tell = print
+) -> list[dict[str, Any]]:
+    """The same of a server of OpenAI's protocol; of `loading` only how many are asked at a time, and `strict`."""
+    asked = _read(settings)
+    with _opened(workdir, settings, share) as samples:
+        _ask_each(functools.partial(ask_server, server), asked, samples, settings, loading, share, tell)
+        return score_answers(asked, samples, settings, workdir, tell)
+
+
+def _ask_each(
+    ask: Callable[..., None],
+    asked: Sequence[tuple[Benchmark, Sequence[Question]]],
+    samples: Samples,
+    settings: Settings,
+    loading: Loading,
+    share: Share,
+    tell: Tell,
+) -> None:
+    for benchmark, questions in asked:
+        tasks = [task for task in _tasks(benchmark, questions, settings) if share.has(task)]
+        progress = Running(benchmark, len(tasks), tell)
+        ask(tasks, samples, at_a_time=loading.at_a_time, strict=loading.strict, told=progress.told)
+        progress.finish()
 
 
 def rescore(workdir: Path, tell: Tell = print) -> list[dict[str, Any]]:
@@ -158,7 +176,7 @@ def score_answers(
             tell(f"  submission: {written}")
     write_scored(workdir, scored)
     write_results(workdir, results)
-    tell(f"results: {workdir / 'results.json'}")
+    tell(f"results: {workdir / 'results.json'}, {write_report(workdir, results, scored)}")
     return results
 
 

@@ -115,11 +115,16 @@ class Endpoint:
 
     def _body(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> dict[str, Any]:
         content: Any = request.text
-        if images:
-            content = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
+        if images or request.frames:
+            pictures = images if request.frame_times else (*images, *request.frames)
+            content = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in pictures]
+            content += [_video_part(request)] if request.frame_times else []
             content.append({"type": "text", "text": request.text})
         messages = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {"model": self.model, "messages": [*messages, {"role": "user", "content": content}]}
+        if request.prefill:  # as vLLM and `kangaroo serve` know it
+            body["messages"].append({"role": "assistant", "content": request.prefill})
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         body |= self.settings
         body["max_tokens"] = max_tokens
         if attempt:
@@ -197,6 +202,13 @@ async def _read_body(response: Any) -> None:
             raise _TooLong(f"a body of more than {_LONGEST_BODY >> 20} MiB")
         parts.append(part)
     response._content = b"".join(parts)
+
+
+def _video_part(request: Request) -> dict[str, Any]:
+    """The frames of a video in the form of vLLM, and their seconds, which `kangaroo serve` reads."""
+    encoded = ",".join(base64.b64encode(frame).decode() for frame in request.frames)
+    address = {"url": f"data:video/jpeg;base64,{encoded}"}
+    return {"type": "video_url", "video_url": address, "frame_times": list(request.frame_times)}
 
 
 def data_uri(image: bytes) -> str:

@@ -16,6 +16,9 @@ class Request:
     `prompt` is the version of the prompt that the text was made from (`prompts.Prompt.version`), `images` are
     paths of JPEG or PNG files that stand before the text, `schema` is a JSON schema that the answer must obey
     (None: plain text). `task` has the contents of the text for a rule-based backend; it is not in the cache key.
+
+    For endpoints alone: `frames` are JPEG files before the text, of a video where `frame_times` has their seconds, else
+    images; `prefill` is how the answer begins.
     """
 
     prompt: str
@@ -25,6 +28,9 @@ class Request:
     schema: Mapping[str, Any] | None = None
     max_tokens: int = 256
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frames: tuple[bytes, ...] = ()
+    frame_times: tuple[float, ...] = ()
+    prefill: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Backend(Protocol):
 
 def key_of(backend: Backend, request: Request, images: tuple[bytes, ...]) -> str:
     """SHA-256 of all that the answer depends on: model, parameters, prompt and its version, bytes of the images."""
-    parts = {
+    parts: dict[str, Any] = {
         "model": backend.model,
         "settings": dict(backend.settings),
         "prompt": request.prompt,
@@ -109,6 +115,9 @@ def key_of(backend: Backend, request: Request, images: tuple[bytes, ...]) -> str
         "max_tokens": request.max_tokens,
         "images": [hashlib.sha256(image).hexdigest() for image in images],
     }
+    if request.frames or request.prefill:
+        parts |= {"frames": [hashlib.sha256(frame).hexdigest() for frame in request.frames]}
+        parts |= {"frame_times": request.frame_times, "prefill": request.prefill}
     return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
 

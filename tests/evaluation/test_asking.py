@@ -105,7 +105,12 @@ def test_likelihood_and_prefill_and_subtitles_and_controls(checkpoint, data, ask
     controls = run(
         checkpoint, data("longvideobench"), tmp_path / "lvb", "longvideobench", "--controls", "--max-new-tokens=2"
     )
-    assert len(requests) == 8 and set(controls["controls"]) == {"no-video", "one-frame", "rotated"}
+    assert len(requests) == 10 and set(controls["controls"]) == {"no-video", "one-frame", "shuffled", "rotated"}
+    (shuffled, *_) = [request.media[0] for request in requests if request.media and request.media[0].frames]
+    order = [int(path.rpartition("/")[2].split(".")[0]) for path in shuffled.frames]
+    assert sorted(order) == list(range(len(order))) != order and list(shuffled.times) == sorted(shuffled.times)
+    page = (tmp_path / "lvb" / "report.html").read_text(encoding="utf-8")
+    assert "What the video adds" in page and "data:image/jpeg;base64," in page and "LongVideoBench (val)" in page
     by_media = Counter(len(set(request.media[0].times)) if request.media else 0 for request in requests)
     assert by_media[0] == 2 and by_media[1] == 2 and len(tokens) > 100
 
