@@ -80,7 +80,7 @@ class Server:
         }
         if self.folder is not None and self.process is not None:
             held["files"] = len([path for path in self.folder.rglob("*") if path.is_symlink() or path.is_file()]) - 1
-            held["workers_mib"] = round(sum(_resident_mib(pid) for pid in _children(self.process.pid)), 1)
+            held["workers_mib"] = round(sum(_resident_mib(pid) for pid in children(self.process.pid)), 1)
         return held
 
 
@@ -237,14 +237,14 @@ def line(row: Mapping[str, Any]) -> str:
     )
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     """Processes that a process started, and those that these started."""
     found = []
     with contextlib.suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError):
                 for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-                    found += [int(child), *_children(int(child))]
+                    found += [int(child), *children(int(child))]
     return found
 
 

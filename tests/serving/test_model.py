@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jax.numpy as jnp
 import pytest
 
+from kangaroo_jax.bench.serve import children
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
 from tests.data.media import write_video
-from tests.serving.test_app import about, photo
+from tests.serving.test_app import about, photo, soon
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -33,6 +35,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
+RUNNING = ("requests_running", "requests_waiting", 'slots{state="busy"}')
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,9 @@ class Server:
             return connection.getresponse().status
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, films: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    write_video(films / "b.mp4", 32)
+@contextlib.contextmanager
+def started(folder: Path, checkpoint: Path, films: Path) -> Iterator[Server]:
+    """A server that is ready; it is killed at the end where it still runs."""
     words = [
         f"--checkpoint={checkpoint}",
         "--port=0",
@@ -98,6 +100,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, films: Pa
         "--slots=4",
         "--max-decode-seconds=20",
     ]
+    (folder / "port").unlink(missing_ok=True)
     with open(folder / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen([sys.executable, "-m", "kangaroo_jax", "serve", *words], cwd=ROOT, stderr=log)
     try:
@@ -109,12 +112,26 @@ def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, films: Pa
             time.sleep(0.2)
         assert running.health() == 200, (folder / "log").read_text()
         yield running
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0 and list((folder / "media").iterdir()) == []
-        assert "Traceback" not in (folder / "log").read_text()
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, films: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    write_video(films / "b.mp4", 32)
+    with started(folder, checkpoint, films) as running:
+        yield running
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0 and list((folder / "media").iterdir()) == []
+        assert "Traceback" not in (folder / "log").read_text()
+
+
+def nothing_is_left(server: Server) -> None:
+    """No request is under way any more, and none has left a slot or a file."""
+    soon(lambda: {name for name, value in server.numbers().items() if name in RUNNING and value}, set(), 20)
+    assert [name for name in os.listdir(next(server.media.iterdir())) if name != "lock"] == []
 
 
 def text_of(stream: Any) -> str:
@@ -205,11 +222,7 @@ def test_clients_that_leave_free_their_places(server: Server) -> None:
         client.chat.completions.create(
             model="kangaroo", messages=messages, max_tokens=400, extra_body={"ignore_eos": True}
         )
-    end = time.monotonic() + 20
-    while server.numbers()["requests_running"] and time.monotonic() < end:
-        time.sleep(0.1)
-    assert server.numbers()["requests_running"] == 0
-    assert [name for name in os.listdir(next(server.media.iterdir())) if name != "lock"] == []
+    nothing_is_left(server)
 
 
 def test_nothing_of_a_question_is_in_the_log(server: Server) -> None:
@@ -218,3 +231,55 @@ def test_nothing_of_a_question_is_in_the_log(server: Server) -> None:
     line = [line for line in server.log.read_text().splitlines() if "POST /v1/chat/completions 200" in line][-1]
     assert re.search(r"prompt=\d+ frames=0 cached=\d+ new=\d+", line)
     assert json.dumps("word") not in line
+
+
+def test_decoding_processes_that_are_killed_are_replaced(server: Server, films: Path) -> None:
+    workers = children(server.process.pid)
+    before = server.numbers()["decode_workers_replaced_total"]
+    path = write_video(films / "long.mp4", 2400)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: server.ask(about(f"file://{path}")))
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        with contextlib.suppress(openai.BadRequestError):  # of a file that somebody was at
+            asked.result()
+    answer = server.ask(about(f"file://{path}", "Again?"))
+    assert answer.kangaroo["media"][0]["frames"] > 0
+    assert server.numbers()["decode_workers_replaced_total"] > before and server.health() == 200
+    assert not set(workers) & set(children(server.process.pid))
+    nothing_is_left(server)
+
+
+def test_a_client_that_is_killed_frees_its_place(server: Server) -> None:
+    code = f"""
+import openai
+client = openai.OpenAI(base_url="http://127.0.0.1:{server.port}/v1", api_key="word")
+asked = dict(model="kangaroo", messages=[{{"role": "user", "content": "Hello"}}], extra_body={{"ignore_eos": True}})
+for piece in client.chat.completions.create(**asked, stream=True):
+    print(piece.choices[0].delta.content, flush=True)
+    input()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as client:
+        assert client.stdout is not None and client.stdout.readline()
+        client.kill()
+    nothing_is_left(server)
+
+
+def test_a_server_that_is_killed_leaves_nothing_to_the_next(
+    tmp_path: Path, checkpoint: Path, films: Path, server: Server
+) -> None:
+    right = server.ask(about(f"file://{films}/a.mp4")).choices[0].message.content
+    with started(tmp_path, checkpoint, films) as first:
+        stream = iter(first.ask(about(f"file://{films}/a.mp4"), stream=True, extra_body={"ignore_eos": True}))
+        next(stream)
+        workers, left = children(first.process.pid), os.listdir(tmp_path / "media")
+        first.process.kill()
+        with contextlib.suppress(openai.APIError, httpx.HTTPError):  # what had been sent may be all of it
+            list(stream)
+        first.process.wait()
+        soon(lambda: [worker for worker in workers if os.path.exists(f"/proc/{worker}")], [], 20)
+    assert os.listdir(tmp_path / "media") == left
+    with started(tmp_path, checkpoint, films) as second:
+        assert second.ask(about(f"file://{films}/a.mp4")).choices[0].message.content == right
+        assert len(os.listdir(tmp_path / "media")) == 1 and os.listdir(tmp_path / "media") != left

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from tests.serving.test_app import about, photo
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -27,14 +31,15 @@ pytestmark = pytest.mark.alone
 class Process:
     """A server in a process of its own."""
 
-    def __init__(self, folder: Path, tokenizer: Path, options: dict, engine: dict) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Path, options: dict, engine: dict, before: Callable[[], None] | None = None
+    ) -> None:
         self.media, self.port_file = folder / "media", folder / "port"
         told = {"pieces": ["word "] * 40, "pause": 0.05, "tokenizer": str(tokenizer)} | engine
         asked = {"port": 0, "port_file": str(self.port_file), "media_folder": str(self.media)} | options
         words = [json.dumps(asked), "{}", json.dumps(told)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.process", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "tests.serving.process", *words]
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
     def started(self) -> "Process":
         end = time.monotonic() + 60
@@ -56,9 +61,12 @@ class Process:
             time.sleep(0.02)
         return self
 
-    def stream(self) -> Any:
+    def ask(self, messages: Any = HELLO, **fields: Any) -> Any:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="x", max_retries=0, timeout=30)
-        return client.chat.completions.create(model="kangaroo", messages=HELLO, stream=True)
+        return client.chat.completions.create(model="kangaroo", messages=messages, **fields)
+
+    def stream(self) -> Any:
+        return self.ask(stream=True)
 
     def ended(self, seconds: float = 30) -> tuple[int, str]:
         said = self.process.communicate(timeout=seconds)[1]
@@ -76,8 +84,8 @@ def launch(tmp_path: Path, tokenizer_file: Path) -> Iterator[Launch]:
     """Starts a process: `launch(engine's words, **options)`."""
     processes: list[Process] = []
 
-    def start(engine: dict | None = None, **options: Any) -> Process:
-        processes.append(Process(tmp_path, tokenizer_file, options, engine or {}))
+    def start(engine: dict | None = None, before: Callable[[], None] | None = None, **options: Any) -> Process:
+        processes.append(Process(tmp_path, tokenizer_file, options, engine or {}, before))
         return processes[-1]
 
     yield start
@@ -166,3 +174,17 @@ def test_what_a_killed_server_left_is_removed_by_the_next(launch: Launch) -> Non
     first.port_file.unlink()
     second = launch().started()
     assert len(second.folders()) == 1 and second.folders()[0] != left
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_costs_the_requests_that_write(launch: Launch) -> None:
+    most = 1 << 16  # bytes of a file, as with a quota
+    server = launch({"pause": 0.0}, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))).ready()
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    for _ in range(3):
+        with pytest.raises(openai.InternalServerError) as full:
+            server.ask(about(photo(noise)))
+        assert (full.value.status_code, full.value.code) == (507, "media_not_written")
+        assert server.ask(about(photo())).choices[0].message.content.startswith("word")
+    (folder,) = server.folders()
+    assert os.listdir(server.media / folder) == ["lock"] and server.get("/health") == 200
