@@ -23,12 +23,14 @@ from kangaroo_jax.serving.answers import DONE, Writer, encoded, event
 from kangaroo_jax.serving.failures import ApiError, too_large
 from kangaroo_jax.serving.gate import Gate
 from kangaroo_jax.serving.limits import MIB
+from kangaroo_jax.serving.prompts import exceeds
 from kangaroo_jax.serving.protocol import ChatRequest, chat_request, tokenize_request
+from kangaroo_jax.serving.reading import parsed
 from kangaroo_jax.serving.service import Call, ClientLeft, Running, Service
-from kangaroo_jax.system.json_text import parse_json
 
 log = logging.getLogger(__name__)
 Handler = Callable[[HttpRequest, Call, contextlib.AsyncExitStack], Awaitable[Response]]
+_TEXTS = 4  # conversations' worth of tokens that a text may have which is only counted
 CLIENT_LEFT = 499  # the status of the access line; nobody receives it
 
 
@@ -150,16 +152,21 @@ class Routes:
     async def tokenize(self, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack) -> Response:
         """The ids of a text, or of a prompt with its media."""
         service, backend = self._service, self._service.ready()
-        tokenizer = backend.tokenizer
+        tokenizer, most = backend.tokenizer, _TEXTS * backend.context
+
+        def counted(text: str) -> list[int]:
+            if exceeds(tokenizer, [text], most):
+                raise ApiError(f"the text has more than {most} tokens", param="prompt", status=413, code="too_large")
+            return tokenizer.encode(text)
 
         async def ids() -> tuple[list[int], bool]:
             async with self._body(http) as body:
                 limits = service.limits
-                request = await service.in_thread(lambda: tokenize_request(parse_json(bytes(body), "the body"), limits))
+                request = await service.in_thread(lambda: tokenize_request(parsed(body), limits))
                 if request.prompt is None:
                     text = request.text or ""
                     head = [tokenizer.bos] if request.add_special_tokens else []
-                    return head + await service.in_thread(lambda: tokenizer.encode(text)), request.token_strings
+                    return head + await service.in_thread(lambda: counted(text)), request.token_strings
                 service.model(request.prompt.model)
                 namespace = service.namespace(call, request.prompt.cache_salt)
                 rendered = await service.rendered(request.prompt, namespace, stack)
@@ -174,7 +181,7 @@ class Routes:
     ) -> tuple[ChatRequest, Running]:
         service, limits = self._service, self._service.limits
         async with self._body(http) as body:
-            request = await service.in_thread(lambda: chat_request(parse_json(bytes(body), "the body"), limits))
+            request = await service.in_thread(lambda: chat_request(parsed(body), limits))
             return request, await service.begin(request, call, stack)
 
     @contextlib.asynccontextmanager

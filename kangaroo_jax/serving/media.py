@@ -129,6 +129,8 @@ class RequestMedia:
         """The files of an address, and whether they are the frames in a folder."""
         self.checked()
         limits = self._store.limits
+        if address.startswith("/"):  # as VLMEvalKit names a file
+            address = f"file://{urllib.parse.quote(address)}"
         scheme = "data" if address[:5].lower() == "data:" else scheme_of(address)
         if scheme == "data":
             return [self._written(lambda sink: _write_data(address, sink, kind, part.where, limits), kind, part)], False

@@ -14,6 +14,10 @@ from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.protocol import FrameWishes, Prompt
 
+_CHARACTERS = 8  # of a token, more than they have in most texts
+_PIECE = 1 << 16  # characters that are made tokens at a time, because some tokenizers hold up all threads
+_CUT = 8  # tokens that a piece may have because it is cut off
+
 Found = tuple[Media, tuple[float, ...]]  # a medium's local files, and the seconds of its frames where they are known
 
 
@@ -89,6 +93,22 @@ class Prompts:
             dataclasses.replace(ref, times=tuple(times[round(second)] for second in ref.times)) if times else ref
             for ref, (_, times) in zip(refs, found, strict=True)
         ]
+
+
+def exceeds(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> bool:
+    """Whether texts have more than `most` tokens, found out with no more work than so many tokens take.
+
+    False, too, where there may be a few more than that. A text that is not much longer than these is not looked at.
+    """
+    if sum(map(len, texts)) <= _CHARACTERS * most:
+        return False
+    count = 0
+    for text in texts:
+        for first in range(0, len(text), _PIECE):
+            count += max(0, len(tokenizer.encode(text[first : first + _PIECE])) - _CUT)
+            if count > most:
+                return True
+    return False
 
 
 def without_paths(error: UserError, names: Mapping[str, str]) -> ApiError:

@@ -21,7 +21,7 @@ from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.media import RequestMedia
 from kangaroo_jax.serving.metrics import Metrics
-from kangaroo_jax.serving.prompts import Rendered, seen, without_paths
+from kangaroo_jax.serving.prompts import Rendered, exceeds, seen, without_paths
 from kangaroo_jax.serving.protocol import SEEDS, ChatRequest, Prompt
 from kangaroo_jax.serving.store import MediaStore
 from kangaroo_jax.system.json_text import utf8
@@ -115,6 +115,9 @@ class Service:
         stack.callback(media.close)
 
         def make() -> Rendered:
+            texts = [part for message in prompt.messages for part in message.parts if isinstance(part, str)]
+            if exceeds(backend.tokenizer, texts, backend.context):
+                raise _too_long(f"more than {backend.context} tokens", backend.context)
             found = [media.fetch(part) for part in prompt.media]
             try:
                 return backend.prompts.render(prompt, found, media.names)
@@ -124,12 +127,7 @@ class Service:
         rendered = await self.in_thread(make)
         length = len(rendered.recipe.tokens)
         if length + 1 > backend.context:
-            raise ApiError(
-                f"the prompt has {length} tokens, and with one of an answer {length + 1}, but a conversation may have "
-                f"{backend.context} (--context); shorten it or ask for fewer frames",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            raise _too_long(f"{length} tokens, and with one of an answer {length + 1}", backend.context)
         return rendered
 
     def namespace(self, call: Call, salt: str) -> bytes:
@@ -255,6 +253,15 @@ class Running:
         for ticket in self._tickets:
             if not ticket.done:
                 ticket.cancel()
+
+
+def _too_long(tokens: str, context: int) -> ApiError:
+    return ApiError(
+        f"the prompt has {tokens}, but a conversation may have {context} (--context); "
+        "shorten it or ask for fewer frames",
+        param="messages",
+        code="context_length_exceeded",
+    )
 
 
 def _going_down() -> ApiError:

@@ -17,6 +17,7 @@ from kangaroo_jax.serving.roots import MediaRoot
 from kangaroo_jax.system.files import stamp_of
 
 _MOST_NAMES = 4096
+_MOST_OPEN = 128  # files of the media root that names hold open
 
 Name = tuple[bytes, str]  # a namespace, and a uuid in it
 
@@ -48,6 +49,11 @@ class Named:
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
+
+    @property
+    def held(self) -> int:
+        """Descriptors that it holds."""
+        return sum(file.opened is not None for file in self.files)
 
 
 class MediaStore:
@@ -128,9 +134,10 @@ class MediaStore:
                 file.users += 1
             self._named[name] = named
             total, limit = sum(one.size for one in self._named.values()), self.limits.max_named_mb * MIB
-            while self._named and (total > limit or len(self._named) > _MOST_NAMES):
+            held = sum(one.held for one in self._named.values())
+            while self._named and (total > limit or held > _MOST_OPEN or len(self._named) > _MOST_NAMES):
                 _, oldest = self._named.popitem(last=False)
-                total -= oldest.size
+                total, held = total - oldest.size, held - oldest.held
                 dropped.append(oldest)
         for old in dropped:
             for file in old.files:

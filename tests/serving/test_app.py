@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import gc
 import http.client
 import io
@@ -38,9 +39,11 @@ def about(url: str, text: str = "What moves?", **part: Any) -> list[dict[str, An
     return [{"role": "user", "content": parts}]
 
 
-def photo(level: int = 0) -> str:
+def photo(level: int | np.ndarray = 0) -> str:
+    """An image of one colour, or of these pixels."""
     file = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(file, "PNG")
+    pixels = level if isinstance(level, np.ndarray) else np.full((8, 8, 3), level, np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -228,6 +231,25 @@ def test_errors_are_in_openais_form(start, films) -> None:
     ):
         found = send(server.port, method, path)
         assert found[0] == status and json.loads(found[2])["error"].keys() == {"message", "type", "param", "code"}
+    soon(server.left, NOTHING)
+
+
+@pytest.mark.parametrize("text", ["word " * 1_000_000, "x" * 5_000_000, "视频" * 1_000_000])
+def test_a_text_that_is_far_too_long_is_refused_soon(start, tokenizer, text: str) -> None:
+    server = start()
+    counted: list[str] = []
+    counting = dataclasses.replace(tokenizer, _encode=lambda piece: counted.append(piece) or tokenizer.encode(piece))
+    server.service.backend = dataclasses.replace(server.service.backend, tokenizer=counting)
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [text[:100_000]] * 40}]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        status, _, said = send(server.port, "POST", path, body)
+        assert status == 400 and json.loads(said)["error"]["code"] == "context_length_exceeded"
+    status, _, said = send(server.port, "POST", "/tokenize", {"prompt": text})
+    assert status == 413 and b"more than 8000 tokens" in said
+    assert sum(map(len, counted)) < 500_000
     soon(server.left, NOTHING)
 
 

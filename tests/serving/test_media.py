@@ -136,7 +136,7 @@ def test_frames_keep_their_order_and_times(store: MediaStore) -> None:
         (data(b"\x1aE\xdf\xa3 a video", "application/octet-stream"), "give it as video_url"),
         ("ftp://h/a.png", "data:, https:// or file://"),
         ("a.png", "data:, https:// or file://"),
-        ("/etc/passwd", "data:, https:// or file://"),
+        ("etc/passwd", "data:, https:// or file://"),
         ("gs://bucket/a.png", "data:, https:// or file://"),
         ("shard.tar::a@0+100", "data:, https:// or file://"),
         ("a.parquet::0/images/0", "data:, https:// or file://"),
@@ -200,6 +200,18 @@ def test_names_are_kept_within_a_bound_of_bytes(store: MediaStore) -> None:
     assert refused(store, image("", "photo 0")).code == "unknown_uuid"
 
 
+def test_names_hold_few_files_of_the_root_open(store: MediaStore, root: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(150):
+        place = root / f"named-{number}.png"
+        place.write_bytes(png(number))
+        with contextlib.closing(RequestMedia(store)) as media:
+            media.fetch(image(f"file://{place}", f"name {number}"))
+        place.unlink()
+    assert len(os.listdir("/proc/self/fd")) - before <= 128
+    assert refused(store, image("", "name 0")).code == "unknown_uuid"
+
+
 # ---------------------------------------------------------------------------------- file://
 
 
@@ -209,6 +221,12 @@ def test_files_below_the_root_are_read_and_not_copied(store: MediaStore, root: P
         found, _ = media.fetch(video(f"file://{root}/{name}"))
         assert probe(found.path, "video").seconds == pytest.approx(1.0) and store.bytes == 0
         assert found.path.startswith(str(store.folder.path))
+
+
+def test_a_path_is_a_file_below_the_root(store: MediaStore, root: Path) -> None:
+    with contextlib.closing(RequestMedia(store)) as media:
+        assert media.fetch(video(f"{root}/my film.mp4"))[0].path.startswith(str(store.folder.path))
+    refused(store, video(f"{root}/my%20film.mp4"))
 
 
 def test_what_was_opened_is_read_whatever_becomes_of_its_name(store: MediaStore, root: Path) -> None:
@@ -244,6 +262,10 @@ def test_a_folder_of_frames(store: MediaStore, root: Path) -> None:
 
 def test_nothing_outside_the_root_is_read_or_told_of(store: MediaStore, root: Path) -> None:
     names = [
+        "/etc/passwd",
+        "//etc/passwd",
+        f"{root}/../secret.mp4",
+        f"{root}/up/secret.mp4",
         "file:///etc/passwd",
         "file:///no/such/file",
         f"file://{root.parent}/secret.mp4",

@@ -8,6 +8,7 @@ import pytest
 from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.protocol import FrameWishes, MediaPart, chat_request, tokenize_request
+from kangaroo_jax.serving.reading import parsed
 from kangaroo_jax.system.json_text import parse_json
 
 LIMITS = Limits(max_media=4, max_listed_frames=8, max_choices=4)
@@ -255,6 +256,15 @@ def test_bodies_that_are_no_requests_are_refused_soon(body: bytes) -> None:
     with pytest.raises(Exception) as caught:
         chat_request(parse_json(body, "the body"), LIMITS)
     assert type(caught.value).__name__ in ("ApiError", "UserError") and time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize("value", [b"{}", b"[]", b"1", b'{"a":1}'])
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(value: bytes) -> None:
+    begun = time.perf_counter()
+    with pytest.raises(ApiError) as caught:
+        parsed(bytearray(b'{"messages": [' + (value + b",") * 2_000_000 + b"1]}"))
+    assert caught.value.status == 413 and time.perf_counter() - begun < 1
+    assert parsed(b'{"a": ["' + b"," * 100_000 + b'"]}') == {"a": ["," * 100_000]}
 
 
 def test_errors_shorten_what_they_repeat() -> None:
