@@ -1,9 +1,13 @@
 """`kangaroo eval`: answers benchmarks from local files and scores the answers under every protocol."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kangaroo_jax.cli.arguments import Count, Natural, Number, Several, listed
 from kangaroo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from kangaroo_jax.evaluation.judging import Judge
 
 
 def evaluate(
@@ -14,6 +18,9 @@ def evaluate(
     workdir: str = "",
     server: str = "",
     model: str = "kangaroo",
+    judge: str = "",
+    judge_model: str = "",
+    judge_key_env: str = "",
     controls: bool = False,
     check: bool = False,
     describe: str = "",
@@ -54,6 +61,9 @@ def evaluate(
         workdir: folder for answers and results
         server: address of a server of OpenAI's protocol, in place of a checkpoint
         model: its name at the server
+        judge: address of a server of OpenAI's protocol that marks open answers
+        judge_model: its name at that server
+        judge_key_env: variable of the environment that holds that server's key
         controls: also ask without the video, with one frame, with shuffled frames, and with the options moved
         check: only look whether the files are whole
         describe: only say what a benchmark is, what to fetch and where it goes; "all" lists them
@@ -86,7 +96,10 @@ def evaluate(
     if rescore:
         from kangaroo_jax.evaluation.running import rescore as run_again
 
-        run_again(Path(_needed("workdir", workdir, "folder for answers and results")))
+        run_again(
+            Path(_needed("workdir", workdir, "folder for answers and results")),
+            _judge_of(judge, judge_model, judge_key_env),
+        )
         return
     names = tuple(listed(_needed("benchmark", benchmark, "names by commas; --describe=all lists them")))
     _needed("data", data, "folder of the benchmarks' files; --describe=NAME says what goes there")
@@ -104,20 +117,28 @@ def evaluate(
     from kangaroo_jax.evaluation.asking_server import Server
     from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint, evaluate_server
 
-    part = Share.of(share)
+    part, marker = Share.of(share), _judge_of(judge, judge_model, judge_key_env)
     settings = Settings(names, str(Path(data).resolve()), prompt, frames, limit, max_new_tokens, controls)
     loading = Loading(dtype, quantize, slots, cache_gib, at_a_time, strict)
     if server:
         served = Server(server, model, api_key_env, as_images, side)
-        evaluate_server(served, settings, Path(workdir), loading, part)
+        evaluate_server(served, settings, Path(workdir), loading, part, marker)
     else:
-        evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part)
+        evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part, marker)
 
 
 def _needed(flag: str, value: str, what: str) -> str:
     if not value:
         raise UserError(f"eval: --{flag} is missing ({what})")
     return value
+
+
+def _judge_of(url: str, model: str, key: str) -> "Judge | None":
+    if not url:
+        return None
+    from kangaroo_jax.evaluation.judging import Judge
+
+    return Judge(url, _needed("judge-model", model, "the judge's name at its server"), key)
 
 
 def _describe(names: list[str]) -> None:

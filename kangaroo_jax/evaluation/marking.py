@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kangaroo_jax.evaluation.benchmarks.question import PROTOCOLS, Benchmark, Question
+from kangaroo_jax.evaluation.benchmarks.rubrics import RUBRICS
 from kangaroo_jax.evaluation.extraction.harnesses import GUESS
 from kangaroo_jax.evaluation.extraction.strict import extract_letter, extract_line, extract_word
 from kangaroo_jax.evaluation.scoring import exact_match
@@ -33,13 +34,25 @@ class Mark:
     counted: bool = True  # in the protocol's denominator
 
 
-def mark(benchmark: Benchmark, question: Question, row: Mapping[str, Any] | None, protocol: str) -> Mark | None:
-    """The mark of a stored answer (None where there is none); None where the protocol has no rule for it."""
+def mark(
+    benchmark: Benchmark,
+    question: Question,
+    row: Mapping[str, Any] | None,
+    protocol: str,
+    judged: Mapping[str, Any] | None = None,
+) -> Mark | None:
+    """The mark of a stored answer (None where there is none); None where the protocol has no rule for it.
+
+    `judged` is what a judge said of an open answer.
+    """
     reading = benchmark.reading(protocol, question.kind)
     if protocol != "strict" and reading is None:
         return None
     if question.kind == "open":
-        return Mark(failure=UNJUDGED, counted=False)
+        if judged is None or judged["score"] is None:
+            return Mark(failure=UNJUDGED, counted=False)
+        credit = judged["score"] / RUBRICS[question.rubric].most
+        return Mark(credit, str(judged["score"]), counted=benchmark.counts_judged)
     if row is None or row.get("failure"):
         failure = UNASKED if row is None else str(row["failure"]["kind"])
         return Mark(failure=failure, counted=question.answer is not None)
@@ -89,13 +102,20 @@ class Marked:
 
 
 def mark_all(
-    benchmark: Benchmark, questions: Iterable[Question], rows: Mapping[str, Mapping[str, Any]]
+    benchmark: Benchmark,
+    questions: Iterable[Question],
+    rows: Mapping[str, Mapping[str, Any]],
+    judged: Mapping[str, Mapping[str, Any]],
 ) -> list[Marked]:
-    """Every question with its marks under every protocol that has rules for it; `rows` are answers by question."""
+    """Every question with its marks under every protocol that has rules for it.
+
+    `rows` are answers, and `judged` what a judge said of them, by question.
+    """
     marked = []
     for question in questions:
         row = rows.get(question.id)
-        marks = {name: mark(benchmark, question, row, name) for name in PROTOCOLS}
+        said = judged.get(question.id)
+        marks = {name: mark(benchmark, question, row, name, said) for name in PROTOCOLS}
         marked.append(Marked(question, row, {name: one for name, one in marks.items() if one is not None}))
     return marked
 

@@ -32,7 +32,11 @@ def write_report(
     tiles = []
     for result in results:
         one = result["protocols"]["strict"]
-        tiles.append((result["title"], f"{one['score']:.1%}", f"strict, {one['low']:.1%} to {one['high']:.1%}"))
+        if one["counted"]:
+            interval = f"strict, {one['low']:.1%} to {one['high']:.1%}"
+            tiles.append((result["title"], f"{one['score']:.1%}", interval))
+        elif judged := result.get("judged"):
+            tiles.append((result["title"], f"{judged['score']:.2f}", f"of {judged['most']:g}, judged"))
     parts = [_part(result, marked) for result, (_, marked) in zip(results, scored, strict=True)]
     page = render("evaluation.html", title="Evaluation", lead=_LEAD, tiles=tiles, parts=parts)
     return write_text(folder / "report.html", page)
@@ -47,8 +51,14 @@ def _part(result: Mapping[str, Any], marked: Sequence[Marked]) -> dict[str, Any]
     rows = []
     for name, one in result["protocols"].items():
         counts = [f"{one[key]:,}" for key in ("counted", "unread", "media", "request", "unasked", "unjudged")]
-        interval = f"{one['low']:.1%} to {one['high']:.1%}"
-        rows.append((name, f"{one['score']:.1%}", interval, f"{one['smallest_difference']:.1%}", *counts))
+        shown = ("–", "–", "–")
+        if one["counted"]:
+            interval = f"{one['low']:.1%} to {one['high']:.1%}"
+            shown = (f"{one['score']:.1%}", interval, f"{one['smallest_difference']:.1%}")
+        rows.append((name, *shown, *counts))
+    if judged := result.get("judged"):
+        by = f" by {', '.join(judged['judges'])} ({', '.join(judged['rubrics'])})" if judged["judged"] else ""
+        lead.append(f"{judged['judged']:,} open answers judged{by}: {judged['score']:.2f} of {judged['most']:g}")
     controls = [
         (
             name,

@@ -7,10 +7,11 @@ from typing import Any
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.question import PROTOCOLS, Benchmark, Question
+from kangaroo_jax.evaluation.benchmarks.rubrics import RUBRICS
 from kangaroo_jax.evaluation.marking import FAILURES, Marked, Score, by_group, chance, mark_all, score
 from kangaroo_jax.evaluation.prompting import CONTROLS, rotated
-from kangaroo_jax.evaluation.samples import Samples
-from kangaroo_jax.evaluation.statistics import compare
+from kangaroo_jax.evaluation.samples import Row, Samples
+from kangaroo_jax.evaluation.statistics import compare, estimate
 from kangaroo_jax.system.files import write_bytes, write_json
 from kangaroo_jax.system.json_text import json_line, read_lines
 
@@ -18,17 +19,22 @@ RESULTS, SCORED = "results.json", "scored.jsonl"
 
 
 def result_of(
-    benchmark: Benchmark, questions: Sequence[Question], samples: Samples, settings: Mapping[str, Any]
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    samples: Samples,
+    settings: Mapping[str, Any],
+    judged: Mapping[str, Row] | None = None,
 ) -> dict:
     """The result of a benchmark as plain data; the same answers give the same data, whenever they were given.
 
     Raises UserError: the answers are of several models or prompts.
     """
-    marked = marked_answers(benchmark, questions, samples)
+    judged = judged or {}
+    marked = marked_answers(benchmark, questions, samples, judged=judged)
     rows = [one.row for one in marked if one.row is not None]
     _check_alike(benchmark, rows)
     protocols = {name: _plain(found) for name in PROTOCOLS if (found := score(benchmark, marked, name)) is not None}
-    shown = [one["score"] for one in protocols.values()]
+    shown = [one["score"] for one in protocols.values() if one["counted"]]
     result = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
@@ -44,21 +50,59 @@ def result_of(
                 name: {"score": _round(one.estimate.mean), "questions": one.questions} for name, one in found.items()
             }
             for axis, found in by_group(benchmark, marked, "strict").items()
+            if any(one.questions for one in found.values())
         },
         "published": dict(benchmark.published),
         "note": benchmark.note,
     }
     controls = _controls(benchmark, questions, samples, marked)
-    return result | ({"controls": controls} if controls else {})
+    marks = _judged(benchmark, questions, judged)
+    return result | ({"controls": controls} if controls else {}) | ({"judged": marks} if marks else {})
+
+
+def _judged(benchmark: Benchmark, questions: Sequence[Question], judged: Mapping[str, Row]) -> dict[str, Any]:
+    """What a judge says of open answers, in its own scale; empty where nothing is open."""
+    opened = [question for question in questions if question.kind == "open"]
+    if not opened:
+        return {}
+    said = [(q, judged[q.id]) for q in opened if q.id in judged and judged[q.id]["score"] is not None]
+    axis, most = benchmark.average, max(RUBRICS[q.rubric].most for q in opened)
+    strata = [q.groups[axis][0] for q, _ in said] if axis else []
+    made = estimate([row["score"] for _, row in said], [q.video for q, _ in said], strata, most)
+    scores: dict[str, dict[str, list[float]]] = {}
+    for question, row in said:
+        for name, values in question.groups.items():
+            for value in values:
+                scores.setdefault(name, {}).setdefault(value, []).append(row["score"])
+    return {
+        "judges": sorted({row["judge"] for _, row in said}),
+        "rubrics": sorted({row["rubric"] for _, row in said}),
+        "score": _round(made.mean),
+        "low": _round(made.low),
+        "high": _round(made.high),
+        "most": most,
+        "judged": len(said),
+        "not_judged": len(opened) - len(said),
+        "groups": {
+            name: {
+                value: {"score": _round(sum(some) / len(some)), "questions": len(some)} for value, some in found.items()
+            }
+            for name, found in scores.items()
+        },
+    }
 
 
 def marked_answers(
-    benchmark: Benchmark, questions: Sequence[Question], samples: Samples, variant: str = ""
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    samples: Samples,
+    variant: str = "",
+    judged: Mapping[str, Row] | None = None,
 ) -> list[Marked]:
     """Every question (of a control, as it was asked there) with its stored answer and its marks."""
     asked = [rotated(question) if variant == "rotated" else question for question in questions]
     keys = ((question.id, samples.latest.get((benchmark.name, variant, question.id))) for question in asked)
-    return mark_all(benchmark, asked, {name: row for name, row in keys if row is not None})
+    return mark_all(benchmark, asked, {name: row for name, row in keys if row is not None}, judged or {})
 
 
 def _check_alike(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -71,12 +115,12 @@ def _check_alike(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def _plain(found: Score) -> dict[str, Any]:
-    made = found.estimate
+    made, some = found.estimate, found.questions > 0
     return {
-        "score": _round(made.mean),
-        "low": _round(made.low),
-        "high": _round(made.high),
-        "smallest_difference": _round(made.smallest),
+        "score": _round(made.mean) if some else None,
+        "low": _round(made.low) if some else None,
+        "high": _round(made.high) if some else None,
+        "smallest_difference": _round(made.smallest) if some else None,
         "clusters": made.clusters,
         "counted": found.questions,
         **{name: found.failures.get(name, 0) for name in (*FAILURES, "hidden", "unjudged")},
@@ -170,11 +214,20 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
     lines = [f"{head}, chance {result['chance']:.1%}"]
     for name, one in result["protocols"].items():
         failures = ", ".join(f"{one[kind]:,} {kind}" for kind in (*FAILURES, "hidden", "unjudged") if one[kind])
+        if not one["counted"]:
+            lines.append(f"  {name:11} no score: {failures}")
+            continue
         lines.append(
             f"  {name:11} {one['score']:6.1%}  (95%: {one['low']:.1%} to {one['high']:.1%}; shows differences from "
             f"{one['smallest_difference']:.1%}){'; ' if failures else ''}{failures}"
         )
     lines.append(f"  spread of the protocols {result['spread']:.1%}")
+    if one := result.get("judged"):
+        by = f"by {', '.join(one['judges'])}" if one["judged"] else "not judged (--judge=URL)"
+        lines.append(
+            f"  judged      {one['score']:6.2f} of {one['most']:g}  (95%: {one['low']:.2f} to {one['high']:.2f}) {by}; "
+            f"{one['judged']:,} of {one['judged'] + one['not_judged']:,} open answers"
+        )
     for name, one in result.get("controls", {}).items():
         lines.append(
             f"  {name:11} {one['score']:6.1%}  the question as it stands adds {one['adds']:+.1%} "

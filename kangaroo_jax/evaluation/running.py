@@ -15,6 +15,7 @@ from kangaroo_jax.evaluation.asking_server import Server, ask_server
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.evaluation.benchmarks.table import benchmark_named
 from kangaroo_jax.evaluation.checking import questions_of
+from kangaroo_jax.evaluation.judging import Judge, judge_answers, judged_in, scores_of
 from kangaroo_jax.evaluation.marking import mark
 from kangaroo_jax.evaluation.prompting import CONTROLS, Task, tasks_of
 from kangaroo_jax.evaluation.report import write_report
@@ -97,7 +98,13 @@ class Loading:
 
 
 def evaluate_checkpoint(
-    checkpoint: str, settings: Settings, workdir: Path, loading: Loading, share: Share, tell: Tell = print
+    checkpoint: str,
+    settings: Settings,
+    workdir: Path,
+    loading: Loading,
+    share: Share,
+    judge: Judge | None = None,
+    tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """Ask a checkpoint and score its answers; the results, which are also in the workdir.
 
@@ -117,17 +124,23 @@ def evaluate_checkpoint(
                 _ask_each(functools.partial(ask_model, model), asked, samples, settings, loading, share, tell)
             except EngineError as error:
                 raise UserError(f"the model cannot go on ({error}); run this again to go on") from None
-        return score_answers(asked, samples, settings, workdir, tell)
+        return score_answers(asked, samples, settings, workdir, judge, tell)
 
 
 def evaluate_server(
-    server: Server, settings: Settings, workdir: Path, loading: Loading, share: Share, tell: Tell = print
+    server: Server,
+    settings: Settings,
+    workdir: Path,
+    loading: Loading,
+    share: Share,
+    judge: Judge | None = None,
+    tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """The same of a server of OpenAI's protocol; of `loading` only how many are asked at a time, and `strict`."""
     asked = _read(settings)
     with _opened(workdir, settings, share) as samples:
         _ask_each(functools.partial(ask_server, server), asked, samples, settings, loading, share, tell)
-        return score_answers(asked, samples, settings, workdir, tell)
+        return score_answers(asked, samples, settings, workdir, judge, tell)
 
 
 def _ask_each(
@@ -146,14 +159,14 @@ def _ask_each(
         progress.finish()
 
 
-def rescore(workdir: Path, tell: Tell = print) -> list[dict[str, Any]]:
+def rescore(workdir: Path, judge: Judge | None = None, tell: Tell = print) -> list[dict[str, Any]]:
     """Score the answers in a workdir under every protocol; nothing is asked. Raises UserError."""
     path = workdir / SETTINGS
     if not path.exists():
         raise UserError(f"{workdir}: there is no {SETTINGS}; it is no workdir of an evaluation")
     settings = _settings_in(path)
     with Samples(workdir) as samples:
-        return score_answers(_read(settings), samples, settings, workdir, tell)
+        return score_answers(_read(settings), samples, settings, workdir, judge, tell)
 
 
 def score_answers(
@@ -161,13 +174,15 @@ def score_answers(
     samples: Samples,
     settings: Settings,
     workdir: Path,
+    judge: Judge | None = None,
     tell: Tell = print,
 ) -> list[dict[str, Any]]:
-    """Score the answers that there are, write all files of results, and tell them."""
+    """Have open answers judged, score all that there are, write all files of results, and tell them."""
     results, scored = [], []
     for benchmark, questions in asked:
-        results.append(result_of(benchmark, questions, samples, settings.of(benchmark)))
-        marked = marked_answers(benchmark, questions, samples)
+        judged = _judged(benchmark, questions, samples, workdir, judge, tell)
+        results.append(result_of(benchmark, questions, samples, settings.of(benchmark), judged))
+        marked = marked_answers(benchmark, questions, samples, judged=judged)
         scored.append((benchmark, marked))
         written = write_submission(workdir, benchmark, marked)
         for line in lines_of(results[-1]):
@@ -178,6 +193,22 @@ def score_answers(
     write_results(workdir, results)
     tell(f"results: {workdir / 'results.json'}, {write_report(workdir, results, scored)}")
     return results
+
+
+def _judged(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    samples: Samples,
+    workdir: Path,
+    judge: Judge | None,
+    tell: Tell,
+) -> dict[str, Row]:
+    if not any(question.kind == "open" for question in questions):
+        return {}
+    with judged_in(workdir) as judged:
+        if judge is not None:
+            judge_answers(judge, benchmark, questions, samples, judged, tell)
+        return scores_of(benchmark, samples, judged)
 
 
 def _read(settings: Settings) -> list[tuple[Benchmark, list[Question]]]:

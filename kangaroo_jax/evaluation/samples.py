@@ -31,14 +31,14 @@ class Samples:
         latest: the answer of each question now, or why it has none.
     """
 
-    def __init__(self, folder: Path, part: str = "") -> None:
+    def __init__(self, folder: Path, part: str = "", kind: str = "samples") -> None:
         """Read all files of the folder, to append to the one of `part` ("2-of-4"; "" where one process does all).
 
         Raises UserError where another process appends to it, or a file holds something else.
         """
         self.latest: dict[Name, Row] = {}
         self._known: dict[str, Row] = {}
-        path = folder / f"samples{f'-{part}' if part else ''}.jsonl"
+        path = folder / f"{kind}{f'-{part}' if part else ''}.jsonl"
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +47,7 @@ class Samples:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         self._cut_torn_line(path)
-        for one in sorted(folder.glob("samples*.jsonl"), key=lambda p: (p == path, p.name)):
+        for one in sorted(folder.glob(f"{kind}*.jsonl"), key=lambda p: (p == path, p.name)):
             self._read(one, own=one == path)
 
     def __enter__(self) -> "Samples":

@@ -28,6 +28,7 @@ def read(folder: Path) -> Iterator[Question]:
             str(row["answer"]),
             "open",
             {"dimension": _dimensions(where, str(row["dimensions"]))},
+            rubric="similarity",
         )
 
 
@@ -52,7 +53,6 @@ MMBENCH_VIDEO = Benchmark(
     wordings=WORDINGS["mmbench-video"],
     readings={},
     published={"score": 1.44},
-    most=3.0,
     note="the published row was judged by a GPT-4 that is retired: scores of other judges are not comparable",
     max_new_tokens=256,
 )

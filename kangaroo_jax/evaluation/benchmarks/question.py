@@ -27,6 +27,7 @@ class Question:
     subtitles: str = ""  # their file, "" where there are none
     subtitles_from: float = 0.0  # second of the subtitles at which the video begins
     prompt: str = ""  # in full, where the files have it
+    rubric: str = ""  # of open ones: how a judge marks the answer, see `rubrics`
     fault: str = ""  # what is wrong with the question itself
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what a submission needs of its row
 
@@ -85,7 +86,7 @@ class Benchmark:
     frames: int | None = None  # of a video, where it is published
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)  # Kangaroo's row, percent or as it stands
     note: str = ""  # what is inferred or not public, printed with the result
-    most: float = 1.0  # the best score of a question; only a judge gives more
+    counts_judged: bool = False  # whether what a judge says of open answers is part of the score
     submission: Callable[[Iterable[tuple[Question, str]]], tuple[str, Any]] | None = None  # (name, JSON) of letters
     max_new_tokens: int = 16
 

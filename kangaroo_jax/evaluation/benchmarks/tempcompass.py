@@ -36,7 +36,9 @@ def _question(
 ) -> Question:
     if kind == "open":
         judged = {"question": str(row.get("mc_question", "")), "answer": str(row.get("mc_answer", ""))}
-        return Question(name, media, str(row["question"]), (), judged["answer"], kind, groups, row=judged)
+        return Question(
+            name, media, str(row["question"]), (), judged["answer"], kind, groups, rubric="caption", row=judged
+        )
     text, *lines = str(row["question"]).split("\n")
     options: tuple[str, ...]
     answer = str(row["answer"])
@@ -49,6 +51,7 @@ def _question(
 
 
 _OFFICIAL = {
+    "open": Reading(harnesses.first_character),  # a judge's, whatever the protocol
     "choice": Reading(harnesses.official_tempcompass),
     "yes_no": Reading(harnesses.official_yes_no),
     "matching": Reading(harnesses.official_matching),
@@ -65,5 +68,6 @@ TEMPCOMPASS = Benchmark(
     wordings=WORDINGS["tempcompass"],
     readings={"official": _OFFICIAL, "lmms-eval": _OFFICIAL, "vlmevalkit": _OFFICIAL},
     published={"score": 62.5},
+    counts_judged=True,
     note="averaged over questions of all formats; captioning needs a judge; readings are those without a judge",
 )
