@@ -5,22 +5,22 @@ import pytest
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
 from kangaroo_jax.errors import UserError
 
-# Dense TFLOPS in bfloat16 (float16 of T4 and V100), and GB of memory, of one device as JAX counts them.
+# Dense TFLOPS in bfloat16 (float16 of T4 and V100), GB of memory, and its GB/s, of one device as JAX counts them.
 # cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, TPU7x of two devices a chip); NVIDIA's data sheets, without sparsity.
 PUBLISHED = {
-    "v4": (275, 32),
-    "v5e": (197, 16),
-    "v5p": (459, 95),
-    "v6e": (918, 32),
-    "tpu7x": (2307 / 2, 192 / 2),
-    "T4": (65, 16),
-    "L4": (242 / 2, 24),
-    "L40S": (733 / 2, 48),
-    "V100": (125, 32),
-    "A100": (624 / 2, 80),
-    "H100": (1979 / 2, 80),
-    "H200": (1979 / 2, 141),
-    "B200": (4500 / 2, 180),
+    "v4": (275, 32, 1228),
+    "v5e": (197, 16, 819),
+    "v5p": (459, 95, 2765),
+    "v6e": (918, 32, 1640),
+    "tpu7x": (2307 / 2, 192 / 2, 7380 / 2),
+    "T4": (65, 16, 320),
+    "L4": (242 / 2, 24, 300),
+    "L40S": (733 / 2, 48, 864),
+    "V100": (125, 32, 900),
+    "A100": (624 / 2, 80, 2039),
+    "H100": (1979 / 2, 80, 3350),
+    "H200": (1979 / 2, 141, 4800),
+    "B200": (4500 / 2, 180, 8000),
 }
 
 
@@ -30,7 +30,8 @@ def test_every_chip_is_in_the_second_list():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_peak_and_memory_are_the_published_ones(name):
-    tflops, gigabytes = PUBLISHED[name]
+    tflops, gigabytes, bandwidth = PUBLISHED[name]
+    assert CHIPS[name].hbm_gb == pytest.approx(bandwidth, rel=0.02)
     assert CHIPS[name].tflops == pytest.approx(tflops, rel=0.02)
     assert 0.85 * gigabytes < CHIPS[name].gib <= 1.01 * gigabytes  # GiB, less what the system keeps
 

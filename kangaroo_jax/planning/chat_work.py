@@ -27,8 +27,8 @@ from kangaroo_jax.training.flops import Flops, step_flops
 GIB = 1 << 30
 TEXT_TOKENS = 2048  # of a conversation's questions and answers, beside its video
 QUESTION = 128  # tokens of one question
-PROGRAM_GIB = 0.25  # the programs themselves; fitted to the compiler's
-VISION_WIDTHS = 14  # of the ViT's activations that are there at a time, in multiples of its width
+PROGRAM_GIB = 0.3  # the programs themselves; this and the next are fitted to what is compiled for v5e
+VISION_WIDTHS = 32  # of the ViT's activations that are there at a time, in multiples of its width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ class _Timer:
                 key, seconds = begun
                 links_free = max(now, links_free) + seconds
                 arrives[key] = links_free
-            ended = arrives.pop(self._ended(operation, computation), now)
+            ended = arrives.pop(self._ended(operation), now)
             waited = max(0.0, ended - now)
             spent = self._spent(operation, computation, module)
             spent.parts["collectives_waited_for"] += waited
@@ -102,14 +102,14 @@ class _Timer:
                 found = [one for one in inner.values() if hlo.collective(one)]
                 if found and hlo.starts(inner):
                     return hlo.channel(found[0]), sum(self._on_links(one) for one in found)
-        elif operation.kind == "async-start":
+        elif operation.kind in ("async-start", "call-start"):
             seconds = sum(self._on_links(one) for inner in self._inner(operation) for one in inner.values())
             return operation.name, seconds
         elif operation.kind.endswith("-start") and hlo.collective(operation):
             return operation.name, self._on_links(operation)
         return None
 
-    def _ended(self, operation: hlo.Operation, computation: hlo.Computation) -> str:
+    def _ended(self, operation: hlo.Operation) -> str:
         """The key of the collective that an operation waits for, "" for none."""
         if operation.kind == "fusion":
             for inner in self._inner(operation):

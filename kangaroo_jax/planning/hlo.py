@@ -111,7 +111,7 @@ def _walk(computations: dict[str, Computation], name: str, times: float, unknown
             body = operation.attribute("body")
             assert body is not None
             yield from _walk(computations, body.lstrip("%"), times * (unknown if trips is None else trips), unknown)
-        elif operation.kind in ("fusion", "call", "conditional", "async-start", "custom-call"):
+        elif operation.kind in ("fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
             for inner in called(operation):
                 if inner in computations:
                     yield from _walk(computations, inner, times, unknown)
@@ -121,7 +121,7 @@ def called(operation: Operation) -> list[str]:
     """Names of the computations that an operation runs, but for loops."""
     names = []
     for key, value in _CALLED.findall(operation.text):
-        if key != "async_execution_thread" and not (key == "to_apply" and operation.kind != "call"):
+        if key != "async_execution_thread" and not (key == "to_apply" and not operation.kind.startswith("call")):
             names += [name.strip().lstrip("%") for name in value.strip("{}").split(",")]
     return names
 

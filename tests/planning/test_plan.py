@@ -207,14 +207,22 @@ def test_the_nearest_change_fits_by_the_formula_that_said_no():
         assert plan_formula.peak_gib(fitted, counts) <= bigger.chip.gib
 
 
-def test_the_table_of_the_docs_is_made_of_the_kept_plans(capsys, tmp_path):
+@pytest.mark.parametrize("name", ["plan_compiled.jsonl", "plan_chat.jsonl"])
+def test_the_tables_of_the_docs_are_made_of_the_kept_plans(capsys, name):
     docs = Path(__file__).parents[2] / "docs"
-    code, out, _ = run(capsys, f"--table={docs / 'plan_compiled.jsonl'}")
+    code, out, _ = run(capsys, f"--table={docs / name}")
     assert code == 0 and out.count("\n") > 4 and out in (docs / "plan.md").read_text(encoding="utf-8")
-    broken = tmp_path / "plans.jsonl"
+
+
+def test_a_file_that_is_no_table_is_told_by_its_line(capsys, tmp_path):
+    docs, broken = Path(__file__).parents[2] / "docs", tmp_path / "plans.jsonl"
     broken.write_text('{"stage": 1}\n')
     code, _, error = run(capsys, f"--table={broken}")
     assert code == 2 and "line 1: not a line of kangaroo plan --json" in error
+    lines = [(docs / name).read_text().splitlines()[0] for name in ("plan_compiled.jsonl", "plan_chat.jsonl")]
+    broken.write_text("\n".join(lines))
+    code, _, error = run(capsys, f"--table={broken}")
+    assert code == 2 and "one table has one of them" in error
     assert run(capsys, f"--table={tmp_path / 'none'}")[0] == 2
 
 
