@@ -400,12 +400,14 @@ def test_a_film_that_cannot_be_read_costs_its_own_request(model, unstacked):
             list(bad)
 
 
-def fail_on(engine, monkeypatch, name: str, times: int) -> threading.Event:
-    """Make a program fail so many times."""
+def fail_on(engine, monkeypatch, name: str, times: int, after: threading.Event | None = None) -> threading.Event:
+    """Make a program fail so many times, and not before `after` is set."""
     whole, left, failed = getattr(engine.programs, name), [times], threading.Event()
 
     def broken(*arguments):
         if left[0]:
+            if after is not None:
+                after.wait(60)
             left[0] -= 1
             failed.set()
             raise RuntimeError("the device has gone")
@@ -427,13 +429,14 @@ def test_a_fault_costs_the_requests_of_its_step(model, engine, monkeypatch, name
 
 
 def test_two_faults_one_after_another_end_the_engine(engine, monkeypatch):
-    fail_on(engine, monkeypatch, "extend", 9)
+    all_taken_in = threading.Event()
+    fail_on(engine, monkeypatch, "extend", 9, after=all_taken_in)
     tickets = [engine.submit(request(i, 40)) for i in range(4)]
+    all_taken_in.set()
     for ticket in tickets:
         with pytest.raises(EngineError):
             ticket.result(60)
-    engine._thread.join(60)
-    with pytest.raises(EngineError, match="the engine has ended"):
+    with pytest.raises(EngineError, match="the engine has ended"):  # as the last two were told
         engine.submit(request(1, 9))
 
 
