@@ -352,10 +352,10 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_tokenizers_that_may_take_for_ever_are_refused(name, tokenizer_file, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(_spec(tokenizer_file, **ENDLESS[name])))
-    begin = time.perf_counter()
+    begin = time.process_time()  # however busy the machine is
     with pytest.raises(UserError, match="not read|is not read"):
         load_tokenizer(tmp_path / "tokenizer.json")
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_a_text_that_a_tokenizer_has_no_tokens_for(tokenizer_file, tmp_path):

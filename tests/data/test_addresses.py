@@ -41,7 +41,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             try:
-                for _ in range(200):
+                for _ in range(2000):
                     self.wfile.write(b"x" * (1 if kind == "slow" else 100_000))
                     self.wfile.flush()
                     time.sleep(0.05 if kind == "slow" else 0)
@@ -165,7 +165,7 @@ def test_bytes_and_time_are_bounded(server: str, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match="not here after 0.3 s"):
         cache(tmp_path, seconds=0.3).fetch(f"{server}/slow")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20  # it sends for ever
     with pytest.raises(UserError, match="ended at 9 of 10 bytes"):
         cache(tmp_path).fetch(f"{server}/short/9")
     assert not list(tmp_path.iterdir())
@@ -191,7 +191,7 @@ def test_a_server_that_trickles_is_cut_off_wherever_it_is(head: bytes, piece: by
                 wire.recv(65536)
                 with contextlib.suppress(OSError):
                     wire.sendall(head)
-                    for _ in range(80):
+                    for _ in range(800):  # 40 s
                         wire.sendall(piece)
                         time.sleep(0.05)
 
@@ -199,7 +199,7 @@ def test_a_server_that_trickles_is_cut_off_wherever_it_is(head: bytes, piece: by
         start = time.monotonic()
         with pytest.raises(UserError, match="not here after 0.3 s"):
             cache(tmp_path, seconds=0.3).fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png")
-    assert time.monotonic() - start < 3 and not list(tmp_path.iterdir())
+    assert time.monotonic() - start < 20 and not list(tmp_path.iterdir())
 
 
 def test_leftovers_of_lost_processes_are_removed(server: str, tmp_path: Path) -> None:

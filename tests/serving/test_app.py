@@ -311,7 +311,7 @@ def test_media_that_lead_elsewhere_or_are_bombs_are_refused_soon(start, kind: st
     server, begun = start(), time.perf_counter()
     with pytest.raises(openai.BadRequestError) as caught:
         ask(server.client(), about(f"data:{kind};base64,{base64.b64encode(content).decode()}"))
-    assert "passwd" not in str(caught.value) and time.perf_counter() - begun < 5
+    assert "passwd" not in str(caught.value) and time.perf_counter() - begun < 15
     assert not server.engine.tickets
     soon(server.left, NOTHING)
 

@@ -223,9 +223,9 @@ def test_lists_of_frames_and_media_are_counted_before_any_is_read() -> None:
     error = refused(messages=[{"role": "user", "content": frames}])
     assert error.status == 413 and "--max-listed-frames" in str(error)
     address = "data:video/jpeg;base64," + "," * 3_000_000
-    begun = time.perf_counter()
+    begun = time.process_time()
     error = refused(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": {"url": address}}]}])
-    assert error.status == 413 and time.perf_counter() - begun < 1
+    assert error.status == 413 and time.process_time() - begun < 1
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
     error = refused(messages=[{"role": "user", "content": [image] * 5}])
     assert error.status == 413 and "--max-media" in str(error)
@@ -252,18 +252,18 @@ def test_tokenize_takes_a_text_or_messages() -> None:
 
 @pytest.mark.parametrize("body", [b"[" * 5_000_000, b'{"a":' * 100_000, b"[1]", b"1e5", b"null", b"\xff\xfe", b""])
 def test_bodies_that_are_no_requests_are_refused_soon(body: bytes) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(Exception) as caught:
         chat_request(parse_json(body, "the body"), LIMITS)
-    assert type(caught.value).__name__ in ("ApiError", "UserError") and time.perf_counter() - begun < 2
+    assert type(caught.value).__name__ in ("ApiError", "UserError") and time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("value", [b"{}", b"[]", b"1", b'{"a":1}'])
 def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(value: bytes) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(ApiError) as caught:
         parsed(bytearray(b'{"messages": [' + (value + b",") * 2_000_000 + b"1]}"))
-    assert caught.value.status == 413 and time.perf_counter() - begun < 1
+    assert caught.value.status == 413 and time.process_time() - begun < 1
     assert parsed(b'{"a": ["' + b"," * 100_000 + b'"]}') == {"a": ["," * 100_000]}
 
 
