@@ -3,7 +3,8 @@
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -97,6 +98,18 @@ class Answer:
 Outcome = Event | Answer | Exception
 
 
+class Made(Protocol):
+    """A medium whose vision tokens are made one after another."""
+
+    @property
+    def rows(self) -> int:
+        """How many there will be."""
+
+    @property
+    def ready(self) -> int:
+        """How many there are."""
+
+
 class Ticket:
     """A request under way. Every method may be called from any thread."""
 
@@ -109,6 +122,7 @@ class Ticket:
         self._listeners: list[Callable[[Outcome], None]] = []
         self._done = threading.Event()
         self._cancelled = False
+        self.media: Sequence[Made] = ()  # set by the engine
 
     def __iter__(self) -> Iterator[Event]:
         """Events from the first on, as they come; ends with the answer.
@@ -146,6 +160,12 @@ class Ticket:
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled
+
+    @property
+    def seen(self) -> float:
+        """How much of its media is looked at, from 0 to 1: the share of their vision tokens that are made."""
+        rows = sum(medium.rows for medium in self.media)
+        return 1.0 if self.done or not rows else sum(medium.ready for medium in self.media) / rows
 
     @property
     def done(self) -> bool:
