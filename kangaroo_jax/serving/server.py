@@ -1,7 +1,6 @@
 """The process: it listens at once, loads and compiles beside that, answers, and goes when it is told to."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
@@ -10,21 +9,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import uvicorn
-
-from kangaroo_jax.errors import UserError
 from kangaroo_jax.serving.app import make_app
 from kangaroo_jax.serving.backend import Backend
 from kangaroo_jax.serving.connections import config_of
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import Limits
+from kangaroo_jax.serving.listening import Quiet, announced, listening
 from kangaroo_jax.serving.service import Service
 from kangaroo_jax.serving.store import MediaStore
-from kangaroo_jax.system.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +51,12 @@ def serve(options: Options, limits: Limits, load: Callable[[Callable[[str], None
     `load` makes what answers; it is given a function to say how far it is. Raises UserError where it does, where the
     address is taken or a folder cannot be used, and KeyboardInterrupt after Ctrl-C.
     """
-    with WorkFolder(options.media_folder or None) as folder, _listening(options.host, options.port) as listening:
+    with WorkFolder(options.media_folder or None) as folder, listening(options.host, options.port) as opened:
         store = MediaStore(folder, limits, options.media_root or None, options.media_hosts)
         service = Service(options.names, limits, store, share_cache=options.share_cache)
         app = make_app(service, keys=options.keys, origins=options.origins, root_path=options.root_path)
         process = _Process(service, options, load)
-        asyncio.run(process.run(app, listening))
+        asyncio.run(process.run(app, opened))
         if process.loading.is_alive():  # nothing ends a compilation
             folder.close()
             sys.stdout.flush()
@@ -74,15 +69,6 @@ def serve(options: Options, limits: Limits, load: Callable[[Callable[[str], None
     return 1 if process.lost else 0
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
-
-
 class _Process:
     """What goes on beside the answering."""
 
@@ -93,19 +79,16 @@ class _Process:
         self.loading = threading.Thread(target=self._open, name="loading", daemon=True)
         self._leaves_at: float | None = None
 
-    async def run(self, app: Any, listening: socket.socket) -> None:
+    async def run(self, app: Any, opened: socket.socket) -> None:
         """Serve until the end."""
-        server = _Server(config_of(app))
+        server = Quiet(config_of(app))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        serving = asyncio.create_task(server.serve(sockets=[opened]))
         while not (server.started or serving.done()):
             await asyncio.sleep(0.01)
-        host, port = listening.getsockname()[:2]
-        if self._options.port_file:
-            write_text(Path(self._options.port_file), f"{port}\n")
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        log.info("listening on %s", announced(opened, self._options.port_file))
         self.loading.start()
         while not (serving.done() or self._is_over()):
             due = loop.time() + _TICK
@@ -152,21 +135,3 @@ class _Process:
         left = self.service.admission.requests
         drained = self._leaves_at is not None and (not left or time.monotonic() >= self._leaves_at)
         return self.lost or self.error is not None or drained
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at an address. Raises UserError."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        opened = socket.socket(found[0], socket.SOCK_STREAM)
-    except OSError as error:
-        raise UserError(f"--host={host}: {error.strerror or error}") from None
-    with opened:
-        try:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            opened.bind(found[4])
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--host={host} --port={port}: cannot listen there ({reason})") from None
-        yield opened
