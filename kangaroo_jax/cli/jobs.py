@@ -22,6 +22,7 @@ JOBS = {
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", huge_pages=True),
     "chat": Job("ask a trained model about a video or an image", huge_pages=True),
     "serve": Job("answer requests of OpenAI's protocol about videos", huge_pages=True),
+    "web": Job("show a page on which films are uploaded and talked about", huge_pages=True),
     "eval": Job("answer published benchmarks from local files, and score the answers", huge_pages=True),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta"),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost"),
