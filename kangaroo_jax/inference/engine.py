@@ -138,7 +138,8 @@ class Engine:
             if self._closing is not None or self.failed:
                 raise EngineError(self.failed or "the engine is closed")
             if self._vision is not None:
-                run.watched = ticket.media = [self._vision.watch(ref, request.namespace) for ref in request.media]
+                run.watched = [self._vision.watch(ref, request.namespace) for ref in request.media]
+                ticket.media = run.watched
             self._new.append(run)
         self._awake.set()
         return ticket
