@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax.chips import CHIPS, parse_topology
-from kangaroo_jax.planning import bundles, cycles, hlo, kernels
+from kangaroo_jax.planning import bundles, cycles, hlo, kernel_table, kernels
 from kangaroo_jax.planning.kernels import Call
 
 from .test_hlo import FUSED
@@ -113,6 +113,16 @@ def test_a_kernel_takes_what_its_schedule_says_and_at_least_its_products():
     assert 0.4 * whole < call.seconds(chip, 0.5) < 0.65 * whole
     unknown = Call("fwd", True, 8, length, length, 96, 0.53125, call.blocks)
     assert unknown.seconds(chip) == pytest.approx(unknown.flops / (chip.tflops * 1e12))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_table_of_kernels_is_what_the_compiler_makes_of_them(monkeypatch):
+    monkeypatch.setattr(kernel_table, "CASES", kernel_table.CASES[2:3])
+    lines: list[str] = []
+    kernel_table.run_kernels("v6e:2x2", lines.append)
+    kept = Path(kernels.__file__).with_name(kernels.TABLE).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and set(lines) <= set(kept)
 
 
 # ------------------------------------------------------------------------------------- measured by others

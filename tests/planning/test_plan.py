@@ -187,6 +187,7 @@ def test_gpus_are_planned_by_formula(capsys):
         (["--config=stage3_refine"], "--topology is missing"),
         (["--config=stage3_refine", "--topology=v5e:4x8", "--mfu=2"], "--mfu=2"),
         (["--config=stage3_refine", "--topology=x:1"], "no chip 'x'"),
+        (["--mode=kernels", "--topology=H100:8"], "schedules are read for v4, v5e, v5p, v6e, not H100"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):
