@@ -249,6 +249,44 @@ def chat(
         print(json_text.dumps(rows))
 
 
+def quantize(
+    *,
+    checkpoint: str,
+    data: str,
+    quantize: str = "int8,int4",
+    kv_dtype: str | None = None,
+    dtype: str | None = None,
+    questions: Natural = 0,
+    json: bool = False,
+) -> None:
+    """Measure how far rounding moves a model's answers to held-out questions: divergence, and right answers.
+
+        kangaroo bench quantize --checkpoint=runs/quickstart --data=runs/quickstart/corpus/eval_short.jsonl
+
+    Args:
+        checkpoint: what training wrote: a curriculum, a stage or one step
+        data: annotation files whose conversations end with the true answer, comma-separated
+        quantize: formats of the decoder's weights, comma-separated
+        kv_dtype: int8, to measure rounded keys and values as well
+        dtype: of the computation: float32, bfloat16 or float16; by default what suits the device
+        questions: the first so many of each file; 0 is all
+        json: print JSON
+    """
+    _begin()
+    from kangaroo_jax.bench.quantize import bench_quantize, line
+
+    rows = bench_quantize(
+        checkpoint,
+        listed(data),
+        forms=listed(quantize),
+        kv_dtype=kv_dtype,
+        dtype=dtype,
+        questions=questions,
+        tell=(lambda line: None) if json else print,
+    )
+    print(json_text.dumps(rows) if json else "\n".join(map(line, rows)))
+
+
 def serve(
     *,
     checkpoint: str = "",
@@ -318,5 +356,6 @@ COMMANDS = {
     "annotate": annotate,
     "curate": curate,
     "chat": chat,
+    "quantize": quantize,
     "serve": serve,
 }

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from kangaroo_jax.bench.quantize import bench_quantize
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import RunningDigest, digests
 from kangaroo_jax.checkpoints.stored import Stored
@@ -283,3 +284,27 @@ def test_the_dtype_suits_the_device(monkeypatch, platform, capability, dtype):
     device = types.SimpleNamespace(platform=platform, **({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert weights.compute_dtype() == dtype
+
+
+def test_what_rounding_changes_is_measured_on_given_answers(checkpoint, stored, media, tmp_path):
+    records = [
+        {"id": "0", "video": str(media / "a.mp4"), "conversations": spoken("<video>\nWhat moves?", "A red square.")},
+        {"id": "1", "image": str(media / "c.jpg"), "conversations": spoken("<image>\nWhat?", "一个红色的方块。")},
+        {"id": "2", "conversations": spoken("Which way?", "To the left.")},
+    ]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    plain, int8, int4, kv = bench_quantize(checkpoint, [path], kv_dtype="int8")
+    assert [row["model"] for row in (plain, int8, int4, kv)] == ["float32", "int8", "int4", "int8 keys and values"]
+    assert plain["questions"] == 3 and plain["mean_divergence"] == 0 and plain["same_token"] == 1
+    assert 0 < int8["mean_divergence"] < 0.1 * int4["mean_divergence"] and 0 < kv["mean_divergence"] < 0.01
+    assert bench_quantize(checkpoint, [path], forms=(), questions=2)[0]["questions"] == 2
+    with pytest.raises(UserError, match="is stored as int8; compare from the checkpoint"):
+        bench_quantize(stored["int8"], [path])
+    path.write_text("")
+    with pytest.raises(UserError):
+        bench_quantize(checkpoint, [path])
+
+
+def spoken(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
