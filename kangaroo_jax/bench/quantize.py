@@ -19,7 +19,7 @@ from flax import nnx
 
 from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.sources import read_conversations
-from kangaroo_jax.data.batches.sample import Recipe, make_recipe
+from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
@@ -81,8 +81,8 @@ def bench_quantize(
     if kv_dtype is not None:
         compared.append(_Compared(f"{kv_dtype} keys and values", *nnx.split(plain.model), kv_dtype))
     asked = 0
-    for recipe, vision in _questions(plain, files, questions):
-        _compare(compared, recipe, vision)
+    for question in _questions(plain, files, questions):
+        _compare(compared, *question)
         asked += 1
         if asked % 100 == 0:
             tell(f"{asked} questions compared")
@@ -91,8 +91,10 @@ def bench_quantize(
     return [_row(one) for one in compared]
 
 
-def _questions(plain: weights.Loaded, files: Sequence[str | Path], most: int) -> Iterator[tuple[Recipe, np.ndarray]]:
-    """Each question with its answer, and the vision tokens [R, D] of its media."""
+def _questions(
+    plain: weights.Loaded, files: Sequence[str | Path], most: int
+) -> Iterator[tuple[Recipe, np.ndarray, np.ndarray]]:
+    """Each question, the vision tokens [R, D] of its media, and the tokens int32[n] of its answer with its end."""
     model_config, data = ModelConfig.from_config(plain.config.model), plain.config.data
     per_group, tokens = frames_per_group(model_config), tokens_per_group(model_config, data.image_size)
     decoder = ThreadDecoder(usable_cpus())
@@ -100,7 +102,9 @@ def _questions(plain: weights.Loaded, files: Sequence[str | Path], most: int) ->
     try:
         for file in files:
             for conversation in itertools.islice(read_conversations([file]), most or None):
-                recipe = make_recipe(conversation, plain.tokenizer, data, per_group, tokens)
+                question, answer = conversation.split_answer()
+                recipe = render_prompt(question, plain.tokenizer, data, per_group, tokens)
+                said = np.array([*plain.tokenizer.encode(answer), plain.tokenizer.eot], np.int32)
                 clips = decoder.decode([ref for ref in recipe.media if ref not in seen], data.image_size)
                 for clip in clips:
                     if isinstance(clip, UserError):
@@ -109,8 +113,8 @@ def _questions(plain: weights.Loaded, files: Sequence[str | Path], most: int) ->
                 seen = {
                     ref: seen[ref] if ref in seen else _look(plain.model, next(new), per_group) for ref in recipe.media
                 }
-                rows = [seen[ref] for ref in recipe.media]
-                yield recipe, np.concatenate(rows) if rows else np.zeros((0, model_config.llm.width), np.float32)
+                rows = [np.zeros((0, model_config.llm.width), np.float32), *(seen[ref] for ref in recipe.media)]
+                yield recipe, np.concatenate(rows), said
     finally:
         decoder.close()
 
@@ -128,34 +132,32 @@ def _look(model: KangarooModel, clip: Any, per_group: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _compare(compared: Sequence[_Compared], recipe: Recipe, vision: np.ndarray) -> None:
-    """Add what one question tells of each model."""
-    targets = np.flatnonzero(recipe.weights)
-    wanted = recipe.tokens[targets]
+def _compare(compared: Sequence[_Compared], recipe: Recipe, vision: np.ndarray, said: np.ndarray) -> None:
+    """Add what one question and its answer tell of each model."""
     plain = None
     for one in compared:
-        found = _log_probabilities(one, recipe, vision, targets - 1)
+        found = _log_probabilities(one, recipe, vision, said)
         plain = found if plain is None else plain
         one.divergences.extend((np.exp(plain) * (plain - found)).sum(-1).tolist())
         one.same.extend((plain.argmax(-1) == found.argmax(-1)).tolist())
-        one.right.append(bool((found.argmax(-1) == wanted).all()))
+        one.right.append(bool((found.argmax(-1) == said).all()))
 
 
-def _log_probabilities(one: _Compared, recipe: Recipe, vision: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """float64[n, V] of the tokens that follow each of n places."""
-    count, length = len(places), len(recipe.tokens)
-    index = np.where(recipe.is_vision, np.cumsum(recipe.is_vision) - 1, -1)
-    total = -(-length // _TOKENS) * _TOKENS
+def _log_probabilities(one: _Compared, recipe: Recipe, vision: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """float64[n, V] at the place of each token of the answer."""
+    tokens = np.concatenate([recipe.tokens, said[:-1]])
+    length, first = -(-len(tokens) // _TOKENS) * _TOKENS, len(recipe.tokens) - 1
+    index = np.where(recipe.is_vision, np.cumsum(recipe.is_vision) - 1, -1).astype(np.int32)
     logits = _logits(
         one.graph,
         one.kv_dtype,
         one.state,
-        np.pad(recipe.tokens, (0, total - length)),
-        np.pad(index, (0, total - length), constant_values=-1).astype(np.int32),
-        np.pad(vision, ((0, total - len(vision)), (0, 0))),
-        np.pad(places, (0, -count % _TARGETS)).astype(np.int32),
+        np.pad(tokens, (0, length - len(tokens))),
+        np.pad(index, (0, length - len(index)), constant_values=-1),
+        np.pad(vision, ((0, length - len(vision)), (0, 0))),
+        np.pad(np.arange(first, first + len(said), dtype=np.int32), (0, -len(said) % _TARGETS)),
     )
-    return np.asarray(jax.nn.log_softmax(logits), np.float64)[:count]
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)[: len(said)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
