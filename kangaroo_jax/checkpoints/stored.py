@@ -95,6 +95,14 @@ class Stored:
         check_finite(array, path, self._folders[path])
         return array
 
+    def pieces(self, path: str, axis: int, nbytes: int) -> list[slice]:
+        """Ranges of an axis, each of whole chunks and, where these are small enough, at most `nbytes`."""
+        length = self.specs[path].shape[axis]
+        chunk = self._arrays[path].chunk_layout.read_chunk.shape[axis]
+        one = math.prod(self.specs[path].shape) // length * chunk * self.specs[path].dtype.itemsize
+        step = max(1, nbytes // one) * chunk
+        return [slice(first, min(first + step, length)) for first in range(0, length, step)]
+
     def forget(self, path: str) -> None:
         """A parameter will not be read again: free what is cached of its chunks."""
         del self._arrays[path]

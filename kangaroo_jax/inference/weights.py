@@ -31,6 +31,7 @@ from kangaroo_jax.sharding import sharding
 
 DTYPES = ("float32", "bfloat16", "float16")
 _LAYERS = "llm/layers/"
+_PIECE = 256 << 20  # bytes of a matrix that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,10 @@ class _Reader:
 
     def _tensors(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
         """A parameter as the model has it: of each layer, with its scale where it is kept quantised."""
-        spec = self._stored.specs[name]
-        layered = name.startswith(_LAYERS)
+        spec, layered = self._stored.specs[name], name.startswith(_LAYERS)
+        if not layered and len(spec.shape) == 2 and self._stored_form is None:
+            yield from self._in_pieces(name)
+            return
         parts: list[int | None] = list(range(spec.shape[0])) if layered else [None]
         digests = {name: RunningDigest()}
         scaled = self._stored_form is not None and name in self._contracted
@@ -165,6 +168,29 @@ class _Reader:
         for stored, digest in digests.items():
             self._compare(stored, digest.value)
             self._stored.forget(stored)
+
+    def _in_pieces(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
+        """A matrix without layers, an embedding or a head, with one piece of what is stored in memory.
+
+        A piece of what is to be rounded is some of the outputs.
+        """
+        shape, digest, made = self._stored.specs[name].shape, RunningDigest(), dict[str, np.ndarray]()
+        axis = -1 if name in self._contracted else 0
+        for piece in self._stored.pieces(name, axis, _PIECE):
+            array = self._stored.read(name, (slice(0, shape[0]), piece) if axis else (piece, slice(0, shape[1])))
+            if axis:
+                digest.add_columns(array, piece.start, shape[1])
+            else:
+                digest.add(array)
+            for target, part in self._converted(name, name, array, None):
+                if target not in made:
+                    whole_shape = list(part.shape)
+                    whole_shape[axis] = shape[axis]
+                    made[target] = np.empty(whole_shape, part.dtype)
+                made[target][(..., piece) if axis else piece] = part
+        self._compare(name, digest.value)
+        self._stored.forget(name)
+        yield from made.items()
 
     def _read(self, name: str, layer: int | None) -> np.ndarray:
         shape = self._stored.specs[name].shape

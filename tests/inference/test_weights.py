@@ -17,6 +17,7 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import RunningDigest, digests
 from kangaroo_jax.checkpoints.stored import Stored
 from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.conversion import weights as conversion_weights
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
@@ -308,3 +309,30 @@ def test_what_rounding_changes_is_measured_on_given_answers(checkpoint, stored, 
 
 def spoken(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_a_matrix_that_is_stored_in_pieces_is_loaded_in_pieces(checkpoint, tmp_path, monkeypatch, form):
+    """Its sum is that of the whole, and what is rounded is as if it were read at once."""
+    monkeypatch.setattr(conversion_weights, "BOX_BYTES", 4000)
+    cut = convert([checkpoint], tmp_path / "cut", format="orbax", tell=lambda line: None)
+    assert len(list((cut / "params/llm/head/kernel").glob("*.*"))) > 3
+    monkeypatch.setattr(weights, "_PIECE", 6000)
+    monkeypatch.setattr(weights, "_multiplies_whole_numbers", lambda: True)
+    pieces: list = []
+    read = Stored.read
+    monkeypatch.setattr(Stored, "read", lambda self, path, box: pieces.append(path) or read(self, path, box))
+    found = flat(weights.load(cut, quantize=form).model)
+    assert pieces.count("llm/head/kernel") > 3 and pieces.count("llm/embedding") > 3
+    monkeypatch.undo()
+    monkeypatch.setattr(weights, "_multiplies_whole_numbers", lambda: True)
+    for name, value in flat(weights.load(checkpoint, quantize=form).model).items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_the_sum_of_columns_is_that_of_the_whole():
+    array = np.random.default_rng(0).normal(size=(70, 90)).astype(np.float32)
+    digest = RunningDigest()
+    for first, last in ((30, 90), (0, 30)):
+        digest.add_columns(array[:, first:last], first, 90)
+    assert digest.value == digests({"x": jnp.asarray(array)})[0]["x"]
