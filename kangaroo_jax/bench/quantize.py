@@ -24,8 +24,7 @@ from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import weights
-from kangaroo_jax.inference.memories import Chunk, Part
-from kangaroo_jax.inference.programs import check_kv_dtype
+from kangaroo_jax.inference.memories import Chunk, Part, check_kv_dtype
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.progress import Tell
