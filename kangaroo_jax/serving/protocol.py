@@ -50,7 +50,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("min_tokens", (None, 0)),
     ("truncate_prompt_tokens", (None,)),
     ("chat_template", (None,)),
-    ("chat_template_kwargs", (None, {})),
+    ("chat_template_kwargs", (None, {}, {"enable_thinking": False})),
     ("documents", (None, [])),
 )
 

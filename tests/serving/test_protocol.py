@@ -176,6 +176,7 @@ def test_what_would_change_the_answer_is_refused_and_not_ignored(fields: dict) -
 
 def test_what_asks_for_nothing_is_accepted_and_unknown_fields_are_dropped_by_name() -> None:
     request = chat(tools=[], best_of=1, echo=False, user="u", tool_choice="none", response_format=None, colour=1)
+    assert chat(chat_template_kwargs={"enable_thinking": False}).prompt.unknown == ()
     assert request.prompt.unknown == ("colour",)
 
 
