@@ -147,7 +147,8 @@ class Routes:
         if request.stream:
             return Stream(self._pieces(request, running, writer, call))
         answers = await service.while_there(http.is_disconnected, running.answers())
-        return answer(writer.whole(answers, service.answered(answers, running.rendered, call)))
+        told = service.answered(answers, running.rendered, call)
+        return answer(await service.in_thread(lambda: encoded(writer.whole(answers, told))))
 
     async def tokenize(self, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack) -> Response:
         """The ids of a text, or of a prompt with its media."""
@@ -173,8 +174,13 @@ class Routes:
                 return rendered.recipe.tokens.tolist(), request.token_strings
 
         tokens, strings = await service.while_there(http.is_disconnected, ids())
-        said = {"count": len(tokens), "max_model_len": backend.context, "tokens": tokens}
-        return answer(said | {"token_strs": [tokenizer.decode([token]) for token in tokens] if strings else None})
+
+        def said() -> bytes:
+            names = [tokenizer.decode([token]) for token in tokens] if strings else None
+            counts = {"count": len(tokens), "max_model_len": backend.context}
+            return encoded(counts | {"tokens": tokens, "token_strs": names})
+
+        return answer(await service.in_thread(said))
 
     async def _begun(
         self, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack
@@ -258,8 +264,9 @@ class Stream(StreamingResponse):
 
 
 def answer(value: Any) -> Response:
-    """200 with JSON."""
-    return Response(encoded(value), media_type="application/json")
+    """200 with JSON, given as its bytes where it is long."""
+    body = value if isinstance(value, bytes) else encoded(value)
+    return Response(body, media_type="application/json")
 
 
 def failed(error: ApiError) -> Response:

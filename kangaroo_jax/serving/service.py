@@ -29,7 +29,6 @@ from kangaroo_jax.system.json_text import utf8
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-_THREADS = 16  # that fetch media and make prompts
 _POLL = 0.2  # seconds between two looks at whether a client is still there
 _MOST_NAMED = 8  # unknown fields that a line of the log names
 
@@ -63,7 +62,8 @@ class Service:
         self._share = share_cache
         self._running: set[Running] = set()
         self._given_up = False
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="media")
+        # One a request, so that nobody waits behind media that come slowly.
+        self._threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="media")
 
     def ready(self) -> Backend:
         """What answers. Raises ApiError while it is not there."""
