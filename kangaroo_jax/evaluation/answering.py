@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.data.annotations.sources import read_conversations
+from kangaroo_jax.evaluation.asking import ask_model
+from kangaroo_jax.evaluation.benchmarks.quickstart import QUICKSTART, read_file
+from kangaroo_jax.evaluation.prompting import tasks_of
+from kangaroo_jax.evaluation.samples import Samples
 from kangaroo_jax.evaluation.scoring import is_correct, score
 from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.json_text import read_objects
 from kangaroo_jax.system.progress import Tell
 
@@ -58,28 +62,32 @@ class Answers:
 def evaluate(
     checkpoint: str | Path,
     files: Mapping[str, Path],
+    workdir: Path,
     *,
     max_new_tokens: int = 16,
-    batch_size: int = 16,
+    at_a_time: int = 16,
     tell: Tell = print,
 ) -> Answers:
     """Answer the questions of `files` (split -> JSONL) with a checkpoint, greedily, and mark the answers.
 
     Each record is a LLaVA conversation that ends with the true answer, and has `answer`, `options`,
-    `format`, `question_kind` and `language`. Frames are sampled as in the stage that wrote the checkpoint.
+    `format`, `question_kind` and `language`. Frames are sampled as in the stage that wrote the checkpoint. Answers are
+    kept in `workdir/samples.jsonl`, and a question that has one there is not asked again (`samples`).
 
     Raises:
         UserError: the checkpoint or a medium cannot be read.
     """
-    model = Kangaroo.load(checkpoint)
     marked = []
-    for split, path in files.items():
-        records = list(read_objects(path))
-        questions = [conversation.split_answer()[0] for conversation in read_conversations([path])]
-        predictions = model.answer_many(questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        for record, prediction in zip(records, predictions, strict=True):
-            correct = is_correct(record, prediction)
-            marked.append({**record, "split": split, "prediction": prediction, "correct": correct})
-        right = sum(r["correct"] for r in marked if r["split"] == split)
-        tell(f"answered {len(records)} {split} questions, {right} right")
+    with Samples(make_folder(workdir)) as samples, Kangaroo.load(checkpoint) as model:
+        for split, path in files.items():
+            benchmark = dataclasses.replace(QUICKSTART, name=split)
+            questions = list(read_file(path))
+            tasks = tasks_of(benchmark, questions, max_new_tokens=max_new_tokens)
+            ask_model(model, tasks, samples, at_a_time=at_a_time, strict=True)
+            for record, question in zip(read_objects(path), questions, strict=True):
+                prediction = samples.latest[split, "", question.id]["text"]
+                correct = is_correct(record, prediction)
+                marked.append({**record, "split": split, "prediction": prediction, "correct": correct})
+            right = sum(r["correct"] for r in marked if r["split"] == split)
+            tell(f"answered {len(questions)} {split} questions, {right} right")
     return Answers(tuple(marked))

@@ -92,7 +92,7 @@ def run(
         )
         last = folder / variant.stages[-1]
         if not (last / "eval.json").exists():
-            write_json(last / "eval.json", evaluate(last, corpus.eval_files, tell=tell).to_json())
+            write_json(last / "eval.json", evaluate(last, corpus.eval_files, last / "eval", tell=tell).to_json())
         rows.append(row(variant.name, last, total))
         tell(f"{variant.name}: {rows[-1]['metrics']}")
     rows += packing_rows(workdir, data, tokenizer, tell)

@@ -172,7 +172,7 @@ def evaluate_stage(name: str, folder: Path, corpus: Corpus, tell: Tell) -> Answe
     path = folder / "eval.json"
     if path.exists():
         return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
-    answers = evaluate(folder, corpus.eval_files, tell=tell)
+    answers = evaluate(folder, corpus.eval_files, folder / "eval", tell=tell)
     write_json(path, answers.to_json())
     tell(f"{name}: " + ", ".join(f"{key} {value:.0%}" for key, value in answers.metrics().items()))
     return answers

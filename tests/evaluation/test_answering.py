@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.evaluation import answering
 from kangaroo_jax.evaluation.answering import Answers, evaluate
-
-ROUND = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A ring."}]
+from kangaroo_jax.evaluation.asking import head_of
+from kangaroo_jax.evaluation.prompting import Task
+from kangaroo_jax.evaluation.samples import Samples
 
 
 def record(question: str, answer: str, kind: str, options=(), language: str = "en") -> dict:
-    """A line of an evaluation file: one round before the question, whose true answer ends it."""
-    turns = [*ROUND, {"from": "human", "value": question}, {"from": "gpt", "value": f"truth: {answer}"}]
+    """A line of an evaluation file: a question about an image, whose true answer ends it."""
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"truth: {answer}"}]
     style = "mcq" if options else "open"
     names = {"answer": answer, "options": list(options), "format": style, "question_kind": kind, "language": language}
     return {"id": question, "image": "ring.jpg", "conversations": turns, **names}
@@ -42,11 +42,18 @@ class Scripted:
     """A model that says what `SAID` has for a question, and remembers what it was asked, and how."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[Conversation], dict]] = []
+        self.asked: list[tuple[list[Task], dict]] = []
 
-    def answer_many(self, questions: list[Conversation], **options) -> list[str]:
-        self.asked.append((questions, options))
-        return [SAID[question.turns[-1].text] for question in questions]
+    def __enter__(self) -> "Scripted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, tasks: list[Task], samples: Samples, **options) -> None:
+        self.asked.append((tasks, options))
+        for task in tasks:
+            samples.add({**head_of(task), "key": task.question.id, "text": SAID[task.question.text]})
 
 
 @pytest.fixture
@@ -54,23 +61,25 @@ def evaluated(tmp_path, monkeypatch):
     """(answers, model, lines told) of an evaluation of two files."""
     model, told, loaded = Scripted(), [], []
     monkeypatch.setattr(answering.Kangaroo, "load", lambda path: loaded.append(path) or model)
+    monkeypatch.setattr(answering, "ask_model", lambda model, *given, **options: model.ask(*given, **options))
     files = {}
     for split, records in (("short", SHORT), ("long", LONG)):
         files[split] = tmp_path / f"{split}.jsonl"
         files[split].write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    answers = evaluate("runs/x", files, max_new_tokens=5, batch_size=3, tell=told.append)
+    answers = evaluate("runs/x", files, tmp_path / "eval", max_new_tokens=5, at_a_time=3, tell=told.append)
     assert loaded == ["runs/x"]
     return answers, model, told
 
 
 def test_the_model_is_asked_without_the_true_answer(evaluated):
     _, model, _ = evaluated
-    assert [len(questions) for questions, _ in model.asked] == [4, 2]
-    for questions, options in model.asked:
-        assert options == {"max_new_tokens": 5, "batch_size": 3}
-        for question in questions:
-            assert [turn.role for turn in question.turns] == ["user", "assistant", "user"]
-            assert "truth" not in "".join(turn.text for turn in question.turns) and len(question.media) == 1
+    assert [len(tasks) for tasks, _ in model.asked] == [4, 2]
+    for tasks, options in model.asked:
+        assert options == {"at_a_time": 3, "strict": True}
+        for task in tasks:
+            told = task.wording.prompt(task.question)
+            assert told == task.question.text and "truth" not in told and len(task.question.media) == 1
+            assert task.max_new_tokens == 5
 
 
 def test_each_record_has_its_split_its_prediction_and_its_mark(evaluated):
