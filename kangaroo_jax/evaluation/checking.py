@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,10 +88,10 @@ def _broken(medium: Media) -> str:
     """Why a medium cannot be read, "" where it can."""
     try:
         if medium.kind == "image":
-            load_image(medium.path, _SIDE)
+            _look(medium.path)
         elif medium.frames or os.path.isdir(medium.path):
-            for frame in medium.frames or folder_of_frames(medium.path):
-                load_image(frame, _SIDE)
+            for frame in dict.fromkeys(medium.frames or folder_of_frames(medium.path)):
+                _look(frame)
         else:
             seconds = probe_cached(medium.path, "video").seconds
             begin, end = clip_range(medium.path, seconds, medium.start, medium.end)
@@ -99,6 +100,12 @@ def _broken(medium: Media) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+@functools.lru_cache(maxsize=65_536)
+def _look(path: str) -> None:
+    """Read an image, which several videos may have as a frame, once. Raises UserError."""
+    load_image(path, _SIDE)
 
 
 def report(benchmark: Benchmark, found: Checked) -> list[str]:

@@ -78,9 +78,23 @@ def _part(result: Mapping[str, Any], marked: Sequence[Marked]) -> dict[str, Any]
         "lead": "; ".join(lead) + ".",
         "protocols": rows,
         "controls": controls,
+        "needles": heat_maps(result.get("needles", ())),
         "groups": groups,
         "samples": [_sample(one) for one in chosen(marked)],
     }
+
+
+def heat_maps(
+    cells: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, list[str], list[tuple[str, list[tuple[float, float]]]]]]:
+    """(mode, lengths, rows) of needles; a row is a depth and the shares (found, shown) at each length."""
+    maps = []
+    for mode in dict.fromkeys(cell["mode"] for cell in cells):
+        some = [cell for cell in cells if cell["mode"] == mode]
+        at = {(cell["length"], cell["depth"]): (cell["found"], cell["shown"]) for cell in some}
+        lengths, depths = (list(dict.fromkeys(cell[key] for cell in some)) for key in ("length", "depth"))
+        maps.append((mode, lengths, [(depth, [at[length, depth] for length in lengths]) for depth in depths]))
+    return maps
 
 
 def chosen(marked: Sequence[Marked], each: int = _EACH) -> list[Marked]:

@@ -56,8 +56,33 @@ def result_of(
         "note": benchmark.note,
     }
     controls = _controls(benchmark, questions, samples, marked)
+    if needles := needle_map(marked):
+        result["needles"] = needles
     marks = _judged(benchmark, questions, judged)
     return result | ({"controls": controls} if controls else {}) | ({"judged": marks} if marks else {})
+
+
+def needle_map(marked: Sequence[Marked]) -> list[dict[str, Any]]:
+    """For each mode, length and depth of needles: the share that was shown, and found; empty where there are none."""
+    cells: dict[tuple[str, str, str], dict[str, list[tuple[bool, bool]]]] = {}
+    for one in marked:
+        if "needle" in one.question.row:
+            groups, seen = one.question.groups, one.question.row["needle"]
+            times = (one.row or {}).get("frame_times") or [[]]
+            shown = bool(seen) and any(seen[0] <= second <= seen[1] for second in times[0])
+            cell = cells.setdefault((groups["mode"][0], groups["length"][0], groups["depth"][0]), {})
+            cell.setdefault(one.question.unit, []).append((shown, one.marks["strict"].credit == 1))
+    return [
+        {
+            "mode": mode,
+            "length": length,
+            "depth": depth,
+            "shown": _round(sum(all(shown for shown, _ in some) for some in units.values()) / len(units)),
+            "found": _round(sum(all(right for _, right in some) for some in units.values()) / len(units)),
+            "needles": len(units),
+        }
+        for (mode, length, depth), units in cells.items()
+    ]
 
 
 def _judged(benchmark: Benchmark, questions: Sequence[Question], judged: Mapping[str, Row]) -> dict[str, Any]:
@@ -228,6 +253,14 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
             f"  judged      {one['score']:6.2f} of {one['most']:g}  (95%: {one['low']:.2f} to {one['high']:.2f}) {by}; "
             f"{one['judged']:,} of {one['judged'] + one['not_judged']:,} open answers"
         )
+    for mode in dict.fromkeys(cell["mode"] for cell in result.get("needles", ())):
+        some = [cell for cell in result["needles"] if cell["mode"] == mode]
+        told = []
+        for length in dict.fromkeys(cell["length"] for cell in some):
+            cells = [cell for cell in some if cell["length"] == length]
+            found, shown = (sum(cell[key] for cell in cells) / len(cells) for key in ("found", "shown"))
+            told.append(f"{length} {found:.0%} of {shown:.0%}")
+        lines.append(f"  needles ({mode}), found of shown: {', '.join(told)}")
     for name, one in result.get("controls", {}).items():
         lines.append(
             f"  {name:11} {one['score']:6.1%}  the question as it stands adds {one['adds']:+.1%} "

@@ -252,6 +252,10 @@ def quickstart(to: Maker) -> None:
     to.write("corpus/eval_short.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def needle(to: Maker) -> None:
+    pass  # it is drawn
+
+
 # benchmark -> (what makes its files, number of questions)
 LAYOUTS = {
     "mvbench": (mvbench, 40),
@@ -271,5 +275,6 @@ LAYOUTS = {
     "mmbench-video": (mmbench_video, 2),
     "videovista-culturallingo": (culturallingo, 2),
     "vnbench": (vnbench, 12),
+    "needle": (needle, 220),
     "quickstart": (quickstart, 3),
 }

@@ -8,6 +8,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS
 from kangaroo_jax.evaluation.checking import questions_of
 from kangaroo_jax.evaluation.prompting import rotated, tasks_of
+from kangaroo_jax.evaluation.report import heat_maps
 from kangaroo_jax.evaluation.results import compare_runs, marked_answers, result_of, write_scored, write_submission
 from kangaroo_jax.evaluation.samples import Samples
 
@@ -101,6 +102,28 @@ def test_vnbench_counts_a_unit_once_and_right_only_if_all_are(data):
     one = found["protocols"]["strict"]
     assert (one["counted"], one["unasked"]) == (3, 1) and scores(found)["strict"] == pytest.approx(1 / 3, abs=1e-3)
     assert found["chance"] == pytest.approx(0.25**4, abs=1e-6)
+
+
+def test_needles_are_found_only_in_all_orders_and_shown_apart(data):
+    benchmark = BENCHMARKS["needle"]
+    questions = questions_of(benchmark, data("needle"))
+    assert sum(q.groups["mode"] == ("none",) for q in questions) == 4
+    planted = Planted("needle", {q.id: q.answer for q in questions})
+    for question in questions:
+        row = planted.latest["needle", "", question.id]
+        row["frame_times"] = [question.media[0].times[:: 8 if question.groups["mode"] == ("clip",) else 1]]
+        if question.groups["length"] == ("60 s",) and question.groups["depth"] == ("40%",) and question.id[-1] == "2":
+            row["text"] = "none of them"
+        if question.groups["length"] == ("3600 s",):
+            row["frame_times"] = [[0.0, 1.0]]
+    found = result_of(benchmark, questions, planted, {})
+    cells = {(c["mode"], c["length"], c["depth"]): (c["shown"], c["found"]) for c in found["needles"]}
+    assert cells["frame", "16 frames", "20%"] == (1.0, 1.0) and cells["clip", "60 s", "40%"] == (1.0, 0.0)
+    assert cells["clip", "3600 s", "0%"] == (1.0, 1.0) and cells["clip", "3600 s", "100%"] == (0.0, 1.0)
+    assert cells["none", "64 frames", "0%"] == (0.0, 1.0) and len(cells) == 5 * 6 + 4 * 6 + 1
+    assert found["protocols"]["strict"]["counted"] == 55 and found["chance"] == pytest.approx(1 / 256, abs=1e-6)
+    (maps, *_) = heat_maps(found["needles"])
+    assert maps[:2] == ("frame", [f"{count} frames" for count in (16, 32, 64, 128, 160)]) and len(maps[2]) == 6
 
 
 def test_the_others(data):
