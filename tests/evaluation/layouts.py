@@ -275,6 +275,6 @@ LAYOUTS = {
     "mmbench-video": (mmbench_video, 2),
     "videovista-culturallingo": (culturallingo, 2),
     "vnbench": (vnbench, 12),
-    "needle": (needle, 220),
+    "needle": (needle, 312),
     "quickstart": (quickstart, 3),
 }

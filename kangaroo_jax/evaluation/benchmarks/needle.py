@@ -27,6 +27,8 @@ SECONDS = (60, 300, 1200, 3600)  # of a film in `clip`
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CLIP = 8  # seconds that the needle is on screen in `clip`
 _STEP, _LONG = 1.0, 65.0  # seconds between frames; a video longer than this may have the most frames
+_MIDDLE = CANVAS / 2
+_CONTROLS = 24  # questions about a video without a needle
 _FILM = 160  # frames of a film that are drawn or taken; longer ones begin again
 
 
@@ -41,7 +43,8 @@ def read(folder: Path) -> Iterator[Question]:
         for mode, count in [("frame", count) for count in FRAMES] + [("clip", count) for count in SECONDS]:
             for depth in DEPTHS:
                 yield from _asked(mode, count, depth, stills, target, rng, name)
-        yield from _asked("none", FRAMES[2], 0.0, stills, target, rng, name)
+        for number in range(_CONTROLS):
+            yield from _asked("none", FRAMES[2], number / _CONTROLS, stills, target, rng, name)
 
 
 def _asked(
@@ -55,14 +58,19 @@ def _asked(
     step = _STEP if mode == "clip" else max(_STEP, _LONG / (count - 1))
     frames = [stills[number % len(stills)] for number in range(count)]
     if mode != "none":
-        event = Event(Thing(shape, colour), 0, 0, *[CANVAS / 2] * 4, 66)
+        event = Event(Thing(shape, colour), 0, 0, _MIDDLE, _MIDDLE, _MIDDLE, _MIDDLE, 66)
         needle = Painter(Scene("still", 0, (event,), 20, 7)).frame(0)
         frames[first : first + length] = [_written(target / f"needle-{colour}-{shape}.png", needle)] * length
     times = tuple(round(number * step, 3) for number in range(count))
     media = (Media("video", frames[0], frames=tuple(frames), times=times),)
     unit = f"{film}/{mode}/{count}/{depth:g}"
     size = f"{count} frames" if mode != "clip" else f"{count} s"
-    groups = {"mode": (mode,), "length": (size,), "depth": (f"{depth:.0%}",), "film": (film,)}
+    groups = {
+        "mode": (mode,),
+        "length": (size,),
+        "depth": (f"{depth:.0%}" if mode != "none" else "none",),
+        "film": (film,),
+    }
     seen = [times[first], times[first + length - 1]] if mode != "none" else []
     for turn in range(4):
         turned = tuple(options[turn:] + options[:turn])

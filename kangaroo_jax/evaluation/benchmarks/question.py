@@ -1,6 +1,7 @@
 """What a benchmark is and what it asks: the types that every benchmark's file fills in."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ class Question:
     @property
     def video(self) -> str:
         """What names the video among others, for statistics; "" where there is none."""
-        return self.media[0].path if self.media else ""
+        if not self.media or not self.media[0].frames:
+            return self.media[0].path if self.media else ""
+        frames = hashlib.sha256("\0".join(self.media[0].frames).encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{self.media[0].path}#{frames[:12]}"
 
 
 @dataclasses.dataclass(frozen=True)
