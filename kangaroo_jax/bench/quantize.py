@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig, frames_per_group, tokens_per_group
+from kangaroo_jax.config import frames_per_group, tokens_per_group
 from kangaroo_jax.data.annotations.sources import read_conversations
 from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
@@ -94,7 +94,7 @@ def _questions(
     plain: weights.Loaded, files: Sequence[str | Path], most: int
 ) -> Iterator[tuple[Recipe, np.ndarray, np.ndarray]]:
     """Each question, the vision tokens [R, D] of its media, and the tokens int32[n] of its answer with its end."""
-    model_config, data = ModelConfig.from_config(plain.config.model), plain.config.data
+    model_config, data = plain.config.model, plain.config.data
     per_group, tokens = frames_per_group(model_config), tokens_per_group(model_config, data.image_size)
     decoder = ThreadDecoder(usable_cpus())
     seen: dict[MediaRef, np.ndarray] = {}  # of the media of the question before: many are about the same
