@@ -278,9 +278,19 @@ def run(
 
 def total(plans: list[Plan]) -> dict[str, Any]:
     """The sums of a curriculum."""
-    cost = None if any(plan.cost is None for plan in plans) else round(sum(plan.cost or 0 for plan in plans), 2)
+    cost = _sum(plans, "cost")
     hours = round(sum(plan.chip_hours for plan in plans), 1)
-    return {"fits": all(plan.fits for plan in plans), "chip_hours": hours, "cost": cost}
+    foretold = {
+        "foretold_chip_hours": _sum(plans, "foretold_chip_hours"),
+        "foretold_cost": _sum(plans, "foretold_cost"),
+    }
+    return {"fits": all(plan.fits for plan in plans), "chip_hours": hours, "cost": cost, **foretold}
+
+
+def _sum(plans: list[Plan], name: str) -> float | None:
+    """The sum of a field, None where a plan has none."""
+    values = [getattr(plan, name) for plan in plans]
+    return None if None in values else round(sum(values), 2)
 
 
 def text(plan: Plan) -> str:
@@ -351,6 +361,7 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
             "foretold MFU": "" if plan.foretold_mfu_causal is None else f"{100 * plan.foretold_mfu_causal:.0f}%",
             "foretold chip-hours": "" if plan.foretold_chip_hours is None else f"{plan.foretold_chip_hours:,.0f}",
             "cost": "" if plan.cost is None else f"{plan.cost:,.0f}",
+            "foretold cost": "" if plan.foretold_cost is None else f"{plan.foretold_cost:,.0f}",
             "compile s (CPU s)": "by formula" if seconds is None else f"{seconds:.0f} ({plan.compile_cpu_seconds:.0f})",
         }
         rows.append(row)
@@ -358,7 +369,10 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
     if with_sum:
         sums = total(plans)
         last = {"stage": "sum", "fits": "yes" if sums["fits"] else "no", "chip-hours": f"{sums['chip_hours']:,.0f}"}
-        rows.append({**last, "cost": "" if sums["cost"] is None else f"{sums['cost']:,.0f}"})
+        for name in ("cost", "foretold chip-hours", "foretold cost"):
+            key = name.replace(" ", "_").replace("-", "_")
+            last[name] = "" if sums[key] is None else f"{sums[key]:,.0f}"
+        rows.append(last)
     cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 

@@ -208,6 +208,17 @@ def test_the_nearest_change_fits_by_the_formula_that_said_no():
         assert plan_formula.peak_gib(fitted, counts) <= bigger.chip.gib
 
 
+def test_a_sum_has_what_every_stage_foretells():
+    made = plan.make_plan(StageConfig.load("stage3_refine:kangaroo_8b"), parse_topology("H100:64"), mfu=0.4, price=2.0)
+    known = dataclasses.replace(made, foretold_seconds=2.0, foretold_chip_hours=10.5, foretold_mfu_causal=0.375)
+    assert (
+        plan.total([known, known])["foretold_chip_hours"] == 21 and plan.total([known, made])["cost"] == 2 * made.cost
+    )
+    assert plan.total([known, made])["foretold_chip_hours"] is None
+    lines = plan.table([known, known], with_sum=True).splitlines()
+    assert "foretold MFU" in lines[0] and "| 38% |" in lines[2] and "| 21 |" in lines[-1]
+
+
 @pytest.mark.parametrize("name", ["plan_compiled.jsonl", "plan_chat.jsonl"])
 def test_the_tables_of_the_docs_are_made_of_the_kept_plans(capsys, name):
     docs = Path(__file__).parents[2] / "docs"
