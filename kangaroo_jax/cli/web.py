@@ -100,7 +100,8 @@ def _local(given: dict[str, Any]) -> Any:
 
     choices = Choices(**{f.name: given[f.name] for f in dataclasses.fields(Choices) if f.name in given})
     log = logging.getLogger("kangaroo_jax.web")
-    backend = open_backend(choices, Limits(), lambda step: log.info("%s", step))
+    limits = Limits(max_request_frames=sys.maxsize)  # what fits a conversation does
+    backend = open_backend(choices, limits, lambda step: log.info("%s", step))
     return LocalModel(backend, Path(os.path.abspath(given["checkpoint"])).name)
 
 

@@ -14,10 +14,7 @@ const put = (address, file, tell) => new Promise((resolve) => {
   request.send(file);
 });
 
-let sending = false;
-const send = async (files) => {
-  if (sending || !files.length) return;
-  sending = true;
+const sendAll = async (files) => {
   const here = zone(), title = here.querySelector('b'), before = title.textContent, bar = here.querySelector('.k-bar > i');
   here.querySelectorAll('.k-alert').forEach((old) => old.remove());
   here.classList.add('k-busy');
@@ -39,9 +36,11 @@ const send = async (files) => {
   }
   title.textContent = before;
   here.classList.remove('k-busy');
-  sending = false;
   if (arrived) trigger('upload');
 };
+
+let last = Promise.resolve();
+const send = (files) => { if (files.length) last = last.then(() => sendAll(files)); };
 
 element.addEventListener('change', (event) => {
   const files = [...event.target.files];

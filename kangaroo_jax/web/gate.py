@@ -4,6 +4,7 @@ Gradio reads and serves files by names in requests, fetches addresses, and has p
 of that: its files go through `routes`, so that a request which names a file to Gradio is refused before it is read.
 """
 
+import asyncio
 import ipaddress
 import json
 import re
@@ -15,6 +16,7 @@ from kangaroo_jax.system.json_text import parse_json
 from kangaroo_jax.web.drawing import PATH
 
 MOST_BYTES = 1 << 18  # of a request to Gradio
+_SECONDS = 30.0  # in which it must be here
 _ASSETS = ("/assets/", "/static/", "/svelte/")
 _READ = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|gradio_api/(info/?|theme\.css|startup-events"
@@ -69,9 +71,15 @@ class Gate:
 
     async def _write(self, scope: Any, receive: Any, send: Any) -> None:
         """Hand a body on that is small and names no file."""
-        body = bytearray()
+        body, loop = bytearray(), asyncio.get_running_loop()
+        due = loop.time() + _SECONDS
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(due):
+                    message = await receive()
+            except TimeoutError:
+                await _refuse(send, 408, "the request does not end")
+                return
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")

@@ -2,10 +2,12 @@
 
 import base64
 import contextlib
+import functools
+import re
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import openai
@@ -17,6 +19,7 @@ MOST_FRAMES = 512  # the slider's end; the server has the last word
 TOP_P = 0.9
 _TYPES = {"image": "image/png", "video": "video/mp4"}  # the server looks at the bytes
 _LONGEST = 400  # characters of a server's message
+_PLACE = re.compile(r"messages\[(\d{1,4})\]\.content\[(\d{1,4})\](?:\.\w+)*", re.ASCII)
 
 
 class RemoteModel:
@@ -48,7 +51,7 @@ class RemoteModel:
             extra_body={"cache_salt": salt, "media_io_kwargs": {"video": video}},
         )
         known = {medium.digest for medium in media if (salt, medium.digest) in self._sent}
-        with self._errors():
+        with self._errors(turns):
             try:
                 stream = self._client.chat.completions.create(messages=_messages(turns, known), **options)
             except openai.BadRequestError:
@@ -56,20 +59,20 @@ class RemoteModel:
                     raise
                 stream = self._client.chat.completions.create(messages=_messages(turns, set()), **options)
         self._sent |= {(salt, medium.digest) for medium in media}
-        return RemoteAnswer(stream, self._errors)
+        return RemoteAnswer(stream, functools.partial(self._errors, turns))
 
     def close(self) -> None:
         """See `Model`."""
         self._client.close()
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Errors of the client inside are UserErrors of one line."""
+    def _errors(self, turns: Sequence[Turn] = ()) -> Iterator[None]:
+        """Errors of the client inside are UserErrors of one line, in which media of `turns` have their names."""
         try:
             yield
         except openai.APIStatusError as error:
             body = error.body if isinstance(error.body, Mapping) else {}
-            text = one_line(body.get("message") or error.message)[:_LONGEST]
+            text = _with_names(one_line(body.get("message") or error.message)[:_LONGEST], turns)
             raise UserError(f"the server says: {text} ({error.status_code})") from None
         except openai.APITimeoutError:
             raise UserError(f"the server at {self._address} does not answer in time") from None
@@ -84,7 +87,7 @@ class RemoteAnswer:
 
     planned: tuple[tuple[float, ...], ...] = ()
 
-    def __init__(self, stream: Any, errors: Any) -> None:
+    def __init__(self, stream: Any, errors: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         self._stream, self._errors = stream, errors
         self._begun, self._first = time.monotonic(), 0.0
         self._cancelled = threading.Event()
@@ -152,3 +155,14 @@ def _part(part: str | Medium, known: set[str]) -> dict[str, Any]:
         address = f"data:{_TYPES[part.kind]};base64,{base64.b64encode(part.path.read_bytes()).decode()}"
     kind = f"{part.kind}_url"
     return {"type": kind, kind: {"url": address}, "uuid": part.digest}
+
+
+def _with_names(text: str, turns: Sequence[Turn]) -> str:
+    """A server's message, with the names of files for the places in the request where they stood."""
+
+    def name(match: re.Match[str]) -> str:
+        turn, part = int(match[1]), int(match[2])
+        there = turns[turn].parts[part] if turn < len(turns) and part < len(turns[turn].parts) else None
+        return there.name if isinstance(there, Medium) else match[0]
+
+    return _PLACE.sub(name, text)

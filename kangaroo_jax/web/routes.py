@@ -1,5 +1,6 @@
 """What this package serves beside Gradio: uploads, and the files of a conversation to whoever has its token."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -17,6 +18,7 @@ from kangaroo_jax.web.texts import texts
 
 log = logging.getLogger(__name__)
 _PIECE = 1 << 20  # bytes that are gathered before they are written
+_SILENCE = 60.0  # seconds in which nothing of an upload may come
 # Types under which a browser only ever shows or plays a file, by the first bytes.
 _PLAYED = (
     (b"\x1aE\xdf\xa3", 0, "video/webm"),
@@ -92,8 +94,8 @@ async def _received(request: Request) -> AsyncIterator[AsyncIterator[bytes]]:
     """The pieces of a body, gathered to some size."""
 
     async def gathered() -> AsyncGenerator[bytes, None]:
-        block = bytearray()
-        async for piece in request.stream():
+        block, stream = bytearray(), request.stream()
+        while (piece := await _next(stream)) is not None:
             block += piece
             if len(block) >= _PIECE:
                 yield bytes(block)
@@ -106,6 +108,15 @@ async def _received(request: Request) -> AsyncIterator[AsyncIterator[bytes]]:
         yield pieces
     finally:
         await pieces.aclose()
+
+
+async def _next(stream: AsyncIterator[bytes]) -> bytes | None:
+    """The next piece of a body, None at its end. Raises UserError where it does not come."""
+    try:
+        async with asyncio.timeout(_SILENCE):
+            return await anext(stream, None)
+    except TimeoutError:
+        raise UserError(f"nothing came for {_SILENCE:g} s") from None
 
 
 def _refused(text: str, status: int) -> Response:

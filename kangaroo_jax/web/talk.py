@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _TICK = 0.1  # seconds between two looks at how far a medium is seen
 _PAUSE = 0.04  # at least, between two states of an answer on the page
 _LONGEST_QUESTION = 8000  # characters
+_WATCHED = 16  # films at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Talk:
     def __init__(self, model: Model, decoder: Decoder, sessions: Sessions) -> None:
         """`decoder` makes the pictures of the strip; it is its maker's to close."""
         self.model, self.sessions, self._decoder = model, sessions, decoder
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="strip")
+        self._threads = ThreadPoolExecutor(_WATCHED, thread_name_prefix="watch")
 
     def close(self) -> None:
         """Send everybody away, and end threads."""
@@ -92,9 +93,9 @@ class Talk:
                 yield from self._watched(session, shown, asked, settings)
                 return
             except UserError as error:
-                if not waiting:
+                bad = [medium for medium in waiting if medium.name in str(error)]
+                if not bad:  # no file's fault
                     raise
-                bad = [medium for medium in waiting if medium.name in str(error)] or list(waiting)
                 for medium in bad:
                     session.drop(medium)
                 shown = [one for one in shown if one.medium not in bad]

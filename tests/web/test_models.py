@@ -123,7 +123,7 @@ def test_what_a_server_says_is_one_line(remote, films):
     from kangaroo_jax.web.remote import RemoteModel
 
     there, server = remote
-    with pytest.raises(UserError, match=r"the server says: .* \(400\)"):
+    with pytest.raises(UserError, match=r"the server says: no\.mp4: .* \(400\)"):
         there.ask([Turn("user", (medium(films / "no.mp4"), "What?"))], Settings(), "")
     with pytest.raises(UserError, match="cannot be reached"):
         RemoteModel("http://127.0.0.1:1/v1")

@@ -94,6 +94,17 @@ def test_an_error_gives_the_question_back_and_changes_nothing(begin, films, capl
     assert list(talk.ask(session, "   ", *GIVEN)) == [] == list(talk.ask(session, None, *GIVEN))
 
 
+def test_what_is_no_files_fault_costs_no_file(begin, films):
+    model = FakeModel()
+    talk = begin(model)
+    session = talk.sessions.of("page")
+    give(session, films / "a.mp4")
+    model.error = UserError("the server cannot be reached")
+    assert "cannot be reached" in last(list(talk.watch(session, *GIVEN)), "alert") and len(session.waiting) == 1
+    model.error = None
+    assert last(list(talk.watch(session, *GIVEN)), "stage").count("<figure") == 4
+
+
 def test_stop_ends_an_answer_and_what_there_is_of_it_stays(begin):
     model = FakeModel(["One ", "two ", "three"])
     talk = begin(model)
@@ -118,9 +129,10 @@ def test_a_conversation_that_is_forgotten_takes_no_answer(begin, films):
     talk = begin(model)
     session = talk.sessions.of("page")
     give(session, films / "a.mp4")
-    for view in talk.ask(session, "What?", *GIVEN):
-        if view.chat and view.chat[-1]["role"] == "assistant":
-            assert last(list(talk.forget(session)), "chat") == []
+    answer = talk.ask(session, "What?", *GIVEN)
+    assert next(view for view in answer if view.chat and view.chat[-1]["role"] == "assistant")
+    assert last(list(talk.forget(session)), "chat") == []
+    assert list(answer)[-1].chat == []
     assert session.turns == session.shown == session.partial == [] and files_in(talk) == 0
 
 
