@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -27,7 +27,7 @@ from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
-from kangaroo_jax.training.host_rows import HostRows, whole_data_state
+from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.initial import initial_state
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, drop_after, number, read_metrics
 from kangaroo_jax.training.observe import Observer
@@ -35,9 +35,10 @@ from kangaroo_jax.training.optimizer import count
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.reporting import Pending, Reporter, of_host
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
+from kangaroo_jax.training.saving import Saver
 from kangaroo_jax.training.state import abstract_state, build_step
 from kangaroo_jax.training.step import TrainState, TrainStep
-from kangaroo_jax.training.stopping import Preemption, SaveClock, explained_disk, locked, unbroken
+from kangaroo_jax.training.stopping import Preemption, explained_disk, locked, unbroken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,19 @@ class Result:
     useful_token_share: float  # tokens of samples over all token positions
 
 
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Where a stage's steps are written, as far as step `first`."""
+
+    log: MetricLog
+    samples: SampleLog
+    first: int
+    before: dict[str, float]  # from the steps until `first`: skipped_steps, and the times of `observe.Observer`
+
+
 @dataclasses.dataclass
 class StageRun:
-    """A stage that is ready to go on after step `first`."""
+    """A stage that is ready to go on after step `records.first`."""
 
     config: StageConfig  # resolved for these chips
     given: StageConfig  # which a run on other chips may resolve otherwise
@@ -63,12 +74,15 @@ class StageRun:
     rows: HostRows
     loader: Loader
     step_fn: TrainStep
-    state: TrainState
+    state: TrainState | None  # the first step takes it
     checkpoints: checkpoint.Checkpoints
-    log: MetricLog
-    samples: SampleLog
-    first: int
-    before: dict[str, float]  # from the steps until `first`: skipped_steps, and the times of `observe.Observer`
+    records: Records
+
+    def take_state(self) -> TrainState:
+        """The state, which is not kept here any longer: the first step reuses its memory."""
+        state, self.state = self.state, None
+        assert state is not None
+        return state
 
 
 def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Result:
@@ -110,75 +124,54 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
 def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
     """Everything that a stage's steps need, restored from its last checkpoint if there is one. Raises UserError."""
-    # ------------------------------------------------------------------------------ mesh
+    config, chip, mesh = place(given)
+
+    def say(lines: Iterable[str]) -> None:
+        for line in lines:
+            tell(f"{config.stage}: {line}")
+
+    binding = abstract_model(config.model)
+    check_trainable(config, binding.shapes)
+    target = abstract_state(config, binding, mesh)
+    barrier(f"{config.stage} opens")
+    kept = config.train
+    checkpoints = checkpoint.Checkpoints(workdir, target, keep=kept.keep_checkpoints, period=kept.keep_period)
+    saved = checkpoints.latest_folder()
+    tokenizer = open_tokenizer(config)
+    say(changes(given, saved, binding, tokenizer))
+
+    ledger, rows = Ledger(of_host(workdir / "ledger.jsonl")), HostRows(mesh, config.data.packs_per_batch)
+    loader = open_loader(config, tokenizer, ledger, rows.numbers)
+    say(loader.describe())
+
+    barrier(f"{config.stage} begins")
+    if saved is None:
+        state = initial_state(config, binding, mesh)
+    else:
+        state, position = checkpoints.restore(target)
+        loader.set_state(position)
+        say([*loader.changed(), f"goes on after step {int(state.step)}"])
+    checkpoints.keep_frozen(state)  # written while the step compiles
+    step_fn = build_step(config, binding, state)
+    trained, frozen = count(state.params), count(state.frozen)
+    say([f"{trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}"])
+
+    records = open_records(given, workdir, int(state.step))
+    barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
+    return StageRun(config, given, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, records)
+
+
+def place(given: StageConfig) -> tuple[StageConfig, Chip | None, Mesh]:
+    """(the config resolved for this machine's chips, their kind, the mesh over them). Raises UserError."""
     if given.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", given.train.compile_cache)
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
-    config = resolve(given, chip, len(devices), len({getattr(d, "slice_index", 0) or 0 for d in devices}))
-    mesh = make_mesh(config.train.mesh, devices)
+    slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
+    config = resolve(given, chip, len(devices), len(slices))
     if devices[0].platform == "cpu":
         keep_freed_memory()
-    # ----------------------------------------------------------------- model and tokenizer
-    binding = abstract_model(config.model)
-    check_trainable(config, binding.shapes)
-    state: TrainState = abstract_state(config, binding, mesh)
-    barrier(f"{config.stage} opens")
-    checkpoints = checkpoint.Checkpoints(
-        workdir, state, keep=config.train.keep_checkpoints, period=config.train.keep_period
-    )
-    saved = checkpoints.latest_folder()
-    tokenizer = open_tokenizer(config)
-    for line in changes(given, saved, binding, tokenizer):
-        tell(f"{config.stage}: {line}")
-    # ------------------------------------------------------------------------------ data
-    ledger = Ledger(of_host(workdir / "ledger.jsonl"))
-    rows = HostRows(mesh, config.data.packs_per_batch)
-    loader = open_loader(config, tokenizer, ledger, rows.numbers)
-    for line in loader.describe():
-        tell(f"{config.stage}: {line}")
-    # ------------------------------------------------------------------------------ state
-    barrier(f"{config.stage} begins")
-    if saved is not None:
-        state, data_state = checkpoints.restore(state)
-        loader.set_state(data_state)
-        for line in loader.changed():
-            tell(f"{config.stage}: {line}")
-        tell(f"{config.stage}: goes on after step {int(state.step)}")
-    else:
-        state = initial_state(config, binding, mesh)
-    checkpoints.keep_frozen(state)  # written while the step compiles
-    step_fn = build_step(config, binding, state)
-    trained, frozen = count(state.params), count(state.frozen)
-    tell(f"{config.stage}: {trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}")
-    # ------------------------------------------------------------------------------ records
-    if is_main():
-        reading.keep_tokenizer(config.data.tokenizer, workdir)
-        write_json(workdir / "config.json", to_plain(given))
-    log = MetricLog(
-        workdir, tensorboard=config.train.tensorboard and is_main(), name=of_host(Path("metrics.jsonl")).name
-    )
-    samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)
-    first = int(state.step)
-    before = rewind(workdir, log, samples, first)
-    barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
-    return StageRun(
-        config,
-        given,
-        chip,
-        mesh,
-        tokenizer,
-        ledger,
-        rows,
-        loader,
-        step_fn,
-        state,
-        checkpoints,
-        log,
-        samples,
-        first,
-        before,
-    )
+    return config, chip, make_mesh(config.train.mesh, devices)
 
 
 def changes(config: StageConfig, saved: Path | None, binding: Binding, tokenizer: Tokenizer) -> Iterator[str]:
@@ -193,91 +186,75 @@ def changes(config: StageConfig, saved: Path | None, binding: Binding, tokenizer
 
 def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption, begin: float) -> None:
     """Run the stage's steps to the last, with checkpoints; closes the stage's resources. Raises Preempted."""
-    config, state, loader, checkpoints = stage.config, stage.state, stage.loader, stage.checkpoints
-    stage.state = None  # type: ignore[assignment]  # the first step takes its memory
+    config, records, state = stage.config, stage.records, stage.take_state()
+    watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
+    observer = Observer(config, stage.chip, workdir=workdir, tell=tell, begin=begin, before=records.before)
     line = StepLine(config.stage, config.train.steps, tell, chips=stage.mesh.size // jax.process_count())
-    observer = Observer(config, stage.chip, workdir=workdir, tell=tell, begin=begin, before=stage.before)
     reporter = Reporter(
         config,
-        log=stage.log,
-        samples=stage.samples,
+        log=records.log,
+        samples=records.samples,
         line=line,
         observer=observer,
         tell=tell,
-        skipped_steps=int(stage.before.get("skipped_steps", 0)),
+        skipped_steps=int(records.before.get("skipped_steps", 0)),
     )
-    watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
-    clock = SaveClock(config.train.checkpoint_minutes)
-    pending: Pending | None = None
+    saver = Saver(stage.checkpoints, stage.loader, stage.given, records.first)
     aside = 0.0  # seconds spent on saving since the previous step began
-    owed = False  # whether a checkpoint is due and waits for a step with a finite loss
 
     def finish() -> None:
-        """Wait for the step on the device and report it."""
-        nonlocal pending
-        if pending is not None:
-            reporter.report(pending)
-            watchdog.step(pending.step)
+        """Wait for the step on the device, if there is one, and report it."""
+        if (finished := reporter.finish()) is not None:
+            watchdog.step(finished)
             preemption.done()
-            pending = None
-
-    def save() -> None:
-        checkpoints.save(state, whole_data_state(loader), to_plain(stage.given))
-        clock.saved()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(watchdog)
-        for resource in (checkpoints, observer, stage.log, stage.samples, loader):
+        for resource in (stage.checkpoints, observer, records.log, records.samples, stage.loader):
             stack.callback(resource.close)
         stack.enter_context(explained(watchdog))
         stack.enter_context(mesh_scope(stage.mesh))
         preemption.stepping()
-        for step in range(stage.first + 1, config.train.steps + 1):
-            asked = preemption.reached(step)
-            if asked:
+        for step in range(records.first + 1, config.train.steps + 1):
+            if preemption.reached(step):
                 finish()
-            if asked and reporter.finite:
-                if step - 1 > stage.first and checkpoints.begun != step - 1:
-                    save()
-                checkpoints.wait()
-                which = f"saved after step {step - 1}" if step > 1 else "no step was done"
-                tell(f"{config.stage}: asked to stop; {which}")
-                raise preemption.saved()
+                if reporter.finite:
+                    saver.save_last(state, step - 1)
+                    which = f"saved after step {step - 1}" if step > 1 else "no step was done"
+                    tell(f"{config.stage}: asked to stop; {which}")
+                    raise preemption.saved()
             waiting = time.perf_counter()
-            host_batch, stats = next(loader)
+            host_batch, stats = next(stage.loader)
             waiting = time.perf_counter() - waiting
-            if step == stage.first + 1 and is_main():
+            if step == records.first + 1 and is_main():
                 show_first_batch(host_batch, stage.tokenizer, workdir, tell)
             with jax.transfer_guard("disallow"):
                 state, metrics = stage.step_fn(state, stage.rows.put(host_batch))
 
             observer.step(step, stage.step_fn, waiting + aside)
             aside = 0.0
-            finish()  # report the previous step, so that the device never waits for the host
-            pending = Pending(step, metrics, stats, waiting)
-            owed = clock.due(step) or saved_by_number(step, config) or owed
-            if owed:
+            finish()  # the previous step, so that the device never waits for the host
+            reporter.begun(Pending(step, metrics, stats, waiting))
+            if saver.due(step):
                 finish()
-            if owed and reporter.finite:
-                saving = time.perf_counter()
-                save()
-                aside, owed = time.perf_counter() - saving, False
-        if owed:
-            raise reading.NotFinite(
-                f"{config.stage}: step {config.train.steps}, the last, was skipped: nothing shows that the weights are "
-                "sound, and they are not saved; run again with --config.train.steps="
-                f"{config.train.steps + 1} to go on from the last checkpoint and end with other samples"
-            )
+                if reporter.finite:
+                    aside = saver.save(state)
+        saver.check_last(config.train.steps)
 
 
-def saved_by_number(step: int, config: StageConfig) -> bool:
-    """Whether a checkpoint follows `step` by its number, independently of time."""
-    every = [number for number in (config.train.checkpoint_every, config.train.keep_period) if number]
-    return step == config.train.steps or any(step % number == 0 for number in every)
+def open_records(given: StageConfig, workdir: Path, first: int) -> Records:
+    """The logs of a stage that goes on after step `first`, without what an earlier process wrote of later steps."""
+    if is_main():
+        reading.keep_tokenizer(given.data.tokenizer, workdir)
+        write_json(workdir / "config.json", to_plain(given))
+    board = given.train.tensorboard and is_main()
+    log = MetricLog(workdir, tensorboard=board, name=of_host(Path("metrics.jsonl")).name)
+    samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)
+    return Records(log, samples, first, rewind(workdir, log, samples, first))
 
 
 def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict[str, float]:
-    """Drop all log lines after `step`, even of hosts that no longer exist; returns `Stage.before`."""
+    """Drop all log lines after `step`, even of hosts that no longer exist; returns `Records.before`."""
     kept, last = log.rewind(step)
     samples.rewind(step)
     if is_main():

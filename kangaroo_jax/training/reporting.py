@@ -45,6 +45,19 @@ class Reporter:
         self._config, self._every = config, config.train.log_every
         self._log, self._samples, self._line, self._observer = log, samples, line, observer
         self._tell, self._skipped, self._in_a_row = tell, skipped_steps, 0
+        self._pending: Pending | None = None
+
+    def begun(self, pending: Pending) -> None:
+        """Take a step that may still run on the device; `finish` reports it."""
+        self._pending = pending
+
+    def finish(self) -> int | None:
+        """Report the step that was begun last and return its number; None if that is done. Raises as `report`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        self.report(pending)
+        return pending.step
 
     def report(self, pending: Pending) -> None:
         """Wait for a step, write its metrics and samples; print every `log_every` steps.

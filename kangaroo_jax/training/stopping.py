@@ -1,4 +1,4 @@
-"""Ends runs safely: signals, saves by the clock, the lock of the folder, closed output, a full disk."""
+"""Ends runs safely: signals, the lock of the folder, closed output, a full disk."""
 
 import contextlib
 import errno
@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.progress import Tell
-from kangaroo_jax.training.distributed import Preempted, is_main, key_value_keys, key_value_set
+from kangaroo_jax.training.distributed import Preempted, is_main
 
 INTERRUPTED = 130  # exit code of Ctrl-C; launch scripts do not restart such a run
 
@@ -128,38 +127,6 @@ class Preemption:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}
-
-
-class SaveClock:
-    """Decides after which step a checkpoint is due because the last is `minutes` old, the same for all processes.
-
-    The main process decides two steps ahead. Another process sees the end of a step only after the main process has
-    begun it, and so always finds the decision.
-    """
-
-    AHEAD = 2
-
-    def __init__(self, minutes: float) -> None:
-        """With `minutes` 0 no checkpoint is ever due."""
-        self._seconds, self._last = 60 * minutes, time.monotonic()
-        self._many = jax.process_count() > 1
-        self._decided = 0
-
-    def due(self, step: int) -> bool:
-        """Whether to save after `step`. Every process must call this once the previous step is known to be finished."""
-        if not self._seconds:
-            return False
-        late = time.monotonic() - self._last >= self._seconds
-        if not self._many:
-            return late
-        if is_main() and late and not self._decided:
-            self._decided = step + self.AHEAD
-            key_value_set(f"save/{self._decided}", "")
-        return str(step) in key_value_keys("save/")
-
-    def saved(self) -> None:
-        """Restart the clock: a checkpoint has been started."""
-        self._last, self._decided = time.monotonic(), 0
 
 
 @contextlib.contextmanager

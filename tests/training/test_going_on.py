@@ -294,7 +294,7 @@ def test_the_whole_state_of_a_resume_is_in_memory_once(trained, corpus, tmp_path
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
     assert live() - before <= 1.1 * start
-    assert again.first == 4
+    assert again.records.first == 4
     again.loader.close()
     again.checkpoints.close()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 5

@@ -20,7 +20,7 @@ from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.training import curriculum, loop, observe, stopping
+from kangaroo_jax.training import curriculum, loop, observe, saving, stopping
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.host_rows import HostRows
@@ -28,7 +28,8 @@ from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, read_metrics, read_samples
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.reporting import Pending, Reporter
-from kangaroo_jax.training.stopping import SaveClock, explained_disk, unbroken
+from kangaroo_jax.training.saving import SaveClock
+from kangaroo_jax.training.stopping import explained_disk, unbroken
 from tests.training.test_distributed import free_port
 from tests.training.test_loop import small_stage
 
@@ -122,14 +123,14 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(corpus, tmp_path):
 def test_the_clock_of_several_processes_finds_the_same_steps(monkeypatch):
     """The first decides."""
     keys: set[str] = set()
-    monkeypatch.setattr(stopping.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(stopping, "key_value_set", lambda key, value: keys.add(key.rsplit("/", 1)[-1]))
-    monkeypatch.setattr(stopping, "key_value_keys", lambda folder: keys)
+    monkeypatch.setattr(saving.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(saving, "key_value_set", lambda key, value: keys.add(key.rsplit("/", 1)[-1]))
+    monkeypatch.setattr(saving, "key_value_keys", lambda folder: keys)
     main, other = SaveClock(1e-9), SaveClock(1e-9)
     found: dict[str, list[int]] = {"main": [], "other": []}
     for step in range(1, 8):
         for name, clock in (("main", main), ("other", other)):  # the main process is never behind
-            monkeypatch.setattr(stopping, "is_main", lambda name=name: name == "main")
+            monkeypatch.setattr(saving, "is_main", lambda name=name: name == "main")
             if clock.due(step):
                 found[name].append(step)
                 clock.saved()
