@@ -16,6 +16,7 @@ from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import make_loader
 from kangaroo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from tests.curation.rows import rows_of
 
 SHORTS = 12
 TINY = CorpusMixture(
@@ -38,10 +39,6 @@ def corpus(tmp_path_factory) -> Corpus:
 def kangaroo(*arguments: str) -> None:
     """Run a job of the command line."""
     assert cli.main(list(arguments)) == 0
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_what_is_curated_is_captioned_asked_about_exported_and_loaded(corpus, tmp_path):

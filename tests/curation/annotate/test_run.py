@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -11,10 +10,7 @@ from kangaroo_jax.curation.annotate.config import annotation_config
 from kangaroo_jax.curation.annotate.files import read_clips
 from kangaroo_jax.curation.annotate.run import annotate_clips, estimate
 from kangaroo_jax.errors import UserError
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from tests.curation.rows import rows_of
 
 
 def no_words(line: str) -> None:

@@ -14,13 +14,10 @@ from kangaroo_jax.curation.instruct.config import instruct_config
 from kangaroo_jax.curation.instruct.run import make_instructions
 from kangaroo_jax.data.batches.mixture import open_sources
 from kangaroo_jax.errors import UserError
+from tests.curation.rows import rows_of
 
 # Questions that the server asks now and then, and answers without any video: what the blind check must find.
 TRUTHS = {f"Which number follows {n} when one counts?": f"number {n + 1}" for n in range(40)}
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Embeddings by our own vision encoder: what they are, what a fault in a batch costs, what the choice makes of them."""
 
 import base64
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
+from tests.curation.rows import rows_of
 from tests.curation.scoring.clips import breaking_batch_job
 
 
@@ -67,7 +67,7 @@ def test_vectors_are_the_encoders_and_the_choice_uses_them(clips, config, checkp
     cosines = np.sort((unit @ unit.T)[np.triu_indices(len(rows), 1)])
     config.select.duplicate_cosine = float((cosines[-1] + cosines[-2]) / 2)  # just the nearest two
     select_again(run, config)
-    (dropped,) = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    (dropped,) = rows_of(tmp_path / "out/dropped.jsonl")
     assert dropped["rule"] == "duplicate"
 
 

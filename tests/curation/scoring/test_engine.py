@@ -19,6 +19,7 @@ from kangaroo_jax.curation.engine.run_shard import ShardPlan
 from kangaroo_jax.curation.engine.shards import all_scores, make_shards
 from kangaroo_jax.curation.stages import BY_NAME
 from kangaroo_jax.errors import UserError
+from tests.curation.rows import rows_of
 from tests.curation.scoring.clips import breaking_job, moving, write_clip
 
 pytestmark = pytest.mark.alone
@@ -80,7 +81,7 @@ def test_a_finished_run_computes_nothing_and_thresholds_recompute_no_score(clips
     config.select.min_motion = 50.0
     select_again(Options(str(whole)), config)
     assert "kept 0 clips" in capsys.readouterr().out
-    dropped = [json.loads(line) for line in (whole / "dropped.jsonl").read_text().splitlines()]
+    dropped = rows_of(whole / "dropped.jsonl")
     assert [row["rule"] for row in dropped] == ["motion"] * 6
     config.select.min_motion = 0.015
     select_again(Options(str(whole)), config)

@@ -13,6 +13,7 @@ from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.video import load_media, load_video
 from kangaroo_jax.errors import UserError
+from tests.curation.rows import rows_of
 from tests.curation.scoring.clips import moving, write_clip
 
 
@@ -92,7 +93,7 @@ def test_nothing_to_export_is_said(clips, config, tmp_path, capsys):
     curate(run, config)
     with pytest.raises(UserError, match="no conversation about a clip that was kept. Run kangaroo annotate.* instruct"):
         run_export(run, config)
-    kept = [json.loads(line) for line in (tmp_path / "out/selected.jsonl").read_text().splitlines()]
+    kept = rows_of(tmp_path / "out/selected.jsonl")
     rows = [
         {"id": f"{row['id']}-en", "clip": row["id"], "language": "en", "outcome": "error", "reason": "timeout"}
         | {key: row[key] for key in ("media", "start", "end")}

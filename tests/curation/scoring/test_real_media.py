@@ -12,6 +12,7 @@ import pytest
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.curation.curate import Options, curate, select_again
 from kangaroo_jax.curation.engine.shards import all_scores
+from tests.curation.rows import rows_of
 from tests.curation.scoring import public_media
 from tests.curation.scoring.clips import write_clip
 
@@ -133,7 +134,7 @@ def test_edited_copies_are_found_and_nothing_else(tmp_path, config):
     config.select.update(min_motion=0.0, min_short_side=16)
     curate(Options(str(tmp_path / "out"), (str(tmp_path),)), config)
     rows = {row["id"]: Path(row["path"]).stem for row in all_scores(tmp_path / "out")}
-    found = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    found = rows_of(tmp_path / "out/dropped.jsonl")
     assert {row["rule"] for row in found} == {"duplicate"}
     pairs = {Path(row["media"]).stem: rows[row["reason"].removeprefix("of ")] for row in found}
     assert all(one.partition("-")[0] == other.partition("-")[0] for one, other in pairs.items()), "unrelated pairs"
