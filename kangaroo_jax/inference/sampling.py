@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
-from kangaroo_jax.conventions import AnyArray as Array
+from kangaroo_jax.conventions import AnyArray, Array
 from kangaroo_jax.errors import UserError
 
 GREEDY_BELOW = 1e-4  # a temperature that is as good as 0
@@ -63,17 +64,17 @@ class Sampling:
 class Choices:
     """The `Sampling` of each of B rows as arrays, so that no value of them means another program."""
 
-    temperature: Array  # float32[B], as are the next five
-    top_p: Array
-    min_p: Array
-    presence: Array
-    frequency: Array
-    repetition: Array
-    top_k: Array  # int32[B]; 0 is all
-    seed: Array  # uint32[B]
-    bias_ids: Array  # int32[B, MOST_BIASES]; V where there is none
-    biases: Array  # float32[B, MOST_BIASES]
-    wants_logprobs: Array  # bool[B]
+    temperature: AnyArray  # float32[B], as are the next five
+    top_p: AnyArray
+    min_p: AnyArray
+    presence: AnyArray
+    frequency: AnyArray
+    repetition: AnyArray
+    top_k: AnyArray  # int32[B]; 0 is all
+    seed: AnyArray  # uint32[B]
+    bias_ids: AnyArray  # int32[B, MOST_BIASES]; V where there is none
+    biases: AnyArray  # float32[B, MOST_BIASES]
+    wants_logprobs: AnyArray  # bool[B]
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], wants_logprobs: Sequence[bool], vocabulary: int) -> "Choices":
@@ -105,30 +106,32 @@ class Chosen:
     Log-probabilities are the model's own, before bias, penalties and temperature.
     """
 
-    tokens: jax.Array  # int32[B]
-    logprobs: jax.Array  # float32[B]
-    best: jax.Array  # int32[B, MOST_LOGPROBS or V]
-    best_logprobs: jax.Array  # float32[B, the same]
+    tokens: AnyArray  # int32[B]
+    logprobs: AnyArray  # float32[B]
+    best: AnyArray  # int32[B, MOST_LOGPROBS or V]
+    best_logprobs: AnyArray  # float32[B, the same]
 
 
-def seen_in_prompt(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
-    """What a row has seen before its answer begins, int32[V], for `choose`."""
+def seen_in_prompt(tokens: np.ndarray, vocabulary: int) -> Int32[np.ndarray, " V"]:
+    """What a row has seen before its answer begins, for `choose`."""
     seen = np.zeros(vocabulary, np.int32)
     seen[tokens] = _IN_PROMPT
     return seen
 
 
-def choose(logits: jax.Array, seen: Sequence[jax.Array], index: jax.Array, choices: Choices) -> Chosen:
+def choose(
+    logits: Float32[Array, "B V"], seen: Sequence[Int32[Array, " V"]], index: Int32[Array, " B"], choices: Choices
+) -> Chosen:
     """The next token of each row, by its own settings alone.
 
-    logits float32[B, V]; seen: B arrays int32[V], what `seen_in_prompt` gave and one more for each token of the
-    answer; index int32[B], the place of the token in the answer: the random key is of the seed and this alone.
+    `seen`: for each row what `seen_in_prompt` gave, and one more for each token of the answer. `index`: the place of
+    the token in the answer; the random key is of the seed and this alone.
     """
     changed = penalised(logits, seen, choices)
     greedy = choices.temperature < GREEDY_BELOW
     likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
 
-    def draw() -> jax.Array:
+    def draw() -> Int32[Array, " B"]:
         scaled = changed / jnp.maximum(choices.temperature, GREEDY_BELOW)[:, None]
         keys = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(choices.seed, index)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, scaled.shape[1:], jnp.float32))(keys)
@@ -138,31 +141,33 @@ def choose(logits: jax.Array, seen: Sequence[jax.Array], index: jax.Array, choic
     tokens = jax.lax.cond(jnp.all(greedy), lambda: likeliest, draw)
     count = min(MOST_LOGPROBS, logits.shape[1])
 
-    def log_probabilities() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def log_probabilities() -> tuple[Float32[Array, " B"], Int32[Array, "B best"], Float32[Array, "B best"]]:
         total = jax.nn.logsumexp(logits, axis=-1)
         best, ids = jax.lax.top_k(logits, count)
         own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return own - total, ids.astype(jnp.int32), best - total[:, None]
 
-    def none() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def none() -> tuple[Float32[Array, " B"], Int32[Array, "B best"], Float32[Array, "B best"]]:
         rows = logits.shape[0]
         return jnp.zeros(rows), jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count))
 
     return Chosen(tokens, *jax.lax.cond(jnp.any(choices.wants_logprobs), log_probabilities, none))
 
 
-def penalised(logits: jax.Array, seen: Sequence[jax.Array], choices: Choices) -> jax.Array:
-    """logits float32[B, V] with each row's biases, then its penalties for tokens that it has seen.
+def penalised(
+    logits: Float32[Array, "B V"], seen: Sequence[Int32[Array, " V"]], choices: Choices
+) -> Float32[Array, "B V"]:
+    """Logits with each row's biases, then its penalties for tokens that it has seen.
 
     A token of the prompt or answer has its logit divided by `repetition` where it is positive, multiplied where it
     is not (Keskar et al. 2019); one of the answer loses `presence`, and `frequency` for each time.
     """
 
-    def biased() -> jax.Array:
+    def biased() -> Float32[Array, "B V"]:
         rows = jnp.arange(logits.shape[0])[:, None]
         return logits.at[rows, choices.bias_ids].add(choices.biases, mode="drop")
 
-    def with_penalties(logits: jax.Array) -> jax.Array:
+    def with_penalties(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
         counts = jnp.stack(seen)
         factor = jnp.where(counts > 0, choices.repetition[:, None], 1.0)
         times = (counts & (_IN_PROMPT - 1)).astype(jnp.float32)
@@ -176,8 +181,8 @@ def penalised(logits: jax.Array, seen: Sequence[jax.Array], choices: Choices) ->
     return result
 
 
-def kept(logits: jax.Array, choices: Choices) -> jax.Array:
-    """Which tokens may be drawn from logits float32[B, V], which the temperature has divided: bool[B, V].
+def kept(logits: Float32[Array, "B V"], choices: Choices) -> Bool[Array, "B V"]:
+    """Which tokens may be drawn from logits, which the temperature has divided.
 
     The `top_k` likeliest; of these the fewest likeliest that have `top_p` of their probability together (Holtzman et
     al. 2020); and those of at least `min_p` of the largest probability (Nguyen et al. 2024). Equal logits are kept
@@ -186,7 +191,7 @@ def kept(logits: jax.Array, choices: Choices) -> jax.Array:
     keys = _ordered(logits)
     lowest = jnp.full(logits.shape[:1], np.iinfo(np.int32).min, jnp.int32)
 
-    def k_th() -> jax.Array:
+    def k_th() -> Int32[Array, " B"]:
         limit = jnp.where(choices.top_k > 0, choices.top_k, logits.shape[1])
         return _smallest(lambda t: jnp.sum(keys > t[:, None], axis=-1) < limit, keys)
 
@@ -194,7 +199,7 @@ def kept(logits: jax.Array, choices: Choices) -> jax.Array:
     largest = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.where(keys >= lowest[:, None], jnp.exp(logits - largest), 0.0)
 
-    def nucleus_edge() -> jax.Array:
+    def nucleus_edge() -> Int32[Array, " B"]:
         limit = choices.top_p * jnp.sum(weights, axis=-1)
         edge = _smallest(lambda t: jnp.sum(jnp.where(keys > t[:, None], weights, 0.0), axis=-1) < limit, keys)
         return jnp.where(choices.top_p < 1.0, jnp.maximum(edge, lowest), lowest)
@@ -204,17 +209,20 @@ def kept(logits: jax.Array, choices: Choices) -> jax.Array:
     return result
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """int32 that are ordered as the float32 x are."""
+def _ordered(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
+    """Whole numbers that are ordered as x is."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0.0, 0.0, x), jnp.int32)  # of both zeros
     ordered: jax.Array = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
     return ordered
 
 
-def _smallest(holds: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
-    """The smallest int32[B] for which `holds`, which does for the largest of each row of `keys` and all beyond."""
+def _smallest(
+    holds: Callable[[Int32[Array, " B"]], Bool[Array, " B"]], keys: Int32[Array, "B V"]
+) -> Int32[Array, " B"]:
+    """The smallest number of each row that `holds`, as the largest of the row of `keys` does and all beyond it do."""
+    Bounds = tuple[Int32[Array, " B"], Int32[Array, " B"]]
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: Int32[Array, ""], bounds: Bounds) -> Bounds:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)
         fits = holds(middle)

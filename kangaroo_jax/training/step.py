@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float32
 
-from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conventions import Array, PackedBatch
 from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.sharding import Axes, batch_axes, constrain
 
@@ -23,12 +24,13 @@ class TrainState:
     opt_state: optax.OptState
 
 
-Metrics = dict[str, jax.Array]
-Sums = tuple[jax.Array, jax.Array, Params]  # sums of losses, of weights, of gradients
+Scalar = Float32[Array, ""]
+Metrics = dict[str, Scalar]
+Sums = tuple[Scalar, Scalar, Params]  # sums of losses, of weights, of gradients
 TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 
 
-def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBatch) -> tuple[Scalar, Scalar]:
     """(mean loss over the weighted targets of the whole batch, their total weight)."""
     loss_sum, weight_sum = binding.bind({**params, **frozen}).loss(batch)
     return loss_sum / jnp.maximum(weight_sum, 1.0), weight_sum
@@ -36,7 +38,7 @@ def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBat
 
 def gradient(
     binding: Binding, params: Params, frozen: Params, batch: PackedBatch, accumulate: int = 1
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
+) -> tuple[tuple[Scalar, Scalar], Params]:
     """((mean loss, total weight), gradient by `params`), with each gradient sharded like its weight.
 
     With `accumulate` over 1 the batch is cut into as many parts (which must divide B), computed one after another.
@@ -52,7 +54,7 @@ def gradient(
         parts = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
         return constrain(parts, (None, *axes))
 
-    def loss_sum(params: Params, part: PackedBatch) -> tuple[jax.Array, jax.Array]:
+    def loss_sum(params: Params, part: PackedBatch) -> tuple[Scalar, Scalar]:
         loss, weight = binding.bind({**params, **frozen}).loss(part)
         return loss, weight
 
