@@ -233,7 +233,7 @@ def bare_seconds(job: Job) -> float:
 
 def compare(
     folder: Path, lengths: Sequence[str], counts: Sequence[int], rounds: int, workers: int, own: bool = False
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """A row for each length and number of frames: frames a second of each reader (best round), and ratios.
 
     With `own` the other readers resize in their fastest way, not with an antialiased bicubic filter.

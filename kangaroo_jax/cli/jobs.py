@@ -36,4 +36,5 @@ JOBS = {
 
 def commands_of(job: str) -> Mapping[str, Callable[..., None]]:
     """The commands of a job."""
-    return importlib.import_module(f"{__package__}.{job}").COMMANDS
+    commands: Mapping[str, Callable[..., None]] = importlib.import_module(f"{__package__}.{job}").COMMANDS
+    return commands

@@ -42,7 +42,7 @@ def override(job: str, config: "ConfigDict", words: Sequence[str]) -> dict[str, 
     for word in words:
         if word.startswith(CONFIG_KEY) and (key := _key(word)) not in keys:
             raise UserError(f"{job}: the config has no key {key!r}{nearest(key, keys)}")
-    values = flags.FlagValues()
+    values = flags.FlagValues()  # type: ignore[no-untyped-call]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[job, *words])
     values.set_gnu_getopt(True)
     try:
@@ -51,7 +51,8 @@ def override(job: str, config: "ConfigDict", words: Sequence[str]) -> dict[str, 
         raise UserError(f"{job}: {error}") from error
     if left:
         raise UserError(f"{job}: what is {left[0]!r}? flags are written --name=value")
-    return config_flags.get_override_values(values["config"])
+    changed: dict[str, Any] = config_flags.get_override_values(values["config"])
+    return changed
 
 
 def _key(word: str) -> str:

@@ -78,7 +78,8 @@ def plan(
         run_kernels(topology)
         return
     if mode == "chat":
-        from kangaroo_jax.planning.chat import Talk, run_chat
+        from kangaroo_jax.planning.chat import run_chat
+        from kangaroo_jax.planning.chat_work import Talk
 
         talk = Talk(
             StageConfig.from_config(config_of("plan", config, overrides)), quantize, kv_dtype, slots or 1, frames or 0

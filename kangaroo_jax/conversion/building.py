@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -101,7 +101,7 @@ class Building:
 def ahead(read: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 2) -> Iterator[tuple[Item, Result]]:
     """(item, read(item)) in order; `workers` items are read ahead at a time."""
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-        waiting: deque = deque()
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
         source = iter(items)
         try:
             for item in itertools.islice(source, workers):

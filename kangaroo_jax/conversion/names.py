@@ -192,7 +192,9 @@ DERIVED = {
 }
 
 
-def entries(layout: str, *, projector: str = "mlp2x_gelu", patchify: str = "patchify", prefix: str = "visual.") -> list:
+def entries(
+    layout: str, *, projector: str = "mlp2x_gelu", patchify: str = "patchify", prefix: str = "visual."
+) -> list[tuple[str, str, str]]:
     """(path here, layout, name there) of every parameter; "{i}" in a name is the layer.
 
     `prefix` is for the layout `eva`. Raises KeyError for an unknown layout or projector.

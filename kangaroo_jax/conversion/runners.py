@@ -21,7 +21,8 @@ from kangaroo_jax.conversion import formats, names
 from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors, unwrapped
 from kangaroo_jax.conversion.sources import WeightSource, table_for
-from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, MediaRef, load_media
+from kangaroo_jax.data.media.image import IMAGE_SUFFIXES
+from kangaroo_jax.data.media.video import MediaRef, load_media
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.engine import Engine

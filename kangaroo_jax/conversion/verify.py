@@ -191,7 +191,8 @@ def _compare_encoders(ours: WeightSource, theirs: WeightSource, media: Path, scr
 
 def _frames(media: Path, side: int) -> np.ndarray:
     """uint8[F, side, side, 3]: evenly spaced frames of a video, or an image."""
-    from kangaroo_jax.data.media.video import IMAGE_SUFFIXES, FramePolicy, load_image, load_video
+    from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image
+    from kangaroo_jax.data.media.video import FramePolicy, load_video
 
     if media.suffix.lower() in IMAGE_SUFFIXES:
         return load_image(media, side)[None]

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from kangaroo_jax.corpus.draw import split_scans, write_media
 from kangaroo_jax.corpus.records import evaluation_records, media_name, record_of
@@ -89,7 +90,7 @@ class CorpusMixture:
         """The same mixture with every count multiplied, never below a handful."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
         records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again")
-        counts: dict = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
+        counts: dict[str, Any] = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
         return dataclasses.replace(self, warmup=self.warmup * scale, **counts)
@@ -100,7 +101,7 @@ class Corpus:
     """Where the files of a finished corpus are. Records name their media relative to `folder`."""
 
     folder: Path
-    manifest: dict
+    manifest: dict[str, Any]
 
     @property
     def warmup(self) -> Path:
@@ -161,7 +162,7 @@ class Corpus:
             yield from (f"{word} B" for word in chinese_words())  # as an answer says it
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file of this corpus."""
     return list(read_objects(path))
 
@@ -296,7 +297,7 @@ def _questions(scene: Scene, language: str, plan: CorpusMixture, rng: random.Ran
     return turns
 
 
-def _warmup_records(plan: CorpusMixture, seed: int) -> Iterator[dict]:
+def _warmup_records(plan: CorpusMixture, seed: int) -> Iterator[dict[str, Any]]:
     """Text-only conversations, in the order in which they are to be read."""
     rng = random.Random(f"{seed}/warmup")
     maker = _text_maker(rng)
@@ -309,7 +310,7 @@ def _text_maker(rng: random.Random) -> SceneMaker:
     return SceneMaker("any", split_scans()["train"], rng)
 
 
-def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict]:
+def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict[str, Any]]:
     for i, scene in enumerate(media[folder]):
         for language in LANGUAGES:
             name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
@@ -318,7 +319,7 @@ def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterat
 
 def _instructions(
     media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: CorpusMixture, rng: random.Random
-) -> Iterator[dict]:
+) -> Iterator[dict[str, Any]]:
     """`each` conversations on each of the first `count` media of a folder; languages take turns."""
     for i, scene in enumerate(media[folder][:count]):
         for k in range(each):
@@ -364,15 +365,15 @@ def _write_records(plan: CorpusMixture, seed: int, media: dict[str, list[Scene]]
 
 
 def _with_others(
-    records: list[dict], media: dict[str, list[Scene]], images: int, plan: CorpusMixture, rng: random.Random
-) -> list[dict]:
+    records: list[dict[str, Any]], media: dict[str, list[Scene]], images: int, plan: CorpusMixture, rng: random.Random
+) -> list[dict[str, Any]]:
     """Records of a stage, conversations on `images` images, and some without media, so that neither is forgotten."""
     texts = lesson(-1, plan.some_text, _text_maker(rng), rng, plan.short_kinds)
     told = [record_of(f"text-{i:05d}", turns) for i, turns in enumerate(texts)]
     return records + list(_instructions(media, "images", images, 1, plan, rng)) + told
 
 
-def _write(path: Path, records: Iterable[dict]) -> None:
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_bytes(b"".join(map(json_line, records)))
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from kangaroo_jax.corpus.scenes import Scene, has_held_combination
 from kangaroo_jax.corpus.text import LANGUAGES, LETTERS, Fact, Question, ask, facts
@@ -12,7 +13,7 @@ def media_name(folder: str, number: int) -> str:
     return f"media/{folder}/{number:05d}.{'jpg' if folder.endswith('images') else 'mp4'}"
 
 
-def record_of(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> dict:
+def record_of(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> dict[str, Any]:
     """A LLaVA record of (question, answer) turns; the medium's tag begins the first question."""
     key = "image" if medium.endswith("jpg") else "video"
     conversations = []
@@ -23,7 +24,9 @@ def record_of(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> 
     return {"id": name, **({key: medium} if medium else {}), "conversations": conversations}
 
 
-def evaluation_records(scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int) -> list[dict]:
+def evaluation_records(
+    scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int
+) -> list[dict[str, Any]]:
     """Questions on held-out media: kinds take turns, letters are balanced, each is asked in both languages.
 
     A question has the same options in the same order in both languages. Questions on one medium are adjacent, so that
@@ -36,7 +39,7 @@ def evaluation_records(scenes: Sequence[Scene], folder: str, counts: tuple[int, 
         rng.shuffle(letters)
         for (number, fact), letter in zip(_by_turns(scenes, rng), letters, strict=False):
             chosen.append((number, fact, style, letter if style == "mcq" else ""))
-    records: list[dict] = []
+    records: list[dict[str, Any]] = []
     for number, fact, style, letter in sorted(chosen, key=lambda c: c[0]):
         options_seed = rng.getrandbits(32)
         for language in LANGUAGES:
@@ -61,7 +64,7 @@ def _by_turns(scenes: Sequence[Scene], rng: random.Random) -> Iterator[tuple[int
                 del by_kind[kind]
 
 
-def _evaluation_record(record: dict, question: Question, style: str, scene: Scene) -> dict:
+def _evaluation_record(record: dict[str, Any], question: Question, style: str, scene: Scene) -> dict[str, Any]:
     key = "image" if "image" in record else "video"
     turns = record_of("", [(question.text, question.told)], record[key])["conversations"]
     return record | {

@@ -328,7 +328,7 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
 
     def encode(text: str) -> list[int]:
         head, *rest = text.split(_SPACE_MARK)  # the sign itself is encoded by its bytes, or it would become a space
-        ids = model.EncodeAsIds(head)
+        ids: list[int] = model.EncodeAsIds(head)
         for part in rest:
             ids += mark + model.EncodeAsIds(part)
         return ids

@@ -7,8 +7,11 @@ answer without a letter is wrong.
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kangaroo_jax.evaluation.extraction.strict import LETTERS, extract_letter
+
+Row = dict[str, Any]
 
 
 def normalise(text: str) -> str:
@@ -31,18 +34,18 @@ def exact_match(prediction: str, answer: str) -> bool:
     return normalise(prediction) == normalise(answer)
 
 
-def is_correct(record: Mapping, prediction: str) -> bool:
+def is_correct(record: Mapping[str, Any], prediction: str) -> bool:
     """Whether a generated answer to an evaluation record is right.
 
     A record with `options` is multiple choice and its `answer` a letter; one without is open.
     """
     options = record.get("options") or ()
     if options:
-        return extract_letter(prediction, LETTERS[: len(options)], options) == record["answer"]
+        return bool(extract_letter(prediction, LETTERS[: len(options)], options) == record["answer"])
     return exact_match(prediction, record["answer"])
 
 
-def score(records: Sequence[Mapping], predictions: Sequence[str]) -> dict:
+def score(records: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> dict[str, Any]:
     """Accuracies of generated answers to evaluation records.
 
     Records have `answer`, `options` (empty for open questions), `format` ("mcq" or "open"), `question_kind` and
@@ -65,7 +68,7 @@ def score(records: Sequence[Mapping], predictions: Sequence[str]) -> dict:
     }
 
 
-def _row(record: Mapping, prediction: str) -> dict:
+def _row(record: Mapping[str, Any], prediction: str) -> Row:
     options = record.get("options") or ()
     return {
         "format": record["format"],
@@ -77,14 +80,14 @@ def _row(record: Mapping, prediction: str) -> dict:
     }
 
 
-def _group(rows: Sequence[dict], key: Callable[[dict], str]) -> dict[str, dict]:
-    groups: dict[str, list[dict]] = {}
+def _group(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, Row]:
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return {name: _table(groups[name]) for name in sorted(groups)}
 
 
-def _table(rows: Sequence[dict]) -> dict:
+def _table(rows: Sequence[Row]) -> Row:
     count = max(len(rows), 1)
     return {
         "accuracy": sum(r["correct"] for r in rows) / count,

@@ -71,7 +71,7 @@ class ReplyCache:
         self._base.execute(f"insert or replace into replies ({', '.join(names)}) values ({marks})", row)
 
     def __len__(self) -> int:
-        return self._base.execute("select count(*) from replies").fetchone()[0]
+        return int(self._base.execute("select count(*) from replies").fetchone()[0])
 
     def totals(self) -> dict[str, dict[str, int]]:
         """For each model: stored answers, attempts, and tokens spent on them in all runs."""

@@ -161,7 +161,7 @@ class Client:
         if failure.retry_after is not None:
             return min(failure.retry_after, self.limits.longest_wait)
         spread = 1 + (self.counts["calls"] % 8) / 64
-        return min(self.limits.first_wait * 2 ** (failures - 1) * spread, self.limits.longest_wait)
+        return min(self.limits.first_wait * 2.0 ** (failures - 1) * spread, self.limits.longest_wait)
 
     def _give_up_without_server(self, failure: Failure) -> None:
         if failure.kind != "connection" or self._unreachable < 0:

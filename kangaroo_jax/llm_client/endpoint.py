@@ -109,7 +109,8 @@ class Endpoint:
         number = min(range(_POOLS), key=self._busy.__getitem__)
         self._busy[number] += 1
         try:
-            return await self._clients[number].post("/chat/completions", cast_to=str, body=body)
+            answer: str = await self._clients[number].post("/chat/completions", cast_to=str, body=body)
+            return answer
         finally:
             self._busy[number] -= 1
 

@@ -72,7 +72,7 @@ def backend_config(backends: ConfigDict, name: str) -> ConfigDict:
 
 def cost(config: ConfigDict, prompt_tokens: float, completion_tokens: float) -> float:
     """The cost of so many tokens, in the currency of the prices."""
-    return (prompt_tokens * config.price_in + completion_tokens * config.price_out) / 1e6
+    return float(prompt_tokens * config.price_in + completion_tokens * config.price_out) / 1e6
 
 
 # kind -> the key that every backend of this kind needs, and its meaning

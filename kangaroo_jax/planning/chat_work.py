@@ -145,11 +145,11 @@ def _large(talk: Talk, capacity: int, mesh: AbstractMesh) -> int:
         return _bytes(jax.ShapeDtypeStruct(shape, dtype), axes, mesh)
 
     layer = Part.shapes(llm.kv_heads, llm.head_dim, capacity, jnp.dtype(talk.kv_dtype or talk.model.dtype), size)
-    return llm.depth * sum(layer.arrays().values())
+    return llm.depth * int(sum(layer.arrays().values()))
 
 
 def _bytes(array: jax.ShapeDtypeStruct, axes: tuple[str | None, ...], mesh: AbstractMesh) -> int:
-    return math.prod(sharding(mesh, axes, array.shape).shard_shape(array.shape)) * array.dtype.itemsize
+    return int(math.prod(sharding(mesh, axes, array.shape).shard_shape(array.shape)) * array.dtype.itemsize)
 
 
 def temporary_gib(talk: Talk, devices: int) -> float:

@@ -57,14 +57,14 @@ NAMES = {
 CHARTED = ("short_mcq", "long_mcq", "open_exact")
 
 
-def write_report(path: str | Path, data: Mapping) -> Path:
+def write_report(path: str | Path, data: Mapping[str, Any]) -> Path:
     """Write the page for `data` (see the top of this module) to `path`, in one step. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_text(path, render_report(data))
 
 
-def render_report(data: Mapping) -> str:
+def render_report(data: Mapping[str, Any]) -> str:
     """The page for `data` as HTML text. Raises ValueError where a frame is neither PNG nor JPEG."""
     stages, chance = data["stages"], data.get("chance")
     both = [stage for stage in _evaluated(stages) if "en_mcq" in stage["metrics"] and "zh_mcq" in stage["metrics"]]
@@ -102,17 +102,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def _evaluated(stages: Sequence[Mapping]) -> list[Mapping]:
+def _evaluated(stages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [stage for stage in stages if stage.get("metrics")]
 
 
-def _pictures(shown: Mapping) -> list[tuple[str, str]]:
+def _pictures(shown: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Frames and their seconds."""
     pairs = zip(shown.get("frames") or (), shown.get("times") or (), strict=True)
     return [(picture(frame), f"{seconds:.1f}".removesuffix(".0") + " s") for frame, seconds in pairs]
 
 
-def _tiles(data: Mapping) -> list[tuple[str, str, str]]:
+def _tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     stages = _evaluated(data["stages"])
     metrics = stages[-1]["metrics"] if stages else {}
     chance = data.get("chance")
@@ -131,7 +131,7 @@ def _tiles(data: Mapping) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _training(stage: Mapping) -> tuple[str, ...]:
+def _training(stage: Mapping[str, Any]) -> tuple[str, ...]:
     losses = stage.get("losses") or ()
     last = [loss for _, loss in losses[-10:]]
     return (
@@ -144,14 +144,16 @@ def _training(stage: Mapping) -> tuple[str, ...]:
     )
 
 
-def _chart(stages: Sequence[Mapping], keys: Sequence[str], chance: float | None, height: float = 260) -> Markup | None:
+def _chart(
+    stages: Sequence[Mapping[str, Any]], keys: Sequence[str], chance: float | None, height: float = 260
+) -> Markup | None:
     """Bars of the metrics that some stage has; None without a stage."""
     keys = [key for key in keys if any(key in stage["metrics"] for stage in stages)]
     series = [(_name(key), [stage["metrics"].get(key) for stage in stages]) for key in keys]
     return bar_chart([stage["name"] for stage in stages], series, chance, height) if stages else None
 
 
-def _kinds(stages: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, int, list[float | None]]]]]:
+def _kinds(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, int, list[float | None]]]]]:
     """(group, [(kind, how many were asked, share of right answers in each stage)])."""
     kinds = sorted({kind for stage in stages for kind in stage}, key=lambda k: k.rpartition("/")[::2])
     groups = []
@@ -166,7 +168,7 @@ def _kinds(stages: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, int, li
     return groups
 
 
-def _sample(sample: Mapping) -> dict[str, Any]:
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     options = list(sample.get("options") or ())
     said = extract_letter(sample["answer"], LETTERS[: len(options)], options) if options else ""
     listed = []
@@ -183,7 +185,7 @@ def _sample(sample: Mapping) -> dict[str, Any]:
     }
 
 
-def _ablations(ablations: Sequence[Mapping]) -> list[list[str]]:
+def _ablations(ablations: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A table, its heading first; [] without one."""
     if not ablations:
         return []

@@ -66,7 +66,9 @@ class Clock:
         return sum(self.seconds.values())
 
 
-def run(workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool = False, tell: Tell = print) -> dict:
+def run(
+    workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool = False, tell: Tell = print
+) -> dict[str, Any]:
     """Run the whole pipeline at tiny size in `workdir`; returns the contents of `results.json`.
 
     Args:

@@ -33,7 +33,7 @@ def histogram(
     tallest = max(1, int((counts[0] + counts[1]).max()))
 
     def x(value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - 10) * (value - edges[0]) / (edges[-1] - edges[0])
+        return float(_LEFT + (_WIDTH - _LEFT - 10) * (value - edges[0]) / (edges[-1] - edges[0]))
 
     def y(count: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - count / tallest)

@@ -88,7 +88,7 @@ class WorkerPool:
         """
         self._start = functools.partial(_Worker, job, prepare, environment or {})
         self._count, self._time_limit, self._memory, self._lost = count, time_limit, memory_mib, lost
-        self._queue: collections.deque[tuple[Future[Any], tuple]] = collections.deque()
+        self._queue: collections.deque[tuple[Future[Any], tuple[Any, ...]]] = collections.deque()
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._thread: threading.Thread | None = None
@@ -150,7 +150,7 @@ class WorkerPool:
                     return
                 worker.begin(job, self._time_limit)
 
-    def _next_job(self) -> "tuple[Future[Any], tuple] | None":
+    def _next_job(self) -> "tuple[Future[Any], tuple[Any, ...]] | None":
         """The first job in the queue that was not cancelled meanwhile."""
         with self._lock:
             while self._queue:
@@ -218,7 +218,9 @@ def too_much(mib: float) -> Lost:
 class _Worker:
     """A process and the job that it is at, None while idle."""
 
-    def __init__(self, job: Callable, prepare: Callable[[], object] | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, job: Callable[..., Any], prepare: Callable[[], object] | None, environment: Mapping[str, str]
+    ) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         with theirs, uninterrupted():
             self._process = subprocess.Popen(
@@ -228,7 +230,7 @@ class _Worker:
                 env={**environment, **os.environ},
             )
         self.pid = self._process.pid
-        self.job: tuple[Future[Any], tuple] | None = None
+        self.job: tuple[Future[Any], tuple[Any, ...]] | None = None
         self.ready = False  # it has said so: seconds that are not the first file's fault
         self._has(_START_SECONDS)
         self._send(sys.path)
@@ -241,7 +243,7 @@ class _Worker:
     def _has(self, seconds: float) -> None:
         self.seconds, self.deadline = seconds, time.monotonic() + seconds
 
-    def begin(self, job: tuple[Future[Any], tuple], seconds: float) -> None:
+    def begin(self, job: tuple[Future[Any], tuple[Any, ...]], seconds: float) -> None:
         self.job = job
         self._has(seconds)
         self._send(job[1])

@@ -70,7 +70,7 @@ def outputs() -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):  # lines appear at once in a pipe; no terminal's encoding is an error
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    sys.stdout, sys.stderr = (stream and Output(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in before)
     try:
         yield
     finally:

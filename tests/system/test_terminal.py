@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kangaroo_jax.data.audit import check as data_check
-from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.errors import UserError, printable
 from kangaroo_jax.system.terminal import Output, outputs, rewrite
 

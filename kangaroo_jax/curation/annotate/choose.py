@@ -43,7 +43,7 @@ def choose(rows: Iterable[Mapping[str, Any]], clips: int, rules: ConfigDict) -> 
 
 def rule_size(clips: int, rules: ConfigDict) -> int:
     """The number of clips that the rules ask for, out of `clips`."""
-    return rules.count or max(round(rules.share * clips), rules.at_least)
+    return int(rules.count) or max(round(rules.share * clips), rules.at_least)
 
 
 def level(sizes: Mapping[str, int], target: int) -> dict[str, int]:

@@ -232,7 +232,7 @@ def _dropped(made: MakingResult) -> dict[str, Any]:
 
 def counts_of(
     records: Sequence[Mapping[str, Any]], dropped: Sequence[MakingResult], cells: Mapping[Cell, float]
-) -> dict:
+) -> dict[str, Any]:
     """Counts by task, language, type and letter; shares beside their targets; the reasons of dropped ones."""
     made = collections.Counter((record["task"], record["language"]) for record in records)
     total, of_target = max(len(records), 1), sum(cells.values())

@@ -20,9 +20,9 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.kinds import read_head
 from kangaroo_jax.data.media.picker import SKIPPABLE, open_video, start_seconds
-from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.media.video import is_pictures
 from kangaroo_jax.errors import UserError
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from kangaroo_jax.curation.stages.base import Outcome, Row, Settings, rounded
 from kangaroo_jax.data.media import animation
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.image import image_size_of, load_image
 from kangaroo_jax.data.media.kinds import read_head
 from kangaroo_jax.data.media.picker import open_video, rate_of, start_seconds, stream_seconds
 from kangaroo_jax.data.media.pixels import display_matrix, is_turned
-from kangaroo_jax.data.media.storage import check_file, local, short
+from kangaroo_jax.data.media.storage import check_file, local
 from kangaroo_jax.data.media.video import is_pictures
 from kangaroo_jax.errors import UserError
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.data.annotations.conversation import CLIP_KEYS, Conversation, Media, Turn
+from kangaroo_jax.data.media.addresses import is_remote
 from kangaroo_jax.data.media.array_record import features, read_record
 from kangaroo_jax.data.media.containers import member_of, member_suffix
-from kangaroo_jax.data.media.storage import MEMBER, absolute, check_file, is_remote, join, local
+from kangaroo_jax.data.media.storage import MEMBER, absolute, check_file, join, local
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.progress import Tell
@@ -98,7 +99,8 @@ def encode(encoder: Any, conversation: Conversation, embed: bool) -> bytes:
     turns = [{"role": turn.role, "text": turn.text, "loss": turn.loss} for turn in conversation.turns]
     example = {"id": conversation.id, "language": conversation.language, "turns": turns, "media": media}
     example = _encodable(example)
-    return encoder.serialize_example(encoder.encode_example(example))
+    serialized: bytes = encoder.serialize_example(encoder.encode_example(example))
+    return serialized
 
 
 def _encodable(value: Any) -> Any:

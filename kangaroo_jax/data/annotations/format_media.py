@@ -33,7 +33,9 @@ class Parsed:
     notes: frozenset[str] = frozenset()
 
 
-def record_media(item: dict, images: Sequence[str], videos: Sequence[str], where: str) -> tuple[list[Any], list[Any]]:
+def record_media(
+    item: dict[str, Any], images: Sequence[str], videos: Sequence[str], where: str
+) -> tuple[list[Any], list[Any]]:
     """The images and the videos under keys of a record. Raises UserError."""
     if item.get("audios") or item.get("audio"):
         raise UserError(f"{where}: sound is not supported; take 'audio' out of the record")
@@ -41,7 +43,7 @@ def record_media(item: dict, images: Sequence[str], videos: Sequence[str], where
     return found, [value for key in videos for value in listed(item, key, where)]
 
 
-def listed(item: dict, key: str, where: str) -> list[Any]:
+def listed(item: dict[str, Any], key: str, where: str) -> list[Any]:
     """The media under a key, each a path or, for a video, a list of paths. Raises UserError."""
     value = item.get(key)
     values = [] if value is None or value == "" else value if isinstance(value, list) else [value]
@@ -61,7 +63,7 @@ def plain_path(value: Any) -> Any:
     return value
 
 
-def untagged_first(turns: tuple[Turn, ...], images: list, videos: list) -> tuple[Turn, ...]:
+def untagged_first(turns: tuple[Turn, ...], images: list[Any], videos: list[Any]) -> tuple[Turn, ...]:
     """The turns with media tags before the first user's text if no turn has a tag, as in ms-swift."""
     if count_tags(turns) or not (images or videos):
         return turns
@@ -71,7 +73,13 @@ def untagged_first(turns: tuple[Turn, ...], images: list, videos: list) -> tuple
 
 
 def tagged(
-    turns: tuple[Turn, ...], images: list[Any], videos: list[Any], item: dict, where: str, root: str, name: str
+    turns: tuple[Turn, ...],
+    images: list[Any],
+    videos: list[Any],
+    item: dict[str, Any],
+    where: str,
+    root: str,
+    name: str,
 ) -> Parsed:
     """The record of turns with tags and a separate list of media. Raises UserError where they do not match."""
     notes = set()
@@ -105,7 +113,7 @@ def _literal(turn: Turn) -> Turn:
     return dataclasses.replace(turn, text=escaped(turn.text))
 
 
-def _mentions(turns: Sequence[Turn], item: dict) -> bool:
+def _mentions(turns: Sequence[Turn], item: dict[str, Any]) -> bool:
     """Whether a record without media keys only mentions tags within its sentences."""
     texts = [turn.text.strip() for turn in turns if turn.role != "assistant" and TAG.search(turn.text)]
     standing = any(TAG.match(text) or text.endswith(("<image>", "<video>")) for text in texts)
@@ -113,7 +121,7 @@ def _mentions(turns: Sequence[Turn], item: dict) -> bool:
 
 
 def finished(
-    item: dict,
+    item: dict[str, Any],
     turns: Sequence[Turn],
     media: Sequence[Media],
     where: str,
@@ -150,7 +158,7 @@ def medium(kind: str, value: Any, clip: dict[str, Any], root: str) -> Media:
 # ---------------------------------------------------------------------------------- options
 
 
-def option_rows(item: dict, count: int, where: str) -> list[dict[str, Any]]:
+def option_rows(item: dict[str, Any], count: int, where: str) -> list[dict[str, Any]]:
     """The options of each of `count` videos."""
     clips: list[dict[str, Any]] = [{} for _ in range(count)]
     for key in CLIP_KEYS:

@@ -30,7 +30,7 @@ def is_parts(messages: Any) -> bool:
     )
 
 
-def parts_record(item: dict, messages: list[Any], where: str, root: str) -> Parsed:
+def parts_record(item: dict[str, Any], messages: list[Any], where: str, root: str) -> Parsed:
     """The conversation of a record with such messages. Raises UserError."""
     reader = _Parts(item, where, root)
     turns = [reader.turn(number, message) for number, message in enumerate(messages, start=1)]
@@ -40,7 +40,7 @@ def parts_record(item: dict, messages: list[Any], where: str, root: str) -> Pars
 class _Parts:
     """Parts read in order; one without a medium of its own takes the next of the record's columns."""
 
-    def __init__(self, item: dict, where: str, root: str) -> None:
+    def __init__(self, item: dict[str, Any], where: str, root: str) -> None:
         self._item, self._where, self._root = item, where, root
         images, videos = record_media(item, ("image", "images"), ("video", "videos"), where)
         options = option_rows(item, len(videos), where) if videos else []
@@ -129,7 +129,7 @@ def _part(part: Any, number: int, where: str) -> tuple[str, Any]:
     raise UserError(f"{where}: turn {number} has a part of type {shown(kind)}; there are text, image and video")
 
 
-def _part_clip(part: dict, kind: str, where: str) -> tuple[dict[str, Any], set[str]]:
+def _part_clip(part: dict[str, Any], kind: str, where: str) -> tuple[dict[str, Any], set[str]]:
     """The options of a part, and its keys that mean nothing here (sizes in pixels: frames have the model's)."""
     clip: dict[str, Any] = {}
     for key, value in part.items():

@@ -83,7 +83,7 @@ def alternate(turns: Sequence[Turn], where: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def loss_of(turn: dict, where: str) -> float:
+def loss_of(turn: dict[str, Any], where: str) -> float:
     """ms-swift's `loss` (true or false) and `loss_scale` (a factor). Raises UserError."""
     value = turn.get("loss_scale") if turn.get("loss_scale") is not None else turn.get("loss")
     if value is None:

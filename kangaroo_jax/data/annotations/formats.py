@@ -139,7 +139,7 @@ def caption_record(caption: str, kind: str, path: str, name: str) -> Parsed:
 # ----------------------------------------------------------------------------------- simple
 
 
-def _simple(item: dict, where: str, root: str) -> Parsed:
+def _simple(item: dict[str, Any], where: str, root: str) -> Parsed:
     """A record without a list of turns: a question with its answer, or a caption."""
     asked, answered = next((pair for pair in _PAIRS if all(item.get(key) is not None for key in pair)), ("", ""))
     images, videos = _simple_media(item, where)
@@ -159,7 +159,7 @@ def _simple(item: dict, where: str, root: str) -> Parsed:
     return tagged(turns, images, videos, item, where, root, "caption")
 
 
-def _pairs(item: dict, asked: str, answered: str, where: str) -> list[Any]:
+def _pairs(item: dict[str, Any], asked: str, answered: str, where: str) -> list[Any]:
     if asked == "QA":  # VideoChat's: [{"i": instruction, "q": question, "a": answer}, ...]
         rounds = item["QA"]
         if not isinstance(rounds, list) or not rounds or not all(isinstance(one, dict) for one in rounds):
@@ -171,7 +171,7 @@ def _pairs(item: dict, asked: str, answered: str, where: str) -> list[Any]:
     return [*_history(item, "history", where), (question, item[answered])]
 
 
-def _history(item: dict, key: str, where: str) -> list[Any]:
+def _history(item: dict[str, Any], key: str, where: str) -> list[Any]:
     """The rounds before the last."""
     history = item.get(key) or []
     if not isinstance(history, list):
@@ -179,7 +179,7 @@ def _history(item: dict, key: str, where: str) -> list[Any]:
     return history
 
 
-def _simple_media(item: dict, where: str) -> tuple[list[Any], list[Any]]:
+def _simple_media(item: dict[str, Any], where: str) -> tuple[list[Any], list[Any]]:
     images, videos = record_media(item, IMAGE_KEYS, VIDEO_KEYS, where)
     for key in () if images or videos else _PATH_KEYS:
         for path in listed(item, key, where):
@@ -194,7 +194,7 @@ def _is_image(path: Any) -> bool:
     return isinstance(path, str) and os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
-def _what_is_missing(item: dict, caption: Any, images: list, videos: list) -> str:
+def _what_is_missing(item: dict[str, Any], caption: Any, images: list[Any], videos: list[Any]) -> str:
     if isinstance(caption, str):
         return f"a caption is of one medium, and the record names {len(images) + len(videos)} ('video' or 'image')"
     has = ", ".join(f"'{key}'" for key in list(item)[:8]) or "no keys"
@@ -207,7 +207,7 @@ def _what_is_missing(item: dict, caption: Any, images: list, videos: list) -> st
 # ---------------------------------------------------------------------------------- columns
 
 
-def _by_columns(item: dict, columns: Columns, where: str) -> tuple[tuple[Turn, ...], list, list]:
+def _by_columns(item: dict[str, Any], columns: Columns, where: str) -> tuple[tuple[Turn, ...], list[Any], list[Any]]:
     images = listed(item, columns.images, where) if columns.images else []
     videos = listed(item, columns.videos, where) if columns.videos else []
     system = item.get(columns.system) if columns.system else None
@@ -223,6 +223,6 @@ def _by_columns(item: dict, columns: Columns, where: str) -> tuple[tuple[Turn, .
     return turns, images, videos
 
 
-def _alpaca_query(item: dict, columns: Columns) -> Any:
+def _alpaca_query(item: dict[str, Any], columns: Columns) -> Any:
     prompt, query = item.get(columns.prompt), item.get(columns.query)
     return f"{prompt}\n{query}" if isinstance(prompt, str) and query else prompt

@@ -7,7 +7,8 @@ from typing import Any
 
 from kangaroo_jax.data.annotations.format_media import Parsed
 from kangaroo_jax.data.annotations.formats import RECORD_KEYS, Columns, parse_record
-from kangaroo_jax.data.media.storage import MEMBER, absolute, is_remote, join
+from kangaroo_jax.data.media.addresses import is_remote
+from kangaroo_jax.data.media.storage import MEMBER, absolute, join
 from kangaroo_jax.data.media.tables import ENDING, media_leaves, parquet_table
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import parse_json

@@ -39,7 +39,7 @@ def opened(path: str, file: str) -> BinaryIO:
                 raise UserError(f"{path}: {size:,.0f} GiB, of which the disk holds {held:.3g}; the file is damaged")
             return open(file, "rb")
         limits = current_cache().limits
-        unpacked: Any = tempfile.TemporaryFile()  # noqa: SIM115
+        unpacked: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         with gzip.open(file, "rb") as source:
             while block := source.read(_BLOCK):
                 if unpacked.tell() + len(block) > limits.bytes:
@@ -132,7 +132,7 @@ class JsonList:
 
     def _values(self, data: bytes) -> list[Any]:
         try:
-            value = parse_json(data, self._path)
+            value: Any = parse_json(data, self._path)
         except UserError:
             if (several := _one_after_another(data)) is None:
                 raise
@@ -140,7 +140,8 @@ class JsonList:
         if isinstance(value, dict):
             inside = None if is_record(value) or self._columns is not None else _inside(value)
             return [value] if inside is None else inside
-        return value
+        records: list[Any] = value
+        return records
 
     def __len__(self) -> int:
         return len(self._items)

@@ -20,7 +20,8 @@ from kangaroo_jax.data.annotations.formats import FORMATS, Columns
 from kangaroo_jax.data.annotations.parquet import ParquetRecords
 from kangaroo_jax.data.annotations.readers import text_reader
 from kangaroo_jax.data.annotations.webdataset import Unfinished, WebDataset
-from kangaroo_jax.data.media.storage import is_remote, local, short
+from kangaroo_jax.data.media.addresses import is_remote, short
+from kangaroo_jax.data.media.storage import local
 from kangaroo_jax.errors import UserError, printable
 
 CHECKED = 20_000  # records of a file that are read when it is opened, at most
@@ -134,7 +135,8 @@ def evenly(count: int, most: int) -> list[int]:
     """All of 0..count-1, or `most` of them, evenly chosen, the first and the last among them."""
     if count <= most:
         return list(range(count))
-    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+    spread: list[int] = np.linspace(0, count - 1, most).round().astype(int).tolist()
+    return spread
 
 
 def _open(path: str, file: str, root: str, columns: Columns | None) -> _Reader:

@@ -14,9 +14,10 @@ from typing import Any
 from kangaroo_jax.data.annotations.conversation import TAG
 from kangaroo_jax.data.annotations.format_media import Parsed
 from kangaroo_jax.data.annotations.formats import Columns, caption_record, is_record, parse_record
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, opened_image
 from kangaroo_jax.data.media.kinds import HEAD, kind_of
-from kangaroo_jax.data.media.storage import MEMBER, absolute, short
+from kangaroo_jax.data.media.storage import MEMBER, absolute
 from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.json_text import parse_json
 

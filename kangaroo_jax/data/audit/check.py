@@ -13,6 +13,7 @@ import av
 import numpy as np
 
 from kangaroo_jax.data.annotations.conversation import Conversation
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.decode import media_pool
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image
@@ -27,7 +28,7 @@ from kangaroo_jax.data.media.picker import (
     video_streams,
 )
 from kangaroo_jax.data.media.pixels import HDR, has_alpha
-from kangaroo_jax.data.media.storage import current_cache, short, use_cache
+from kangaroo_jax.data.media.storage import current_cache, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames, is_pictures, probe
 from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.json_text import json_line

@@ -8,7 +8,7 @@ from pathlib import Path
 from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.batches.mixture import Source
 from kangaroo_jax.data.batches.sample import annotated_seconds
-from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.video import clip_range
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import read_objects

@@ -144,7 +144,7 @@ def fullness(samples: Sequence[Measured], tokens: int, frames: int, bins: int, *
     packer, rows = Packer(tokens, frames, bins), []
     order = np.random.default_rng(0).integers(0, len(samples), max(again * len(samples), 2000))
     for i in order:
-        row = packer.add(PackItem((0, int(i)), samples[i]))  # type: ignore[arg-type]
+        row = packer.add(PackItem((0, int(i)), samples[i]))
         if row is not None:
             rows.append([sum(len(item.recipe.tokens) for item in row), sum(item.recipe.frames for item in row)])
     shares = np.array(rows).mean(0) / limits if rows else np.zeros(2)
@@ -205,7 +205,7 @@ def _summary(numbers: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _plot(values: dict[str, list], packing: dict[str, Any], path: Path) -> None:
+def _plot(values: dict[str, list[float]], packing: dict[str, Any], path: Path) -> None:
     try:
         import matplotlib
 

@@ -10,8 +10,8 @@ from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.batches.mixture import Lane, Mixture
 from kangaroo_jax.data.batches.packing import Packer, SampleIndex
 from kangaroo_jax.data.batches.sample import Recipe, make_recipe
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.decode import Decoder
-from kangaroo_jax.data.media.storage import short
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError, one_line
 

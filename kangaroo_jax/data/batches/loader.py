@@ -163,7 +163,8 @@ class Loader:
         """The next batch. Raises UserError where nothing can be read, or, if strict, at the first bad sample."""
         if not self._open:
             raise StopIteration
-        return next(self._open[0])
+        found: tuple[PackedBatch, LoaderStats] = next(self._open[0])
+        return found
 
     def describe(self) -> list[str]:
         """A line for each source: its detected format and its share of the samples."""

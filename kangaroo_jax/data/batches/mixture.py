@@ -192,7 +192,7 @@ def _apportion(shares: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """The number of positions of each source in a block, by largest remainders, in the shortest block that is exact."""
     for size in _BLOCKS:
         exact = shares * size
-        counts = np.floor(exact).astype(np.int64)
+        counts: np.ndarray = np.floor(exact).astype(np.int64)
         for i in np.argsort(counts - exact, kind="stable")[: size - counts.sum()]:
             counts[i] += 1
         if (np.abs(counts - exact) <= 0.002 * exact).all():

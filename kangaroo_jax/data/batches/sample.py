@@ -25,7 +25,7 @@ import numpy as np
 
 from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
-from kangaroo_jax.data.media.storage import short
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.video import (
     FramePolicy,
     MediaInfo,

@@ -64,7 +64,7 @@ class _Settings:
     threads: int
 
 
-class PackedBatches(grain.IterDataset):
+class PackedBatches(grain.IterDataset):  # type: ignore[misc]  # grain has no types
     """An iterable of (PackedBatch, LoaderStats) over the lanes of a mixture."""
 
     def __init__(
@@ -125,7 +125,7 @@ class _Begun:
     snapshot: _Snapshot
 
 
-class _PackedBatchIterator(grain.DatasetIterator):
+class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
     """Packs rows ahead of the decoders; the state is that of the batch handed out last."""
 
     def __init__(self, mixture: Mixture, maker: RecipeMaker, settings: _Settings) -> None:

@@ -47,7 +47,8 @@ def embedded_bytes(file: str, record: int, medium: int) -> bytes:
 
 def read_record(file: str, number: int) -> dict[str, Any]:
     encoder, reader = _opened(file)
-    return encoder.deserialize_example_np(reader.read([number])[0])
+    record: dict[str, Any] = encoder.deserialize_example_np(reader.read([number])[0])
+    return record
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from kangaroo_jax.data.media.storage import MediaCache, short, use_cache
+from kangaroo_jax.data.media.addresses import short
+from kangaroo_jax.data.media.storage import MediaCache, use_cache
 from kangaroo_jax.data.media.video import Clip, MediaInfo, MediaRef, load_frames, load_media, probe_cached
 from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.processes import Lost, WorkerPool
@@ -102,7 +103,8 @@ class ThreadDecoder(Decoder):
 
     def probe(self, path: str, kind: str) -> MediaInfo:
         """See `Decoder`."""
-        return _raised(probe_one(path, kind, self._time_limit))
+        info: MediaInfo = _raised(probe_one(path, kind, self._time_limit))
+        return info
 
     def close(self) -> None:
         """See `Decoder`."""

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_of
-from kangaroo_jax.data.media.storage import check_file, local, short
+from kangaroo_jax.data.media.storage import check_file, local
 from kangaroo_jax.errors import UserError, one_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")

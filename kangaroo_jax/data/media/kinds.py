@@ -4,8 +4,9 @@ import os
 import struct
 from pathlib import Path
 
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_of
-from kangaroo_jax.data.media.storage import check_file, local, short
+from kangaroo_jax.data.media.storage import check_file, local
 from kangaroo_jax.errors import UserError
 
 HEAD = 1 << 16  # bytes that suffice to tell the kind

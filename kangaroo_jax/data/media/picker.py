@@ -19,9 +19,10 @@ from typing import Any
 import av
 import numpy as np
 
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.pixels import FrameScaler
-from kangaroo_jax.data.media.storage import check_file, local, short
+from kangaroo_jax.data.media.storage import check_file, local
 from kangaroo_jax.errors import UserError
 
 MAX_FRAME_PIXELS = 8192 * 4608  # 8K; anything larger is refused before it is decoded

@@ -127,7 +127,8 @@ def _tone_mapped(rgb: np.ndarray, transfer: str) -> np.ndarray:
         nits = _PEAK * scene * np.maximum(luma, 1e-6)[..., None] ** 0.2  # the display's gamma: 1.2 overall
         codes = np.round(_to_pq(nits) * 4095).astype(np.uint16)
     linear = _light("PQ")[codes] @ _TO_709.T
-    return (np.clip(linear, 0, 1) ** (1 / _GAMMA) * 255).round().astype(np.uint8)
+    pixels: np.ndarray = (np.clip(linear, 0, 1) ** (1 / _GAMMA) * 255).round().astype(np.uint8)
+    return pixels
 
 
 @functools.cache

@@ -82,7 +82,8 @@ class ParquetTable:
         data = os.pread(self._spool.fileno(), size, offset)
         try:
             batch = self._pa.ipc.read_record_batch(self._pa.py_buffer(data), schema)
-            return batch.slice(inside % _STRETCH, 1).to_pylist()[0]
+            row: dict[str, Any] = batch.slice(inside % _STRETCH, 1).to_pylist()[0]
+            return row
         except self._errors as error:
             raise UserError(f"{self._path}, row {index + 1}: cannot be read ({error})") from None
 

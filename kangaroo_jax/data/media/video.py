@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from kangaroo_jax.data.media import animation, picker
+from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, image_size_of, load_image
 from kangaroo_jax.data.media.kinds import is_picture_file, kind_of, read_head
 from kangaroo_jax.data.media.picker import FramePicker, open_video, rate_of, stream_seconds
-from kangaroo_jax.data.media.storage import local, short
+from kangaroo_jax.data.media.storage import local
 from kangaroo_jax.errors import UserError
 
 
