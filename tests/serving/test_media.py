@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.data.media import addresses
-from kangaroo_jax.data.media.video import probe
+from kangaroo_jax.data.media.decode import ProcessDecoder
+from kangaroo_jax.data.media.video import MediaRef, probe
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.serving.backend import Bounded
 from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import Limits
@@ -425,6 +428,23 @@ def test_proxies_of_the_environment_are_not_asked(web: tuple[MediaStore, str], m
 
 def test_without_hosts_no_address_is_fetched(store: MediaStore, folder: WorkFolder) -> None:
     assert "--allowed-media-hosts" in str(refused(MediaStore(folder, LIMITS), image("https://media.test/a.png")))
+
+
+# ---------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.slow
+def test_a_decoding_process_has_a_bound_of_memory(tmp_path: Path) -> None:
+    Image.new("L", (9000, 9000)).save(tmp_path / "large.png")
+    (tmp_path / "small.png").write_bytes(png())
+    decoder = ProcessDecoder(1, 60.0, prepare=Bounded(48 << 20).begin)
+    with contextlib.closing(decoder):
+        large, small = (
+            decoder.submit(MediaRef("image", str(tmp_path / name), (0.0,)), 16).result()
+            for name in ("large.png", "small.png")
+        )
+    assert isinstance(large, UserError) and "large.png" in str(large)
+    assert not isinstance(small, UserError) and small.pixels.shape == (1, 16, 16, 3)
 
 
 # ---------------------------------------------------------------------------------- the folder
