@@ -104,3 +104,31 @@ def test_an_answer_that_nobody_reads_is_given_up(start, bounds: dict[str, Any]) 
         soon(lambda: server.left()["requests"], 1)
         soon(server.left, NOTHING)
         soon(server.connections, 0)
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /ping HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n",
+        b"GET /%ff%00/..%2f HTTP/1.1\r\nHost: x\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        POST + b"Transfer-Encoding: gzip\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+        POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{",
+        POST + b"Content-Length: 99999999999999999999999\r\n\r\n{",
+        POST + b"Content-Length: \xc2\xb2\r\n\r\n",
+        POST + b"Content-Length: 2\r\nContent-Encoding: \xff\r\n\r\n{}",
+    ],
+)
+def test_what_is_no_request_of_http_is_refused_at_once(start, sent: bytes) -> None:
+    server = start()
+    with opened(server) as raw, ended_within(5):
+        raw.sendall(sent)
+        assert raw.recv(1000).startswith(b"HTTP/1.1 4")
+    soon(server.left, NOTHING)
+    assert send(server.port, "GET", "/ping")[0] == 200
