@@ -48,6 +48,7 @@ class Vision:
         weights_id: str,
         cache_bytes: int,
         pieces: int = 1,
+        pixel_bytes: int = 1 << 30,
     ) -> None:
         """What it needs of the model, and its bounds.
 
@@ -61,13 +62,15 @@ class Vision:
             weights_id: names the weights and the dtype in which they compute.
             cache_bytes: of vision tokens of media that nobody uses at the moment.
             pieces: parts in which a video may be decoded at the same time.
+            pixel_bytes: of frames that are being decoded or wait to be looked at; other media wait, and one that is
+                larger is decoded alone.
         """
         if frames_a_call % frames_per_group:
             raise ValueError(f"{frames_a_call} frames a call: must be a multiple of {frames_per_group}")
         self._encode, self._decoder, self._side = encode, decoder, image_size
         self.frames_per_group, self.tokens_per_group = frames_per_group, tokens_per_group
         self.frames_a_call = frames_a_call
-        self._model, self._limit, self._pieces = weights_id, cache_bytes, pieces
+        self._model, self._limit, self._pieces, self._most_pixels = weights_id, cache_bytes, pieces, pixel_bytes
         # Called from any thread when something has happened that `pump` or who waits for a medium should see.
         self.listener: Callable[[], None] = lambda: None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="identity")
@@ -108,12 +111,22 @@ class Vision:
                 medium.users += 1
                 self._reused += len(ref.times) if known else 0
             watched.found(medium, known, error)
-        if medium is not None and not known:
+        self._begin()
+        self.listener()
+
+    def _begin(self) -> None:
+        """Have media decoded, first come first served, as far as there is room for their pixels."""
+        while True:
+            with self._lock:
+                medium = next((medium for medium in self._unfinished if not medium.begun), None)
+                there = sum(medium.pixel_bytes for medium in self._unfinished if medium.begun)
+                if medium is None or (there and there + medium.pixel_bytes > self._most_pixels):
+                    return
+                medium.begun = True
             try:
                 medium.decode(self._pieces)
             except (UserError, RuntimeError) as reason:  # no worker can start, or the decoder is closed
                 medium.fail(UserError(str(reason)))
-        self.listener()
 
     def pump(self) -> bool:
         """Look at one group of frames, first come first served; False where none waits. For the device's thread."""
@@ -163,6 +176,7 @@ class Vision:
             self._encoding.append(medium)
             if medium.complete and medium in self._unfinished:
                 self._unfinished.remove(medium)
+        self._begin()
 
     def _forget(self) -> None:
         """Forget what nobody uses, least recently used first, beyond the bytes allowed."""
@@ -188,6 +202,7 @@ class Vision:
                 del self._media[medium.key]
             if medium in self._unfinished:
                 self._unfinished.remove(medium)
+        self._begin()
         self.listener()
 
     def _released(self, medium: "_Medium") -> None:
@@ -212,7 +227,8 @@ class _Medium:
         self.seconds: list[float] = []  # of the frames that are decoded, in order
         self.decode_seconds = self.encode_seconds = 0.0
         self.frames_decoded = self.frames_encoded = 0
-        self._begun = time.perf_counter()
+        self.begun = False  # whether the decoder has it
+        self._begun_at = 0.0
         self._looked = 0.0  # until when
         self._pieces: list[Future[Outcome]] = []
         self._ready: dict[int, Clip] = {}  # pieces that came before an earlier one
@@ -230,6 +246,10 @@ class _Medium:
         return self.frames_encoded == len(self.ref.times)
 
     @property
+    def pixel_bytes(self) -> int:
+        return (len(self.ref.times) - self.frames_encoded) * self.owner._side**2 * 3
+
+    @property
     def bytes(self) -> int:
         return sum(int(rows.nbytes) for _, _, rows in self._rows)
 
@@ -240,6 +260,7 @@ class _Medium:
 
     def decode(self, most: int) -> None:
         """Hand the medium to the decoder, in pieces of whole calls, as even as they can be."""
+        self._begun_at = time.perf_counter()
         calls = -(-len(self.ref.times) // self.owner.frames_a_call)
         count = max(1, min(most, calls)) if self.ref.kind == "video" else 1
         cuts = [round(i * calls / count) * self.owner.frames_a_call for i in range(count + 1)]
@@ -286,7 +307,7 @@ class _Medium:
         if len(clip.pixels):
             self._pixels.append(clip.pixels)
         if len(self.seconds) == len(self.ref.times):
-            self.decode_seconds = time.perf_counter() - self._begun
+            self.decode_seconds = time.perf_counter() - self._begun_at
 
     def _read_whole(self) -> None:
         """Decode the medium as one; of that the frames are used which no piece has given yet."""

@@ -129,6 +129,46 @@ def test_seconds_of_looking_are_those_until_the_tokens_are_there(make, clips):
     assert 0.1 <= watched.usage["encode"] <= time.perf_counter() - begun
 
 
+def test_the_pixels_of_many_media_are_never_there_at_a_time(make, clips):
+    frame = SIDE * SIDE * 3
+    vision = make(pixel_bytes=10 * frame)
+    media = [ref(clips / name, count) for name in ("a.mp4", "c.mp4") for count in (8, 4, 6, 12)]
+    watched = [vision.watch(medium) for medium in media]
+    assert wait_for(lambda: all(w.identity is not None for w in watched))
+    assert sum(len(asked.times) for asked in vision.asked) <= 12
+    done = 0
+    while done < len(watched):
+        begun = sum(len(asked.times) for asked in vision.asked)
+        looked = sum(w.usage["frames_encoded"] for w in watched)
+        assert begun - looked <= 12  # the largest may be there alone
+        if not vision.pump():
+            time.sleep(1e-3)
+        done = sum(w.ready == w.rows for w in watched)
+    bad = vision.watch(ref(clips / "none.mp4"))
+    assert wait_for(lambda: bad.error is not None)
+
+
+def test_a_medium_that_waits_for_room_may_be_left(make, clips):
+    vision = make(pixel_bytes=1)
+    vision.go.clear()
+    first, second, third = (
+        vision.watch(ref(clips / name, count)) for name, count in (("a.mp4", 8), ("c.mp4", 4), ("c.mp4", 6))
+    )
+    assert wait_for(lambda: third.identity is not None and second.identity is not None and vision.asked)
+    waiting = [w for w in (first, second, third) if len(w.ref.times) != len(vision.asked[0].times)]
+    waiting[0].release()
+    vision.go.set()
+    seen(vision, *(w for w in (first, second, third) if w is not waiting[0]))
+    assert len(vision.asked) == 2
+
+
+def wait_for(condition) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    return bool(condition())
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize("count", [2, 8, 14])
 def test_tokens_are_those_of_the_frames_in_order_however_they_are_decoded(make, clips, pieces, count):
