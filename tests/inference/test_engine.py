@@ -175,6 +175,27 @@ def test_every_slot_and_any_neighbours_give_the_plain_answer(model, engine):
     assert stats["requests_length"] == 12 and stats["slots_busy"] == 0 and stats["running"] == 0
 
 
+@pytest.mark.slow
+def test_fifteen_neighbours_in_a_step_change_no_answer(model, unstacked, monkeypatch):
+    sizes = Sizes(((256, 16),), chunks=(32,), visible=(), rows=(1, 16), frames=4)
+    drawn = Sampling(temperature=2.0, top_p=0.9, seed=5)
+    asked = [request(1, 9, [("a", 20)], new=40), request(2, 30, new=40, sampling=drawn)]
+    asked += [request(i, 3 + i, [("b", i)] if i % 2 else (), new=60) for i in range(3, 17)]
+    with make_engine(unstacked, sizes) as engine:
+        alone = [engine.submit(one).result(60).ids for one in asked[:2]]
+        rows, decode = set(), engine.programs.decode
+
+        def counted(larges, *others):
+            rows.add(len(set(map(id, larges))))
+            return decode(larges, *others)
+
+        monkeypatch.setattr(engine.programs, "decode", counted)
+        tickets = [engine.submit(dataclasses.replace(one, namespace=b"other")) for one in asked]
+        assert [ticket.result(120).ids for ticket in tickets[:2]] == alone
+        assert_plain(model, asked[0], tickets[0].result())
+        assert 16 in rows
+
+
 def test_a_second_round_reads_only_what_is_new(model, engine):
     first = request(1, 20, [("a", 60)], new=70)
     answer = engine.submit(first).result(60)
