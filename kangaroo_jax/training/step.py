@@ -29,6 +29,11 @@ Metrics = dict[str, Scalar]
 Sums = tuple[Scalar, Scalar, Params]  # sums of losses, of weights, of gradients
 TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 
+# Options of the compiler, by platform. XLA for TPU would cut a product whose weight is gathered into as many products
+# as there are devices, each with its transfer ("windowed einsum"): a ViT's are then a 32nd as deep as the matrix unit
+# needs. The threshold is the MiB from which it does.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+
 
 def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBatch) -> tuple[Scalar, Scalar]:
     """(mean loss over the weighted targets of the whole batch, their total weight)."""
@@ -111,4 +116,15 @@ def make_train_step(
             params, opt_state = update(*before)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=None if shardings is None else (shardings, None),
+        compiler_options=None if shardings is None else COMPILER_OPTIONS.get(_platform_of(shardings)),
+    )
+
+
+def _platform_of(shardings: Any) -> str:
+    """What holds the arrays of these shardings: `cpu`, `gpu` or `tpu`."""
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    return str(device.platform)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -9,18 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import STAGES, StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
+from kangaroo_jax.models.layers import Linear
 from kangaroo_jax.planning import compile as plan_compile
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning import hlo, plan
 from kangaroo_jax.planning.packing import packed
+from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
+from kangaroo_jax.training.step import COMPILER_OPTIONS
 
 KEYS = {
     "fits", "peak_hbm_gib", "capacity_gib", "params_b", "model_tflops_causal", "model_tflops_full", "vit_share",
@@ -325,3 +330,27 @@ def test_a_tpu_step_is_compiled_here_with_splash_attention(config, tmp_path):
     compiled = plan_compile.compile_step(resolved, target, tmp_path, packed(resolved, 1).visited)
     assert compiled.flops["attention_llm"] > 0 and compiled.flops["attention_vision"] > 0
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+@needs_libtpu
+def test_no_product_of_the_vit_is_cut_into_one_for_each_device():
+    """A product of a ViT whose weight 32 devices share, and its gradients: no transfer from neighbour to neighbour."""
+    mesh = make_mesh((1, 8, 1, 4), plan_compile.topology_devices(parse_topology("v5e:4x8")))
+    axes, rows = ("vision_embed", "vision_mlp"), ("frames", None, None)
+
+    def array(shape, axes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes, shape))
+
+    def sliced(options) -> int:
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options).trace(state, *arrays)
+        program = step.lower(lowering_platforms=("tpu",)).compile()
+        return len(re.findall(r" collective-permute(-start)?\(", program.as_text()))
+
+    with jax.set_mesh(mesh):
+        options = dict(bias=False, param_dtype=jnp.float32)
+        linear = nnx.eval_shape(lambda: Linear((1024,), (2752,), axes, rngs=nnx.Rngs(0), **options))
+        graph, state = nnx.split(linear)
+        state = jax.tree.map(lambda x: array(x.shape, axes, x.dtype), state)
+        arrays = array((96, 1025, 1024), rows), array((96, 1025, 2752), rows)
+        loss = lambda state, x, w: jnp.sum((nnx.merge(graph, state)(x) * w).astype(jnp.float32))  # noqa: E731
+        assert sliced(COMPILER_OPTIONS["tpu"]) == 0 < sliced(None)
