@@ -162,10 +162,9 @@ class Ticket:
         return self._cancelled
 
     @property
-    def seen(self) -> float:
-        """How much of its media is looked at, from 0 to 1: the share of their vision tokens that are made."""
-        rows = sum(medium.rows for medium in self.media)
-        return 1.0 if self.done or not rows else sum(medium.ready for medium in self.media) / rows
+    def seen(self) -> tuple[float, ...]:
+        """How much of each of its media is looked at, from 0 to 1: the share of its vision tokens that are made."""
+        return tuple(1.0 if self.done else medium.ready / medium.rows for medium in self.media)
 
     @property
     def done(self) -> bool:

@@ -84,8 +84,8 @@ class Answering(Protocol):
     def planned(self) -> tuple[tuple[float, ...], ...]:
         """The seconds of the frames that each medium is looked at; () where only the answer tells."""
 
-    def seen(self) -> float | None:
-        """How much of the media is looked at, from 0 to 1; None where nobody knows."""
+    def seen(self) -> tuple[float, ...] | None:
+        """How much of each medium is looked at, from 0 to 1; None where nobody knows."""
 
     def pieces(self) -> Iterator[str]:
         """The text as it comes. Raises UserError."""

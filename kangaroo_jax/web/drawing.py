@@ -1,6 +1,7 @@
 """Pieces of the page as HTML. What users and files are called is escaped."""
 
 import html
+from collections.abc import Sequence
 
 from kangaroo_jax.serving.limits import MIB
 from kangaroo_jax.web.asking import Told
@@ -67,16 +68,20 @@ def _strip(shown: Shown) -> str:
     return f'<div class="k-strip" data-number="{shown.number}">{"".join(figures)}</div>' if figures else ""
 
 
-def watching(session: Session, shown: Shown, seen: float | None) -> str:
-    """How far a medium is looked at; frames that are still to come are pale in its strip."""
-    words, count = session.texts, len(shown.seconds)
-    told = html.escape(words.watching.format(name=shown.medium.name))
-    if seen is None:
+def watching(session: Session, shown: Sequence[Shown], seen: Sequence[float] | None) -> str:
+    """How far media are looked at, of which the first unseen one is named; frames to come are pale in their strips."""
+    words = session.texts
+    place = next((i for i, share in enumerate(seen or ()) if share < 1), len(shown) - 1)
+    told = html.escape(words.watching.format(name=shown[place].medium.name))
+    if not seen:
         return f'<div class="k-watch">{told}<i class="k-bar k-unknown"><i></i></i></div>'
-    there = int(seen * count)
-    pale = f'.k-strip[data-number="{shown.number}"] figure:nth-child(n+{there + 1}){{opacity:.3}}'
-    counted = html.escape(words.shown_frames.format(seen=there, frames=count)) if count else ""
-    bar = f'<i class="k-bar"><i style="width:{100 * seen:.0f}%"></i></i>'
+    pale = "".join(
+        f'.k-strip[data-number="{one.number}"] figure:nth-child(n+{int(share * len(one.seconds)) + 1}){{opacity:.3}}'
+        for one, share in zip(shown, seen, strict=False)
+    )
+    share, count = seen[place], len(shown[place].seconds)
+    counted = html.escape(words.shown_frames.format(seen=int(share * count), frames=count)) if count else ""
+    bar = f'<i class="k-bar"><i style="width:{100 * share:.0f}%"></i></i>'
     return f'<div class="k-watch">{told}<span>{counted}</span>{bar}<style>{pale}</style></div>'
 
 

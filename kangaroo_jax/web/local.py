@@ -73,7 +73,7 @@ class LocalAnswer:
         """See `Answering`."""
         return tuple(ref.times for ref in self._ticket.request.media)
 
-    def seen(self) -> float | None:
+    def seen(self) -> tuple[float, ...]:
         """See `Answering`."""
         return self._ticket.seen
 

@@ -95,7 +95,7 @@ class RemoteAnswer:
         self._usage: Any = None
         self._reason = "stop"
 
-    def seen(self) -> float | None:
+    def seen(self) -> tuple[float, ...] | None:
         """See `Answering`."""
         return None
 

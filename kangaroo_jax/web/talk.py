@@ -154,14 +154,14 @@ class Talk:
     def _watched(
         self, session: Session, shown: Sequence[Shown], asked: Sequence[Turn], settings: Settings
     ) -> Iterator[View]:
-        yield View(progress=drawing.watching(session, shown[-1], None))
+        yield View(progress=drawing.watching(session, shown, None))
         answering = self.model.ask(asked, settings, session.salt, silent=True)
         with session.under_way(answering):
             if answering.planned:
                 self._note_frames(shown, answering.planned)
-                yield View(stage=drawing.stage(session), progress=drawing.watching(session, shown[-1], 0.0))
+                yield View(stage=drawing.stage(session), progress=drawing.watching(session, shown, answering.seen()))
             reading = self._threads.submit(lambda: list(answering.pieces()))
-            yield from self._progress(session, shown[-1], answering, reading)
+            yield from self._progress(session, shown, answering, reading)
             reading.result()
             told = answering.told()
         if told.finish_reason != "cancelled":
@@ -169,7 +169,7 @@ class Talk:
         yield View(stage=drawing.stage(session), progress="")
 
     def _progress(
-        self, session: Session, shown: Shown, answering: Answering, reading: "Future[list[str]]"
+        self, session: Session, shown: Sequence[Shown], answering: Answering, reading: "Future[list[str]]"
     ) -> Iterator[View]:
         last = ""
         while not reading.done():

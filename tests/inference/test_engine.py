@@ -411,12 +411,12 @@ def test_a_ticket_says_how_much_of_its_media_is_seen(unstacked):
     vision = Seen(at_a_time=0)
     with make_engine(unstacked, vision=vision) as engine:
         ticket = engine.submit(request(1, 5, [("a", 30), ("b", 10)]))
-        assert ticket.seen == 0.0
-        vision.watched[0].ready = 20
-        assert ticket.seen == 0.5
+        assert ticket.seen == (0.0, 0.0)
+        vision.watched[0].ready = 15
+        assert ticket.seen == (0.5, 0.0)
         ticket.cancel()
         ticket.result(60)
-        assert ticket.seen == engine.submit(request(2, 9)).seen == 1.0
+        assert ticket.seen == (1.0, 1.0) and engine.submit(request(2, 9)).seen == ()
 
 
 def test_a_film_that_cannot_be_read_costs_its_own_request(model, unstacked):

@@ -47,8 +47,8 @@ class FakeAnswer:
         self._new, self._said = new, 0
         self.cancelled = False
 
-    def seen(self) -> float:
-        return 0.5
+    def seen(self) -> tuple[float, ...]:
+        return (1.0,) * (len(self.planned) - 1) + (0.5,)
 
     def pieces(self) -> Iterator[str]:
         for piece in self._pieces or [""]:

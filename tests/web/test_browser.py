@@ -111,6 +111,21 @@ def test_a_film_is_shown_and_talked_about(visit, page, films):
     assert user.spoken("user") == [] and files_in(page.talk) == 0
 
 
+def test_frames_are_pale_until_they_are_seen(visit, page, films):
+    page.model.go.clear()
+    try:
+        user = visit()
+        user.show(films / "b.mp4")
+        user.tab.locator(".k-watch", has_text="2 of 4 frames").wait_for()
+        shown = "[...document.querySelectorAll('.k-strip figure')].map((one) => getComputedStyle(one).opacity).join()"
+        user.tab.wait_for_function(f"{shown} == '1,1,0.3,0.3'")
+        page.model.go.set()
+        user.tab.wait_for_function(f"!document.querySelector('.k-watch') && {shown} == '1,1,1,1'")
+    finally:
+        page.model.go.set()
+    assert user.faults == []
+
+
 def test_the_page_is_chinese_for_a_chinese_browser_and_by_its_switch(visit, page):
     user = visit("zh-CN")
     user.tab.get_by_text("把视频或图片拖到这里，或点击选择").wait_for()

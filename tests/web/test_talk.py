@@ -61,6 +61,10 @@ def test_several_media_go_with_the_next_question_and_a_bad_one_alone_is_dropped(
     assert last(views, "stage").count("<section") == 2 and "an image" in last(views, "stage")
     list(talk.ask(session, "What?", *GIVEN))
     assert [m.name for m in session.turns[0].media] == ["photo.png", "b.mp4"] and not session.waiting
+    far = drawing.watching(session, session.shown, (0.25, 0.0))
+    assert "Watching photo.png" in far and '[data-number="3"] figure:nth-child(n+1)' in far and "width:25%" in far
+    far = drawing.watching(session, session.shown, (1.0, 0.75))
+    assert "Watching b.mp4" in far and '[data-number="3"] figure:nth-child(n+4)' in far and "3 of 4 frames" in far
     list(talk.watch(session, 2, 0.0, 0))  # other settings: looked at anew, without the answer
     turns, settings, _, silent = talk.model.asked[-1]
     assert silent and len(turns) == 1 and settings == Settings(frames=2)
