@@ -34,7 +34,7 @@ class Server:
     api_key_env: str = ""  # the variable of the environment that holds the key
     as_images: bool = False  # each frame as an image, for servers that know no video
     side: int = 448  # pixels of a frame, padded square
-    retries: int = 6
+    retries: int = 20  # of a call that failed: minutes, in which a server may load its model
     timeout: float = 300.0  # seconds of a call
 
 
@@ -72,7 +72,9 @@ async def _ask_all(
         timeout=server.timeout,
         settings={"temperature": 0.0},
     )
-    client = Client(endpoint, Limits(concurrency=at_a_time, retries=server.retries, answer_retries=0))
+    client = Client(
+        endpoint, Limits(concurrency=at_a_time, retries=server.retries, answer_retries=0, longest_wait=20.0)
+    )
     asking = _Asking(server, client, samples, strict, told)
     try:
         await in_order(asking.ask, tasks, at_a_time, lambda: None)

@@ -100,4 +100,5 @@ def compare(
     half = _t95(count - 1) * error
     probability = math.erfc(abs(mean) / error / math.sqrt(2)) if error > 1e-12 else 1.0 if abs(mean) < 1e-12 else 0.0
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    return Difference(mean, error, mean - half, mean + half, probability, (_Z95 + _Z80) * error, better, worse, count)
+    low, high = max(mean - half, -1.0), min(mean + half, 1.0)
+    return Difference(mean, error, low, high, probability, (_Z95 + _Z80) * error, better, worse, count)
