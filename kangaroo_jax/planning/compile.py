@@ -24,7 +24,7 @@ from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
 GIB = 1 << 30
-READ = 4  # raise it when a program is read differently: cached results are then compiled again
+READ = 5  # raise it when a program is read differently: cached results are then compiled again
 
 
 class Seconds(TypedDict):
@@ -86,6 +86,7 @@ def topology_devices(target: Slices) -> list[Any]:
     from jax.experimental import topologies
 
     check_libtpu()
+    prepare_environment()
     sizes = [int(size) for size in target.topology.split("x")]
     # A host has 2 x 2 chips; the compiler does not guess that a smaller slice is one smaller host.
     host = (*(min(2, size) for size in (*sizes, 1)[:2]), 1)

@@ -146,7 +146,7 @@ class _Timer:
         found = _ESTIMATE.search(operation.text)
         seconds = int(found.group(1)) / self._hertz if found else 0.0
         multiplies = hlo.matmul_flops(hlo.Visit(operation, 1.0, computation)) > 0
-        if operation.kind == "reduce":  # its estimate is many times too much
+        if operation.kind in ("reduce", "broadcast"):  # the estimate of a plain one is many times too much
             read = sum(computation[name].bytes for name in operation.operands if name in computation)
             seconds = min(seconds, (read + operation.bytes) / (self._chip.hbm_gb * 1e9))
         if operation.kind == "fusion":
