@@ -48,16 +48,16 @@ def trickled(raw: socket.socket, piece: bytes) -> None:
 
 def test_the_head_of_a_request_must_come_in_time(start) -> None:
     server = start(seconds=0.4)
-    with opened(server) as silent, ended_within(5):
+    with opened(server) as silent, ended_within(15):
         assert received(silent) == b""
-    with opened(server) as slow, ended_within(5):
+    with opened(server) as slow, ended_within(15):
         slow.sendall(HEAD)
         trickled(slow, b"X-a: b\r\n")
 
 
 def test_the_head_of_the_next_request_must_come_in_time_too(start) -> None:
     server = start(seconds=0.4)
-    with opened(server) as raw, ended_within(5):
+    with opened(server) as raw, ended_within(15):
         raw.sendall(HEAD + b"\r\n")
         assert raw.recv(1000).startswith(b"HTTP/1.1 200")
         raw.sendall(HEAD + b"\r\n" + HEAD)  # one and a half
@@ -67,7 +67,7 @@ def test_the_head_of_the_next_request_must_come_in_time_too(start) -> None:
 
 def test_a_body_that_was_refused_is_not_read_for_ever(start) -> None:
     server = start(Limits(max_body_mb=1), seconds=0.4)
-    with opened(server) as raw, ended_within(8):
+    with opened(server) as raw, ended_within(15):
         raw.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         trickled(raw, b"8000\r\n" + bytes(0x8000) + b"\r\n")
     soon(server.left, NOTHING)
