@@ -6,19 +6,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Before jax is imported. Most of the time goes into compiling, a third less of it at level 0; CI, which runs the
-# slow tests too, compiles as in real use.
+from tests.quick import quick_flags
+
+# Before jax is imported. CI, which runs the slow tests too, compiles as in real use.
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # which has them from its parent
     os.environ["XLA_FLAGS"] = " ".join(
         ["--xla_force_host_platform_device_count=8"]
-        + ["--xla_backend_optimization_level=0"] * ("--slow" not in sys.argv)
+        + quick_flags() * ("--slow" not in sys.argv)
         + [os.environ.get("XLA_FLAGS", "")]
     ).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one that reads what another has half written compiles again
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"-{worker}"
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -77,7 +78,7 @@ def make_random_model() -> Callable[[ConfigDict], nnx.Module]:
         def draw(path: tuple, weight: jax.ShapeDtypeStruct) -> jax.Array:
             name = jax.tree_util.keystr(path)
             value = 1.0 if "scale" in name else 0.0 if "bias" in name else 0.4 * rng.standard_normal(weight.shape)
-            return jnp.full(weight.shape, value, weight.dtype)
+            return jnp.asarray(np.full(weight.shape, value), weight.dtype)
 
         return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, weights))
 

@@ -60,7 +60,7 @@ def our_llama(folder: Path) -> Llama:
     """The decoder of a folder of theirs, in JAX."""
     source = open_source(folder)
     weights = {path: source.weights.read(path, whole(spec.shape)) for path, spec in source.weights.specs.items()}
-    model = Llama(LlamaConfig.from_config(source.config.model.llm), rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Llama(LlamaConfig.from_config(source.config.model.llm), rngs=nnx.Rngs(0)))
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parameter.set_value(jnp.asarray(weights.pop("llm/" + "/".join(map(str, path)))))
     assert not weights

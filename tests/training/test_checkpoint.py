@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from kangaroo_jax.checkpoints.reading import load_params
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training import array_writing
 from kangaroo_jax.training.checkpoint import Checkpoints
@@ -47,9 +45,9 @@ def test_a_tenth_of_an_item_is_written_at_a_time_or_three_arrays_where_they_are_
     assert handlers == [{"save_concurrent_gb": mib * 2**20 / 10**9}]
 
 
-def test_weights_are_read_back_without_a_warning(tmp_path, micro_config, caplog):
+def test_weights_are_read_back_without_a_warning(tmp_path, micro_config, make_random_model, caplog):
     binding = abstract_model(ModelConfig.from_config(micro_config.model))
-    params = binding.flatten(KangarooModel(ModelConfig.from_config(micro_config.model), rngs=nnx.Rngs(0)))
+    params = binding.flatten(make_random_model(micro_config.model))
     state = TrainState(jnp.int32(1), params, {}, {"count": jnp.int32(0)})
     checkpoints = Checkpoints(tmp_path, state)
     checkpoints.save(state, b"", {})

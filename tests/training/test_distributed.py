@@ -20,6 +20,7 @@ from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training import distributed
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
 from kangaroo_jax.training.metrics import read_metrics, read_samples
+from tests.quick import quick_flags
 
 pytestmark = pytest.mark.alone
 
@@ -41,7 +42,8 @@ def start(corpus: Path, workdir: Path, count: int, steps: int = STEPS, every: in
     port, processes = free_port(), []
     workdir.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+        flags = " ".join(quick_flags())  # on one device
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
         if count > 1:
             environment.update({ADDRESS: f"127.0.0.1:{port}", COUNT: str(count), INDEX: str(index)})
         command = [sys.executable, str(SCRIPT), str(corpus), str(workdir), str(steps), str(every)]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 
 from kangaroo_jax.checkpoints.digests import digests
 from kangaroo_jax.checkpoints.frozen import weight_folders
@@ -18,7 +17,6 @@ from kangaroo_jax.checkpoints.stored import Stored
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.curation.stages.embedding import load_encoder
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
@@ -144,9 +142,9 @@ def test_a_checkpoint_that_holds_all_goes_on_as_one_that_does_not(tmp_path):
     assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(small(2))))
 
 
-def test_every_reader_of_weights_has_both(tmp_path, micro_config):
+def test_every_reader_of_weights_has_both(tmp_path, micro_config, make_random_model):
     binding = abstract_model(ModelConfig.from_config(micro_config.model))
-    params = binding.flatten(KangarooModel(ModelConfig.from_config(micro_config.model), rngs=nnx.Rngs(0)))
+    params = binding.flatten(make_random_model(micro_config.model))
     frozen = {k: v for k, v in params.items() if k.startswith("llm/") or k.endswith("bias")}
     folder = save(tmp_path, state_of(1, {k: v for k, v in params.items() if k not in frozen}, frozen))
     found, stored = load_params(tmp_path, binding), Stored(*weight_folders(folder / "1"))

@@ -24,22 +24,25 @@ from kangaroo_jax.training.metrics import read_metrics, read_samples
 from kangaroo_jax.training.resume import check_resume, check_tokenizer, same_tokens
 from kangaroo_jax.training.step import TrainState
 from kangaroo_jax.training.stopping import Preempted, Preemption, locked
-from tests.training.test_loop import small_stage
+from tests.training.test_loop import STEPS, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory, one_device) -> Path:
-    """A stage of four steps, with the checkpoints 2 and 4, whose data and tokenizer are its own copies."""
+    """A stage that a kill has cut off after step 4, with the checkpoints 2 and 4; data and tokenizer are its copies."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copy(corpus / "stage4.jsonl", folder / "data.jsonl")
     train(config_of(folder, corpus), folder / "run", tell=lambda _: None)
+    for step in range(5, STEPS + 1):
+        shutil.rmtree(folder / "run" / "checkpoints" / str(step), ignore_errors=True)
     return folder
 
 
 def config_of(folder: Path, corpus: Path, **changes):
-    config = small_stage("stage4_instruct", corpus, 4, **{"train.checkpoint_every": 2, **changes})
+    kept = {"train.checkpoint_every": 2, "train.keep_checkpoints": 4}
+    config = small_stage("stage4_instruct", corpus, **{**kept, **changes})
     config.data.train, config.data.media_root = (str(folder / "data.jsonl"),), str(corpus)
     return config
 
@@ -76,7 +79,8 @@ def test_what_cannot_change_is_named_and_what_may_is_said(trained, corpus):
     may["model.llm.rope_scaling.low_freq_factor"] = 2.0  # means nothing where the factor is 1
     config = typed(trained, corpus, **may)
     lines = "\n".join(check_resume(folder, config, shapes))
-    for part in ("learning_rate was 0.002, is now 0.003", "data.fps was 1.0, is now 2.0", "steps was 4", "trainable"):
+    said = ("learning_rate was 0.002, is now 0.003", "data.fps was 1.0, is now 2.0", f"steps was {STEPS}", "trainable")
+    for part in said:
         assert part in lines
     assert "rope" not in lines
     config = config.changed({"model.tpe.enabled": False, "allow_changes": ("model.tpe.enabled",)})
@@ -87,20 +91,20 @@ def test_a_refused_resume_leaves_the_folder_and_an_edited_source_is_said(trained
     shutil.copytree(trained, tmp_path / "t")
     folder, run = tmp_path / "t", tmp_path / "t" / "run"
     before = (run / "config.json").read_bytes()
-    config = config_of(trained, corpus, **{"data.packs_per_batch": 2, "train.steps": 6})
+    config = config_of(trained, corpus, **{"data.packs_per_batch": 2})
     with pytest.raises(UserError, match="config.data.packs_per_batch was 1 and is now 2;"):
         train(config, run, tell=lambda _: None)
     assert (run / "config.json").read_bytes() == before
     text = (folder / "data.jsonl").read_text()
     (folder / "data.jsonl").write_text(text.replace("yellow square", "violet square"))
     lines: list[str] = []
-    gone = {"init_from": str(tmp_path / "deleted"), "train.steps": 5}  # a stage that goes on needs it no more
+    gone = {"init_from": str(tmp_path / "deleted")}  # a stage that goes on needs it no more
     train(config_of(folder, corpus, **gone), run, tell=lines.append)
     said = "\n".join(lines)
     assert "data.jsonl was edited since the last checkpoint" in said and "goes on after step 4" in said
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     samples = read_samples(run / "samples.jsonl")
-    assert sorted(samples) == [1, 2, 3, 4, 5] and all(samples.values())
+    assert sorted(samples) == [*range(1, STEPS + 1)] and all(samples.values())
     for line in read_metrics(run / "metrics.jsonl"):
         assert line["samples"] == len(samples[line["step"]]) and line["elapsed"] >= line["stepping"]
 
@@ -109,7 +113,7 @@ def test_another_tokenizer_is_refused_on_resume_and_as_a_start(trained, corpus, 
     texts = ["a red square", "what time is it", "seconds and hours", "blue, green, yellow", "colour of the long video"]
     train_sentencepiece(texts * 3, tmp_path / "other.model", vocab_size=300)
     folder = reading.find(trained / "run")
-    config = config_of(trained, corpus, **{"data.tokenizer": str(tmp_path / "other.model"), "train.steps": 5})
+    config = config_of(trained, corpus, **{"data.tokenizer": str(tmp_path / "other.model")})
     for changes in ({}, {"init_from": str(trained / "run")}):
         run = tmp_path / "new" if changes else trained / "run"
         config.update_from_flattened_dict(changes)

@@ -38,7 +38,7 @@ def test_update_is_adamw_with_each_groups_rate():
     params = {"fast/kernel": jnp.array([2.0, -4.0]), "slow/kernel": jnp.array([2.0]), "fast/bias": jnp.array([3.0])}
     grads = {"fast/kernel": jnp.array([1.0, -3.0]), "slow/kernel": jnp.array([5.0]), "fast/bias": jnp.array([-1.0])}
     optimizer = make_optimizer(config, 10, params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     rate = float(make_schedule(config, 10)(0))
     np.testing.assert_allclose(updates["fast/kernel"], [-rate * (1 + 1.0), -rate * (-1 - 2.0)], rtol=1e-5)
     np.testing.assert_allclose(updates["slow/kernel"], [-0.25 * rate * (1 + 1.0)], rtol=1e-5)
@@ -49,7 +49,7 @@ def test_adams_epsilon_is_that_of_the_config():
     config = optimizer_config(eps=1.0, weight_decay=0.0, clip_norm=0.0, warmup_fraction=0.0)
     params, grads = {"a/kernel": jnp.zeros(2)}, {"a/kernel": jnp.array([1.0, -3.0])}
     optimizer = make_optimizer(config, 10, params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     rate = float(make_schedule(config, 10)(0))
     np.testing.assert_allclose(updates["a/kernel"], [-rate / 2, rate * 3 / 4], rtol=1e-5)  # g / (|g| + eps)
 
@@ -79,13 +79,18 @@ def test_moments_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps():
     for dtype in ("float32", "bfloat16"):
         config = optimizer_config(learning_rate=1e-2, weight_decay=0.0, warmup_fraction=0.0, moment_dtype=dtype)
         optimizer = make_optimizer(config, 20, params)
+
+        @jax.jit
+        def take(now, state, step, optimizer=optimizer):
+            grads = {"a/kernel": jnp.cos(now["a/kernel"] * (step + 1))}
+            updates, state = optimizer.update(grads, state, now)
+            return optax.apply_updates(now, updates), state
+
         state, now = optimizer.init(params), params
         moments = [x for x in jax.tree.leaves(state) if x.shape == (16, 16)]
         assert len(moments) == 2 and all(x.dtype == dtype for x in moments)
         for step in range(20):
-            grads = {"a/kernel": jnp.cos(now["a/kernel"] * (step + 1))}
-            updates, state = optimizer.update(grads, state, now)
-            now = optax.apply_updates(now, updates)
+            now, state = take(now, state, step)
         assert all(x.dtype == dtype for x in jax.tree.leaves(state) if x.shape == (16, 16))
         moved[dtype] = np.asarray(now["a/kernel"] - params["a/kernel"])
     assert np.abs(moved["float32"]).max() > 0.02
@@ -99,9 +104,14 @@ def test_adafactor_learns_with_a_state_of_rows_and_columns():
     state, start = optimizer.init(params), params
     assert sum(x.size for x in jax.tree.leaves(state)) < 0.02 * 256 * 128
     loss = lambda p: jnp.mean(jnp.square(p["a/kernel"] - 0.3))  # noqa: E731
-    for _ in range(50):
+
+    @jax.jit
+    def take(params, state):
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(50):
+        params, state = take(params, state)
     assert loss(params) < 0.2 * loss(start)
 
 
@@ -114,7 +124,7 @@ def test_muon_takes_orthogonal_steps_of_adams_size_inside_the_network_and_adams_
     params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
     gradient = {path: jnp.asarray(random.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
     optimizer = make_optimizer(config, 10, params)
-    updates, state = optimizer.update(gradient, optimizer.init(params), params)
+    updates, state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     matrices = {"llm/layers/attention/out/kernel": (2, 32, 24), "llm/layers/mlp/up/kernel": (2, 24, 40)}
     for path, shape in (matrices | {"projector/first/kernel": (1, 12, 24)}).items():
         for step, grad in zip(updates[path].reshape(shape), gradient[path].reshape(shape), strict=True):

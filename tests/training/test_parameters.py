@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from kangaroo_jax.config import ModelConfig, model_config
 from kangaroo_jax.errors import UserError
@@ -13,8 +12,8 @@ from kangaroo_jax.sharding import RULES
 
 
 @pytest.fixture(scope="module")
-def model() -> KangarooModel:
-    return KangarooModel(ModelConfig.from_config(model_config("tiny")), rngs=nnx.Rngs(0))
+def model(make_random_model) -> KangarooModel:
+    return make_random_model(model_config("tiny"))
 
 
 def test_flatten_and_bind_are_inverse(model):

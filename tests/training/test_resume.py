@@ -11,16 +11,16 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.training.distributed import Preempted
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics
-from tests.training.test_loop import small_stage
+from tests.training.test_loop import STEPS, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-STEPS, EVERY = 7, 3  # the last two checkpoints are kept: after 6 and 7
+EVERY = 3
 
 
 @pytest.fixture(scope="module")
 def config(corpus):
-    config = small_stage("stage4_instruct", corpus, STEPS)
+    config = small_stage("stage4_instruct", corpus)
     config.train.update(checkpoint_every=EVERY, log_every=1, keep_checkpoints=3)
     return config
 

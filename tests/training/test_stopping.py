@@ -31,7 +31,7 @@ from kangaroo_jax.training.reporting import Pending, Reporter
 from kangaroo_jax.training.saving import SaveClock
 from kangaroo_jax.training.stopping import explained_disk, unbroken
 from tests.training.test_distributed import free_port
-from tests.training.test_loop import small_stage
+from tests.training.test_loop import STEPS, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -54,7 +54,7 @@ def poison(monkeypatch):
 
 def test_a_nan_stops_the_run_and_is_skipped_on_purpose(corpus, tmp_path, poison):
     """Stop: code 2's error, the good checkpoints stay. Skip, in the same folder: the step changes nothing."""
-    config = small_stage("stage4_instruct", corpus, 6, **{"train.checkpoint_every": 2})
+    config = small_stage("stage4_instruct", corpus, **{"train.checkpoint_every": 2})
     poison(4)
     with pytest.raises(NotFinite, match=r"step 4: loss nan, gradient norm nan; samples '.*on_nonfinite=skip") as error:
         train(config, tmp_path, tell=lambda _: None)
@@ -68,10 +68,10 @@ def test_a_nan_stops_the_run_and_is_skipped_on_purpose(corpus, tmp_path, poison)
     lines: list[str] = []
     train(config, tmp_path, tell=lines.append)
     log = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl")}
-    assert [log[step]["skipped_steps"] for step in range(1, 7)] == [0, 0, 0, 1, 1, 1]
+    assert [log[step]["skipped_steps"] for step in range(1, 8)] == [0, 0, 0, 1, 1, 1, 1]
     assert np.isnan(log[4]["loss"]) and np.isfinite(log[5]["loss"]) and np.isfinite(log[6]["loss"])
     assert any("step 4: loss nan" in line and "skipped" in line and repr(ids[0]) in line for line in lines)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == list("2356")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == list("23567")
 
 
 def test_no_checkpoint_replaces_another_while_steps_are_skipped(corpus, tmp_path, poison):
@@ -82,16 +82,16 @@ def test_no_checkpoint_replaces_another_while_steps_are_skipped(corpus, tmp_path
     with pytest.raises(NotFinite, match=r"step 4, the last, was skipped.*--config.train.steps=5 "):
         train(config, tmp_path, tell=lambda _: None)
     assert reading.find(tmp_path).name == "2"
-    config.train.steps = 6
-    poison(2, 4)  # steps 4 and 6
-    with pytest.raises(NotFinite, match="step 6, the last"):
+    config.train.steps = STEPS
+    poison(2, 4, 5)  # steps 4, 6 and 7
+    with pytest.raises(NotFinite, match="step 7, the last"):
         train(config, tmp_path, tell=lambda _: None)
     assert reading.find(tmp_path).name == "5"
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 3  # with the one before the checkpoint
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 4  # with the one before the checkpoint
 
 
 def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, monkeypatch):
-    config = small_stage("stage4_instruct", corpus, 9, **{"train.on_nonfinite": "skip"})
+    config = small_stage("stage4_instruct", corpus, **{"train.on_nonfinite": "skip"})
     monkeypatch.setattr(stopping.Preemption, "reached", lambda self, step: step >= 6)
     poison(4, 5)
     lines: list[str] = []
@@ -102,7 +102,7 @@ def test_a_stop_waits_for_a_step_that_is_not_skipped(corpus, tmp_path, poison, m
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(corpus, tmp_path):
     changes = {"train.on_nonfinite": "skip", "train.nonfinite_in_a_row": 3}
-    config = StageConfig.from_config(small_stage("stage4_instruct", corpus, 9, **changes))
+    config = StageConfig.from_config(small_stage("stage4_instruct", corpus, **changes))
     reporter = Reporter(
         config,
         log=MetricLog(tmp_path),
@@ -139,7 +139,7 @@ def test_the_clock_of_several_processes_finds_the_same_steps(monkeypatch):
 
 def test_a_preempted_run_saves_before_the_next_step_begins(corpus, tmp_path, monkeypatch):
     """The signal comes while the third step is under way: no fourth is begun. The clock has saved the first two."""
-    config = small_stage("stage4_instruct", corpus, 30, **{"train.checkpoint_every": 100, "train.keep_checkpoints": 0})
+    config = small_stage("stage4_instruct", corpus, **{"train.checkpoint_every": 100, "train.keep_checkpoints": 0})
     config.train.checkpoint_minutes = 1e-9
     due = SaveClock.due
     monkeypatch.setattr(SaveClock, "due", lambda self, step: step < 3 and due(self, step))
@@ -189,18 +189,18 @@ def test_a_signal_in_the_last_step_lets_no_stage_follow(corpus, tmp_path, monkey
     """The stage is done, to its last checkpoint; the next is begun when the command is run again."""
     put, begun = HostRows.put, []
 
-    def third(self, batch):
+    def last(self, batch):
         begun.append(batch)
-        if len(begun) == 3:
+        if len(begun) == STEPS:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)  # for the thread that listens
         return put(self, batch)
 
-    monkeypatch.setattr(HostRows, "put", third)
+    monkeypatch.setattr(HostRows, "put", last)
     lines: list[str] = []
 
     def stages(*names: str) -> list[dict]:
-        small = {name: small_stage(name, corpus, 3) for name in names}
+        small = {name: small_stage(name, corpus) for name in names}
         return curriculum.run(
             "tiny",
             tmp_path,
@@ -213,9 +213,10 @@ def test_a_signal_in_the_last_step_lets_no_stage_follow(corpus, tmp_path, monkey
 
     with pytest.raises(stopping.Preempted) as stopped:
         stages("stage4_instruct", "stage5_long_video")
-    assert stopped.value.code == 130 and len(begun) == 3 and not (tmp_path / "stage5_long_video").exists()
-    assert ": done in " in lines[-2] and lines[-1] == "stage4_instruct: asked to stop; saved after step 3, the last"
-    assert stages("stage4_instruct")[0]["steps"] == len(begun) == 3
+    assert stopped.value.code == 130 and len(begun) == STEPS and not (tmp_path / "stage5_long_video").exists()
+    assert ": done in " in lines[-2]
+    assert lines[-1] == f"stage4_instruct: asked to stop; saved after step {STEPS}, the last"
+    assert stages("stage4_instruct")[0]["steps"] == len(begun) == STEPS
 
 
 LISTENER = """

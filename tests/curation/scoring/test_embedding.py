@@ -3,6 +3,7 @@
 import base64
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,9 +52,10 @@ def test_vectors_are_the_encoders_and_the_choice_uses_them(clips, config, checkp
     curate(run, config)
     rows = list(all_scores(tmp_path / "out"))
     vectors = {}
+    encode = jax.jit(lambda frames: model[1].vision(frames))
     for row in rows:
         frames = [load_image(tmp_path / "out/keyframes" / row["id"] / f"{k}.jpg", 16) for k in range(5)]
-        means = np.asarray(model[1].vision(jnp.asarray(np.stack(frames)))).mean(1)
+        means = np.asarray(encode(np.stack(frames))).mean(1)
         wanted = (means / np.linalg.norm(means, axis=1, keepdims=True)).mean(0)
         found = vectors[row["id"]] = unpacked(row["embedding"]["vector"]).astype(np.float64)
         assert found.shape == (24,) and np.abs(found).max() == 127
