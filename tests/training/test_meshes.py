@@ -28,7 +28,7 @@ def config(make_micro_config):
     config = make_micro_config()
     config.model.llm.update(width=32, mlp_width=64, vocab_size=400, loss_chunk=16)  # cut over the tensor axis
     config.data.update(packs_per_batch=8, tokens_per_pack=64, frames_per_pack=6)
-    config.optimizer.update(learning_rate=3e-3)
+    config.optimizer.update(kind="adamw", learning_rate=3e-3)  # as on a pod
     config.train.steps = STEPS
     return StageConfig.from_config(config)
 
@@ -97,6 +97,13 @@ def one_device(config, batch, params) -> list[float]:
 def test_losses_of_20_steps_equal_those_of_one_device(config, batch, params, one_device, shape):
     assert one_device[-1] < 0.8 * one_device[0]
     np.testing.assert_allclose(losses(config, batch, params, shape), one_device, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_muons_steps_on_a_mesh_equal_those_of_one_device(config, batch, params):
+    config = config.changed({"optimizer.kind": "muon"})
+    alone, cut = (losses(config, batch, params, shape) for shape in ((1, 1, 1, 1), (1, 2, 2, 2)))
+    np.testing.assert_allclose(cut, alone, rtol=1e-5)
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(config, batch, params):
