@@ -24,6 +24,7 @@ from kangaroo_jax.serving.store import MediaStore
 log = logging.getLogger(__name__)
 
 _TICK = 0.1  # seconds between two looks at the event loop, the engine and who is left
+_NICER = 5  # by which threads and processes that compute give way to the event loop
 _LAST_WORDS = 3.0  # seconds in which those whose answers are given up are told
 
 
@@ -108,6 +109,7 @@ class _Process:
             self.service.state = what
             log.info("%s", what)
 
+        _give_way()
         try:
             self.service.backend = self._load(step)
         except Exception as error:
@@ -135,3 +137,10 @@ class _Process:
         left = self.service.admission.requests
         drained = self._leaves_at is not None and (not left or time.monotonic() >= self._leaves_at)
         return self.lost or self.error is not None or drained
+
+
+def _give_way() -> None:
+    """This thread, and the threads and processes that it starts, give way to the event loop where CPUs are short."""
+    if sys.platform == "linux":  # elsewhere priorities are those of processes
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))

@@ -135,6 +135,7 @@ def test_it_listens_before_the_model_is_there_and_may_be_stopped_then(launch: La
     server.process.send_signal(signal.SIGTERM)
     code, said = server.ended(10)
     assert code == 0 and "Traceback" not in said and server.folders() == []
+    assert sys.platform != "linux" or "loading, 5 nicer than the event loop" in said
 
 
 @pytest.mark.slow
