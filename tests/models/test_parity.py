@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.inference.memories import Chunk, Step, write_tails
+from kangaroo_jax.inference.memories import Chunk, Part, Step, write_tails
 from kangaroo_jax.inference.sizes import TAIL
 from kangaroo_jax.models.stack import unstack_layers
 from tests.models import from_fixtures
@@ -73,7 +73,7 @@ def test_greedy_tokens_through_memories():
     model.layers = unstack_layers(model.layers)
     expected, prompt = cases["greedy_ids"], 37
     k, h, capacity = model.kv_heads, model.head_dim, 64
-    larges = [(jnp.zeros((k, h, capacity)), jnp.zeros((k, capacity, h)))] * model.depth
+    larges = [Part(jnp.zeros((k, h, capacity)), jnp.zeros((k, capacity, h)))] * model.depth
     ids = expected[:, : prompt - 1]
     chunks = [Chunk(large, jnp.int32(0), 0) for large in larges]
     _, chunks = jax.jit(model.read)(model.embed(ids), np.arange(prompt - 1)[None], chunks)
