@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from kangaroo_jax.llm_client.ordered import in_order
 from kangaroo_jax.llm_client.requests import Reply, Request
 
 _QUALITY = 95  # of JPEG
+_LOADING = 1800.0  # seconds that a server may take to load its model
 _EMPTY = "malformed: empty answer"  # what the client calls an answer without text
 
 
@@ -34,7 +36,7 @@ class Server:
     api_key_env: str = ""  # the variable of the environment that holds the key
     as_images: bool = False  # each frame as an image, for servers that know no video
     side: int = 448  # pixels of a frame, padded square
-    retries: int = 20  # of a call that failed: minutes, in which a server may load its model
+    retries: int = 6
     timeout: float = 300.0  # seconds of a call
 
 
@@ -72,9 +74,7 @@ async def _ask_all(
         timeout=server.timeout,
         settings={"temperature": 0.0},
     )
-    client = Client(
-        endpoint, Limits(concurrency=at_a_time, retries=server.retries, answer_retries=0, longest_wait=20.0)
-    )
+    client = Client(endpoint, Limits(concurrency=at_a_time, retries=server.retries, answer_retries=0))
     asking = _Asking(server, client, samples, strict, told)
     try:
         await in_order(asking.ask, tasks, at_a_time, lambda: None)
@@ -89,6 +89,7 @@ class _Asking:
         self._strict, self._told = strict, told
         self._policy = FramePolicy(multiple=1)
         self.shuffled = Shuffled(server.side)
+        self._answered, self._patience = False, time.monotonic() + _LOADING
         self._frames: dict[str, asyncio.Future[list[bytes]]] = {}  # of the videos that were asked about last
 
     async def ask(self, task: Task) -> None:
@@ -102,13 +103,23 @@ class _Asking:
         except UserError as error:
             fail(task, MEDIA, error, self._samples, self._strict, self._told)
             return
-        reply = await self._client.ask(self._request(task, refs, text, frames))
+        reply = await self._reply(self._request(task, refs, text, frames))
         if reply.outcome == "error" and reply.reason != _EMPTY:
             fail(task, REQUEST, UserError(reply.reason), self._samples, self._strict, self._told)
             return
         row = self._row(task, refs, reply) | {"key": key, "identity": identity}
         self._samples.add(row)
         self._told(task, row, False)
+
+    async def _reply(self, request: Request) -> Reply:
+        """The reply of a server that may still be loading its model: until its first answer it may say so for long."""
+        while True:
+            reply = await self._client.ask(request)
+            loading = reply.reason.startswith("status 503") and not self._answered
+            if not loading or time.monotonic() > self._patience:
+                self._answered = self._answered or reply.outcome != "error"
+                return reply
+            await asyncio.sleep(1.0)
 
     def _prepared(self, task: Task) -> tuple[tuple[MediaRef, ...], str, dict[str, Any]]:
         refs = media_of(task, self._policy, self.shuffled)

@@ -11,6 +11,11 @@ import pytest
 from PIL import Image
 
 from kangaroo_jax.cli.main import main
+from kangaroo_jax.evaluation.asking_server import Server, ask_server
+from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS
+from kangaroo_jax.evaluation.checking import questions_of
+from kangaroo_jax.evaluation.prompting import tasks_of
+from kangaroo_jax.evaluation.samples import Samples
 
 pytestmark = pytest.mark.alone
 
@@ -93,6 +98,16 @@ def test_failures_are_rows_and_an_answer_is_begun(server, data, tmp_path, capsys
     assert (failed["request"], failed["score"], failed["counted"]) == (1, 0.5, 2)
     again = run(server, data("videovista"), tmp_path / "b", "videovista", "--frames=2", "--at-a-time=1")
     assert len(server.seen) == 4 and again["request"] == 0  # only what failed
+
+
+def test_a_server_that_is_loading_is_waited_for(server, data, tmp_path):
+    server.told = {1: (503, ""), 2: (503, ""), 4: (503, "")}
+    benchmark = BENCHMARKS["videovista"]
+    tasks = tasks_of(benchmark, questions_of(benchmark, data("videovista")), frames=2)
+    with Samples(tmp_path) as samples:
+        ask_server(Server(server.address, "m", side=32, retries=0), tasks, samples, at_a_time=1)
+        failed = [bool(row.get("failure")) for row in samples.latest.values()]
+    assert failed == [False, True] and len(server.seen) == 4  # once it has answered, 503 is a failure
 
 
 def test_what_a_server_cannot_do_is_one_line(server, data, tmp_path, capsys):
