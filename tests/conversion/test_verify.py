@@ -102,7 +102,7 @@ def flags_of_the_model() -> list[str]:
     return ["--preset=tiny", *flags, *(f"--config.data.{key}={config.data[key]}" for key in keys)]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 def test_a_released_kangaroo(kind, released, video, tmp_path, capsys):
     source = shutil.copytree(released, tmp_path / "released")
     if kind == "bin":
