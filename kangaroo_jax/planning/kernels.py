@@ -112,8 +112,8 @@ def call(visit: hlo.Visit) -> Call | None:
         return None
     for name in operation.operands:
         dtype, shape = visit.computation[name].shapes[0]
-        if dtype in ("bf16", "f32") and len(shape) >= 3:
-            found.append(shape)
+        if dtype in ("bf16", "f32") and len(shape) >= 2:  # dimensions of size 1 may be gone
+            found.append((1,) * (3 - len(shape)) + shape)
     if len(found) < 2:
         return None
     (*rest, heads, length, width), keys = found[0], found[1][-2]

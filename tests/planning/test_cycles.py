@@ -115,6 +115,19 @@ def test_a_kernel_takes_what_its_schedule_says_and_at_least_its_products():
     assert unknown.seconds(chip) == pytest.approx(unknown.flops / (chip.tflops * 1e12))
 
 
+def test_a_kernel_of_one_key_value_head_is_read_though_its_dimension_is_gone():
+    text = """ENTRY %m (q: bf16[4,2048,128], k: bf16[2048,128], s: s32[8,2048], l: f32[4,8,2048]) -> bf16[4,2048,128] {
+  %q = bf16[4,2048,128] parameter(0)
+  %k = bf16[2048,128] parameter(1)
+  %s = s32[8,2048] parameter(2)
+  %l = f32[4,8,2048] parameter(3)
+  ROOT %o = bf16[4,2048,128] custom-call(%s, %q, %k, %k, %l), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/splash_causal/splash_mqa_dq_segmented", x="\\"block_q_dq\\": 512, \\"block_kv_dq\\": 512"}
+}"""
+    (found,) = filter(None, map(kernels.call, hlo.walk(text)))
+    assert (found.items, found.length, found.keys, found.width, found.blocks) == (4, 2048, 2048, 128, (512, 512, 512))
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_the_table_of_kernels_is_what_the_compiler_makes_of_them(monkeypatch):
