@@ -5,23 +5,21 @@ reads the tokens that are ready while the rest is being decoded.
 """
 
 import collections
-import dataclasses
 import functools
-import itertools
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from kangaroo_jax.data.media.addresses import short
-from kangaroo_jax.data.media.decode import Decoder, Outcome
-from kangaroo_jax.data.media.video import Clip, MediaRef
+from kangaroo_jax.data.media.decode import Decoder
+from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference.identity import Source, media_identity
+from kangaroo_jax.inference.identity import media_identity
+from kangaroo_jax.inference.medium import Medium
 from kangaroo_jax.inference.timing import Finishes
 
 Encode = Callable[[np.ndarray, np.ndarray], jax.Array]  # uint8[F, S, S, 3], seconds float32[F] -> [R, D]
@@ -67,7 +65,7 @@ class Vision:
         """
         if frames_a_call % frames_per_group:
             raise ValueError(f"{frames_a_call} frames a call: must be a multiple of {frames_per_group}")
-        self._encode, self._decoder, self._side = encode, decoder, image_size
+        self._encode, self.decoder, self.side = encode, decoder, image_size
         self.frames_per_group, self.tokens_per_group = frames_per_group, tokens_per_group
         self.frames_a_call = frames_a_call
         self._model, self._limit, self._pieces, self._most_pixels = weights_id, cache_bytes, pieces, pixel_bytes
@@ -75,10 +73,10 @@ class Vision:
         self.listener: Callable[[], None] = lambda: None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="identity")
         self._finishes = Finishes()
-        self._lock = threading.RLock()
-        self._media: collections.OrderedDict[tuple[bytes, bytes], _Medium] = collections.OrderedDict()
-        self._unfinished: list[_Medium] = []  # in the order in which they were asked for
-        self._encoding: list[_Medium] = []  # whose last rows may still be on the device
+        self.lock = threading.RLock()
+        self._media: collections.OrderedDict[tuple[bytes, bytes], Medium] = collections.OrderedDict()
+        self._unfinished: list[Medium] = []  # in the order in which they were asked for
+        self._encoding: list[Medium] = []  # whose last rows may still be on the device
         self._decoded = self._encoded = self._reused = 0
 
     def watch(self, ref: MediaRef, namespace: bytes = b"") -> "Watched":
@@ -94,18 +92,18 @@ class Vision:
         """Read what a medium is; begin to decode it where nobody has."""
         ref, medium, error, known = watched.ref, None, None, False
         try:
-            identity, sources = media_identity(ref, self._side, self._model)
+            identity, sources = media_identity(ref, self.side, self._model)
         except UserError as reason:
             error = reason
         except Exception as reason:  # of a library that reads containers
             error = UserError(f"{short(ref.path)}: cannot be read ({type(reason).__name__}: {reason})")
-        with self._lock:
+        with self.lock:
             if error is None and watched.held:
                 key = (namespace, identity)
                 medium = self._media.get(key)
                 known = medium is not None
                 if medium is None:
-                    medium = self._media[key] = _Medium(self, key, ref, sources)
+                    medium = self._media[key] = Medium(self, key, ref, sources)
                     self._unfinished.append(medium)
                 self._media.move_to_end(key)
                 medium.users += 1
@@ -117,7 +115,7 @@ class Vision:
     def _begin(self) -> None:
         """Have media decoded, first come first served, as far as there is room for their pixels."""
         while True:
-            with self._lock:
+            with self.lock:
                 medium = next((medium for medium in self._unfinished if not medium.begun), None)
                 there = sum(medium.pixel_bytes for medium in self._unfinished if medium.begun)
                 if medium is None or (there and there + medium.pixel_bytes > self._most_pixels):
@@ -130,7 +128,7 @@ class Vision:
 
     def pump(self) -> bool:
         """Look at one group of frames, first come first served; False where none waits. For the device's thread."""
-        with self._lock:
+        with self.lock:
             settled, self._encoding = self._encoding, []
             medium = next((medium for medium in self._unfinished if medium.waits()), None)
             part = medium.next_part(self.frames_a_call) if medium is not None else None
@@ -138,13 +136,13 @@ class Vision:
             self._encode_part(medium, *part)
         for other in settled:
             other.settle()
-        with self._lock:
+        with self.lock:
             self._forget()
         return medium is not None
 
     def stats(self) -> dict[str, int]:
         """Frames `decoded`, `encoded` and `reused` since the beginning; `media` remembered or in use, their `bytes`."""
-        with self._lock:
+        with self.lock:
             size = sum(medium.bytes for medium in self._media.values())
             counts = {"decoded": self._decoded, "encoded": self._encoded, "reused": self._reused}
             return {f"frames_{name}": count for name, count in counts.items()} | {
@@ -156,21 +154,21 @@ class Vision:
         """Forget everything, and wait for nothing that is under way."""
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._finishes.close()
-        with self._lock:
+        with self.lock:
             unfinished = list(self._unfinished)
             self._media.clear()
             self._unfinished.clear()
         for medium in unfinished:
             medium.cancel()
 
-    def _encode_part(self, medium: "_Medium", pixels: np.ndarray, seconds: np.ndarray) -> None:
+    def _encode_part(self, medium: Medium, pixels: np.ndarray, seconds: np.ndarray) -> None:
         begun = time.perf_counter()
         missing = self.frames_a_call - len(pixels)
         padded = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else pixels
         rows = self._encode(padded, np.pad(seconds, (0, missing)))
         self._finishes.of(rows, functools.partial(medium.looked, begun))
         rows.copy_to_host_async()
-        with self._lock:
+        with self.lock:
             medium.add_rows(len(pixels), rows)
             self._encoded += len(pixels)
             self._encoding.append(medium)
@@ -190,14 +188,14 @@ class Vision:
 
     # -------------------------------------------------------------------- for the media's own threads
 
-    def _counted(self, frames: int) -> None:
-        with self._lock:
+    def counted(self, frames: int) -> None:
+        with self.lock:
             self._decoded += frames
         self.listener()
 
-    def _dropped(self, medium: "_Medium") -> None:
+    def dropped(self, medium: Medium) -> None:
         """A medium that has failed, or that nobody waits for any more: the next who asks begins anew."""
-        with self._lock:
+        with self.lock:
             if self._media.get(medium.key) is medium:
                 del self._media[medium.key]
             if medium in self._unfinished:
@@ -205,191 +203,16 @@ class Vision:
         self._begin()
         self.listener()
 
-    def _released(self, medium: "_Medium") -> None:
-        with self._lock:
+    def _released(self, medium: Medium) -> None:
+        with self.lock:
             medium.users -= 1
             if not medium.users:
                 if not medium.complete:
                     medium.cancel()
-                    self._dropped(medium)
+                    self.dropped(medium)
                 elif self._media.get(medium.key) is medium:
                     self._media.move_to_end(medium.key)
                 self._forget()
-
-
-class _Medium:
-    """The vision tokens of one medium, those that are there and those to come. Its owner's lock guards it."""
-
-    def __init__(self, owner: Vision, key: tuple[bytes, bytes], ref: MediaRef, sources: tuple[Source, ...]) -> None:
-        self.owner, self.key, self.ref, self.sources = owner, key, ref, sources
-        self.users = 0
-        self.error: UserError | None = None
-        self.seconds: list[float] = []  # of the frames that are decoded, in order
-        self.decode_seconds = self.encode_seconds = 0.0
-        self.frames_decoded = self.frames_encoded = 0
-        self.begun = False  # whether the decoder has it
-        self._begun_at = 0.0
-        self._looked = 0.0  # until when
-        self._pieces: list[Future[Outcome]] = []
-        self._ready: dict[int, Clip] = {}  # pieces that came before an earlier one
-        self._next_piece = 0
-        self._whole: Future[Outcome] | None = None
-        self._pixels: collections.deque[np.ndarray] = collections.deque()  # decoded and not yet looked at, in order
-        self._rows: list[tuple[int, int, Any]] = []  # first row, last, array [n or more, D], on the device at first
-
-    @property
-    def ready(self) -> int:
-        return self.frames_encoded // self.owner.frames_per_group * self.owner.tokens_per_group
-
-    @property
-    def complete(self) -> bool:
-        return self.frames_encoded == len(self.ref.times)
-
-    @property
-    def pixel_bytes(self) -> int:
-        return (len(self.ref.times) - self.frames_encoded) * self.owner._side**2 * 3
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(rows.nbytes) for _, _, rows in self._rows)
-
-    # ------------------------------------------------------------------------------- decoding
-
-    def _submit(self, ref: MediaRef) -> "Future[Outcome]":
-        return self.owner._decoder.submit(ref, self.owner._side)
-
-    def decode(self, most: int) -> None:
-        """Hand the medium to the decoder, in pieces of whole calls, as even as they can be."""
-        self._begun_at = time.perf_counter()
-        calls = -(-len(self.ref.times) // self.owner.frames_a_call)
-        count = max(1, min(most, calls)) if self.ref.kind == "video" else 1
-        cuts = [round(i * calls / count) * self.owner.frames_a_call for i in range(count + 1)]
-        self._pieces = [
-            self._submit(dataclasses.replace(self.ref, times=self.ref.times[a:b], frames=self.ref.frames[a:b]))
-            for a, b in itertools.pairwise(cuts)
-        ]
-        for number, future in enumerate(self._pieces):
-            future.add_done_callback(functools.partial(self._came, number))
-
-    def _came(self, number: int, future: "Future[Outcome]") -> None:
-        """A piece is decoded, or is not; called in one of the decoder's threads."""
-        outcome = self._outcome(future)
-        if isinstance(outcome, Clip) and not (len(self._pieces) > 1 and (outcome.damaged or outcome.missed)):
-            with self.owner._lock:
-                self._ready[number] = outcome
-                self._take_ready()
-            self.owner._counted(len(outcome.pixels))
-        elif outcome is not None and len(self._pieces) > 1:
-            self._read_whole()  # what damage costs is decided by the video as a whole
-        elif isinstance(outcome, UserError):
-            self.fail(outcome)
-
-    def _outcome(self, future: "Future[Outcome]") -> Outcome | None:
-        """What the decoder made of the bytes that the medium is known by; None where it need not be known."""
-        if future.cancelled():
-            return None
-        try:
-            outcome = future.result()
-        except UserError as error:
-            return error
-        if isinstance(outcome, UserError) or all(source.unchanged() for source in self.sources):
-            return outcome
-        return UserError(f"{short(self.ref.path)}: the file was changed while it was read; ask again")
-
-    def _take_ready(self) -> None:
-        """Queue the pieces that follow those already queued."""
-        while self._whole is None and self._next_piece in self._ready:
-            self._queue(self._ready.pop(self._next_piece))
-            self._next_piece += 1
-
-    def _queue(self, clip: Clip) -> None:
-        self.seconds += [float(np.float32(time)) for time in clip.times]
-        if len(clip.pixels):
-            self._pixels.append(clip.pixels)
-        if len(self.seconds) == len(self.ref.times):
-            self.decode_seconds = time.perf_counter() - self._begun_at
-
-    def _read_whole(self) -> None:
-        """Decode the medium as one; of that the frames are used which no piece has given yet."""
-        with self.owner._lock:
-            if self._whole is not None or self.error is not None:
-                return
-            self._whole = self._submit(self.ref)
-        self._whole.add_done_callback(self._whole_came)
-
-    def _whole_came(self, future: "Future[Outcome]") -> None:
-        outcome = self._outcome(future)
-        if isinstance(outcome, UserError):
-            self.fail(outcome)
-        elif outcome is not None:
-            with self.owner._lock:
-                had = len(self.seconds)
-                self._queue(dataclasses.replace(outcome, pixels=outcome.pixels[had:], times=outcome.times[had:]))
-            self.owner._counted(len(outcome.pixels))
-
-    def fail(self, error: UserError) -> None:
-        """Tell everybody who waits for it, and forget it: who asks again may have better luck."""
-        with self.owner._lock:
-            self.error = self.error or error
-        self.cancel()
-        self.owner._dropped(self)
-
-    def cancel(self) -> None:
-        """Take what is not decoded yet back from the decoder."""
-        for future in (*self._pieces, *([self._whole] if self._whole else [])):
-            future.cancel()
-        with self.owner._lock:
-            self._pixels.clear()
-            self._ready.clear()
-
-    # ------------------------------------------------------------------------------- encoding
-
-    def waits(self) -> bool:
-        """Whether a whole call's frames are decoded and not looked at, or the last ones."""
-        there = len(self.seconds) - self.frames_encoded
-        last = len(self.seconds) == len(self.ref.times)
-        return bool(self._pixels) and self.error is None and (there >= self.owner.frames_a_call or last)
-
-    def next_part(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `most` frames, fewer at the end, and their seconds."""
-        parts, count = [], 0
-        while self._pixels and count < most:
-            pixels = self._pixels.popleft()
-            if len(pixels) > most - count:
-                self._pixels.appendleft(pixels[most - count :])
-                pixels = pixels[: most - count]
-            parts.append(pixels)
-            count += len(pixels)
-        first = self.frames_encoded
-        seconds = np.array(self.seconds[first : first + count], np.float32)
-        return np.concatenate(parts) if len(parts) > 1 else parts[0], seconds
-
-    def add_rows(self, frames: int, rows: jax.Array) -> None:
-        first = self.ready
-        self.frames_encoded += frames
-        self._rows.append((first, self.ready, rows))
-
-    def looked(self, begun: float, ended: float) -> None:
-        """The device had frames from `begun` on, those before them perhaps as well, and is done with them."""
-        with self.owner._lock:
-            self.encode_seconds += ended - max(begun, self._looked)
-            self._looked = ended
-
-    def settle(self) -> None:
-        """Bring rows that are still on the device to the host, those of padding left out."""
-        for place, (first, last, rows) in enumerate(self._rows):
-            if not isinstance(rows, np.ndarray):
-                whole = np.asarray(rows)
-                self._rows[place] = first, last, whole if len(whole) == last - first else whole[: last - first].copy()
-
-    def take(self, first: int, last: int) -> np.ndarray:
-        self.settle()
-        parts = [
-            rows[max(first - begin, 0) : last - begin]
-            for begin, end, rows in self._rows
-            if begin < last and end > first
-        ]
-        return np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
 
 
 class Watched:
@@ -398,11 +221,11 @@ class Watched:
     def __init__(self, owner: Vision, ref: MediaRef) -> None:
         self.ref, self.held = ref, True
         self._owner = owner
-        self._medium: _Medium | None = None
+        self._medium: Medium | None = None
         self._known = False
         self._error: UserError | None = None
 
-    def found(self, medium: _Medium | None, known: bool, error: UserError | None) -> None:
+    def found(self, medium: Medium | None, known: bool, error: UserError | None) -> None:
         """What it is, or why that cannot be known. For `Vision` alone."""
         self._medium, self._known, self._error = medium, known, error
 
@@ -456,7 +279,7 @@ class Watched:
 
     def release(self) -> None:
         """This request needs it no longer. A medium that nobody waits for is not looked at to its end."""
-        with self._owner._lock:
+        with self._owner.lock:
             held, self.held = self.held, False
         if held and self._medium is not None:
             self._owner._released(self._medium)
