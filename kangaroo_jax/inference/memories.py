@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int8, Int32
 
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.sizes import TAIL
 from kangaroo_jax.models.attention import MASKED
@@ -58,8 +60,8 @@ class Part:
         return cls(keys, make((heads, tokens, width), _AXES["values"][1], dtype), scale, scale)
 
     @classmethod
-    def of(cls, keys: jax.Array, values: jax.Array, dtype: Any) -> "Part":
-        """A part of keys [K, H, S] and values [K, S, H], which are rounded for int8."""
+    def of(cls, keys: Float[Array, "K H S"], values: Float[Array, "K S H"], dtype: Any) -> "Part":
+        """A part of keys and values, which are rounded for int8."""
         if dtype != jnp.int8:
             return cls(keys.astype(dtype), values.astype(dtype))
         keys, key_scale = _whole(keys, 1)
@@ -79,7 +81,7 @@ class Part:
         """The first tokens; of NumPy's arrays a view."""
         return Part(**{name: array[_until(name, count)] for name, array in self.arrays().items()})
 
-    def written(self, new: "Part", start: jax.Array | int) -> "Part":
+    def written(self, new: "Part", start: Int32[Array, ""] | int) -> "Part":
         """With other tokens in place of those from `start` on."""
         zero, start, other = jnp.int32(0), jnp.asarray(start, jnp.int32), new.arrays()
 
@@ -107,8 +109,8 @@ def _until(name: str, count: int) -> tuple[slice, ...]:
     return (*[slice(None)] * _AXES[name][0], slice(0, count))
 
 
-def _whole(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """x as int8, and the scale float32 that all numbers along an axis share."""
+def _whole(x: Float[Array, "*x"], axis: int) -> tuple[Int8[Array, "*x"], Float32[Array, "..."]]:
+    """x as int8, and the scale that all numbers along an axis share."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / _LARGEST)
@@ -124,7 +126,9 @@ class Chunk:
     start: jax.Array  # int32[], how many tokens it holds; the new ones stand behind them
     visible: int = dataclasses.field(metadata=dict(static=True))  # at least start
 
-    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, Chunk]":
+    def update_and_attend(
+        self, query: Float[Array, "1 T N H"], key: Float[Array, "1 T K H"], value: Float[Array, "1 T K H"]
+    ) -> tuple[Float[Array, "1 T N H"], "Chunk"]:
         """See `LayerMemory`. Reads what was there before it writes, so that the write is made in place."""
         count, heads = query.shape[1], key.shape[2]
         new = Part.of(key[0].transpose(1, 2, 0), value[0].transpose(1, 0, 2), self.layer.keys.dtype)
@@ -154,7 +158,9 @@ class Step:
     place: jax.Array  # int32[B], of the new token in the tail
     new: jax.Array | None = None  # [B, 2, K, H]: what update_and_attend found, to be written into the tails
 
-    def update_and_attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> "tuple[jax.Array, Step]":
+    def update_and_attend(
+        self, query: Float[Array, "B 1 N H"], key: Float[Array, "B 1 K H"], value: Float[Array, "B 1 K H"]
+    ) -> tuple[Float[Array, "B 1 N H"], "Step"]:
         """See `LayerMemory`. What it remembers is in `new` alone."""
         heads = key.shape[2]
         new = jnp.stack([key[:, 0], value[:, 0]], axis=1)
@@ -174,8 +180,10 @@ class Step:
         return context, dataclasses.replace(self, new=new)
 
 
-def write_tails(tails: Sequence[jax.Array], steps: Sequence[Step]) -> tuple[jax.Array, ...]:
-    """The tails [L, 2, K, TAIL, H] of each row with the new token of every layer."""
+def write_tails(
+    tails: Sequence[Float[Array, "L 2 K tail H"]], steps: Sequence[Step]
+) -> tuple[Float[Array, "L 2 K tail H"], ...]:
+    """The tails of each row with the new token of every layer."""
     new = jnp.stack([step.new for step in steps if step.new is not None], axis=1)  # [B, L, 2, K, H]
     place, zero = steps[0].place, jnp.int32(0)
     return tuple(
@@ -189,18 +197,17 @@ def write_tails(tails: Sequence[jax.Array], steps: Sequence[Step]) -> tuple[jax.
     )
 
 
-def _grouped(query: jax.Array, heads: int) -> jax.Array:
-    """query [T, N, H], scaled -> [K, T, N / K, H]."""
+def _grouped(query: Float[Array, "T N H"], heads: int) -> Float[Array, "{heads} T groups H"]:
+    """Scaled, and by the key-value head that is read."""
     count, _, width = query.shape
     grouped: jax.Array = (query * width**-0.5).reshape(count, heads, -1, width).transpose(1, 0, 2, 3)
     return grouped
 
 
-def _attend(query: jax.Array, parts: Sequence[tuple[Part, jax.Array]]) -> jax.Array:
-    """One softmax over several parts of a memory.
-
-    query [K, T, G, H]; which tokens of each part are seen, bool[S] or bool[T, 1, S] -> [K, T, G, H].
-    """
+def _attend(
+    query: Float[Array, "K T groups H"], parts: Sequence[tuple[Part, Bool[Array, "..."]]]
+) -> Float[Array, "K T groups H"]:
+    """One softmax over several parts of a memory; of each, which tokens are seen, bool[S] or bool[T, 1, S]."""
     scores = [jnp.where(seen, _scores(query, part), MASKED) for part, seen in parts]
     largest = scores[0].max(-1, keepdims=True)
     for other in scores[1:]:
@@ -211,13 +218,13 @@ def _attend(query: jax.Array, parts: Sequence[tuple[Part, jax.Array]]) -> jax.Ar
     return (sum(outputs[1:], outputs[0]) / total).astype(query.dtype)
 
 
-def _scores(query: jax.Array, part: Part) -> jax.Array:
+def _scores(query: Float[Array, "K T groups H"], part: Part) -> Float32[Array, "K T groups S"]:
     keys = part.keys.astype(query.dtype)
     scores = jnp.einsum("ktgh,khs->ktgs", query, keys, preferred_element_type=jnp.float32)
     return scores if part.key_scale is None else scores * part.key_scale[:, None, None]
 
 
-def _weighed(weight: jax.Array, part: Part, dtype: Any) -> jax.Array:
+def _weighed(weight: Float32[Array, "K T groups S"], part: Part, dtype: Any) -> Float32[Array, "K T groups H"]:
     if part.value_scale is not None:
         weight = weight * part.value_scale[:, None, None]
     values = part.values.astype(dtype)

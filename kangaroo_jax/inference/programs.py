@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Float, Float32, Int32, UInt8
 
+from kangaroo_jax.conventions import Array
 from kangaroo_jax.inference.memories import TAILS, Chunk, Layers, Part, Step, check_kv_dtype, write_tails
 from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, choose
 from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
@@ -26,6 +28,8 @@ from kangaroo_jax.sharding import constrain, mesh_scope, sharding
 from kangaroo_jax.system.cpus import usable_cpus
 
 Weights = tuple[jax.Array, ...]
+Tail = Float[Array, "L 2 K tail H"]
+Number = Int32[Array, ""]
 
 
 class _Structure:
@@ -140,13 +144,10 @@ class Programs:
         if program is None:
             with self._store.lock(key):
                 if key not in self._store.programs:
-                    self._store.programs[key] = self._compile(key, arguments)
+                    with self._scope():
+                        self._store.programs[key] = self._jitted(key).lower(*arguments).compile()
                 program = self._store.programs[key]
         return program
-
-    def _compile(self, key: Key, arguments: Sequence[Any]) -> Any:
-        with self._scope():
-            return self._jitted(key).lower(*arguments).compile()
 
     def _jitted(self, key: Key) -> Any:
         name, *sizes = key
@@ -341,13 +342,15 @@ def _store(structure: _Structure) -> _Store:
 # ------------------------------------------------------------------------------------------ pure functions
 
 
-def _encode(structure: _Structure, weights: Weights, frames: jax.Array, times: jax.Array) -> jax.Array:
+def _encode(
+    structure: _Structure, weights: Weights, frames: UInt8[Array, "F S S 3"], times: Float32[Array, " F"]
+) -> Float[Array, "R D"]:
     return constrain(structure.model(weights).encode(frames[None], times[None])[0], (None, None))
 
 
 def _read(
-    model: KangarooModel, large: Layers, embeddings: jax.Array, start: jax.Array, visible: int
-) -> tuple[jax.Array, Layers]:
+    model: KangarooModel, large: Layers, embeddings: Float[Array, "1 n D"], start: Number, visible: int
+) -> tuple[Float[Array, "1 n D"], Layers]:
     positions = (start + jnp.arange(embeddings.shape[1]))[None]
     hidden, memories = model.llm.read(embeddings, positions, [Chunk(layer, start, visible) for layer in large])
     return hidden, tuple(memory.layer for memory in memories)
@@ -357,13 +360,13 @@ def _extend(
     structure: _Structure,
     weights: Weights,
     large: Layers,
-    tokens: jax.Array,
-    index: jax.Array,
-    vision: jax.Array,
-    start: jax.Array,
+    tokens: Int32[Array, " n"],
+    index: Int32[Array, " n"],
+    vision: Float[Array, "n D"],
+    start: Number,
     *,
     visible: int,
-) -> tuple[Layers, jax.Array]:
+) -> tuple[Layers, Float[Array, ""]]:
     model = structure.model(weights)
     hidden, layers = _read(model, large, model.embed(tokens[None], index[None], vision[None]), start, visible)
     return layers, constrain(hidden[0, -1, 0], ())
@@ -373,12 +376,12 @@ def _score(
     structure: _Structure,
     weights: Weights,
     large: Layers,
-    tokens: jax.Array,
-    start: jax.Array,
-    following: jax.Array,
+    tokens: Int32[Array, " n"],
+    start: Number,
+    following: Int32[Array, " n"],
     *,
     visible: int,
-) -> tuple[Layers, tuple[jax.Array, ...]]:
+) -> tuple[Layers, tuple[Float32[Array, " n"], Int32[Array, " n"], Float32[Array, " n"]]]:
     model = structure.model(weights)
     embeddings = model.embed(tokens[None], jnp.full_like(tokens, -1)[None], None)
     hidden, layers = _read(model, large, embeddings, start, visible)
@@ -388,8 +391,8 @@ def _score(
     return layers, (own - total, jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1) - total)
 
 
-def _logits(model: KangarooModel, hidden: jax.Array) -> jax.Array:
-    """hidden [n, D] -> logits [n, V]; each device makes its part, so that logits move and not the head's weights."""
+def _logits(model: KangarooModel, hidden: Float[Array, "n D"]) -> Float32[Array, "n V"]:
+    """Each device makes its part, so that logits move and not the head's weights."""
     logits = constrain(model.llm.unembed(hidden), (None, "activation_vocab"))
     return constrain(logits, (None, None))
 
@@ -398,14 +401,14 @@ def _decode(
     structure: _Structure,
     weights: Weights,
     larges: tuple[Layers, ...],
-    tails: tuple[jax.Array, ...],
-    seen: tuple[jax.Array, ...],
-    previous: jax.Array,
-    numbers: jax.Array,
+    tails: tuple[Tail, ...],
+    seen: tuple[Int32[Array, " V"], ...],
+    previous: Int32[Array, " {most}"],
+    numbers: Int32[Array, "5 B"],
     choices: Choices,
     *,
     most: int,
-) -> tuple[Chosen, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[Chosen, tuple[Tail, ...], tuple[Int32[Array, " V"], ...]]:
     model = structure.model(weights)
     source, given, filled, place, index = numbers
     tokens = jnp.where(source >= 0, previous[jnp.maximum(source, 0)], given)[:, None]
@@ -423,7 +426,7 @@ def _decode(
     return dataclasses.replace(chosen, tokens=padded), write_tails(tails, steps), tuple(counted)
 
 
-def _flush(structure: _Structure, large: Layers, tail: jax.Array, filled: jax.Array) -> Layers:
+def _flush(structure: _Structure, large: Layers, tail: Tail, filled: Number) -> Layers:
     return tuple(
         part.written(Part.of(keys.swapaxes(1, 2), values, part.keys.dtype), filled)
         for part, (keys, values) in zip(large, tail, strict=True)
