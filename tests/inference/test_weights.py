@@ -322,7 +322,11 @@ def test_a_matrix_that_is_stored_in_pieces_is_loaded_in_pieces(checkpoint, tmp_p
     pieces: list = []
     read = Stored.read
     monkeypatch.setattr(Stored, "read", lambda self, path, box: pieces.append(path) or read(self, path, box))
+    made, aligned = [], weights._aligned
+    monkeypatch.setattr(weights, "_aligned", lambda *of: made.append(aligned(*of)) or made[-1])
     found = flat(weights.load(cut, quantize=form).model)
+    pointers = {value.unsafe_buffer_pointer() for value in found.values()}
+    assert made and all(array.ctypes.data in pointers for array in made), "a device on the host copied a matrix"
     assert pieces.count("llm/head/kernel") > 3 and pieces.count("llm/embedding") > 3
     monkeypatch.undo()
     monkeypatch.setattr(weights, "_multiplies_whole_numbers", lambda: True)
