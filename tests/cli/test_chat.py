@@ -76,7 +76,7 @@ config.data.tokens_per_pack = 8192
 config = StageConfig.from_config(config)
 Tokenizer.stop_ids = property(lambda self: ())
 model = KangarooModel(config.model, rngs=nnx.Rngs(0))
-Kangaroo.load = classmethod(lambda cls, path: cls(model, config, load_tokenizer(sys.argv[1])))
+Kangaroo.load = classmethod(lambda cls, path, **held: cls(model, config, load_tokenizer(sys.argv[1])))
 main(["chat", "--checkpoint=x", "--max-new-tokens=8000", "--temperature=1"])
 """
 

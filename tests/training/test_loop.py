@@ -216,7 +216,7 @@ def test_missing_checkpoint_and_checkpoint_of_another_model_are_one_line(corpus,
         train(faster, tmp_path / "b", tell=lambda _: None)
     faster.init_other_rope = True  # on purpose
     begun = loop.prepare(StageConfig.from_config(faster), tmp_path / "b", lambda _: None)
-    assert begun.first == 0
+    assert begun.records.first == 0
     begun.loader.close()
     begun.checkpoints.close()
 
