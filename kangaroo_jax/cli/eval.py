@@ -79,7 +79,7 @@ def evaluate(
         api_key_env: variable of the environment that holds the server's key
         side: pixels of the frames that a server is sent
         share: part of the videos that this process asks about, such as 2/4
-        at_a_time: questions under way together
+        at_a_time: questions, or answers that a judge marks, under way together
         slots: conversations that are remembered on the device
         cache_gib: memory for what was seen and read
         dtype: of the computation: float32, bfloat16 or float16
@@ -98,7 +98,7 @@ def evaluate(
 
         run_again(
             Path(_needed("workdir", workdir, "folder for answers and results")),
-            _judge_of(judge, judge_model, judge_key_env),
+            _judge_of(judge, judge_model, judge_key_env, at_a_time),
         )
         return
     names = tuple(listed(_needed("benchmark", benchmark, "names by commas; --describe=all lists them")))
@@ -117,7 +117,7 @@ def evaluate(
     from kangaroo_jax.evaluation.asking_server import Server
     from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint, evaluate_server
 
-    part, marker = Share.of(share), _judge_of(judge, judge_model, judge_key_env)
+    part, marker = Share.of(share), _judge_of(judge, judge_model, judge_key_env, at_a_time)
     settings = Settings(names, str(Path(data).resolve()), prompt, frames, limit, max_new_tokens, controls)
     loading = Loading(dtype, quantize, slots, cache_gib, at_a_time, strict)
     if server:
@@ -133,12 +133,12 @@ def _needed(flag: str, value: str, what: str) -> str:
     return value
 
 
-def _judge_of(url: str, model: str, key: str) -> "Judge | None":
+def _judge_of(url: str, model: str, key: str, at_a_time: int) -> "Judge | None":
     if not url:
         return None
     from kangaroo_jax.evaluation.judging import Judge
 
-    return Judge(url, _needed("judge-model", model, "the judge's name at its server"), key)
+    return Judge(url, _needed("judge-model", model, "the judge's name at its server"), key, at_a_time)
 
 
 def _describe(names: list[str]) -> None:
