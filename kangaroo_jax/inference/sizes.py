@@ -18,7 +18,7 @@ class Sizes:
 
     classes: tuple[tuple[int, int], ...]
     chunks: tuple[int, ...] = (128, 512)  # tokens of a prompt read at a time, ascending
-    visible: tuple[int, ...] = (512, 2048, 8192)  # how far a chunk looks back, beside nowhere and everywhere
+    visible: tuple[int, ...] = (512, 2048, 4096, 8192, 16_384)  # how far a chunk looks back, beside all and none
     rows: tuple[int, ...] = (1, 2, 4, 8, 16)  # conversations of a decode step
     frames: int = 16  # that the ViT sees at a time
 
