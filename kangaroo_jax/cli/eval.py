@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kangaroo_jax.cli.arguments import Count, Natural, Number, Several, listed
+from kangaroo_jax.cli.arguments import Count, Natural, Number, Several, listed, require
 from kangaroo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ def evaluate(
     bytes is not asked again. docs/evaluation.md lists the benchmarks.
 
     Args:
-        checkpoint: folder that training or a conversion wrote
-        benchmark: names by commas, or FILE.jsonl of conversations with answers
-        data: folder of the benchmarks' files
+        checkpoint: folder that training or a conversion wrote; or --server=URL
+        benchmark: names by commas (--describe=all lists them), or FILE.jsonl of conversations with answers
+        data: folder of the benchmarks' files; --describe=NAME says what goes there
         workdir: folder for answers and results
         server: address of a server of OpenAI's protocol, in place of a checkpoint
         model: its name at the server
         judge: address of a server of OpenAI's protocol that marks open answers
-        judge_model: its name at that server
+        judge_model: the judge's name at its server
         judge_key_env: variable of the environment that holds that server's key
         controls: also ask without the video, with one frame, with shuffled frames, and with the options moved
         check: only look whether the files are whole
@@ -96,21 +96,19 @@ def evaluate(
     if rescore:
         from kangaroo_jax.evaluation.running import rescore as run_again
 
-        run_again(
-            Path(_needed("workdir", workdir, "folder for answers and results")),
-            _judge_of(judge, judge_model, judge_key_env, at_a_time),
-        )
+        require("eval", evaluate, workdir=workdir)
+        run_again(Path(workdir), _judge_of(judge, judge_model, judge_key_env, at_a_time))
         return
-    names = tuple(listed(_needed("benchmark", benchmark, "names by commas; --describe=all lists them")))
-    _needed("data", data, "folder of the benchmarks' files; --describe=NAME says what goes there")
+    require("eval", evaluate, benchmark=benchmark, data=data)
+    names = tuple(listed(benchmark))
     for name in names:
         benchmark_named(name)
     if check:
         _check(names, Path(data), limit)
         return
-    _needed("workdir", workdir, "folder for answers and results")
+    require("eval", evaluate, workdir=workdir)
     if not server:
-        _needed("checkpoint", checkpoint, "folder that training or a conversion wrote; or --server=URL")
+        require("eval", evaluate, checkpoint=checkpoint)
     elif checkpoint:
         raise UserError("eval: --checkpoint and --server are two models; give one")
 
@@ -127,18 +125,13 @@ def evaluate(
         evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part, marker)
 
 
-def _needed(flag: str, value: str, what: str) -> str:
-    if not value:
-        raise UserError(f"eval: --{flag} is missing ({what})")
-    return value
-
-
 def _judge_of(url: str, model: str, key: str, at_a_time: int) -> "Judge | None":
     if not url:
         return None
     from kangaroo_jax.evaluation.judging import Judge
 
-    return Judge(url, _needed("judge-model", model, "the judge's name at its server"), key, at_a_time)
+    require("eval", evaluate, judge_model=model)
+    return Judge(url, model, key, at_a_time)
 
 
 def _describe(names: list[str]) -> None:

@@ -27,7 +27,7 @@ QUERIES = 128  # of a chunk, whose scores exist at a time
 TAILS = (None, None, "activation_kv_heads", None, None)
 INT8 = "int8"
 _LARGEST = 127
-# Of each array of a part, its axis of tokens and the names of its axes.
+# Each array of a part has an axis of tokens, and names for all its axes.
 _AXES: dict[str, tuple[int, tuple[str | None, ...]]] = {
     "keys": (2, ("activation_kv_heads", None, None)),
     "values": (1, ("activation_kv_heads", None, None)),

@@ -218,7 +218,7 @@ def _larger(topology: str) -> list[str]:
 def search(
     config: StageConfig, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
 ) -> tuple[Plan, StageConfig] | None:
-    """Of the meshes and remat policies that are fastest by the formula, the one foretold fastest that fits, if any."""
+    """The plan foretold fastest that fits, among the meshes and remat policies fastest by formula, if any."""
     counts = count_parameters(config.model)
     found: list[tuple[float, Plan, StageConfig]] = []
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
