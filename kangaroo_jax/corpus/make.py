@@ -26,13 +26,7 @@ from typing import Any
 from kangaroo_jax.corpus.draw import split_scans, write_media
 from kangaroo_jax.corpus.records import evaluation_records, media_name, record_of
 from kangaroo_jax.corpus.scenes import Scene, SceneMaker
-from kangaroo_jax.corpus.text import (
-    LANGUAGES,
-    ask,
-    chinese_words,
-    describe,
-    some_facts,
-)
+from kangaroo_jax.corpus.text import LANGUAGES, Phrasing, ask, chinese_words, describe, some_facts
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import json_line, read_objects
@@ -40,6 +34,7 @@ from kangaroo_jax.system.processes import Lost, WorkerPool
 from kangaroo_jax.system.progress import Tell
 
 FORMAT = 5  # of the files; raise it when the same settings begin to give other records
+_PHRASED = "-phrased"  # ends the name of a record that is put in others' words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +74,7 @@ class CorpusMixture:
     some_text: int = 700  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
     stage5_per_long: int = 10
     stage5_again: int = 5000  # conversations of stage 4 repeated in stage 5
+    phrased: float = 0.01  # share of the conversations on videos in stages 4 and 5 that are put in others' words
     # Text warm-up
     warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
@@ -146,11 +142,13 @@ class Corpus:
         """Text for a SentencePiece model: turns of the first `limit` records of each stage, cut into words.
 
         Words and numbers stand alone as well as in their sentences, and Chinese only alone, so that no piece spans
-        two words or a word and its full stop.
+        two words or a word and its full stop. What is put in others' words is left out: it takes no piece from these.
         """
         english, numbers = set[str](), set[str]()
         for path in (self.warmup, *self.stages):
             for record in itertools.islice(read_objects(path), limit):
+                if record["id"].endswith(_PHRASED):
+                    continue
                 for turn in record["conversations"]:
                     text = turn["value"].replace("<video>\n", "").replace("<image>\n", "")
                     numbers.update(re.findall("[0-9]+", text))
@@ -185,17 +183,20 @@ def make_corpus(
     scale: float = 1.0,
     *,
     mixture: CorpusMixture | None = None,
+    phrasings: Sequence[Phrasing] = (),
     processes: int = 2,
     tell: Tell = print,
 ) -> Corpus:
     """Write the corpus into `folder`, or find the finished one there.
 
-    `scale` multiplies every count. Media are drawn in `processes` processes (1 draws in this one). The files
+    `scale` multiplies every count; `phrasings` are the words of `CorpusMixture.phrased`. Media are drawn in
+    `processes` processes (1 draws in this one). The files
     stand in a temporary folder until all are written. Raises UserError where `folder` holds a corpus of other
     settings, or other files.
     """
     plan = (mixture or CorpusMixture()).scaled(scale)
-    settings = dict(format=FORMAT, seed=seed, mixture=json.loads(json.dumps(dataclasses.asdict(plan))))
+    words = [dataclasses.asdict(phrasing) for phrasing in phrasings]
+    settings = dict(format=FORMAT, seed=seed, mixture=json.loads(json.dumps(dataclasses.asdict(plan))), phrasings=words)
     folder = Path(folder)
     manifest = folder / "manifest.json"
     if manifest.is_file():
@@ -211,7 +212,7 @@ def make_corpus(
     if temporary.exists():
         shutil.rmtree(temporary)
     media = _plan_media(plan, seed)
-    _draw_all(media, temporary, processes, plan, lambda: _write_records(plan, seed, media, temporary), tell)
+    _draw_all(media, temporary, processes, plan, lambda: _write_records(plan, seed, media, phrasings, temporary), tell)
     counts = {p.name: len(read_records(p)) for p in sorted(temporary.glob("*.jsonl"))}
     counts.update({name: len(scenes) for name, scenes in media.items()})
     made = dict(settings=settings, counts=counts, seconds=round(time.monotonic() - start, 1))
@@ -328,14 +329,43 @@ def _instructions(
             yield record_of(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
 
 
-def _write_records(plan: CorpusMixture, seed: int, media: dict[str, list[Scene]], root: Path) -> None:
+def _some_phrased(
+    records: Iterable[dict[str, Any]],
+    scenes: dict[str, Scene],
+    plan: CorpusMixture,
+    phrasings: Sequence[Phrasing],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """The records, a share `plan.phrased` of them replaced by questions with options in the words of a phrasing.
+
+    English ones alone: the phrasings are in English. Each begins with its system's text, if it has one.
+    """
+    for record in records:
+        rng = random.Random(f"{seed}/phrased/{record['id']}")
+        if not phrasings or not record["id"].endswith("-en") or rng.random() >= len(LANGUAGES) * plan.phrased:
+            yield record
+            continue
+        phrasing, scene = rng.choice(phrasings), scenes[record["video"]]
+        facts = some_facts(scene, 2, rng)  # these words are long, and a row of stage 4 is short
+        turns = [phrasing.turn(ask(fact, "en", rng, "?")) for fact in facts]
+        made = record_of(record["id"] + _PHRASED, turns, record["video"])
+        if phrasing.system:
+            made["conversations"].insert(0, {"from": "system", "value": phrasing.system})
+        yield made
+
+
+def _write_records(
+    plan: CorpusMixture, seed: int, media: dict[str, list[Scene]], phrasings: Sequence[Phrasing], root: Path
+) -> None:
     rng = random.Random(f"{seed}/records")
     captions, dense, long_dense = (
         list(_captions(media, folder, dense)) for folder, dense in (("images", False), ("short", True), ("long", True))
     )
     rng.shuffle(captions)
     first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
+    scenes = {media_name(folder, i): scene for folder in ("short", "long") for i, scene in enumerate(media[folder])}
     shorts = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
+    shorts = list(_some_phrased(shorts, scenes, plan, phrasings, seed))
     lately = _with_others(shorts, media, plan.some_images, plan, rng)
     stages = [
         _with_others(more, media, plan.images, plan, rng),
@@ -350,7 +380,11 @@ def _write_records(plan: CorpusMixture, seed: int, media: dict[str, list[Scene]]
             for _ in (2, 3)
         ),
         lately,
-        list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng))
+        list(
+            _some_phrased(
+                _instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng), scenes, plan, phrasings, seed
+            )
+        )
         + long_dense
         + rng.sample(lately, min(plan.stage5_again, len(lately))),
     ]
@@ -375,6 +409,3 @@ def _with_others(
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_bytes(b"".join(map(json_line, records)))
-
-
-# ---------------------------------------------------------------------------------------------- evaluation

@@ -98,6 +98,25 @@ class Question:
         return _chosen(self.options[LETTERS.index(self.answer)], self.answer) if self.options else self.answer
 
 
+@dataclasses.dataclass(frozen=True)
+class Phrasing:
+    """The words in which others put a multiple-choice question: {question} and {options} stand in the text."""
+
+    text: str
+    option: str = "{letter}. {text}"
+    system: str = ""
+    prefill: str = ""  # how the answer begins
+
+    def turn(self, question: Question) -> tuple[str, str]:
+        """(what the user says, what the assistant answers) for a question with options."""
+        lines = [
+            self.option.format(letter=letter, text=option)
+            for letter, option in zip(LETTERS, question.options, strict=False)
+        ]
+        asked = question.text.split("\n", 1)[0]
+        return self.text.format(question=asked, options="\n".join(lines)), self.prefill + question.told
+
+
 def word(key: str | int, language: str) -> str:
     """A word of the corpus in a language; a whole number is a number of seconds."""
     if isinstance(key, int):

@@ -30,6 +30,7 @@ from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
+from kangaroo_jax.quickstart import judging
 from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.files import write_json
@@ -88,7 +89,7 @@ def run(
     clock = Clock(workdir / "seconds.json")
 
     with clock.part("corpus"):
-        corpus = make_corpus(workdir / "corpus", seed, scale, tell=tell)
+        corpus = make_corpus(workdir / "corpus", seed, scale, phrasings=judging.phrasings(), tell=tell)
     with clock.part("curation"):
         curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
     with clock.part("tokenizer"):

@@ -22,10 +22,11 @@ from kangaroo_jax.corpus.scenes import (
     held_colour,
     held_direction,
 )
-from kangaroo_jax.corpus.text import ask, caption, chinese_words, dense_caption, facts, middle_second, note
+from kangaroo_jax.corpus.text import Phrasing, ask, caption, chinese_words, dense_caption, facts, middle_second, note
 from kangaroo_jax.corpus.warmup import LESSONS
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.extraction.strict import extract_letter
+from kangaroo_jax.quickstart.judging import phrasings
 from kangaroo_jax.quickstart.report import FRAMES_SHOWN, pictures
 
 KINDS = ("image", "image_aside", "image_count", "still", "count", "move", "order")
@@ -259,6 +260,32 @@ def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
     files = sorted(p.relative_to(corpus.folder) for p in corpus.folder.rglob("*.*") if p.name != "manifest.json")
     assert files == sorted(p.relative_to(again.folder) for p in again.folder.rglob("*.*") if p.name != "manifest.json")
     assert all((corpus.folder / f).read_bytes() == (again.folder / f).read_bytes() for f in files)
+
+
+def test_a_share_of_stages_4_and_5_is_put_in_the_words_of_benchmarks_and_nothing_else_changes(corpus, tmp_path):
+    phrasing = Phrasing("Asked: {question}\n{options}\nGive one letter.", "({letter}) {text}", "Watch.", "Best: (")
+    mixture = dataclasses.replace(TINY, phrased=0.2)
+    made = make_corpus(tmp_path / "corpus", 3, mixture=mixture, phrasings=(phrasing,), processes=1, tell=lambda _: None)
+    pairs = list(zip((corpus.warmup, *corpus.stages), (made.warmup, *made.stages), strict=True))
+    assert [a.read_bytes() == b.read_bytes() for a, b in pairs] == [True, True, True, True, False, False]
+    differ = []
+    for a, b in pairs[4:]:
+        plain, put = read_records(a), read_records(b)
+        differ += [(one, other) for one, other in zip(plain, put, strict=True) if one != other]
+    assert 0.1 < len(differ) / sum(len(read_records(a)) for a, _ in pairs[4:]) < 0.3
+    for one, other in differ:
+        assert other["id"] == one["id"] + "-phrased" and other["video"] == one["video"]
+        system, asked, told, *_ = (turn["value"] for turn in other["conversations"])
+        assert system == "Watch." and asked.startswith("<video>\nAsked: ") and asked.endswith("\nGive one letter.")
+        words, letter = told.removeprefix("Best: (").rsplit(" ", 1)
+        assert f"({letter}) {words}\n" in asked
+    assert not any("Asked" in text for text in made.texts_for_tokenizer())
+
+
+def test_the_quickstart_speaks_as_benchmarks_do():
+    words = phrasings()
+    assert len(words) == 7 and any("Respond with only the letter" in phrasing.text for phrasing in words)
+    assert {phrasing.prefill for phrasing in words} == {"", "Best option:(", "Best Option: ("}
 
 
 def test_a_finished_corpus_is_reused_and_others_are_refused(corpus, tmp_path):
