@@ -7,6 +7,7 @@ kernel is `jax.experimental.pallas.ops.tpu.splash_attention`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,8 +30,9 @@ WHOLE = 1152
 # Half of every block on the diagonal of a causal row is computed for nothing. Blocks of more than COMPUTED are for
 # rows of at least so many of them, where that is at most a 16th of the row's scores.
 CAUSAL_BLOCKS = 16
-# The fused backward kernel computes the scores once instead of twice, but holds a query gradient for every
-# block of keys. Where those take more than this share of the device's memory the two separate kernels are used.
+# The fused backward kernel computes the scores once instead of twice, but holds a query gradient for every block of
+# keys (of one causal row at a time). Where those take more than this share of the device's memory the two separate
+# kernels are used.
 FUSED_SHARE = 1 / 8
 DEVICE_GIB = 16.0  # of a device that is not known
 PADDING = -1  # segment of the padding
@@ -63,7 +65,8 @@ def splash(
     query = query.reshape(batch, padded, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     key, value = (x.swapaxes(1, 2) for x in (key, value))
     blocks_of_keys = padded_keys // _block(padded_keys, padded_keys, causal)
-    fused = query.size * query.dtype.itemsize * blocks_of_keys <= _fused_bytes()
+    at_a_time = query.size // batch if causal else query.size  # causal rows follow one another
+    fused = at_a_time * query.dtype.itemsize * blocks_of_keys <= _fused_bytes()
     sizes = block_sizes(padded, padded_keys, causal, fused)
     order = jnp.arange(padded, dtype=jnp.int32) if positions is None else positions
 
@@ -78,8 +81,25 @@ def splash(
         return context  # an array, as no residuals are asked for
 
     with jax.named_scope("splash_causal" if causal else "splash_full"):
-        context: jax.Array = jax.vmap(row)(query, key, value, segments)
+        run = _row_by_row if causal else jax.vmap
+        context = run(row)(query, key, value, segments)
     return context.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, width)[:, :length]
+
+
+def _row_by_row(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`jax.vmap`, unrolled: a causal kernel is told by arrays in scalar memory what to visit, which have no batch.
+
+    JAX would make a loop of the batch that copies all that goes into a kernel and comes out of it, query gradients of
+    every block of keys among it. `split`, unlike indexing, has one concatenation as its gradient.
+    """
+
+    def run(*arrays: Any) -> jax.Array:
+        leaves, structure = jax.tree.flatten(arrays)
+        rows = zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves), strict=True)
+        done = [jax.vmap(function)(*jax.tree.unflatten(structure, row)) for row in rows]
+        return jnp.concatenate(done) if len(done) > 1 else done[0]
+
+    return run
 
 
 Infos = tuple[MaskInfo, MaskInfo | None, MaskInfo]  # what the forward, the queries' and the keys' gradients visit

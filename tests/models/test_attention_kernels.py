@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models import attention as module
@@ -95,6 +96,45 @@ def test_splash_skips_other_segments_and_changes_no_bit(monkeypatch, fused):
     monkeypatch.setattr(attention_splash, "begins_of", jnp.zeros_like)  # every row is taken for one segment
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(value_and_gradients(run, qkv, weight)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("queries", "fused"),
+    [(256, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((256, False), (128, True)))],
+)
+def test_rows_of_a_device_are_each_computed_as_if_alone(monkeypatch, queries, fused):
+    """To the bit, values and gradients, and without a loop, which would copy every operand of the kernels."""
+    monkeypatch.setattr(attention_splash, "BLOCKS", (128,))
+    monkeypatch.setattr(attention_splash, "FUSED_SHARE", 1 / 8 if fused else 0)
+    query, key, value = operands(256, heads=2, kv_heads=1)
+    qkv = (query[:, :queries], key, value)
+    segments = jnp.asarray(np.arange(256) >= np.asarray([[100], [200]]), jnp.int32)
+    positions = None if queries == 256 else jnp.concatenate([jnp.arange(64), jnp.arange(192, 256)])
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+
+    def run(rows):
+        ids = (segments[rows][:, :queries] if positions is None else segments[rows][:, positions], segments[rows])
+        function = lambda *x: KERNELS["splash"](*x, ids, causal=True, positions=positions)  # noqa: E731
+        loss = lambda *x: jnp.sum(function(*x) * weight[rows])  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1, 2)), [x[rows] for x in qkv]
+
+    together, given = run(slice(None))
+    assert not {"while", "scan"} & primitives(jax.make_jaxpr(together)(*given).jaxpr)
+    _, gradients = jax.jit(together)(*given)
+    for row in range(2):
+        alone, given = run(slice(row, row + 1))
+        for a, b in zip(gradients, jax.jit(alone)(*given)[1], strict=True):
+            np.testing.assert_array_equal(a[row : row + 1], b)
+
+
+def primitives(jaxpr) -> set[str]:
+    """Names of the primitives of a program, but for what kernels do inside."""
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name != "pallas_call":
+            for inner in jaxprs_in_params(equation.params):
+                found |= primitives(inner)
+    return found
 
 
 def test_splash_of_several_blocks_without_order_visits_them_all(monkeypatch):

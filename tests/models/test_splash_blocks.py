@@ -94,16 +94,19 @@ def test_the_share_that_is_visited_is_counted_by_blocks():
     assert visited_share(1024, 2048, True, 2) == 5 / 8
 
 
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("heads", "fused"), [(64, True), (65, False)])
-def test_the_backward_kernel_is_fused_while_its_query_gradients_fit_an_eighth_of_the_memory(heads, fused, monkeypatch):
+def test_the_backward_kernel_is_fused_while_a_rows_query_gradients_fit_an_eighth_of_the_memory(
+    rows, heads, fused, monkeypatch
+):
     """Of 16 GiB, where the device is not known: 16 blocks of keys, 2 MiB of bfloat16 a head and block."""
     chosen = []
     monkeypatch.setattr(
         module, "make_kernel", lambda _, sizes, *rest: chosen.append(sizes.use_fused_bwd_kernel) or (lambda q, *kv: q)
     )
-    query = jax.ShapeDtypeStruct((1, 16_384, heads, 64), jnp.bfloat16)
-    jax.eval_shape(functools.partial(splash, causal=False), query, query, query, None)
-    assert chosen == [fused]
+    query = jax.ShapeDtypeStruct((rows, 16_384, heads, 64), jnp.bfloat16)
+    jax.eval_shape(functools.partial(splash, causal=True), query, query, query, None)
+    assert chosen == [fused] * rows
 
 
 def test_pieces_need_whole_blocks():
