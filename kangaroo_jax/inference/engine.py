@@ -138,7 +138,7 @@ class Engine:
             if self._closing is not None or self.failed:
                 raise EngineError(self.failed or "the engine is closed")
             if self._vision is not None:
-                run.watched = [self._vision.watch(ref, request.namespace) for ref in request.media]
+                run.watched = [self._vision.watch(ref, request.namespace, request.owner) for ref in request.media]
                 ticket.media = run.watched
             self._new.append(run)
         self._awake.set()
@@ -240,9 +240,10 @@ class Engine:
     def _read_piece(self) -> bool:
         """Read a piece of the first prompt of which one is there, or score a piece; False where there is none."""
         self._settle(AHEAD)
-        for run in self._queue.prefilling:
+        for run in self._queue.to_read():
             if run.left() and not run.piece_ready(self.programs.sizes):
                 continue
+            self._queue.read(run)
             self._guarded([run], functools.partial(self._extend if run.left() else self._score, run))
             return True
         self._settle(0)

@@ -16,7 +16,7 @@ class Given:
         self._rows = rows
         self.listener: Callable[[], None] = lambda: None
 
-    def watch(self, ref: MediaRef, namespace: bytes = b"") -> "GivenMedium":
+    def watch(self, ref: MediaRef, namespace: bytes = b"", owner: bytes = b"") -> "GivenMedium":
         """Its tokens, all ready. Raises KeyError if there are none."""
         return GivenMedium(self._rows[ref.path], ref.path)
 

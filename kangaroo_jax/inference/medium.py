@@ -45,6 +45,7 @@ class Medium:
     def __init__(self, owner: Owner, key: tuple[bytes, bytes], ref: MediaRef, sources: tuple[Source, ...]) -> None:
         self.owner, self.key, self.ref, self.sources = owner, key, ref, sources
         self.users = 0
+        self.owners: set[bytes] = set()  # of those who asked for it
         self.error: UserError | None = None
         self.seconds: list[float] = []  # of the frames that are decoded, in order
         self.decode_seconds = self.encode_seconds = 0.0
@@ -74,6 +75,11 @@ class Medium:
     @property
     def bytes(self) -> int:
         return sum(int(rows.nbytes) for _, _, rows in self._rows)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the decoder is at it."""
+        return self.begun and self.error is None and len(self.seconds) < len(self.ref.times)
 
     # ------------------------------------------------------------------------------- decoding
 

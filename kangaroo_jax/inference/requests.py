@@ -34,6 +34,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()  # tokens that end the answer, and are no part of it
     stop: tuple[str, ...] = ()  # strings that do
     namespace: bytes = b""  # who may share what is remembered
+    owner: bytes = b""  # in whose turn it is served; owners take turns
     logprobs: int | None = None  # of the chosen tokens, and of so many likeliest ones
     continuation: np.ndarray | None = None  # int32[M]: score these tokens in place of answering
 

@@ -37,7 +37,6 @@ class Run:
     watched: Sequence[Watched | GivenMedium] = dataclasses.field(default_factory=list)
     ids: np.ndarray | None = None  # uint64[T] of the prompt, once its media are known
     slot: Slot | None = None
-    overtaken: bool = False
     dispatched: int = 0  # steps
     row: int = 0  # in the last step
     seen: Any = None

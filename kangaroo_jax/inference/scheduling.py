@@ -5,13 +5,19 @@ from collections.abc import Callable
 from kangaroo_jax.inference.memory import Identities, common_prefix, token_ids
 from kangaroo_jax.inference.running import Run
 from kangaroo_jax.inference.slots import WORTH_SHARING, Slots
+from kangaroo_jax.inference.turns import Turns
 
 
 class Queue:
-    """Requests by how far they are: first come, first served; who waits is overtaken once, by a remembered prompt."""
+    """Requests by how far they are. Owners take turns at slots, and at the reading of prompts.
+
+    Of one owner's requests the first come is first served. One that waits for a large slot holds up none that fits in
+    a small one.
+    """
 
     def __init__(self, slots: Slots, identities: Identities) -> None:
         self._slots, self._identities = slots, identities
+        self._placing, self._reading = Turns(), Turns()
         self.waiting: list[Run] = []
         self.prefilling: list[Run] = []
         self.running: list[Run] = []
@@ -33,21 +39,22 @@ class Queue:
 
     def place(self, fail: Callable[[Run, Exception], None]) -> list[Run]:
         """Give slots to those who wait, as far as there are any; `fail` ends a request whose media do not fit."""
-        placed, first = [], None  # who came first and has none
-        for run in list(self.waiting):
+        placed = []
+        for run in self._placing.ordered(self.waiting, _owner):
             if run.ids is None and not self._identify(run, fail):
                 continue
-            if self._is_being_read(run):
-                continue
-            if first is not None and (first.overtaken or not self._is_remembered(run)):
-                continue
-            if not self._place(run):
-                first = first or run
-                continue
-            if first is not None:
-                first.overtaken = True
-            placed.append(run)
+            if not self._is_being_read(run) and self._place(run):
+                placed.append(run)
+                self._placing.served(_owner(run))
         return placed
+
+    def to_read(self) -> list[Run]:
+        """Those whose prompt is being read, in the order in which a piece of one should be."""
+        return self._reading.ordered(self.prefilling, _owner)
+
+    def read(self, run: Run) -> None:
+        """A piece of its prompt is being read."""
+        self._reading.served(_owner(run))
 
     def _identify(self, run: Run, fail: Callable[[Run, Exception], None]) -> bool:
         """Find the ids of a prompt's tokens, if its media are known."""
@@ -73,11 +80,6 @@ class Queue:
         self.prefilling.append(run)
         return True
 
-    def _is_remembered(self, run: Run) -> bool:
-        """Whether more than half of a prompt is remembered."""
-        assert run.ids is not None
-        return 2 * self._slots.likely(run.request.namespace, run.ids[:-1]) > len(run.ids)
-
     def _is_being_read(self, run: Run) -> bool:
         """Whether much of a prompt is just being read for another request: it is worth waiting for."""
         assert run.ids is not None
@@ -88,3 +90,7 @@ class Queue:
         ]
         longest = max(shared, default=0)
         return longest >= WORTH_SHARING and longest > self._slots.likely(run.request.namespace, run.ids[:-1])
+
+
+def _owner(run: Run) -> tuple[bytes]:
+    return (run.request.owner,)

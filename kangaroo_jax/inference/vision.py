@@ -21,15 +21,19 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.identity import media_identity
 from kangaroo_jax.inference.medium import Medium
 from kangaroo_jax.inference.timing import Finishes
+from kangaroo_jax.inference.turns import Turns
 
 Encode = Callable[[np.ndarray, np.ndarray], jax.Array]  # uint8[F, S, S, 3], seconds float32[F] -> [R, D]
 
 
 _READERS = 4  # threads that read the bytes of media to know what they are
+_AHEAD = 2  # media for each piece that may be decoded at a time, which the decoder has at most
 
 
 class Vision:
     """Vision tokens by what their media are, the least recently used forgotten beyond a number of bytes.
+
+    Owners take turns at every part of the work, so that one with many media holds up nobody.
 
     `watch` may be called from any thread, `pump` from the one that owns the device.
     """
@@ -74,22 +78,32 @@ class Vision:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="identity")
         self._finishes = Finishes()
         self.lock = threading.RLock()
+        self._finding: list[tuple[Watched, bytes]] = []
+        self._turns = {work: Turns() for work in ("find", "decode", "encode")}
+        self._is_beginning = False
         self._media: collections.OrderedDict[tuple[bytes, bytes], Medium] = collections.OrderedDict()
         self._unfinished: list[Medium] = []  # in the order in which they were asked for
         self._encoding: list[Medium] = []  # whose last rows may still be on the device
         self._decoded = self._encoded = self._reused = 0
 
-    def watch(self, ref: MediaRef, namespace: bytes = b"") -> "Watched":
+    def watch(self, ref: MediaRef, namespace: bytes = b"", owner: bytes = b"") -> "Watched":
         """Begin to look at a medium, or find what is known of it. Waits for nothing; to be released once.
 
-        Within a namespace equal media are looked at once; between two nothing is shared.
+        Within a namespace equal media are looked at once; between two nothing is shared. Owners take turns.
         """
-        watched = Watched(self, ref)
-        self._readers.submit(self._find, watched, namespace)
+        watched = Watched(self, ref, owner)
+        with self.lock:
+            self._finding.append((watched, namespace))
+        self._readers.submit(self._find)
         return watched
 
-    def _find(self, watched: "Watched", namespace: bytes) -> None:
-        """Read what a medium is; begin to decode it where nobody has."""
+    def _find(self) -> None:
+        """Read what the next medium is; begin to decode it where nobody has."""
+        with self.lock:
+            turn = self._turns["find"]
+            watched, namespace = turn.ordered(self._finding, lambda one: (one[0].owner,))[0]
+            self._finding.remove((watched, namespace))
+            turn.served((watched.owner,))
         ref, medium, error, known = watched.ref, None, None, False
         try:
             identity, sources = media_identity(ref, self.side, self._model)
@@ -107,31 +121,52 @@ class Vision:
                     self._unfinished.append(medium)
                 self._media.move_to_end(key)
                 medium.users += 1
+                medium.owners.add(watched.owner)
                 self._reused += len(ref.times) if known else 0
             watched.found(medium, known, error)
         self._begin()
         self.listener()
 
     def _begin(self) -> None:
-        """Have media decoded, first come first served, as far as there is room for their pixels."""
-        while True:
-            with self.lock:
-                medium = next((medium for medium in self._unfinished if not medium.begun), None)
-                there = sum(medium.pixel_bytes for medium in self._unfinished if medium.begun)
-                if medium is None or (there and there + medium.pixel_bytes > self._most_pixels):
-                    return
-                medium.begun = True
+        """Have media decoded, as far as the decoder needs them and there is room for their pixels.
+
+        What the decoder has it decodes in that order. Only one thread is in here: a medium that is decoded at once,
+        and what happens meanwhile, is seen to by the next turn of its loop.
+        """
+        with self.lock:
+            if self._is_beginning:
+                return
+            self._is_beginning = True
+        while (medium := self._next_to_decode()) is not None:
             try:
                 medium.decode(self._pieces)
-            except (UserError, RuntimeError) as reason:  # no worker can start, or the decoder is closed
+            except Exception as reason:  # no worker can start, or the decoder is closed
                 medium.fail(UserError(str(reason)))
 
+    def _next_to_decode(self) -> Medium | None:
+        """The medium to hand to the decoder now; None where there is none, and `_begin` is over."""
+        with self.lock:
+            turn = self._turns["decode"]
+            waiting = turn.ordered([medium for medium in self._unfinished if not medium.begun], _owners)
+            there = sum(medium.pixel_bytes for medium in self._unfinished if medium.begun)
+            busy = sum(medium.decoding for medium in self._unfinished) >= _AHEAD * self._pieces
+            if not waiting or busy or (there and there + waiting[0].pixel_bytes > self._most_pixels):
+                self._is_beginning = False
+                return None
+            turn.served(_owners(waiting[0]))
+            waiting[0].begun = True
+            return waiting[0]
+
     def pump(self) -> bool:
-        """Look at one group of frames, first come first served; False where none waits. For the device's thread."""
+        """Look at one group of frames; False where none waits. For the device's thread."""
         with self.lock:
             settled, self._encoding = self._encoding, []
-            medium = next((medium for medium in self._unfinished if medium.waits()), None)
+            turn = self._turns["encode"]
+            ready = turn.ordered([medium for medium in self._unfinished if medium.waits()], _owners)
+            medium = ready[0] if ready else None
             part = medium.next_part(self.frames_a_call) if medium is not None else None
+            if medium is not None:
+                turn.served(_owners(medium))
         if medium is not None and part is not None:
             self._encode_part(medium, *part)
         for other in settled:
@@ -191,6 +226,7 @@ class Vision:
     def counted(self, frames: int) -> None:
         with self.lock:
             self._decoded += frames
+        self._begin()
         self.listener()
 
     def dropped(self, medium: Medium) -> None:
@@ -215,12 +251,16 @@ class Vision:
                 self._forget()
 
 
+def _owners(medium: Medium) -> set[bytes]:
+    return medium.owners
+
+
 class Watched:
     """One request's hold on a medium; see `Vision.watch`."""
 
-    def __init__(self, owner: Vision, ref: MediaRef) -> None:
-        self.ref, self.held = ref, True
-        self._owner = owner
+    def __init__(self, vision: Vision, ref: MediaRef, owner: bytes) -> None:
+        self.ref, self.owner, self.held = ref, owner, True
+        self._vision = vision
         self._medium: Medium | None = None
         self._known = False
         self._error: UserError | None = None
@@ -237,7 +277,7 @@ class Watched:
     @property
     def rows(self) -> int:
         """Vision tokens in all."""
-        return len(self.ref.times) // self._owner.frames_per_group * self._owner.tokens_per_group
+        return len(self.ref.times) // self._vision.frames_per_group * self._vision.tokens_per_group
 
     @property
     def ready(self) -> int:
@@ -279,7 +319,7 @@ class Watched:
 
     def release(self) -> None:
         """This request needs it no longer. A medium that nobody waits for is not looked at to its end."""
-        with self._owner.lock:
+        with self._vision.lock:
             held, self.held = self.held, False
         if held and self._medium is not None:
-            self._owner._released(self._medium)
+            self._vision._released(self._medium)

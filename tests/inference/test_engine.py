@@ -36,7 +36,7 @@ class Seen:
         self.watched: list[Seen.Watched] = []
         self.listener = lambda: None
 
-    def watch(self, ref, namespace):
+    def watch(self, ref, namespace, owner):
         self.watched.append(self.Watched(ref))
         return self.watched[-1]
 

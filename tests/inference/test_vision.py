@@ -169,6 +169,21 @@ def wait_for(condition) -> bool:
     return bool(condition())
 
 
+def test_owners_take_turns_at_decoding_and_looking(make, clips):
+    vision = make()
+    vision.go.clear()
+    many = [vision.watch(ref(clips / "a.mp4", count), b"a", b"a") for count in range(2, 26, 2)]
+    assert wait_for(lambda: all(w.identity is not None for w in many))
+    few = vision.watch(ref(clips / "c.mp4", 16), b"b", b"b")
+    assert wait_for(lambda: few.identity is not None)
+    vision.go.set()
+    seen(vision, few)
+    assert [Path(asked.path).name for asked in vision.asked].index("c.mp4") <= 2  # those that the decoder had before
+    assert sum(w.ready == w.rows for w in many) < 8
+    seen(vision, *many)
+    assert len(vision.asked) == 13
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize("count", [2, 8, 14])
 def test_tokens_are_those_of_the_frames_in_order_however_they_are_decoded(make, clips, pieces, count):
