@@ -161,7 +161,7 @@ class Routes:
             return tokenizer.encode(text)
 
         async def ids() -> tuple[list[int], bool]:
-            async with self._body(http) as body:
+            async with self._body(http, call) as body:
                 limits = service.limits
                 request = await service.in_thread(lambda: tokenize_request(parsed(body), limits))
                 if request.prompt is None:
@@ -170,7 +170,7 @@ class Routes:
                     return head + await service.in_thread(lambda: counted(text)), request.token_strings
                 service.model(request.prompt.model)
                 namespace = service.namespace(call, request.prompt.cache_salt)
-                rendered = await service.rendered(request.prompt, namespace, stack)
+                rendered = await service.rendered(request.prompt, namespace, call, stack)
                 return rendered.recipe.tokens.tolist(), request.token_strings
 
         tokens, strings = await service.while_there(http.is_disconnected, ids())
@@ -186,12 +186,12 @@ class Routes:
         self, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack
     ) -> tuple[ChatRequest, Running]:
         service, limits = self._service, self._service.limits
-        async with self._body(http) as body:
+        async with self._body(http, call) as body:
             request = await service.in_thread(lambda: chat_request(parsed(body), limits))
             return request, await service.begin(request, call, stack)
 
     @contextlib.asynccontextmanager
-    async def _body(self, http: HttpRequest) -> Any:
+    async def _body(self, http: HttpRequest, call: Call) -> Any:
         """The bytes of a request, counted as they come. Raises ApiError."""
         limits, admission = self._service.limits, self._service.admission
         if http.headers.get("content-encoding", "identity").lower() != "identity":
@@ -201,22 +201,22 @@ class Routes:
             try:
                 async with asyncio.timeout(limits.max_body_seconds):
                     async for piece in http.stream():
-                        self._take(http, body, piece)
+                        self._take(http, call, body, piece)
             except TimeoutError:
                 seconds = f"{limits.max_body_seconds:g} s (--max-body-seconds)"
                 raise ApiError(f"the body is not here after {seconds}", status=408) from None
             yield body
         finally:
-            admission.shrink(len(body))
+            admission.shrink(call.key, len(body))
 
-    def _take(self, http: HttpRequest, body: bytearray, piece: bytes) -> None:
+    def _take(self, http: HttpRequest, call: Call, body: bytearray, piece: bytes) -> None:
         """Another piece of a body. Raises ApiError where it is one too many."""
         limit, size = self._service.limits.max_body_mb, len(body) + len(piece)
         if size > limit * MIB:
             stated = http.headers.get("content-length", "")
             whole = int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 16 else 0
             raise too_large("a body", max(whole, size) / MIB, limit, "max_body_mb")
-        self._service.admission.grow(len(piece))
+        self._service.admission.grow(call.key, len(piece))
         body += piece
 
     async def _pieces(self, request: ChatRequest, running: Running, writer: Writer, call: Call) -> Any:

@@ -48,9 +48,10 @@ class Cancelled(Exception):
 class RequestMedia:
     """The media of one request. `fetch` runs in a thread; `close` may be called while it does."""
 
-    def __init__(self, store: MediaStore, namespace: bytes = b"") -> None:
-        """Names (uuid) are those of the namespace."""
+    def __init__(self, store: MediaStore, namespace: bytes = b"", owner: bytes = b"", *, alone: bool = True) -> None:
+        """Names (uuid) are those of the namespace; for `owner` and `alone` see `MediaStore.reserve`."""
         self._store, self._namespace = store, namespace
+        self.owner, self.alone = owner, alone
         self._lock = threading.Lock()
         self._held: list[StoredFile] = []
         self._closed = False
@@ -156,14 +157,14 @@ class RequestMedia:
         except BaseException as error:
             path.unlink(missing_ok=True)
             if sink is not None:
-                self._store.give_back(sink.size)
+                self._store.give_back(sink.size, self.owner)
             if isinstance(error, OSError):  # the disk is full, or gone
                 log.error("media cannot be written: %s", error)
                 raise ApiError(
                     "the server cannot write media at the moment", status=507, code="media_not_written"
                 ) from None
             raise
-        return self._kept(StoredFile(path, sink.size, sink.digest.digest()))
+        return self._kept(StoredFile(path, sink.size, sink.digest.digest(), owner=self.owner))
 
     def _download(self, address: str, sink: "_Sink", where: str) -> None:
         """Write what a web address holds."""
@@ -270,7 +271,7 @@ class _Sink:
             if self.size + len(block) > limit * MIB:
                 size = (self.size + len(block)) / MIB
                 raise too_large(f"{self._where}: at least", size, limit, "max_media_mb", self._where)
-            self._store.reserve(len(block))
+            self._store.reserve(len(block), self._request.owner, alone=self._request.alone)
             self.size += len(block)
             self._file.write(block)
         except Exception as error:

@@ -53,8 +53,9 @@ def serve(options: Options, limits: Limits, load: Callable[[Callable[[str], None
     address is taken or a folder cannot be used, and KeyboardInterrupt after Ctrl-C.
     """
     with WorkFolder(options.media_folder or None) as folder, listening(options.host, options.port) as opened:
-        store = MediaStore(folder, limits, options.media_root or None, options.media_hosts)
-        service = Service(options.names, limits, store, share_cache=options.share_cache)
+        several = len(set(options.keys)) > 1
+        store = MediaStore(folder, limits, options.media_root or None, options.media_hosts, several_keys=several)
+        service = Service(options.names, limits, store, share_cache=options.share_cache, several_keys=several)
         app = make_app(service, keys=options.keys, origins=options.origins, root_path=options.root_path)
         process = _Process(service, options, load)
         asyncio.run(process.run(app, opened))

@@ -24,6 +24,7 @@ from kangaroo_jax.serving.metrics import Metrics
 from kangaroo_jax.serving.prompts import Rendered, exceeds, seen, without_paths
 from kangaroo_jax.serving.protocol import SEEDS, ChatRequest, Prompt
 from kangaroo_jax.serving.store import MediaStore
+from kangaroo_jax.serving.turnstile import Turnstile
 from kangaroo_jax.system.json_text import utf8
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 
 _POLL = 0.2  # seconds between two looks at whether a client is still there
 _MOST_NAMED = 8  # unknown fields that a line of the log names
+_PROBED = 2  # requests of one key whose files are looked into at a time
 
 Outcome = tuple[int, Event | Answer | Exception]  # of which choice, and what came
 
@@ -52,10 +54,27 @@ class Call:
 class Service:
     """The server without HTTP."""
 
-    def __init__(self, names: tuple[str, ...], limits: Limits, store: MediaStore, *, share_cache: bool = False) -> None:
-        """`names`: of the model; `share_cache`: what one API key's requests left may serve another's."""
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        limits: Limits,
+        store: MediaStore,
+        *,
+        share_cache: bool = False,
+        several_keys: bool = False,
+    ) -> None:
+        """What serves requests.
+
+        Args:
+            names: of the model.
+            limits: bounds.
+            store: files of requests.
+            share_cache: what one API key's requests left may serve another's.
+            several_keys: no API key takes more of what there is than it leaves to others.
+        """
         self.names, self.limits, self.store = names, limits, store
-        self.admission = Admission(limits)
+        self.admission = Admission(limits, several=several_keys)
+        self._probing = Turnstile(_PROBED)
         self.metrics = Metrics(self._now)
         self.backend: Backend | None = None
         self.state = "starting"
@@ -108,10 +127,12 @@ class Service:
 
     # ------------------------------------------------------------------------------ a prompt
 
-    async def rendered(self, prompt: Prompt, namespace: bytes, stack: contextlib.AsyncExitStack) -> Rendered:
+    async def rendered(
+        self, prompt: Prompt, namespace: bytes, call: Call, stack: contextlib.AsyncExitStack
+    ) -> Rendered:
         """The prompt, its media local files until `stack` is closed. Raises ApiError."""
         backend = self.ready()
-        media = RequestMedia(self.store, namespace)
+        media = RequestMedia(self.store, namespace, call.key, alone=self.admission.alone(call.key))
         stack.callback(media.close)
 
         def make() -> Rendered:
@@ -120,7 +141,8 @@ class Service:
                 raise _too_long(f"more than {backend.context} tokens", backend.context)
             found = [media.fetch(part) for part in prompt.media]
             try:
-                return backend.prompts.render(prompt, found, media.names)
+                with self._probing.passed(call.key, media.checked) if found else contextlib.nullcontext():
+                    return backend.prompts.render(prompt, found, media.names)
             except UserError as error:
                 raise without_paths(error, media.names) from None
 
@@ -151,11 +173,11 @@ class Service:
                 printable(", ".join(n[:40] for n in prompt.unknown[:_MOST_NAMED])),
             )
         namespace = self.namespace(call, prompt.cache_salt)
-        rendered = await self.rendered(prompt, namespace, stack)
+        rendered = await self.rendered(prompt, namespace, call, stack)
         recipe = rendered.recipe
         call.notes |= {"prompt": len(recipe.tokens), "frames": recipe.frames}
         frames = stack.enter_context(contextlib.ExitStack())
-        frames.enter_context(self.admission.decoding(recipe.frames))
+        frames.enter_context(self.admission.decoding(call.key, recipe.frames))
         room = backend.context - len(recipe.tokens)
         asked = Request(
             tokens=recipe.tokens,
@@ -165,6 +187,7 @@ class Service:
             stop_ids=(*(() if request.ignore_eos else backend.tokenizer.stop_ids), *request.stop_ids),
             stop=request.stop,
             namespace=namespace,
+            owner=call.key,
             logprobs=request.logprobs,
         )
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
@@ -204,7 +227,7 @@ class Service:
 
     def _now(self) -> dict[str, float]:
         stats = self.backend.stats() if self.backend is not None else {}
-        return {**stats, "media_bytes": self.store.bytes, "requests": self.admission.requests}
+        return {**stats, "media_bytes": self.store.written, "requests": self.admission.requests}
 
 
 class Running:

@@ -14,6 +14,7 @@ from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.roots import MediaRoot
+from kangaroo_jax.serving.shares import Shares
 from kangaroo_jax.system.files import stamp_of
 
 _MOST_NAMES = 4096
@@ -31,6 +32,7 @@ class StoredFile:
     digest: bytes
     opened: int | None = None  # descriptor of a file of the media root
     stamp: tuple[int, ...] = ()  # and what it was like
+    owner: bytes = b""  # whose request wrote it
     users: int = 0
 
     def unchanged(self) -> bool:
@@ -59,7 +61,15 @@ class Named:
 class MediaStore:
     """Files of all requests. Every method may be called from any thread."""
 
-    def __init__(self, folder: WorkFolder, limits: Limits, root: str | Path | None = None, hosts: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: WorkFolder,
+        limits: Limits,
+        root: str | Path | None = None,
+        hosts: tuple[str, ...] = (),
+        *,
+        several_keys: bool = False,
+    ) -> None:
         """A store of files that are written below `folder`.
 
         Args:
@@ -67,32 +77,38 @@ class MediaStore:
             limits: bounds.
             root: folder below which `file://` addresses may lie; None: none may.
             hosts: `host` or `host:port` of web addresses that may be read, exactly; (): none may.
+            several_keys: whose requests leave room to each other.
         """
         self.folder, self.limits = folder, limits
         self.root = MediaRoot(root) if root is not None else None
         self.hosts = frozenset(host.lower() for host in hosts)
-        self.bytes = 0  # written and not removed
+        self._shares = Shares(limits.max_folder_mb * MIB, several=several_keys)
         self._lock = threading.Lock()
         self._files: dict[bytes, StoredFile] = {}  # by digest
         self._named: collections.OrderedDict[Name, Named] = collections.OrderedDict()
 
-    def reserve(self, size: int) -> None:
-        """Take room for so many bytes. Raises ApiError where there is none."""
-        limit = self.limits.max_folder_mb * MIB
+    @property
+    def written(self) -> int:
+        """Bytes that are not removed."""
+        return self._shares.total
+
+    def reserve(self, size: int, owner: bytes = b"", *, alone: bool = True) -> None:
+        """Take room for so many bytes, of an owner whose only request it is or not. Raises ApiError: there is none."""
         with self._lock:
-            if self.bytes + size > limit:
+            why = self._shares.refuses(owner, size, alone=alone)
+            if why is not None:
                 raise ApiError(
-                    f"the server's folder of media is full ({limit // MIB} MB, --max-folder-mb)",
+                    f"the server's folder of media is full ({self.limits.max_folder_mb} MB, --max-folder-mb){why}",
                     status=429,
                     code="media_folder_full",
                     retry_after=5,
                 )
-            self.bytes += size
+            self._shares.take(owner, size)
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: int, owner: bytes = b"") -> None:
         """Free reserved room."""
         with self._lock:
-            self.bytes -= size
+            self._shares.give_back(owner, size)
 
     def adopt(self, file: StoredFile) -> StoredFile:
         """The file of these bytes, held once more: this one, or one that is there already."""
@@ -120,7 +136,7 @@ class MediaStore:
             file.path.unlink()
         if file.opened is not None:
             os.close(file.opened)
-        self.give_back(file.size)
+        self.give_back(file.size, file.owner)
 
     # ------------------------------------------------------------------------------- names
 

@@ -94,7 +94,9 @@ def start(
         ) -> Running:
             limits, engine = limits or Limits(), engine or FakeEngine()
             folder = stack.enter_context(WorkFolder(tmp_path / "work"))
-            service = Service(("kangaroo", "k2"), limits, MediaStore(folder, limits, films), share_cache=share_cache)
+            several = len(options.get("keys", ())) > 1
+            store = MediaStore(folder, limits, films, several_keys=several)
+            service = Service(("kangaroo", "k2"), limits, store, share_cache=share_cache, several_keys=several)
             if ready:
                 service.backend = fake_backend(
                     engine, tokenizer, DataConfig.from_config(make_micro_config().data), limits

@@ -14,6 +14,8 @@ import pytest
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.serving.limits import Limits
+from kangaroo_jax.serving.shares import Shares
+from kangaroo_jax.serving.turnstile import Turnstile
 from tests.serving.test_app import NOTHING, about, ask, photo, send, soon
 
 openai = pytest.importorskip("openai")
@@ -81,6 +83,58 @@ def test_frames_are_bounded_in_a_request_and_in_all(start, films) -> None:
     server.engine.go.set()
     assert list(streams[0])
     soon(server.left, NOTHING)
+
+
+def test_a_key_leaves_to_others_as_much_as_it_takes(start, films) -> None:
+    film = about(f"file://{films}/a.mp4")
+    frames = 4
+    for keys, most in ((("a", "b"), 4), (("a",), 8)):
+        server = start(Limits(max_frames_in_flight=8 * frames), keys=keys)
+        streams = held(server, most, "a", messages=film)
+        with pytest.raises(openai.RateLimitError, match="--max-frames-in-flight"):
+            ask(server.client("a"), film)
+        streams += held(server, 1, "b", messages=film) if "b" in keys else []
+        server.engine.go.set()
+        assert all(list(stream)[-1].choices[0].finish_reason == "stop" for stream in streams)
+        soon(server.left, NOTHING)
+
+
+def test_shares_leave_something_to_whoever_comes() -> None:
+    shares = Shares(100, several=True)
+    for owner in range(6):
+        key = bytes([owner])
+        assert shares.refuses(key, 1, alone=False) is None, owner
+        while shares.refuses(key, 1, alone=False) is None:
+            shares.take(key, 1)
+    assert [shares.held(bytes([owner])) for owner in range(6)] == [50, 25, 12, 6, 3, 2]
+    assert shares.refuses(b"new", 1, alone=False) is None and shares.refuses(b"new", 2, alone=True) is None
+    assert shares.refuses(b"new", 3, alone=True) == "" and "this API key" in str(shares.refuses(b"\0", 1, alone=False))
+    shares.give_back(b"\0", 50)
+    assert shares.total == 48 and shares.held(b"\0") == 0
+
+
+def test_a_turnstile_lets_few_of_each_in_and_who_waits_may_leave() -> None:
+    turnstile, entered, go = Turnstile(1), [], threading.Event()
+
+    def enter(owner: str, check: Any = lambda: None) -> None:
+        with turnstile.passed(owner.encode(), check):
+            entered.append(owner)
+            go.wait(10)
+
+    def gone() -> None:
+        raise OSError
+
+    threads = [threading.Thread(target=enter, args=(owner,)) for owner in "aaab"]
+    for thread in threads:
+        thread.start()
+    soon(lambda: sorted(entered), ["a", "b"])
+    with pytest.raises(OSError):
+        enter("b", gone)
+    assert len(entered) == 2
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(entered) == ["a", "a", "a", "b"]
 
 
 def test_a_request_has_a_time_to_live(start) -> None:

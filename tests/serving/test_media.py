@@ -81,7 +81,7 @@ def store(folder: WorkFolder, root: Path) -> Iterator[MediaStore]:
     made = MediaStore(folder, LIMITS, root, ("media.test", "other.test:8080"))
     yield made
     made.close()
-    assert made.bytes == 0 and [path.name for path in folder.path.iterdir()] == ["lock"]
+    assert made.written == 0 and [path.name for path in folder.path.iterdir()] == ["lock"]
 
 
 def refused(store: MediaStore, part: MediaPart) -> ApiError:
@@ -102,8 +102,8 @@ def test_bytes_of_an_address_become_a_file_that_goes_with_the_request(store: Med
     with contextlib.closing(RequestMedia(store)) as media:
         found, times = media.fetch(image(data(png(5))))
         assert Path(found.path).read_bytes() == png(5) and found.kind == "image" and times == ()
-        assert media.names == {found.path: "messages[0].content[0]"} and store.bytes == len(png(5))
-    assert not os.path.exists(found.path) and store.bytes == 0
+        assert media.names == {found.path: "messages[0].content[0]"} and store.written == len(png(5))
+    assert not os.path.exists(found.path) and store.written == 0
 
 
 def test_equal_bytes_are_one_file_as_long_as_anybody_uses_it(store: MediaStore) -> None:
@@ -179,7 +179,7 @@ def test_a_request_that_is_closed_writes_no_more(store: MediaStore) -> None:
     media.close()
     with pytest.raises(Cancelled):
         media.fetch(image(data(png())))
-    assert store.bytes == 0
+    assert store.written == 0
 
 
 # ---------------------------------------------------------------------------------- uuid
@@ -199,7 +199,7 @@ def test_names_are_kept_within_a_bound_of_bytes(store: MediaStore) -> None:
     for level in range(3):
         with contextlib.closing(RequestMedia(store)) as media:
             media.fetch(image(data(png(level) + bytes(500_000)), f"photo {level}"))
-    assert store.bytes < 1_048_576 < 1_500_000
+    assert store.written < 1_048_576 < 1_500_000
     assert refused(store, image("", "photo 0")).code == "unknown_uuid"
 
 
@@ -222,7 +222,7 @@ def test_names_hold_few_files_of_the_root_open(store: MediaStore, root: Path) ->
 def test_files_below_the_root_are_read_and_not_copied(store: MediaStore, root: Path, name: str) -> None:
     with contextlib.closing(RequestMedia(store)) as media:
         found, _ = media.fetch(video(f"file://{root}/{name}"))
-        assert probe(found.path, "video").seconds == pytest.approx(1.0) and store.bytes == 0
+        assert probe(found.path, "video").seconds == pytest.approx(1.0) and store.written == 0
         assert found.path.startswith(str(store.folder.path))
 
 
@@ -354,7 +354,7 @@ def web(folder: WorkFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[M
         monkeypatch.setattr(addresses, "is_public", lambda host: host == "127.0.0.1")
         store = MediaStore(folder, LIMITS, None, (f"media.test:{port}", "inner.test"))
         yield store, f"http://media.test:{port}"
-        assert store.bytes == 0
+        assert store.written == 0
         server.shutdown()
 
 

@@ -94,6 +94,8 @@ def started(folder: Path, checkpoint: Path, films: Path) -> Iterator[Server]:
         "--port=0",
         f"--port_file={folder}/port",
         "--api-key=word",
+        "--api-key=other",
+        "--max-key-requests=32",
         f"--allowed-media-root={films}",
         f"--media_folder={folder}/media",
         "--context=512",
@@ -209,6 +211,27 @@ def test_many_at_a_time_get_their_own_answers(server: Server, films: Path) -> No
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda messages: server.ask(messages).choices[0].message.content, asked * 4))
     assert together == alone * 4
+
+
+def test_a_key_that_asks_much_does_not_starve_another(server: Server, films: Path) -> None:
+    film, pictures = about(f"file://{films}/a.mp4", "Mine?"), [about(photo(level), "Theirs?") for level in range(30)]
+    done: list[str] = []
+
+    def ask(key: str, messages: Any) -> None:
+        client = server.client().with_options(api_key=key)
+        client.chat.completions.create(
+            model="kangaroo", messages=messages, max_tokens=100, extra_body={"ignore_eos": True}
+        )
+        done.append(key)
+
+    with ThreadPoolExecutor(31) as pool:
+        asked = [pool.submit(ask, "word", messages) for messages in pictures]
+        soon(lambda: server.numbers()["requests_running"] > 0, True, 20)
+        asked.append(pool.submit(ask, "other", film))
+        for one in asked:
+            one.result()
+    assert len(done) == 31 and done.index("other") <= 12
+    nothing_is_left(server)
 
 
 def test_clients_that_leave_free_their_places(server: Server) -> None:

@@ -62,4 +62,4 @@ def test_an_upload_that_stalls_is_given_up(begin, monkeypatch):
 def test_an_upload_that_breaks_off_leaves_nothing(begin):
     talk = begin()
     assert put(talk, talk.sessions.of("page").token, piece(bytes(2 << 20)), {"type": "http.disconnect"})[0] == 499
-    assert files_in(talk) == 0 and talk.sessions._store.bytes == 0
+    assert files_in(talk) == 0 and talk.sessions._store.written == 0

@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_line(begin, films, monkeypatch):
     with pytest.raises(UserError, match="a.mp4: the file cannot be stored"), session.receiving("a.mp4") as receiver:
         receiver.write(b"1234")
         raise OSError(28, "No space left on device")
-    assert files_in(talk) == 0 and talk.sessions._store.bytes == 0
+    assert files_in(talk) == 0 and talk.sessions._store.written == 0
 
 
 def test_example_clips_are_made_on_the_spot(begin):
