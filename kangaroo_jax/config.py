@@ -162,6 +162,7 @@ class LlamaConfig(Section):
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
+    tied_head: bool = False  # True: the token embedding is the head, too
     remat: str = "auto"
     loss_chunk: int = 1024  # tokens whose logits exist at a time
 

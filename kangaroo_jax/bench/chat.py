@@ -162,7 +162,8 @@ def _state(model: KangarooModel) -> Iterable[tuple[str, np.ndarray]]:
 
     yield "model.embed_tokens.weight", np.array(model.llm.embedding[...])
     yield "model.norm.weight", np.array(model.llm.norm.scale[...])
-    yield "lm_head.weight", turned(model.llm.head.kernel, 1)
+    if model.llm.head is not None:
+        yield "lm_head.weight", turned(model.llm.head.kernel, 1)
     layers: Any = model.llm.layers
     for number, layer in enumerate(layers):
         name = f"model.layers.{number}."

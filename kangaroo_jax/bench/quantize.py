@@ -184,7 +184,7 @@ def _logits(
     memory = Part.shapes(llm.kv_heads, llm.head_dim, count, jnp.dtype(kv_dtype or llm.dtype), nothing)
     x = model.embed(tokens[None], index[None], vision[None])
     hidden, _ = llm.read(x, jnp.arange(count)[None], [Chunk(memory, jnp.int32(0), visible=0)] * llm.depth)
-    logits: jax.Array = llm.unembed(hidden[0, places])
+    logits: jax.Array = model.unembed(hidden[0, places])
     return logits
 
 

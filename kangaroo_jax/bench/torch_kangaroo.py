@@ -114,6 +114,7 @@ def llama_config(llm: Any, **settings: Any) -> LlamaConfig:
         num_key_value_heads=llm.kv_heads,
         head_dim=llm.head_dim,
         rms_norm_eps=llm.norm_eps,
+        tie_word_embeddings=llm.tied_head,
         rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
         **settings,
     )

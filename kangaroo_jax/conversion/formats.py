@@ -43,6 +43,42 @@ ROPE_KEYS = (
     ("original_max_position_embeddings", "original_length"),
 )
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # settings that our decoder cannot vary
+# Settings of relatives of Llama, and the values with which they change nothing.
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "sliding_window": (None, 0),
+    "use_sliding_window": (None, False),
+    "partial_rotary_factor": (None, 1.0),
+    "num_local_experts": (None, 0, 1),
+    "qk_layernorm": (None, False),
+    "logits_scaling": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "final_logit_softcapping": (None,),
+}
+LLAMAS = ("llama", "mistral", None)  # model types with the architecture of Llama; Mistral's where it has no window
+# What other decoders have that this one lacks, by how their model type begins.
+OTHERS = {
+    "qwen2_moe": "experts and biases of q, k and v",
+    "qwen2": "biases of q, k and v",
+    "qwen3_moe": "experts and norms of q and k",
+    "qwen3": "norms of q and k",
+    "gemma": "GELU, scaled embeddings and norms of another kind",
+    "phimoe": "experts",
+    "phi3": "q, k and v in one map",
+    "phi": "LayerNorm, biases and a parallel MLP",
+    "mixtral": "experts",
+    "smollm3": "layers without rotary positions",
+    "olmo": "norms of another kind",
+    "granite": "multipliers of embeddings, residuals and logits",
+    "deepseek": "latent attention and experts",
+    "gpt": "learned positions and LayerNorm",
+    "falcon": "LayerNorm and a parallel MLP",
+    "starcoder": "LayerNorm and biases",
+    "stablelm": "LayerNorm and partial rotary positions",
+    "cohere": "LayerNorm and a parallel MLP",
+    "llama4": "experts and layers without rotary positions",
+    "mllama": "layers of cross-attention",
+}
 LLAMA_31_LENGTH = 131_072  # tokens; the context of Llama 3.1 and 3.2
 USUAL_THETA, USUAL_EPS = 10_000.0, 1e-6  # defaults of transformers' LlamaConfig
 
@@ -63,6 +99,10 @@ def read_hf(raw: Mapping[str, Any], model: ConfigDict, where: Path) -> None:
     lacking = [key for key in REQUIRED if not isinstance(raw.get(key), int) or raw[key] < 1]
     if lacking:
         raise UserError(f"{where}: does not say {', '.join(lacking)}; is it the config.json of a Llama?")
+    check_kind(raw.get("model_type"), where)
+    for key, values in UNUSED.items():
+        if raw.get(key) not in values and not (key == "sliding_window" and raw.get("use_sliding_window") is False):
+            raise UserError(f"{where}: {key} is {raw[key]!r}, which the decoder, a Llama, does not have")
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise UserError(f"{where}: {key} is {raw[key]!r}, but the decoder supports only {value!r}")
@@ -72,11 +112,21 @@ def read_hf(raw: Mapping[str, Any], model: ConfigDict, where: Path) -> None:
     for theirs, ours in LLM_KEYS:
         value = raw.get(theirs) if raw.get(theirs) is not None else usual[theirs]
         llm[ours] = type(llm[ours])(value)
+    llm.tied_head = bool(raw.get("tie_word_embeddings"))
     _read_rope(raw, llm, where)
     for theirs, (ours, _) in SECTIONS.items():
         _update(section(model, ours), raw.get(theirs), f"{where}, {theirs}")
     if raw.get("mm_projector_type"):
         model.projector = str(raw["mm_projector_type"])
+
+
+def check_kind(kind: Any, where: Path) -> None:
+    """Raise UserError for the model type of a decoder that is not of Llama's architecture."""
+    if kind in LLAMAS or kind == "kangaroo":
+        return
+    lacking = next((words for name, words in OTHERS.items() if str(kind).startswith(name)), "")
+    why = f": it has {lacking}" if lacking else ""
+    raise UserError(f"{where}: model_type {kind!r} is no Llama{why}; give a decoder of Llama's architecture")
 
 
 def _update(target: ConfigDict, values: Any, where: str) -> None:
@@ -108,7 +158,7 @@ def write_llm(llm: ConfigDict) -> dict[str, Any]:
     """The keys of config.json for a Llama in transformers 4 and 5."""
     raw: dict[str, Any] = {theirs: llm[ours] for theirs, ours in LLM_KEYS}
     scaling = llm.get("rope_scaling")
-    raw.update(rope_theta=llm.rope_theta, rope_scaling=None, **FIXED, tie_word_embeddings=False)
+    raw.update(rope_theta=llm.rope_theta, rope_scaling=None, **FIXED, tie_word_embeddings=bool(llm.get("tied_head")))
     if scaling and scaling.factor != 1.0:
         raw["rope_scaling"] = {"rope_type": "llama3", **{theirs: scaling[ours] for theirs, ours in ROPE_KEYS}}
     return raw

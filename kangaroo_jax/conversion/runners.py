@@ -159,7 +159,7 @@ def _logits(graph: Any, weights: Any, tokens: jax.Array, vision_index: jax.Array
     model: Model = nnx.merge(graph, weights)
     x = model.embed(tokens, vision_index, vision)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model.llm.unembed(model.llm(x, jnp.ones_like(tokens), positions))
+    return model.unembed(model.llm(x, jnp.ones_like(tokens), positions))
 
 
 def _vision(programs: Programs, frames: np.ndarray, times: np.ndarray) -> np.ndarray:

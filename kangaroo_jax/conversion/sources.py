@@ -22,6 +22,11 @@ from kangaroo_jax.system.json_text import read_json
 
 SIDECAR, SHADOWED = "kangaroo_jax.json", "kangaroo_jax.safetensors"  # files of ours in an exported folder
 HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks replace
+# The token embedding, and the head, which is the same tensor where it is tied.
+HEADS = {
+    **dict.fromkeys(("llama", "kangaroo"), ("model.embed_tokens.weight", "lm_head.weight")),
+    "meta": ("tok_embeddings.weight", "output.weight"),
+}
 # A tensor that only this layout has, by which it is detected.
 SIGNS = (
     ("kangaroo", "vision_tower.cls_token"),
@@ -80,14 +85,16 @@ def open_source(
     tensors = open_model(path)
     layout = next((layout for layout, sign in SIGNS if sign in tensors), None)
     if layout is None:
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        formats.check_kind(read_json(beside).get("model_type") if beside.is_file() else None, beside)
         some = ", ".join(sorted(tensors)[:3])
         raise UserError(f"{path}: these are no weights of a known layout (its names are like {some})")
     config = _config(path, layout, tensors, preset)
     config.update_from_flattened_dict(dict(overrides or {}))
     if layout in ("eva", "timm"):
         config.model.vision.pos_embed_grid = _stored_grid(tensors, config, path)
-    if layout in ("llama", "kangaroo"):
-        _check_head(path, tensors)
+    if layout in HEADS:
+        _check_head(path, layout, tensors, config.model.llm.tied_head)
     weights, left_out = _mapped(path, layout, tensors, config)
     words = [left_out, *_taken_for_granted(path, layout, files_of(tensors))]
     files = tuple(files_of(tensors))
@@ -95,14 +102,28 @@ def open_source(
     return WeightSource(path, layout, weights, config, _tokenizer(path), files, "; ".join(filter(None, words)), said)
 
 
-def _check_head(path: Path, tensors: Tensors) -> None:
-    """Raise UserError if the head is missing and the config does not tie it to the token embedding."""
-    folder = path if path.is_dir() else path.parent
-    if "lm_head.weight" not in tensors and not read_json(folder / "config.json").get("tie_word_embeddings"):
+def _check_head(path: Path, layout: str, tensors: Tensors, tied: bool) -> None:
+    """Raise UserError if a head is missing that is not the token embedding, or another one is there where it is."""
+    embedding, head = HEADS[layout]
+    if not tied and head not in tensors:
         raise UserError(
-            f"{path}: lm_head.weight is missing, and config.json does not say tie_word_embeddings: true; download the "
+            f"{path}: {head} is missing, and config.json does not say tie_word_embeddings: true; download the "
             "weights again, or say so there where the token embedding is the head"
         )
+    if tied and head in tensors and not _are_equal(tensors[embedding], tensors[head]):
+        raise UserError(
+            f"{path}: {head} is not {embedding}, but config.json says tie_word_embeddings: true; "
+            "say false there if the head is its own"
+        )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to the last bit."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    step = max(1, (64 << 20) // max(1, one.nbytes // max(1, one.shape[0])))
+    parts = ((start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step))
+    return all(one.read(*part).tobytes() == other.read(*part).tobytes() for part in parts)
 
 
 def _taken_for_granted(path: Path, layout: str, files: Sequence[Path]) -> list[str]:
@@ -207,8 +228,6 @@ def _config(path: Path, layout: str, tensors: Tensors, preset: str) -> ConfigDic
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json beside the weights; it says what the shapes cannot (rope theta)")
         raw = read_json(folder / "config.json")
-        if layout == "llama" and raw.get("model_type") not in ("llama", None):
-            raise UserError(f"{folder / 'config.json'}: model_type {raw['model_type']!r} is no Llama")
         formats.read_hf(raw, config.model, folder / "config.json")
         sampling = raw.get("frame_sampling") if layout == "kangaroo" else None
         config.data.update({key: value for key, value in (sampling or {}).items() if key in formats.SAMPLING})
@@ -217,6 +236,8 @@ def _config(path: Path, layout: str, tensors: Tensors, preset: str) -> ConfigDic
             raise UserError(f"{folder}: no params.json beside the weights; it says what the shapes cannot (rope theta)")
         vocabulary = tensors["tok_embeddings.weight"].shape[0]
         formats.read_meta(read_json(folder / "params.json"), config.model, folder / "params.json", vocabulary)
+        embedding, head = (tensors.get(name) for name in HEADS[layout])
+        config.model.llm.tied_head = head is None or (embedding is not None and _are_equal(embedding, head))
     return config
 
 
@@ -255,6 +276,7 @@ def _mapped(path: Path, layout: str, tensors: Tensors, config: ConfigDict) -> tu
     not_weights = names.NOT_WEIGHTS.get(layout, ())
     derived = names.DERIVED.get(layout, ())
     known = [pattern for pattern, _ in (*not_weights, *derived)]
+    known += [re.escape(HEADS[layout][1])] if layout in HEADS and config.model.llm.tied_head else []
     names.match(rows, {name: tensor.shape for name, tensor in tensors.items()}, str(path), known)
     _check_derived(path, layout, tensors, config.model)
     left = [words for name in tensors for pattern, words in not_weights if re.fullmatch(pattern, name)]
@@ -274,9 +296,9 @@ def table_for(layout: str, model: ConfigDict, tensors: Mapping[str, Any] | None 
     if layout == "eva":
         options["prefix"] = "" if "cls_token" in tensors else "visual."
     rows = names.table(layout, shapes_of(model), special_ids(model), **options)
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if layout in ("llama", "kangaroo") and head not in tensors and embedding in tensors:
-        rows = [dataclasses.replace(r, theirs=embedding) if r.theirs == head else r for r in rows]  # tied embeddings
+    if layout == "meta" and model.llm.tied_head and not tensors:  # Meta writes a tied head, too
+        embedding, head = HEADS[layout]
+        rows += [dataclasses.replace(row, theirs=head) for row in rows if row.theirs == embedding]
     return rows
 
 

@@ -393,7 +393,7 @@ def _score(
 
 def _logits(model: KangarooModel, hidden: Float[Array, "n D"]) -> Float32[Array, "n V"]:
     """Each device makes its part, so that logits move and not the head's weights."""
-    logits = constrain(model.llm.unembed(hidden), (None, "activation_vocab"))
+    logits = constrain(model.unembed(hidden), (None, "activation_vocab"))
     return constrain(logits, (None, None))
 
 

@@ -105,6 +105,31 @@ class KangarooModel(nnx.Module):
         rows = constrain(jnp.take_along_axis(vision, index[..., None], axis=1), RESIDUAL)
         return jnp.where((vision_index >= 0)[..., None], rows.astype(x.dtype), x)
 
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
+        """Logits. In a tied head the marks have their own rows, too, as in the token embedding of an export."""
+        logits = self.llm.unembed(hidden)
+        if self.llm.head is not None:
+            return logits
+        rows = self.special_embedding[...].astype(hidden.dtype)
+        marks = jnp.einsum("...d,md->...m", hidden, rows, preferred_element_type=jnp.float32)
+        token = np.arange(logits.shape[-1])
+        for row, mark in enumerate(self.special_ids):
+            logits = jnp.where(token == mark, marks[..., row, None], logits)
+        return logits
+
+    def _head(self) -> Float[Array, "D V"]:
+        """The head's kernel. The marks of a tied one learn by their embeddings alone, as no answer holds a mark: where
+        the decoder is frozen, the head needs no gradient."""
+        if self.llm.head is not None:
+            kernel: jax.Array = self.llm.head.kernel[...]
+            return kernel
+        table = self.llm.embedding[...]
+        marks = jax.lax.stop_gradient(self.special_embedding[...]).astype(table.dtype)
+        token = np.arange(table.shape[0])[:, None]
+        for row, mark in enumerate(self.special_ids):
+            table = jnp.where(token == mark, marks[row], table)
+        return table.T
+
     def hidden(self, batch: PackedBatch) -> Float[Array, "B T D"]:
         """The decoder's states after its final norm."""
         vision = None
@@ -117,10 +142,9 @@ class KangarooModel(nnx.Module):
 
     def logits(self, batch: PackedBatch) -> Float32[Array, "B T V"]:
         """All of them at once, so for small batches only."""
-        return self.llm.unembed(self.hidden(batch))
+        return self.unembed(self.hidden(batch))
 
     def loss(self, batch: PackedBatch) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
         """(sum of weight * cross-entropy, sum of weights)."""
         hidden = self.hidden(batch)
-        head = self.llm.head.kernel[...]
-        return chunked_cross_entropy(hidden, head, batch.targets, batch.weights, chunk=self.llm.loss_chunk)
+        return chunked_cross_entropy(hidden, self._head(), batch.targets, batch.weights, chunk=self.llm.loss_chunk)

@@ -139,7 +139,7 @@ def contracted_of(config: LlamaConfig) -> dict[str, int]:
 
 
 class Llama(nnx.Module):
-    """Token embedding, the layers, the final norm and an untied head.
+    """Token embedding, the layers, the final norm and a head, which may be the token embedding (`head` is None).
 
     Raises UserError, when called, for an attention implementation that does not run here.
     """
@@ -163,7 +163,8 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.norm = RMSNorm(d, eps=config.norm_eps, rngs=rngs, param_dtype=param_dtype)
-        self.head = Linear((d,), (v,), ("embed", "vocab"), bias=False, rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(bias=False, rngs=rngs, param_dtype=param_dtype)
+        self.head = None if config.tied_head else Linear((d,), (v,), ("embed", "vocab"), **options)
         self.depth, self.kv_heads, self.head_dim = config.depth, config.kv_heads, config.head_dim
         self.rope_theta, self.remat, self.loss_chunk = config.rope_theta, config.remat, config.loss_chunk
         self.rope_scaling = config.rope_scaling
@@ -207,5 +208,8 @@ class Llama(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits."""
+        if self.head is None:
+            table = self.embedding[...].astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         kernel = self.head.weight(hidden.dtype)
         return self.head.scaled(jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32))

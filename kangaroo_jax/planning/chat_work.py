@@ -110,7 +110,7 @@ class Held:
 
     decoder: int  # without the embedding and the head
     embedding: int
-    head: int
+    head: int  # 0 where it is the embedding
     vision: int  # with what makes its output vision tokens
     slot: int  # one conversation, and one of the class of short ones
     large: int  # the large part of one conversation, which a step reads
@@ -229,5 +229,5 @@ def _decode_seconds(talk: Talk, chip: Chip, devices: int, one: Held, rows: int) 
     """One token of so many conversations; a step reads the whole large part of each."""
     llm, work = talk.model.llm, _flops(talk, rows, 0)
     attention = 4.0 * llm.depth * llm.heads * llm.head_dim * rows * talk.capacity
-    read = one.decoder + one.head + rows * one.large
+    read = one.decoder + (one.head or one.embedding) + rows * one.large
     return _least(chip, (work.llm_linear + work.head + attention) / devices, read)

@@ -48,7 +48,7 @@ def peak_gib(config: StageConfig, counts: dict[str, int]) -> float:
 
     layers = llm.depth * tokens * llm.width * 2.0
     kept = layers * (1 + KEPT_WIDTHS[llm.remat]) / tensor
-    layer_weights = (counts["llm"] - 2 * llm.vocab_size * llm.width) / llm.depth
+    layer_weights = (counts["llm"] - (1 if llm.tied_head else 2) * llm.vocab_size * llm.width) / llm.depth
     working = 2 * 2.0 * layer_weights / tensor + tokens * 2.0 * (6 * llm.width + 4 * llm.mlp_width / tensor)
     if part_trains("llm", config):
         working += 4.0 * layer_weights / tensor
@@ -78,7 +78,9 @@ def step_seconds(config: StageConfig, chip: Chip, counts: dict[str, int], mfu: f
     repeated = 1 + RECOMPUTED[llm.remat] / 3
     compute = flops.causal * repeated / (devices * chip.tflops * 1e12 * mfu)
     parts = config.train.accumulate
-    layer_bytes = 2.0 * (counts["llm"] - 2 * llm.vocab_size * llm.width) / tensor * 4  # 3 gathers, 1 reduction
+    layer_bytes = (
+        2.0 * (counts["llm"] - (1 if llm.tied_head else 2) * llm.vocab_size * llm.width) / tensor * 4
+    )  # 3 gathers, 1 reduction
     rows = max(1, config.data.packs_per_batch // (config.train.mesh[0] * fsdp) // parts)
     tokens = rows * config.data.tokens_per_pack / context
     moved = layer_bytes if fsdp * context > 1 else 0.0

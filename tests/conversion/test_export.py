@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 CHANGES = {
     "plain": {},
     "llama31": {"llm__rope_scaling__factor": 8.0, "llm__rope_scaling__original_length": 64},
+    "tied": {"llm__tied_head": True, "llm__head_dim": 16},
     "linear": {"projector": "linear", "patchify__bias": False, "vision__output_norm": True},
     "single_frames": {"patchify__enabled": False, "tpe__enabled": False, "vision__pos_embed_grid": 6},
 }

@@ -64,9 +64,11 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: narrow[name] if name in narrow else t.numpy() for name, t in loaded.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
-def test_checkpoint_to_hugging_face_and_back(make_checkpoint, dtype, tmp_path):
-    checkpoint = make_checkpoint(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "tied"), [("float32", False), ("bfloat16", False), ("mixed", False), ("mixed", True)]
+)
+def test_checkpoint_to_hugging_face_and_back(make_checkpoint, dtype, tied, tmp_path):
+    checkpoint = make_checkpoint(dtype, llm__tied_head=True) if tied else make_checkpoint(dtype)
     quiet([checkpoint], tmp_path / "hf")
     quiet([tmp_path / "hf"], tmp_path / "again")
     assert_same(restored(checkpoint), restored(tmp_path / "again"))

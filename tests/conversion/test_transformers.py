@@ -131,6 +131,35 @@ def test_what_we_write_transformers_loads_strictly(tmp_path, scaling):
     assert loaded.config.rms_norm_eps == theirs.config.rms_norm_eps
 
 
+def test_a_mistral_without_a_window_is_a_llama(tmp_path):
+    make_llama(tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, "model_type": "mistral", "sliding_window": None}))
+    assert open_source(tmp_path / "hf").layout == "llama"
+
+
+def test_a_tied_head_is_one_tensor_there_and_back(tmp_path):
+    """Of files that hold the head, too, if it is the same; Meta's format always does."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = make_llama(tmp_path / "hf", tie_word_embeddings=True)
+    for source, target in (("hf", "meta"), ("meta", "again")):
+        convert([tmp_path / source], tmp_path / target, format="meta" if target == "meta" else "llama")
+    assert "output.weight" in open_tensors(tmp_path / "meta")
+    assert "llm/head/kernel" not in open_source(tmp_path / "meta").weights.specs
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    for name, parameter in theirs.state_dict().items():
+        assert torch.equal(parameter, loaded.state_dict()[name]), name
+    file = tmp_path / "again" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file)
+    assert "llm/head/kernel" not in open_source(tmp_path / "again").weights.specs
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, file)
+    with pytest.raises(UserError, match="lm_head.weight is not model.embed_tokens.weight, but config.json says tie"):
+        open_source(tmp_path / "again")
+
+
 def test_tied_embeddings(tmp_path):
     theirs = make_llama(tmp_path / "hf", tie_word_embeddings=True)
     assert "lm_head.weight" not in open_tensors(tmp_path / "hf")
@@ -149,7 +178,13 @@ def test_tied_embeddings(tmp_path):
         ({"num_hidden_layers": 4}, "missing: model.layers.3."),
         ({"num_hidden_layers": 2}, "unknown: model.layers.2."),
         ({"intermediate_size": 96}, "of shape (80, 48) where the config wants (96, 48): model.layers.{0-2}.mlp"),
-        ({"model_type": "qwen2"}, "model_type 'qwen2' is no Llama"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is no Llama: it has biases of q, k and v"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is no Llama: it has GELU"),
+        ({"model_type": "phi3"}, "model_type 'phi3' is no Llama: it has q, k and v in one map"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is no Llama: it has experts"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096, which the decoder, a Llama, does"),
+        ({"model_type": "mllama"}, "no Llama: it has layers of cross-attention"),
+        ({"num_local_experts": 8}, "num_local_experts is 8"),
         ({"vocab_size": None}, "does not say vocab_size"),
     ],
 )

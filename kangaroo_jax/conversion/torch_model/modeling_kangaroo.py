@@ -28,7 +28,8 @@ def llama_config(config: KangarooConfig) -> LlamaConfig:
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"]
     kwargs: dict[str, Any] = {name: getattr(config, name) for name in names}
-    kwargs.update(attention_bias=False, mlp_bias=False, tie_word_embeddings=False, hidden_act="silu")
+    kwargs.update(attention_bias=False, mlp_bias=False, hidden_act="silu")
+    kwargs["tie_word_embeddings"] = config.tie_word_embeddings
     if hasattr(LlamaConfig(), "rope_parameters"):
         kwargs["rope_parameters"] = dict(config.rope_parameters)
     else:
@@ -182,6 +183,11 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_cache_class = True
+    _tied_weights_keys: Any = (  # in transformers 5 a mapping, in 4 a list
+        {"lm_head.weight": "model.embed_tokens.weight"}
+        if hasattr(LlamaConfig(), "rope_parameters")
+        else ["lm_head.weight"]
+    )
 
     def __init__(self, config: KangarooConfig):
         super().__init__(config)
