@@ -27,6 +27,7 @@ CORE = [
     "numpy>=2",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12,<0.13",
+    "packaging",
     PILLOW,
     "safetensors>=0.6.2",  # the first that says where tensors lie
     "sentencepiece>=0.2.1",  # CVE-2026-1260: a model file that reads beyond its memory
@@ -72,7 +73,6 @@ EXTRAS = {
         "llama-models",
         "mypy",
         "openai",
-        "packaging",
         PYARROW,
         "pytest",
         "pytest-xdist",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("system", "conventions", "chips", "config_files"),
-    ("config", "sharding", "report", "data.media"),
+    ("config", "sharding", "report", "machine", "data.media"),
     ("models", "corpus", "data.annotations", "evaluation.extraction"),
     ("data", "evaluation.benchmarks"),  # data itself is the tokenizer
     ("data.batches",),
@@ -29,7 +29,7 @@ FLOORS = (
     ("curation.annotate",),
     ("curation.instruct",),
     ("curation",),
-    ("quickstart", "bench"),
+    ("quickstart", "bench", "doctor"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

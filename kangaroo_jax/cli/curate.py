@@ -114,13 +114,13 @@ def export(
 
 
 def doctor() -> None:
-    """Print what is installed and works.
+    """Print whether what curation needs is installed and works.
 
     kangaroo curate doctor
     """
-    from kangaroo_jax.curation.doctor import doctor
+    from kangaroo_jax.doctor.run import examine
 
-    if not doctor():
+    if not examine(("", "curation")):
         raise SystemExit(1)
 
 

@@ -25,6 +25,8 @@ JOBS = {
     "web": Job("show a page on which films are uploaded and talked about", huge_pages=True),
     "eval": Job("answer published benchmarks from local files, and score the answers", huge_pages=True),
     "convert": Job("convert weights from and to Hugging Face, PyTorch and Meta"),
+    "info": Job("print the versions and the machine"),
+    "doctor": Job("test what is installed, and say what each extra would add"),
     "plan": Job("what a stage needs on chips not rented yet: memory, time, cost"),
     "data": Job("check, measure, build and look at training data"),
     "curate": Job("score raw videos and images and choose among them"),

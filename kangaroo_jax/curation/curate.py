@@ -146,7 +146,7 @@ def explain(options: Options, config: ConfigDict, name: str) -> None:
 
     Raises UserError.
     """
-    from kangaroo_jax.curation.doctor import explain as explain_clip
+    from kangaroo_jax.curation.explain import explain as explain_clip
 
     settings, other = chosen_by(options, config)
     for key, value in other.items():

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
@@ -39,6 +40,18 @@ def ensure_huge_pages() -> None:
     if sys.platform.startswith("linux") and _HUGE_PAGES not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def host_memory() -> tuple[int, int]:
+    """(bytes of memory that this process may use, those of them that are free), of the host or of its container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        free = next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")), free)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", where a container has no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        total, free = min(total, limit), min(free, limit - used)
+    return total, free
 
 
 def peak_mib(pid: int | str = "self") -> float:

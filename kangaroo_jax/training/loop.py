@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kangaroo_jax import machine
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.chips import Chip, find_chip
 from kangaroo_jax.config import PRESETS, StageConfig, frames_per_group, model_config, to_plain, tokens_per_group
@@ -22,6 +23,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import Binding, abstract_model
 from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.system.files import write_json
+from kangaroo_jax.system.json_text import json_line
 from kangaroo_jax.system.memory import keep_freed_memory
 from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training import checkpoint
@@ -90,7 +92,8 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
 
     Args:
         config: a stage's config (`config.stage_config`).
-        workdir: receives checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, first_batch.{txt,png}.
+        workdir: receives checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, machine.jsonl and
+            first_batch.{txt,png}.
         tell: prints a progress line.
 
     Raises:
@@ -247,6 +250,8 @@ def open_records(given: StageConfig, workdir: Path, first: int) -> Records:
     if is_main():
         reading.keep_tokenizer(given.data.tokenizer, workdir)
         write_json(workdir / "config.json", to_plain(given))
+        with (workdir / "machine.jsonl").open("ab") as file:
+            file.write(json_line({"after_step": first, **machine.facts()}))
     board = given.train.tensorboard and is_main()
     log = MetricLog(workdir, tensorboard=board, name=of_host(Path("metrics.jsonl")).name)
     samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)

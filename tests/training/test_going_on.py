@@ -101,6 +101,8 @@ def test_a_refused_resume_leaves_the_folder_and_an_edited_source_is_said(trained
     gone = {"init_from": str(tmp_path / "deleted")}  # a stage that goes on needs it no more
     train(config_of(folder, corpus, **gone), run, tell=lines.append)
     said = "\n".join(lines)
+    starts = [json.loads(line)["after_step"] for line in (run / "machine.jsonl").read_text().splitlines()]
+    assert starts[-1] == 4 and len(starts) >= 2  # a refused start is none
     assert "data.jsonl was edited since the last checkpoint" in said and "goes on after step 4" in said
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     samples = read_samples(run / "samples.jsonl")

@@ -56,6 +56,8 @@ def test_stage_learns_and_leaves_its_records(corpus, tmp_path):
     assert 0 < result.useful_token_share <= 1
     for name in ("config.json", "first_batch.txt", "first_batch.png", "tokenizer.model"):
         assert (tmp_path / name).stat().st_size > 0, name
+    (machine,) = map(json.loads, (tmp_path / "machine.jsonl").read_text().splitlines())
+    assert machine["after_step"] == 0 and machine["packages"]["jax"] == jax.__version__
     assert any("tok/s" in line and "ETA" in line for line in lines)
     assert reading.load_config(tmp_path).to_dict() == config.to_dict()
     assert reading.find_tokenizer(reading.find(tmp_path)) == tmp_path / "tokenizer.model"

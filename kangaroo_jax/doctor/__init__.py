@@ -1,0 +1,1 @@
+"""`kangaroo doctor`: whether what is installed works, and what each extra would add."""
