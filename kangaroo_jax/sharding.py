@@ -29,12 +29,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "tokens": "context",
     "residual_tokens": ("context", "tensor"),  # between the layers' matrix products (Korthikanti et al. 2022)
+    "token_parts": "tensor",  # what cuts residual_tokens finer than tokens
     "frames": ("data", "fsdp", "context", "tensor"),  # batch and frames flattened: the ViT is never replicated
     "pack_frames": ("context", "tensor"),  # of one pack, as they come: with batch they are "frames"
     "activation": None,
     "activation_heads": "tensor",
     "activation_kv_heads": "tensor",
-    "activation_mlp": "tensor",
     "activation_vocab": "tensor",
     # weights
     "layers": None,

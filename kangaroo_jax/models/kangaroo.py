@@ -15,9 +15,10 @@ from jaxtyping import Float, Float32, Int, UInt8
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conventions import Array, PackedBatch
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.cut import RESIDUAL
 from kangaroo_jax.models.eva_clip import EvaClip
 from kangaroo_jax.models.layers import parameter, truncated_normal
-from kangaroo_jax.models.llama import RESIDUAL, Llama
+from kangaroo_jax.models.llama import Llama
 from kangaroo_jax.models.losses import chunked_cross_entropy
 from kangaroo_jax.models.patchify import Patchify, Projector, time_encoding
 from kangaroo_jax.models.stack import unstack_layers

@@ -93,15 +93,24 @@ class Linear(nnx.Module):
             return y
         return y * self.kernel_scale[...].astype(y.dtype)
 
+    @property
+    def bare(self) -> bool:
+        """Whether the kernel is all that it has: neither a bias nor a scale, nor what was added to it later."""
+        return len(jax.tree.leaves(nnx.state(self, nnx.Param))) == 1
+
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
         kernel = self.weight(x.dtype)
         # The smaller of the two moves: in generation, a token at a time, that is x.
         if shards("tokens") > 1 and x.size >= kernel.size:
             kernel = checkpoint_name(joined(kernel, self.axes), "weight")
-        product = _product if platform() == "cpu" else jnp.tensordot
         y = self.scaled(product(x, kernel, self.contracted))
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+def product(x: Array, kernel: Array, contracted: int) -> Array:
+    """`tensordot` over the last dimensions of x and the first of the kernel, as the platform differentiates it best."""
+    return _product(x, kernel, contracted) if platform() == "cpu" else jnp.tensordot(x, kernel, contracted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

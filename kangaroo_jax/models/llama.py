@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Int
 from kangaroo_jax.config import LlamaConfig
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.models.attention import attention
+from kangaroo_jax.models.cut import RESIDUAL, spread, summed
 from kangaroo_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -26,8 +27,6 @@ from kangaroo_jax.models.stack import keep, run_layers, stack_layers
 from kangaroo_jax.sharding import constrain
 
 Rotary = tuple[Float[Array, "B T pairs"], Float[Array, "B T pairs"]]
-RESIDUAL = ("batch", "residual_tokens", "activation")  # between the layers' parts
-INPUT = ("batch", "tokens", "activation")  # of a part's matrix products
 QUERY = ("batch", "tokens", "activation_heads", None)
 KEY = ("batch", "tokens", "activation_kv_heads", None)
 
@@ -73,10 +72,10 @@ class Attention(nnx.Module):
         Without a memory attention stays among x and inside its segments; with one, the memory says
         who sees whom.
         """
-        x = constrain(x, INPUT)
-        query = keep(constrain(rotate_half(self.query(x), *rotary), QUERY), "query")
-        key = keep(constrain(rotate_half(self.key(x), *rotary), KEY), "key")
-        value = keep(constrain(self.value(x), KEY), "value")
+        query, key, value = spread(x, (self.query, self.key, self.value))
+        query = keep(constrain(rotate_half(query, *rotary), QUERY), "query")
+        key = keep(constrain(rotate_half(key, *rotary), KEY), "key")
+        value = keep(constrain(value, KEY), "value")
         if memory is None:
             assert segment_ids is not None
             y = attention(
@@ -89,7 +88,7 @@ class Attention(nnx.Module):
             )
         else:
             y, memory = memory.update_and_attend(query, key, value)
-        return self.out(y), memory
+        return summed(y, self.out), memory
 
 
 class MLP(nnx.Module):
@@ -104,9 +103,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Each token by itself."""
-        x = constrain(x, INPUT)
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden, ("batch", "tokens", "activation_mlp")))
+        gate, up = spread(x, (self.gate, self.up))
+        return summed(jax.nn.silu(gate) * up, self.down)
 
 
 class Layer(nnx.Module):

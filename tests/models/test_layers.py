@@ -161,7 +161,7 @@ def test_where_tokens_are_cut_weights_are_joined_and_their_gradients_cut_again()
     def gradient(weights, x):
         def loss(weights):
             y = nnx.merge(graph, weights)(constrain(x, ("batch", "tokens", None)))
-            return jnp.mean(jnp.sin(constrain(y, ("batch", "tokens", "activation_mlp"))))
+            return jnp.mean(jnp.sin(constrain(y, ("batch", "tokens", "mlp"))))
 
         return jax.grad(loss)(weights)
 

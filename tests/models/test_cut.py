@@ -1,0 +1,77 @@
+"""A decoder's layer whose tokens and weights are cut over devices: one device's numbers, and only what must move."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.models.cut import RESIDUAL, spread
+from kangaroo_jax.models.layers import Linear
+from kangaroo_jax.models.llama import MLP
+from kangaroo_jax.planning import hlo
+from kangaroo_jax.sharding import constrain, make_mesh, sharding
+from tests.models.small import small_config
+
+ROWS, TOKENS, WIDTH, HIDDEN = 4, 56, 16, 24
+
+
+def mlp_and_weights(mesh):
+    """(graph, weights on the mesh, x) of an MLP."""
+    config = dataclasses.replace(small_config().llm, width=WIDTH, mlp_width=HIDDEN)
+    graph, weights = nnx.split(MLP(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32))
+    x = jax.random.normal(jax.random.key(1), (ROWS, TOKENS, WIDTH))
+    if mesh is None:
+        return graph, weights, x
+    put = lambda w: w.replace(jax.device_put(w[...], sharding(mesh, w.axes, w[...].shape)))  # noqa: E731
+    weights = jax.tree.map(put, weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
+    return graph, weights, jax.device_put(x, sharding(mesh, RESIDUAL))
+
+
+def gradients(graph):
+    """Gradients of a loss by (weights, x), jitted."""
+
+    def loss(weights, x):
+        return jnp.sum(jnp.sin(constrain(nnx.merge(graph, weights)(constrain(x, RESIDUAL)), RESIDUAL)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (1, 1, 8, 1), (2, 1, 1, 4)], ids=str)
+def test_a_part_whose_tokens_are_cut_has_one_devices_gradients_and_moves_no_whole_row(shape):
+    graph, weights, x = mlp_and_weights(None)
+    expected = gradients(graph)(weights, x)
+    mesh = make_mesh(shape, jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        graph, weights, x = mlp_and_weights(mesh)
+        compiled = gradients(graph).lower(weights, x).compile()
+        found = compiled(weights, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    data, fsdp, context, tensor = shape
+    a_device = ROWS // (data * fsdp) * TOKENS // context  # tokens, as its products take them
+    moved = [(*hlo.collective(v.operation), v.operation) for v in hlo.walk(compiled.as_text())
+             if hlo.collective(v.operation)]  # fmt: skip
+    of_tokens = [(kind, op) for kind, _, op in moved for _, shape in op.shapes if WIDTH in shape and len(shape) == 3]
+    assert {kind for kind, _ in of_tokens} == (set() if tensor == 1 else {"all-gather", "reduce-scatter"})
+    assert all(np.prod(shape) <= a_device * WIDTH for _, op in of_tokens for _, shape in op.shapes)
+    whole = 4 * WIDTH * HIDDEN // tensor  # a weight as it is used
+    reduced = sum(size for kind, size, op in moved if kind == "all-reduce" and len(hlo.group(op)) > 1)
+    assert reduced <= (3 * whole // (fsdp * context) if data > 1 else 0) + 64
+
+
+def test_what_a_kernel_is_not_alone_in_or_does_not_divide_is_computed_as_elsewhere():
+    mesh = make_mesh((1, 1, 1, 8))
+    x = jax.random.normal(jax.random.key(1), (1, 64, WIDTH))
+    options = dict(rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    with_bias = Linear((WIDTH,), (24,), ("embed", "mlp"), bias=True, **options)
+    odd = Linear((WIDTH,), (20,), ("embed", "mlp"), bias=False, **options)
+    assert odd.bare and not with_bias.bare
+    with_bias.bias[...] = jnp.arange(24.0)
+    expected = [with_bias(x), odd(x)]
+    with jax.set_mesh(mesh):
+        for one, value in zip((with_bias, odd), expected, strict=True):
+            run = jax.jit(lambda x, one=one: spread(x, [one])[0])
+            np.testing.assert_allclose(run(x), value, atol=1e-5)
