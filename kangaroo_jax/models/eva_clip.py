@@ -72,7 +72,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "n tokens D"]) -> Float[Array, "n tokens D"]:
         """The 1 + P tokens of each frame."""
-        return self.down(self.norm(jax.nn.silu(self.gate(x)) * self.up(x)))
+        gate, up = keep(self.gate(x), "gate"), keep(self.up(x), "up")
+        return self.down(self.norm(jax.nn.silu(gate) * up))
 
 
 class Block(nnx.Module):

@@ -104,7 +104,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Each token by itself."""
         gate, up = spread(x, (self.gate, self.up))
-        return summed(jax.nn.silu(gate) * up, self.down)
+        return summed(jax.nn.silu(keep(gate, "gate")) * keep(up, "up"), self.down)
 
 
 class Layer(nnx.Module):

@@ -16,14 +16,18 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 # What the forward pass of a layer keeps for the backward pass; the rest is computed again.
 #   none     keeps everything but joined weights     (fastest, most memory)
 #   dots     keeps the result of every matrix product with a weight
-#   minimal  keeps what is dear to compute again: the activations marked with `keep`, which are the
-#            attention's inputs, output and the MLP's hidden activations
+#   minimal  keeps what attention takes and makes, so that its kernel does not run again
+#   gate     keeps one of the MLP's two first products as well
+#   mlp      keeps both: of the products only that after attention is left to compute again
 #   full     keeps only the layer's input            (slowest, least memory)
 #   offload  is minimal with what is kept moved to the host's memory meanwhile
-KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")
+KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")  # by `minimal`
+MLP_NAMES = ("gate", "up")
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names("weight"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES, *MLP_NAMES),
+    "gate": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES, MLP_NAMES[0]),
     "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -36,9 +40,9 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 def keep(x: Array, name: str) -> Array:
-    """Mark an activation that the remat policy `minimal` keeps. Raises ValueError for a name not in KEPT_NAMES."""
-    if name not in KEPT_NAMES:
-        raise ValueError(f"activation {name!r}: one of {', '.join(KEPT_NAMES)}")
+    """Mark an activation that remat policies keep. Raises ValueError for a name that is in none of them."""
+    if name not in (*KEPT_NAMES, *MLP_NAMES):
+        raise ValueError(f"activation {name!r}: one of {', '.join((*KEPT_NAMES, *MLP_NAMES))}")
     marked: jax.Array = checkpoint_name(x, name)
     return marked
 

@@ -1,8 +1,8 @@
 """Chooses mesh, remat policies and gradient accumulation for the available chips, where the config says "auto".
 
 A config may set each of them. Those that it leaves open ("auto", an empty mesh, 0 for `accumulate`) come from TABLE.
-Its rows are cautious: full remat, and a tensor axis on chips of 16 and 32 GB. `kangaroo plan --search` may find faster
-settings.
+Its rows are those whose compiled step is foretold fastest (docs/plan.md) and fits; `kangaroo plan --search` looks for
+others.
 """
 
 import dataclasses
@@ -25,14 +25,38 @@ class Placement:
     packs_per_device: int = 1  # rows for a group of context * tensor devices at a time
 
 
-# (chip, most tokens in a pack) -> placement; the first row that fits is used.
-TABLE: tuple[tuple[str, int, Placement], ...] = (
-    ("v5e", 1 << 15, Placement(tensor=4)),
-    ("v6e", 1 << 15, Placement(tensor=4)),
-    ("v5p", 1 << 15, Placement()),
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A placement, and what it is for."""
+
+    chip: str
+    tokens: int  # at most, in a pack
+    patches: int  # at most, of all frames of a pack
+    devices: int  # of a slice, at least: fewer hold more of the weights and of the optimiser's state each
+    placement: Placement
+
+
+ANY = 1 << 30
+# The first row that a stage and a slice are within is used. A tensor axis moves tokens beside every product, remat
+# computes a part of the forward pass again: each row has as little of both as memory allows.
+TABLE = (
+    Row("v5e", 10_240, 1 << 14, 32, Placement(vision_remat="mlp")),  # stages 1 and 2
+    Row("v5e", 10_240, ANY, 32, Placement()),  # stage 3
+    Row("v5e", 1 << 15, ANY, 32, Placement(tensor=2)),  # stages 4 and 5
+    Row("v5e", 1 << 15, ANY, 1, Placement(tensor=4)),
+    Row("v6e", 8192, 1 << 14, 32, Placement(llm_remat="gate", vision_remat="mlp")),
+    Row("v6e", 10_240, 1 << 14, 32, Placement(llm_remat="minimal", vision_remat="mlp")),
+    Row("v6e", 10_240, ANY, 32, Placement(llm_remat="minimal")),
+    Row("v6e", 1 << 15, ANY, 32, Placement()),
+    Row("v6e", 1 << 15, ANY, 1, Placement(tensor=4)),
+    Row("v5p", 10_240, 1 << 14, 16, Placement(llm_remat="none", vision_remat="none")),
+    Row("v5p", 10_240, ANY, 16, Placement(llm_remat="mlp", vision_remat="mlp")),
+    Row("v5p", 16_384, ANY, 16, Placement(llm_remat="mlp")),
+    Row("v5p", 28_672, ANY, 16, Placement(llm_remat="gate")),
+    Row("v5p", 1 << 15, ANY, 1, Placement()),
     # In packs of hours attention is most of the work; it is not recomputed, at the cost of some GiB on each device.
-    ("v5p", 1 << 19, Placement(context=16, tensor=4, llm_remat="minimal")),
-    ("v5p", 1 << 21, Placement(context=64, tensor=4, llm_remat="minimal")),
+    Row("v5p", 1 << 19, ANY, 1, Placement(context=16, tensor=4, llm_remat="mlp")),
+    Row("v5p", 1 << 21, ANY, 1, Placement(context=64, tensor=4, llm_remat="mlp")),
 )
 DEFAULT = Placement()
 
@@ -71,11 +95,15 @@ def resolve(config: StageConfig, chip: Chip | None, devices: int, slices: int = 
 
 
 def _row(config: StageConfig, chip: Chip | None, devices: int) -> Placement:
-    for name, tokens, placement in TABLE:
-        if chip is not None and chip.name == name and config.data.tokens_per_pack <= tokens:
+    data = config.data
+    patches = data.frames_per_pack * (data.image_size // config.model.vision.patch_size) ** 2
+    for row in TABLE:
+        within = data.tokens_per_pack <= row.tokens and patches <= row.patches and devices >= row.devices
+        if chip is not None and chip.name == row.chip and within:
             # A slice that is smaller than the group of devices uses all it has.
-            tensor = math.gcd(placement.tensor, devices)
-            return dataclasses.replace(placement, tensor=tensor, context=math.gcd(placement.context, devices // tensor))
+            tensor = math.gcd(row.placement.tensor, devices)
+            context = math.gcd(row.placement.context, devices // tensor)
+            return dataclasses.replace(row.placement, tensor=tensor, context=context)
     return DEFAULT
 
 

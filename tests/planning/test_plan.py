@@ -124,7 +124,7 @@ def test_more_chips_than_packs_share_rows():
     assert config.data.packs_per_batch == 64
     assert resolve(config, CHIPS["v5p"], 64).train.mesh == (1, 64, 1, 1)
     assert resolve(config, CHIPS["v5p"], 256).train.mesh == (1, 64, 4, 1)
-    assert resolve(config, CHIPS["v5e"], 1024, 2).train.mesh == (2, 32, 4, 4)
+    assert resolve(config, CHIPS["v5e"], 1024, 2).train.mesh == (2, 32, 8, 2)
     assert resolve(config, CHIPS["H100"], 128).train.mesh == (1, 64, 1, 2)
 
 
