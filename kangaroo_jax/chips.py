@@ -18,6 +18,7 @@ class Chip:
     link_gb: float  # GB/s in and out of one device, to its own slice or node
     platform: str = "tpu"
     compiles_on_cpu: bool = False  # libtpu compiles for it on any machine
+    capability: float = 0.0  # CUDA's compute capability of a GPU
 
 
 CHIPS = {
@@ -28,14 +29,14 @@ CHIPS = {
         Chip("v5p", r"tpu v5p?$", 459, 95.74, 2765, 600, compiles_on_cpu=True),
         Chip("v6e", r"tpu v6 ?(lite|e)", 918, 31.25, 1640, 448, compiles_on_cpu=True),
         Chip("tpu7x", r"tpu ?7x", 1153.5, 94.75, 3690, 600, compiles_on_cpu=True),
-        Chip("T4", r"\bt4\b", 65, 14.6, 320, 16, "gpu"),
-        Chip("L4", r"\bl4\b", 121, 22.2, 300, 32, "gpu"),
-        Chip("L40S", r"\bl40s\b", 362, 44.4, 864, 32, "gpu"),
-        Chip("V100", r"\bv100\b", 125, 31.7, 900, 150, "gpu"),
-        Chip("A100", r"\ba100\b", 312, 79.1, 2039, 300, "gpu"),
-        Chip("H100", r"\bh100\b", 989, 79.1, 3350, 450, "gpu"),
-        Chip("H200", r"\bh200\b", 989, 139.8, 4800, 450, "gpu"),
-        Chip("B200", r"\bb200\b", 2250, 178.0, 8000, 900, "gpu"),
+        Chip("T4", r"\bt4\b", 65, 14.6, 320, 16, "gpu", capability=7.5),
+        Chip("L4", r"\bl4\b", 121, 22.2, 300, 32, "gpu", capability=8.9),
+        Chip("L40S", r"\bl40s\b", 362, 44.4, 864, 32, "gpu", capability=8.9),
+        Chip("V100", r"\bv100\b", 125, 31.7, 900, 150, "gpu", capability=7.0),
+        Chip("A100", r"\ba100\b", 312, 79.1, 2039, 300, "gpu", capability=8.0),
+        Chip("H100", r"\bh100\b", 989, 79.1, 3350, 450, "gpu", capability=9.0),
+        Chip("H200", r"\bh200\b", 989, 139.8, 4800, 450, "gpu", capability=9.0),
+        Chip("B200", r"\bb200\b", 2250, 178.0, 8000, 900, "gpu", capability=10.0),
     )
 }
 

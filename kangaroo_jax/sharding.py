@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from kangaroo_jax.chips import find_chip
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError
 
@@ -118,6 +119,18 @@ def device_kind() -> str:
     """JAX's name of what is compiled for, such as "TPU v5 lite"."""
     kind: str = _device().device_kind
     return kind
+
+
+def compute_capability() -> float:
+    """CUDA's compute capability of the GPU that is compiled for, 0 where it is none.
+
+    A mesh names its devices' kind alone, so that only GPUs that are here, and those of `chips.CHIPS`, are known.
+    """
+    device = _device()
+    if device.platform != "gpu":
+        return 0.0
+    chip = find_chip(device.device_kind)
+    return chip.capability if chip else float(getattr(jax.devices()[0], "compute_capability", 0))
 
 
 def _device() -> Any:

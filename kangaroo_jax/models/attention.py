@@ -12,16 +12,16 @@ from jaxtyping import Float, Float32, Int
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.stack import keep
-from kangaroo_jax.sharding import divides, per_device, platform, shards, split_mesh
+from kangaroo_jax.sharding import compute_capability, divides, per_device, platform, shards, split_mesh
 
 CHUNK = 128  # queries (of every head) whose scores exist at a time
 STRIPES = 8  # causal attention by index: so many ranges of queries, each with only the keys that it can see
 MASKED = -1e30  # finite, so that a query that sees nothing gives no NaN
 
-# Where an implementation runs; `auto` takes the first of the platform.
+# Where an implementation runs.
 PLATFORMS = {"xla_chunked": ("cpu", "gpu", "tpu"), "splash": ("tpu",), "triton": ("gpu",), "cudnn": ()}
 IMPLEMENTATIONS = ("auto", *PLATFORMS)
-AUTO = {"tpu": "splash"}  # for heads of a multiple of 64; elsewhere xla_chunked
+TRITON_SINCE = 8.0  # compute capability of the first GPUs that its compiler writes matrix instructions for
 
 # How rows of queries and keys lie on a mesh: packs of text, whose tokens may be cut too, or frames.
 LAYOUTS: dict[str, tuple[str, str | None, str | None]] = {
@@ -90,10 +90,19 @@ def choose(implementation: str, head_dim: int) -> str:
     here = platform()
     chosen = implementation
     if implementation == "auto":
-        chosen = AUTO.get(here, "xla_chunked") if head_dim % 64 == 0 else "xla_chunked"
+        chosen = _automatic(here, head_dim)
     if here not in PLATFORMS[chosen]:
         raise UserError(f"attention {chosen!r} does not run on this device ({here}): set model.attention to auto")
     return chosen
+
+
+def _automatic(here: str, head_dim: int) -> str:
+    """The fastest implementation of a platform that honours segments, for heads of a width."""
+    if here == "tpu" and head_dim % 64 == 0:
+        return "splash"
+    if here == "gpu" and head_dim in (64, 128) and compute_capability() >= TRITON_SINCE:
+        return "triton"
+    return "xla_chunked"
 
 
 def _local(

@@ -110,7 +110,7 @@ def _row(config: StageConfig, chip: Chip | None, devices: int) -> Placement:
 def _shared_rows(config: StageConfig, row: Placement, chip: Chip | None, devices: int, slices: int) -> Placement:
     """The placement with larger groups of devices, if there are more groups than packs.
 
-    The context axis grows; on GPUs, whose attention does not support it, the tensor axis grows.
+    The context axis grows; on GPUs, whose links are fastest inside a node, the tensor axis grows.
     """
     packs, tokens = config.data.packs_per_batch, config.data.tokens_per_pack
     gpu = chip is not None and chip.platform == "gpu"

@@ -14,13 +14,11 @@ from kangaroo_jax.models import attention_splash
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.attention_context import halves_of
 from kangaroo_jax.models.attention_splash import splash, visited_share
-from kangaroo_jax.models.attention_triton import triton
 from kangaroo_jax.sharding import make_mesh
 from tests.models.test_attention import operands, plain, segments_of
 
 KERNELS = {
     "splash": functools.partial(splash, interpret=True),
-    "triton": functools.partial(triton, interpret=True),
 }
 LENGTH = 200  # one block of 256, padded
 
@@ -46,11 +44,6 @@ def test_kernels_equal_the_plain_formula_and_nothing_leaks(name):
     changed = run(query, jnp.where(other, 9.0, key), jnp.where(other, -9.0, value))
     kept = np.asarray(segments != 1)
     np.testing.assert_array_equal(np.asarray(run(*qkv))[kept], np.asarray(changed)[kept])
-
-
-def test_triton_of_frames_ignores_its_own_padding():
-    qkv = operands(65, heads=2, kv_heads=2)
-    np.testing.assert_allclose(KERNELS["triton"](*qkv, None, causal=False), plain(*qkv, None), atol=2e-4)
 
 
 def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_backward_agree(monkeypatch):
@@ -207,8 +200,6 @@ def test_what_would_not_honour_segments_refuses():
         attention(*qkv, segment_ids=segments, causal=True, implementation="cudnn")
     with pytest.raises(UserError, match="splash.*does not run on this device"):
         attention(*qkv, segment_ids=segments, causal=True, implementation="splash")
-    with pytest.raises(UserError, match="triton.*context"):
-        triton(*qkv, None, causal=True, positions=np.arange(32))
 
 
 @pytest.mark.parametrize("name", ["triton", "splash"])
