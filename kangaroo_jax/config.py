@@ -332,6 +332,22 @@ class TrainConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig(Section):
+    """What is measured while a stage trains, on what it does not train on; nothing where `every` is 0."""
+
+    PATH = "config.eval"
+
+    every: int = 0  # steps; each measurement follows a save, the last step's too
+    held_out: tuple[str, ...] = ()  # annotation files, as in data.train, whose loss is measured: the score "loss"
+    benchmarks: tuple[str, ...] = ()  # names (docs/evaluation.md), or FILE.jsonl of conversations with answers
+    data: str = ""  # folder of the benchmarks' files
+    prompt: str = ""  # style of the benchmarks' prompts; "" is each one's first
+    share: float = 1.0  # of each benchmark's questions, always the same ones
+    best: str = ""  # the score whose best checkpoint is kept: "loss" or a benchmark's name; "" is the first
+    patience: int = 0  # the stage ends after so many measurements in a row that are no better; 0: never
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig(Section):
     """A training stage."""
 
@@ -351,6 +367,7 @@ class StageConfig(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
 
 
 _STAGES = {

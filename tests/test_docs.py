@@ -14,7 +14,7 @@ from kangaroo_jax.config_files import config_keys, load_config
 from kangaroo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-CODE = re.compile(r"```(?:bash|sh)?\n(.*?)```|`([^`]+)`", re.S)
+CODE = re.compile(r"```(?:bash|sh)?\n(.*?)```|```\w+\n.*?```|`([^`]+)`", re.S)
 
 
 def commands() -> list[tuple[str, str, bool]]:

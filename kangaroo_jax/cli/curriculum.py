@@ -19,6 +19,7 @@ def curriculum(*, workdir: str, data: str, tokenizer: str, preset: str = "tiny",
         tokenizer: tokenizer.json, tokenizer.model or a SentencePiece model
         preset: sizes of the model: kangaroo_8b, base_100m or tiny
     """
+    from kangaroo_jax.cli.evaluator import evaluator
     from kangaroo_jax.cli.overrides import override, preset_of
     from kangaroo_jax.config import stage_config
     from kangaroo_jax.system.files import make_folder
@@ -33,7 +34,7 @@ def curriculum(*, workdir: str, data: str, tokenizer: str, preset: str = "tiny",
 
     from kangaroo_jax.training import curriculum
 
-    curriculum.run(preset, folder, data=data, tokenizer=tokenizer, overrides=changes)
+    curriculum.run(preset, folder, data=data, tokenizer=tokenizer, overrides=changes, evaluator=evaluator)
 
 
 COMMANDS = {"": curriculum}

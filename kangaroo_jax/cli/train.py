@@ -23,6 +23,7 @@ def train(*, config: str, workdir: str, strict: bool = False, overrides: Overrid
     """
     from pathlib import Path
 
+    from kangaroo_jax.cli.evaluator import evaluator
     from kangaroo_jax.cli.overrides import config_of
     from kangaroo_jax.system.files import make_folder
 
@@ -37,7 +38,7 @@ def train(*, config: str, workdir: str, strict: bool = False, overrides: Overrid
 
     from kangaroo_jax.training import loop
 
-    loop.train(stage, folder)
+    loop.train(stage, folder, evaluator=evaluator)
 
 
 COMMANDS = {"": train}

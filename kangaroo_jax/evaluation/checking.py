@@ -57,8 +57,8 @@ def questions_of(benchmark: Benchmark, data: Path, limit: int = 0) -> list[Quest
 def check(benchmark: Benchmark, questions: Sequence[Question], tell: Tell = print) -> Checked:
     """Look at every file once: is it there, and can its first and last second be decoded?"""
     media = {(medium.path, medium.start, medium.end, medium.frames): medium for q in questions for medium in q.media}
-    missing = [medium.path for medium in media.values() if not _is_there(medium)]
-    there = [medium for medium in media.values() if _is_there(medium)]
+    missing = [medium.path for medium in media.values() if not is_there(medium)]
+    there = [medium for medium in media.values() if is_there(medium)]
     progress = Progress(f"check {benchmark.name}", len(there), "files", tell)
 
     def tried(medium: Media) -> str:
@@ -80,7 +80,8 @@ def check(benchmark: Benchmark, questions: Sequence[Question], tell: Tell = prin
     )
 
 
-def _is_there(medium: Media) -> bool:
+def is_there(medium: Media) -> bool:
+    """Whether all files of a medium exist."""
     return all(os.path.exists(path) for path in medium.frames or (medium.path,))
 
 

@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: files or flags are not as they should be, or the model cannot go on.
     """
-    asked = _read(settings)
+    asked = read_questions(settings)
     with _opened(workdir, settings, share) as samples:
         from kangaroo_jax.inference.chat import Kangaroo
         from kangaroo_jax.inference.requests import EngineError
@@ -137,7 +137,7 @@ def evaluate_server(
     tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """The same of a server of OpenAI's protocol; of `loading` only how many are asked at a time, and `strict`."""
-    asked = _read(settings)
+    asked = read_questions(settings)
     with _opened(workdir, settings, share) as samples:
         _ask_each(functools.partial(ask_server, server), asked, samples, settings, loading, share, tell)
         return score_answers(asked, samples, settings, workdir, judge, tell)
@@ -153,7 +153,7 @@ def _ask_each(
     tell: Tell,
 ) -> None:
     for benchmark, questions in asked:
-        tasks = [task for task in _tasks(benchmark, questions, settings) if share.has(task)]
+        tasks = [task for task in tasks_in(benchmark, questions, settings) if share.has(task)]
         progress = Running(benchmark, len(tasks), tell)
         ask(tasks, samples, at_a_time=loading.at_a_time, strict=loading.strict, told=progress.told)
         progress.finish()
@@ -166,7 +166,7 @@ def rescore(workdir: Path, judge: Judge | None = None, tell: Tell = print) -> li
         raise UserError(f"{workdir}: there is no {SETTINGS}; it is no workdir of an evaluation")
     settings = _settings_in(path)
     with Samples(workdir) as samples:
-        return score_answers(_read(settings), samples, settings, workdir, judge, tell)
+        return score_answers(read_questions(settings), samples, settings, workdir, judge, tell)
 
 
 def score_answers(
@@ -211,17 +211,18 @@ def _judged(
         return scores_of(benchmark, samples, judged)
 
 
-def _read(settings: Settings) -> list[tuple[Benchmark, list[Question]]]:
+def read_questions(settings: Settings) -> list[tuple[Benchmark, list[Question]]]:
     """The questions of all benchmarks, before a model is loaded. Raises UserError."""
     found = []
     for name in settings.benchmarks:
         benchmark = benchmark_named(name)
         found.append((benchmark, questions_of(benchmark, Path(settings.data), settings.limit)))
-        _tasks(*found[-1], settings)  # a wrong style is found here
+        tasks_in(*found[-1], settings)  # a wrong style is found here
     return found
 
 
-def _tasks(benchmark: Benchmark, questions: Sequence[Question], settings: Settings) -> list[Task]:
+def tasks_in(benchmark: Benchmark, questions: Sequence[Question], settings: Settings) -> list[Task]:
+    """All tasks of a benchmark, with those of the controls. Raises UserError: it has no such style of prompt."""
     variants = ("", *CONTROLS) if settings.controls else ("",)
     return tasks_of(
         benchmark,

@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from kangaroo_jax.config import StageConfig
+from kangaroo_jax.config import EvalConfig, StageConfig
 from kangaroo_jax.config_files import nearest
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import multiplier
@@ -37,6 +38,7 @@ _AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("data.packing_bins", "data.num_workers", "data.cache_mib", "data.media_cache_gib"), 0),
     **dict.fromkeys(("data.long_seconds", "data.decode_seconds"), 0.0),
     "data.max_sample_tokens": 1,
+    **dict.fromkeys(("eval.every", "eval.patience"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"), 0.0),
     **dict.fromkeys((f"model.{part}.{key}" for part in ("vision", "llm") for key in ("width", "depth", "heads")), 1),
     **dict.fromkeys(("model.llm.kv_heads", "model.llm.head_dim", "model.llm.vocab_size", "model.llm.loss_chunk"), 1),
@@ -71,6 +73,7 @@ def check_config(config: StageConfig) -> None:
     _check_sizes(config)
     _check_rules(config.optimizer.trainable)
     _check_profile(config.train.profile)
+    _check_eval(config.eval)
     for key in config.allow_changes:
         if key not in values:
             raise UserError(f"config.allow_changes names {key!r}, which is no key{nearest(str(key), values)}")
@@ -120,6 +123,20 @@ def _check_rules(rules: Any) -> None:
             raise _bad("optimizer.trainable", pattern, f"no regular expression ({error})") from None
         if rate is not None and not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
             raise _bad("optimizer.trainable", rate, f"the rate of {pattern!r} must be a number at least 0, or None")
+
+
+def _check_eval(told: EvalConfig) -> None:
+    if told.every and not told.held_out and not told.benchmarks:
+        raise _bad("eval.every", told.every, "name what is measured: config.eval.held_out or config.eval.benchmarks")
+    if not 0 < told.share <= 1:
+        raise _bad("eval.share", told.share, "is a share, above 0 and at most 1")
+    names = [Path(name).stem if name.endswith(".jsonl") else name for name in told.benchmarks]
+    for name in names:
+        if name == "loss" or names.count(name) > 1:
+            raise _bad("eval.benchmarks", told.benchmarks, f"the name {name!r} is taken; rename its file")
+    known = [*(["loss"] if told.held_out else []), *names]
+    if told.every and told.best and told.best not in known:
+        raise _bad("eval.best", told.best, f"one of {', '.join(known)}{nearest(told.best, known)}")
 
 
 def _check_profile(profile: Any) -> None:

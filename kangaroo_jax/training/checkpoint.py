@@ -8,7 +8,7 @@ hold all weights in `params`. `digests` are sums over the bits of all arrays, co
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,16 @@ from kangaroo_jax.training.frozen import FrozenWriter
 from kangaroo_jax.training.step import TrainState
 
 
+class Best:
+    """Preserves the checkpoint of one step, whatever else is deleted: a policy of Orbax."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each checkpoint is to stay."""
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one stage."""
 
@@ -34,8 +44,16 @@ class Checkpoints:
         """
         self.folder = Path(stage_dir).resolve() / "checkpoints"
         self.begun: int | None = None  # step of this process's last save
+        self.best = Best()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, keep_period=period or None, enable_async_checkpointing=True
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+                [
+                    ocp.checkpoint_managers.LatestN(keep or None),
+                    *([ocp.checkpoint_managers.EveryNSteps(period)] if period else []),
+                    self.best,
+                ]
+            ),
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(
             self.folder,

@@ -14,6 +14,7 @@ from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.distributed import barrier, is_main
 from kangaroo_jax.training.loop import train
+from kangaroo_jax.training.measuring import MakeEvaluator
 
 AfterStage = Callable[[str, ConfigDict, Path], None]
 Adjust = Callable[[str, ConfigDict], None]
@@ -30,6 +31,7 @@ def run(
     overrides: Mapping[str, Any] | None = None,
     adjust: Adjust | None = None,
     after_stage: AfterStage | None = None,
+    evaluator: MakeEvaluator | None = None,
     tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """Run `stages` in order; a finished stage is not run again, an interrupted one goes on from its last checkpoint.
@@ -44,6 +46,7 @@ def run(
         overrides: config keys ("optimizer.learning_rate") set in every stage.
         adjust: called with a stage's name and config before it runs, to change what an override cannot.
         after_stage: called after each finished stage: (name, config, stage folder).
+        evaluator: see `train`.
         tell: prints a line.
 
     Returns:
@@ -59,7 +62,7 @@ def run(
         if adjust is not None:
             adjust(name, config)
         if not (folder / "done.json").exists():
-            result = train(config, folder, tell=tell)
+            result = train(config, folder, evaluator=evaluator, tell=tell)
             record = {
                 "name": name,
                 "steps": result.steps,

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,16 @@ def barrier(name: str, timeout: float = 1800.0) -> None:
 def key_value_set(key: str, value: str) -> None:
     """Store `value` under `key` in the coordinator's store, for every process."""
     _joined().client.key_value_set(f"kangaroo/{key}", value, allow_overwrite=True)
+
+
+def said_by_main(key: str, value: Callable[[], str], timeout: float) -> str:
+    """The main process's `value`, made once, for every process; a key can be used once in a run."""
+    if jax.process_count() == 1:
+        return value()
+    if is_main():
+        key_value_set(key, value())
+    said: str = _joined().client.blocking_key_value_get(f"kangaroo/{key}", int(1000 * timeout))
+    return said
 
 
 def key_value_keys(folder: str) -> set[str]:

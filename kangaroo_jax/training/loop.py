@@ -15,6 +15,7 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.chips import Chip, find_chip
 from kangaroo_jax.config import PRESETS, StageConfig, frames_per_group, model_config, to_plain, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.data.batches.held_out import HeldOutBatches
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader
 from kangaroo_jax.data.batches.preview import batch_tree, save_picture
@@ -31,6 +32,7 @@ from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.initial import initial_state
+from kangaroo_jax.training.measuring import Evaluator, HeldOutLoss, MakeEvaluator, Measuring
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, drop_after, number, read_metrics
 from kangaroo_jax.training.observe import Observer
 from kangaroo_jax.training.optimizer import count
@@ -39,7 +41,7 @@ from kangaroo_jax.training.reporting import Pending, Reporter, of_host
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
 from kangaroo_jax.training.saving import Saver
 from kangaroo_jax.training.state import abstract_state, build_step
-from kangaroo_jax.training.step import TrainState, TrainStep
+from kangaroo_jax.training.step import TrainState, TrainStep, make_loss
 from kangaroo_jax.training.stopping import Preemption, explained_disk, locked, unbroken
 
 
@@ -79,6 +81,7 @@ class StageRun:
     state: TrainState | None  # the first step takes it
     checkpoints: checkpoint.Checkpoints
     records: Records
+    held_out: HeldOutLoss | None
 
     def take_state(self) -> TrainState:
         """The state, which is not kept here any longer: the first step reuses its memory."""
@@ -87,13 +90,16 @@ class StageRun:
         return state
 
 
-def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Result:
+def train(
+    config: ConfigDict, workdir: str | Path, *, evaluator: MakeEvaluator | None = None, tell: Tell = print
+) -> Result:
     """Run one stage in `workdir`, from its last checkpoint if there is one, to `config.train.steps`.
 
     Args:
         config: a stage's config (`config.stage_config`).
         workdir: receives checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, machine.jsonl and
             first_batch.{txt,png}.
+        evaluator: makes what scores `config.eval.benchmarks`, if there are some.
         tell: prints a progress line.
 
     Raises:
@@ -113,16 +119,17 @@ def train(config: ConfigDict, workdir: str | Path, *, tell: Tell = print) -> Res
         stack.enter_context(locked(workdir, tell))
         preemption = Preemption(tell)
         stack.callback(preemption.close)
+        scoring = evaluator(given) if evaluator is not None and given.eval.every and given.eval.benchmarks else None
         stage = prepare(given, workdir, tell)
-        run_steps(stage, workdir, tell, preemption, start)
+        steps = run_steps(stage, workdir, tell, preemption, start, scoring)
     seconds = time.perf_counter() - start
     tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
     used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
-    capacity = config.train.steps * config.data.packs_per_batch * config.data.tokens_per_pack
-    if preemption.reached(config.train.steps + 1):
-        tell(f"{config.stage}: asked to stop; saved after step {config.train.steps}, the last")
+    capacity = steps * config.data.packs_per_batch * config.data.tokens_per_pack
+    if preemption.reached(steps + 1):
+        tell(f"{config.stage}: asked to stop; saved after step {steps}, the last")
         raise preemption.saved()
-    return Result(workdir, config.train.steps, seconds, used / capacity)
+    return Result(workdir, steps, seconds, used / capacity)
 
 
 def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
@@ -146,6 +153,9 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
     ledger, rows = Ledger(of_host(workdir / "ledger.jsonl")), HostRows(mesh, config.data.packs_per_batch)
     loader = open_loader(config, tokenizer, ledger, rows.numbers)
     say(loader.describe())
+    held_out = open_held_out(config, binding, tokenizer, ledger, rows)
+    if held_out is not None:
+        say([f"the loss of {held_out.samples} held-out samples is measured every {config.eval.every} steps"])
 
     barrier(f"{config.stage} begins")
     if saved is None:
@@ -161,7 +171,9 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
 
     records = open_records(given, workdir, int(state.step))
     barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
-    return StageRun(config, given, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, records)
+    return StageRun(
+        *(config, given, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, records, held_out)
+    )
 
 
 def place(given: StageConfig) -> tuple[StageConfig, Chip | None, Mesh]:
@@ -187,8 +199,15 @@ def changes(config: StageConfig, saved: Path | None, binding: Binding, tokenizer
         yield line
 
 
-def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption, begin: float) -> None:
-    """Run the stage's steps to the last, with checkpoints; closes the stage's resources. Raises Preempted."""
+def run_steps(
+    stage: StageRun,
+    workdir: Path,
+    tell: Tell,
+    preemption: Preemption,
+    begin: float,
+    evaluator: Evaluator | None = None,
+) -> int:
+    """Run the stage's steps with checkpoints, and close its resources; returns the last step. Raises Preempted."""
     config, records, state = stage.config, stage.records, stage.take_state()
     watchdog = Watchdog(timeout=config.train.lost_seconds, tell=tell, path=workdir / "hosts.json")
     observer = Observer(config, stage.chip, workdir=workdir, tell=tell, begin=begin, before=records.before)
@@ -203,7 +222,18 @@ def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption
         skipped_steps=int(records.before.get("skipped_steps", 0)),
     )
     saver = Saver(stage.checkpoints, stage.loader, stage.given, records.first)
-    aside = 0.0  # seconds spent on saving since the previous step began
+    measuring = Measuring(
+        config,
+        workdir,
+        stage.checkpoints,
+        held_out=stage.held_out,
+        evaluator=evaluator,
+        reporter=reporter,
+        line=line,
+        tell=tell,
+        first=records.first,
+    )
+    aside = 0.0  # seconds spent on saving and measuring since the previous step began
 
     def finish() -> None:
         """Wait for the step on the device, if there is one, and report it."""
@@ -218,7 +248,12 @@ def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption
         stack.enter_context(explained(watchdog))
         stack.enter_context(mesh_scope(stage.mesh))
         preemption.stepping()
+        if measuring.due(records.first):  # what a kill left to do
+            aside = measuring.measure(state, records.first)
         for step in range(records.first + 1, config.train.steps + 1):
+            if measuring.enough():
+                tell(f"{config.stage}: {config.eval.patience} measurements were no better than the best: stops early")
+                return step - 1
             if preemption.reached(step):
                 finish()
                 if reporter.finite:
@@ -238,11 +273,14 @@ def run_steps(stage: StageRun, workdir: Path, tell: Tell, preemption: Preemption
             aside = 0.0
             finish()  # the previous step, so that the device never waits for the host
             reporter.begun(Pending(step, metrics, stats, waiting))
-            if saver.due(step):
+            if saver.due(step) or measuring.due(step):
                 finish()
                 if reporter.finite:
                     aside = saver.save(state)
+                    if measuring.due(step):
+                        aside += measuring.measure(state, step)
         saver.check_last(config.train.steps)
+    return config.train.steps
 
 
 def open_records(given: StageConfig, workdir: Path, first: int) -> Records:
@@ -317,6 +355,24 @@ def open_loader(config: StageConfig, tokenizer: Tokenizer, ledger: Ledger, rows:
         ledger=ledger,
         rows=rows,
     )
+
+
+def open_held_out(
+    config: StageConfig, binding: Binding, tokenizer: Tokenizer, ledger: Ledger, rows: HostRows
+) -> HeldOutLoss | None:
+    """The loss on the samples of `config.eval.held_out`, None where it is not measured. Raises UserError."""
+    if not config.eval.every or not config.eval.held_out:
+        return None
+    batches = HeldOutBatches(
+        config.eval.held_out,
+        config.data,
+        tokenizer,
+        frames_per_group=frames_per_group(config.model),
+        tokens_per_group=tokens_per_group(config.model, config.data.image_size),
+        ledger=ledger,
+        rows=rows.numbers,
+    )
+    return HeldOutLoss(make_loss(binding, config.train.accumulate), batches, rows)
 
 
 def show_first_batch(batch: PackedBatch, tokenizer: Tokenizer, workdir: Path, tell: Tell) -> None:

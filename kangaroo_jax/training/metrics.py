@@ -136,6 +136,11 @@ class StepLine:
         self._first: int | None = None
         self._sums = {"steps": 0, "tokens": 0, "frames": 0, "capacity": 0, "frame_capacity": 0, "wait": 0.0}
         self._counts: collections.Counter[str] = collections.Counter()
+        self.note = ""  # what the line says of the last measurement
+
+    def pause(self, seconds: float) -> None:
+        """Leave these last seconds out of the rates."""
+        self._clock += seconds
 
     def add(
         self,
@@ -186,7 +191,7 @@ class StepLine:
             f"{s['tokens'] / seconds:,.0f} tok/s  {s['frames'] / seconds:,.0f} frames/s  "
             f"useful {100 * s['tokens'] / max(s['capacity'], 1):.0f}%"
             f"{_share(' frames', s['frames'], s['frame_capacity'])}  {self._mix()}"
-            f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}"
+            f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}{self.note}"
             f"{'skipped ' + str(skipped) + '  ' if skipped else ''}ETA {duration(left)}"
         )
         self._clock = now

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -88,6 +89,10 @@ class Reporter:
             self._line.tell(step, values, stats.skipped, use)
         if not self.finite:
             self._not_finite(step, values, stats)
+
+    def measured(self, step: int, scores: Mapping[str, float]) -> None:
+        """Log what was measured after `step`, which is reported: a line with the key `eval` and the running counts."""
+        self._log.write(step, {"eval": dict(scores), "skipped_steps": self._skipped, **self._observer.times()})
 
     def _not_finite(self, step: int, values: dict[str, float], stats: LoaderStats) -> None:
         more = f" and {stats.samples - _NAMED} more in {self._samples.path.name}" if stats.samples > _NAMED else ""

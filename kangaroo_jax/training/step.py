@@ -28,6 +28,7 @@ Scalar = Float32[Array, ""]
 Metrics = dict[str, Scalar]
 Sums = tuple[Scalar, Scalar, Params]  # sums of losses, of weights, of gradients
 TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
+LossFunction = Any  # a jitted (Params, Params, PackedBatch) -> (Scalar, Scalar)
 
 # Options of the compiler, by platform. XLA for TPU would cut a product whose weight is gathered into as many products
 # as there are devices, each with its transfer ("windowed einsum"): a ViT's are then a 32nd as deep as the matrix unit
@@ -54,11 +55,6 @@ def gradient(
         value, grads = jax.value_and_grad(lambda p: mean_loss(binding, p, frozen, batch), has_aux=True)(params)
         return value, _like_weights(binding, grads)
 
-    def split(x: jax.Array, axes: Axes) -> jax.Array:
-        """[B, ...] -> [accumulate, B / accumulate, ...], with every device's rows spread evenly over the parts."""
-        parts = jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
-        return constrain(parts, (None, *axes))
-
     def loss_sum(params: Params, part: PackedBatch) -> tuple[Scalar, Scalar]:
         loss, weight = binding.bind({**params, **frozen}).loss(part)
         return loss, weight
@@ -70,9 +66,35 @@ def gradient(
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, _like_weights(binding, jax.tree.map(jnp.zeros_like, params)))
-    (loss, weight, grads), _ = jax.lax.scan(add, start, jax.tree.map(split, batch, batch_axes()))
+    (loss, weight, grads), _ = jax.lax.scan(add, start, _parts_of(batch, accumulate))
     scale = 1.0 / jnp.maximum(weight, 1.0)
     return (loss * scale, weight), jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+
+
+def _parts_of(batch: PackedBatch, count: int) -> PackedBatch:
+    """[B, ...] -> [count, B / count, ...], with every device's rows spread evenly over the parts."""
+
+    def split(x: jax.Array, axes: Axes) -> jax.Array:
+        parts = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+        return constrain(parts, (None, *axes))
+
+    parts: PackedBatch = jax.tree.map(split, batch, batch_axes())
+    return parts
+
+
+def make_loss(binding: Binding, accumulate: int = 1) -> LossFunction:
+    """A jitted (trained weights, frozen weights, batch) -> (sum of losses, of weights), in parts as the step's."""
+
+    def loss(params: Params, frozen: Params, batch: PackedBatch) -> tuple[Scalar, Scalar]:
+        model = binding.bind({**params, **frozen})
+
+        def add(total: tuple[Scalar, Scalar], part: PackedBatch) -> tuple[tuple[Scalar, Scalar], None]:
+            return jax.tree.map(jnp.add, total, model.loss(part)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        return jax.lax.scan(add, (zero, zero), _parts_of(batch, accumulate))[0]
+
+    return jax.jit(loss)
 
 
 def _like_weights(binding: Binding, grads: Params) -> Params:

@@ -1,4 +1,7 @@
-"""One process of several that train together: `processes.py CORPUS WORKDIR STEPS CHECKPOINT_EVERY`."""
+"""One process of several that train together: `processes.py CORPUS WORKDIR STEPS CHECKPOINT_EVERY [QUIZ]`.
+
+With QUIZ, a file of questions, the stage is measured every four steps.
+"""
 
 import os
 import sys
@@ -9,6 +12,7 @@ def main() -> None:
     corpus, workdir, steps, every = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+    from kangaroo_jax.cli.evaluator import evaluator
     from kangaroo_jax.training.distributed import initialize
 
     initialize(timeout=120)
@@ -21,7 +25,9 @@ def main() -> None:
     config.data.update(packs_per_batch=4, tokens_per_pack=256, frames_per_pack=16, packing_bins=2)
     config.train.update(steps=steps, checkpoint_every=every, log_every=1, lost_seconds=8.0)
     config.model.vision.depth = config.model.llm.depth = 1
-    train(config, workdir, tell=lambda line: print(line, flush=True))
+    if len(sys.argv) > 5:
+        config.eval.update(every=4, held_out=(str(corpus / "stage2.jsonl"),), benchmarks=(sys.argv[5],), best="loss")
+    train(config, workdir, evaluator=evaluator, tell=lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

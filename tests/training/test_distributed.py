@@ -19,8 +19,10 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training import distributed
 from kangaroo_jax.training.distributed import ADDRESS, COUNT, INDEX, LOST, Watchdog, initialize
+from kangaroo_jax.training.measuring import history as measured
 from kangaroo_jax.training.metrics import read_metrics, read_samples
 from tests.quick import quick_flags
+from tests.training.test_measuring import quiz_of
 
 pytestmark = pytest.mark.alone
 
@@ -37,7 +39,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(corpus: Path, workdir: Path, count: int, steps: int = STEPS, every: int = 4) -> list[subprocess.Popen]:
+def start(
+    corpus: Path, workdir: Path, count: int, steps: int = STEPS, every: int = 4, quiz: Path | None = None
+) -> list[subprocess.Popen]:
     """`count` processes of one training; their output goes to WORKDIR.N.log."""
     port, processes = free_port(), []
     workdir.mkdir(parents=True, exist_ok=True)
@@ -47,6 +51,7 @@ def start(corpus: Path, workdir: Path, count: int, steps: int = STEPS, every: in
         if count > 1:
             environment.update({ADDRESS: f"127.0.0.1:{port}", COUNT: str(count), INDEX: str(index)})
         command = [sys.executable, str(SCRIPT), str(corpus), str(workdir), str(steps), str(every)]
+        command += [str(quiz)] if quiz else []
         with open(f"{workdir}.{index}.log", "a") as log:
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     return processes
@@ -122,6 +127,30 @@ def test_a_killed_host_stops_all_and_two_hosts_go_on_where_four_were(corpus, alo
     (losses, samples), (expected, expected_samples) = history(workdir), history(alone)
     assert sorted(losses) == list(range(1, STEPS + 1)) and samples == expected_samples
     np.testing.assert_allclose(list(losses.values()), [expected[step] for step in losses], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_hosts_measure_together_and_a_killed_run_chooses_as_one_host_alone(corpus, tmp_path):
+    quiz = quiz_of(corpus, tmp_path / "quiz.jsonl")
+    single, workdir = tmp_path / "single", tmp_path / "run"
+    assert wait(start(corpus, single, 1, 12, 100, quiz), 600) == [0], output(single, 0)[-3000:]
+    processes = start(corpus, workdir, 2, 12, 100, quiz)
+    end = time.time() + 400
+    while time.time() < end and not list(workdir.glob("eval/8/*.jsonl")):
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+    wait(processes, 60)
+    assert wait(start(corpus, workdir, 2, 12, 100, quiz), 600) == [0, 0], output(workdir, 0)[-3000:]
+    found, expected = measured(workdir, 12), measured(single, 12)
+    assert list(found) == list(expected) == [4, 8, 12]
+    for step, scores in expected.items():
+        assert found[step] == pytest.approx(scores, rel=1e-4), step
+    other = [line["eval"] for line in read_metrics(workdir / "metrics.1.jsonl") if "eval" in line]
+    assert other == list(found.values()), "both hosts have the same scores"
+    assert (workdir / "best").readlink() == (single / "best").readlink()
+    answered = [len(list(workdir.glob(f"eval/{step}/samples-*.jsonl"))) for step in found]
+    assert answered == [2, 2, 2], "each host answered a part"
 
 
 @pytest.mark.slow
