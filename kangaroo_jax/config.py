@@ -310,6 +310,24 @@ class OptimizerConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig(Section):
+    """Factors beside linear maps, which train in place of the weights of `init_from` (docs/training.md)."""
+
+    PATH = "config.lora"
+
+    rank: int = 0  # 0: none, the weights themselves train
+    alpha: float = 32.0  # the factors' product is multiplied by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) in its place
+    targets: str = "(llm/layers|projector)/.*"  # which linear maps in layers, blocks and the projector, by their paths
+    quantize: str = ""  # int8 or int4: how the decoder's frozen linear maps are held; "": as they are
+
+    @property
+    def scale(self) -> float:
+        """What the factors' product is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
     """Steps, checkpoints, and where the arrays lie."""
 
@@ -366,6 +384,7 @@ class StageConfig(Section):
     seed: int = 0
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 

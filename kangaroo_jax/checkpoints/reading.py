@@ -19,10 +19,12 @@ from kangaroo_jax.checkpoints.digests import changed
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.config import PRESETS, ModelConfig, RopeScaling, StageConfig, stage_config, tuples
 from kangaroo_jax.errors import EndsTogether, UserError
+from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.models.quantized import SCALE
 from kangaroo_jax.sharding import sharding
 from kangaroo_jax.system.files import write_bytes
+from kangaroo_jax.system.json_text import read_json
 
 ITEMS = ("params", "optimizer", "data", "config")
 
@@ -94,7 +96,7 @@ def check_digests(folder: Path, items: Mapping[str, Any]) -> None:
 
 def saved_digests(folder: Path) -> Mapping[str, Any]:
     """Item -> array -> the sum that it had when it was saved; empty where none were kept."""
-    return _read_json(folder / "digests") if (folder / "digests").is_dir() else {}
+    return read_item(folder / "digests") if (folder / "digests").is_dir() else {}
 
 
 def find(path: str | Path) -> Path:
@@ -141,6 +143,26 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeSt
             )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether the checkpoint `folder` holds the factors of an adapter alone."""
+    metadata = folder / "params" / "_METADATA"
+    if not metadata.is_file():
+        return False
+    entries = read_json(metadata).get("tree_metadata", {}).values()
+    keys = [str(key.get("key")) for entry in entries for key in entry.get("key_metadata", [])]
+    return bool(keys) and all(map(is_factor, keys))
+
+
+def refuse_adapter(folder: Path) -> Path:
+    """The folder. Raises UserError if it holds an adapter alone, where a whole model belongs."""
+    if is_adapter(folder):
+        raise UserError(
+            f"{folder}: is itself an adapter, and holds no whole model; add it to its base first: "
+            f"kangaroo convert --from={folder} --to=DIR --format=orbax"
+        )
+    return folder
+
+
 def check_not_quantized(found: Iterable[str], where: Path) -> None:
     """Raise UserError where these are names of quantised weights, which can be neither trained nor converted."""
     if any(name.endswith(f"/{SCALE}") for name in found):
@@ -181,7 +203,7 @@ def load_params(path: str | Path, binding: Binding, mesh: Mesh | None = None) ->
 
     Raises UserError for a missing folder or a checkpoint of another model, naming the first wrong tensor.
     """
-    checkpoint = find(path)
+    checkpoint = refuse_adapter(find(path))
     folders = weight_folders(checkpoint)
     stored = [_stored(folder) for folder in folders]
     found = {name: leaf for tree in stored for name, leaf in tree.items()}
@@ -227,7 +249,7 @@ def load_config(path: str | Path) -> ml_collections.ConfigDict:
 def kept_config(folder: Path) -> dict[str, Any]:
     """The config in the checkpoint `folder` as it is written. Raises UserError if it is damaged."""
     with named_if_damaged(folder):
-        plain = tuples(_read_json(folder / "config"))
+        plain = tuples(read_item(folder / "config"))
     if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in ("model", "data")):
         raise damaged(folder, "config: its model or data is no section")
     if "model" not in plain:
@@ -275,7 +297,8 @@ def _filled(found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     return {**filled, **{key: _filled(filled[key], known[key]) for key in sections}}
 
 
-def _read_json(folder: Path) -> Any:
+def read_item(folder: Path) -> Any:
+    """What a checkpoint keeps as JSON in the folder of an item."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(folder)
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from kangaroo_jax.errors import UserError, one_line
+from kangaroo_jax.models.quantized import KERNEL, SCALE
 from kangaroo_jax.system.json_text import read_json
 
 MOST_PACKED = 100  # largest ratio of bytes in arrays to bytes in files: weights compress by less than 2
@@ -125,3 +126,12 @@ def _open(tensorstore: Any, folder: Path, path: str, metadata: Mapping[str, Any]
         return tensorstore.open(spec, read=True, open=True, context=context).result()
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{folder}: {path} cannot be read ({one_line(error)[:200]})") from None
+
+
+def stored_form(stored: Stored) -> str | None:
+    """The format in which a checkpoint's decoder is quantised, None where it is not."""
+    scaled = [name.removesuffix(SCALE) + KERNEL for name in stored.specs if name.endswith("/" + SCALE)]
+    kinds = {stored.specs[name].dtype.name for name in scaled if name in stored.specs}
+    if not scaled:
+        return None
+    return "int8" if "int8" in kinds else "int4"

@@ -27,6 +27,7 @@ def chat(
     dtype: str | None = None,
     quantize: str | None = None,
     kv_dtype: str | None = None,
+    lora: str = "",
 ) -> None:
     """Ask a trained model about a video or an image.
 
@@ -46,11 +47,12 @@ def chat(
         dtype: of the computation: float32, bfloat16 or float16; by default what suits the device
         quantize: int8 or int4, of the decoder's weights
         kv_dtype: int8 halves the memory of what is remembered; by default it is of the computation's dtype
+        lora: folder of an adapter, to use beside the checkpoint; a run that trained one needs no word
     """
     media = {"video": video[0] if video and len(video) == 1 else video, "image": image, "start": start, "end": end}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, forgiving=query is None and sys.stdin.isatty())
-    options["held"] = {"dtype": dtype, "quantize": quantize, "kv_dtype": kv_dtype}
+    options["held"] = {"dtype": dtype, "quantize": quantize, "kv_dtype": kv_dtype, "lora": lora}
     talk(checkpoint, typed() if query is None else [query], media, sampling, **options)
 
 

@@ -43,7 +43,7 @@ def convert(
         lora: LoRA adapter (a PEFT folder, or one of ours), added to the weights
         vision: EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm
         llm: Llama (a Hugging Face folder, or Meta's), with --vision
-        base: the model that a PEFT adapter in --from adapts; by default that of --preset
+        base: the model that a PEFT adapter in --from adapts, by default that of --preset; or where a run's base is now
         dtype: keep, float32, bfloat16 or float16
         quantize: int8 or int4: round the decoder's weights, for talking to the model (orbax alone)
         preset: the model, if the files do not state it

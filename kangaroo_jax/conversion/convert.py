@@ -22,6 +22,7 @@ from kangaroo_jax.conversion.building import Building
 from kangaroo_jax.conversion.lora import Merged, layout_of, open_adapter
 from kangaroo_jax.conversion.names import LAYOUTS, SPECIAL, NameRow
 from kangaroo_jax.conversion.quantize import Quantized
+from kangaroo_jax.conversion.runs import open_run, run_base
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
 from kangaroo_jax.conversion.sources import WeightSource, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
@@ -63,7 +64,8 @@ def convert(
 ) -> Path:
     """Convert one source, or assemble a model from several (an encoder and a decoder); returns the target.
 
-    A source that is a LoRA adapter is converted by itself; see `adapters.convert_adapter`.
+    A source that is a LoRA adapter is converted by itself; see `adapters.convert_adapter`. A run that trained one is
+    the merged model, except with the format `peft`.
 
     Args:
         sources: files or folders; their layout is detected.
@@ -75,7 +77,7 @@ def convert(
         tokenizer: the model's tokenizer file; by default the one beside the source.
         quantize: `int8` or `int4`, which the decoder's linear maps are rounded to, for talking (`orbax`).
         lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
-        base: the model that a PEFT adapter as source adapts; by default that of `preset`.
+        base: the model that a PEFT adapter as source adapts, by default that of `preset`; where the base of a run is.
         seed: determines the new weights of an assembled model.
         shard_bytes: size of the largest safetensors file.
         tell: prints a line.
@@ -83,13 +85,14 @@ def convert(
     Raises:
         UserError: see `open_source`; or the target exists, a weight is NaN, the disk is full. Nothing is kept.
     """
-    if any(layout_of(source) for source in sources):
+    run = len(sources) == 1 and format != "peft" and run_base(sources[0]) is not None
+    if not run and any(layout_of(source) for source in sources):
         if quantize is not None:
             raise UserError(f"--quantize={quantize}: a LoRA adapter is not quantised; leave it out")
         return _adapter_alone(sources, target, base, preset, overrides, lora, format=format, dtype=dtype, tell=tell)
-    if base is not None:
+    if base is not None and not run:
         raise UserError(f"--base={base}: is only for a source that is a LoRA adapter; leave it out")
-    opened = [open_source(source, preset, overrides) for source in sources]
+    opened = [open_run(sources[0], base)] if run else [open_source(source, preset, overrides) for source in sources]
     weights, config = _joined(opened, preset, overrides or {}, seed, tell)
     format = format or ("hf" if quantize is None and opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.stored import Box, Spec, Stored, check_finite
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.files import Tensor, files_of, open_tensors
@@ -75,16 +76,14 @@ class Adapter:
 
 
 def layout_of(path: str | Path) -> str:
-    """`peft` or `orbax` if the path is an adapter, else ""."""
+    """`peft` or `orbax` if the path is an adapter, or a run that trained one, else ""."""
     path = Path(path)
     if (path / SETTINGS).is_file():
         return "peft"
-    metadata = path / "params" / "_METADATA"
-    if not metadata.is_file():
+    try:
+        return "orbax" if path.is_dir() and reading.is_adapter(reading.find(path)) else ""
+    except UserError:
         return ""
-    entries = read_json(metadata).get("tree_metadata", {}).values()
-    keys = [key for entry in entries for key in entry.get("key_metadata", [])]
-    return "orbax" if keys and all(str(k.get("key")).endswith(("/lora_a", "/lora_b")) for k in keys) else ""
 
 
 def open_adapter(path: str | Path, model: ConfigDict | None) -> Adapter:
@@ -274,9 +273,10 @@ class _Sparse:
 
 
 def _open_ours(folder: Path, model: ConfigDict | None) -> Adapter:
-    from kangaroo_jax.checkpoints import reading
-
+    folder = reading.find(folder)
     config = _lists(reading.kept_config(folder))
+    if "rank" in config.get("lora", {}):
+        config |= _as_converted(config["lora"], Stored(folder / "params").specs)
     if not {"lora", "model", "adapted"} <= set(config):
         raise UserError(f"{folder / 'config'}: is not the config of an adapter (lora, model, adapted)")
     model = ConfigDict(reading.load_config(folder).model.to_dict()) if model is None else model
@@ -290,6 +290,16 @@ def _open_ours(folder: Path, model: ConfigDict | None) -> Adapter:
     _check_shapes(weights.specs, factor_shapes(model, adapted, settings["r"]), folder)
     files = tuple(sorted(f for f in (folder / "params").rglob("*") if f.is_file()))
     return Adapter(folder, "orbax", weights, adapted, settings, model, files)
+
+
+def _as_converted(lora: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
+    """What a converted adapter's config would say of one that training wrote: all layers of its maps are adapted."""
+    settings = {"r": lora["rank"], "lora_alpha": lora["alpha"], "use_rslora": lora["rslora"]}
+    paths = [path.removesuffix("lora_a") + "kernel" for path in specs if path.endswith("/lora_a")]
+    layers = {
+        path: list(range(specs[beside(path, "lora_a")].shape[0])) if STACKED.match(path) else None for path in paths
+    }
+    return {"lora": settings, "adapted": layers}
 
 
 def _check_shapes(found: Mapping[str, Spec], wanted: Mapping[str, names.Shape], folder: Path) -> None:

@@ -10,7 +10,8 @@ from kangaroo_jax.conversion.names import STACKED
 from kangaroo_jax.conversion.weights import Weights
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.llama import contracted_of
-from kangaroo_jax.models.quantized import DTYPES, FORMATS, KERNEL, SCALE, quantize, shapes
+from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.models.quantized import DTYPES, FORMATS, KERNEL, SCALE, dequantize, quantize, shapes
 
 
 class Quantized:
@@ -49,6 +50,38 @@ class Quantized:
 
     def _layers(self, path: str) -> int:
         return 1 if STACKED.match(path) else 0
+
+
+class Dequantized:
+    """The numbers that rounded kernels of a decoder stand for, in the type of its embedding; the rest as it is."""
+
+    def __init__(self, weights: Weights, model: ModelConfig, form: str) -> None:
+        self._weights, self._form = weights, form
+        self._contracted: Mapping[str, int] = contracted_of(model.llm)
+        dense = abstract_model(model).shapes
+        dtype = weights.specs["llm/embedding"].dtype
+        self.specs: dict[str, Spec] = {
+            path: Spec(tuple(dense[path].shape), dtype) if path in self._contracted else spec
+            for path, spec in weights.specs.items()
+            if not path.endswith(f"/{SCALE}")
+        }
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        if path not in self._contracted:
+            return self._weights.read(path, box)
+        lead, contracted = (1 if STACKED.match(path) else 0), self._contracted[path]
+        kernel, scale = self._weights.specs[path].shape, self._weights.specs[_scale_of(path)].shape
+        outputs = box[lead + contracted :]
+        inputs = scale[lead : len(scale) - len(outputs)]  # none, or groups of them
+        parts = []
+        for layer in range(box[0].start, box[0].stop) if lead else (None,):
+            first: Box = () if layer is None else (slice(layer, layer + 1),)
+            packed = self._weights.read(path, (*first, *whole(kernel[lead : lead + contracted]), *outputs))
+            factor = self._weights.read(_scale_of(path), (*first, *whole(inputs), *outputs))
+            packed, factor = (packed[0], factor[0]) if lead else (packed, factor)
+            parts.append(dequantize(packed, factor, contracted)[box[lead : lead + contracted]])
+        return (np.stack(parts) if lead else parts[0]).astype(self.specs[path].dtype)
 
 
 def _scale_of(kernel: str) -> str:

@@ -81,7 +81,7 @@ def open_source(
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if is_ours(path):
-        return _open_ours(path)
+        return open_ours(path)
     tensors = open_model(path)
     layout = next((layout for layout, sign in SIGNS if sign in tensors), None)
     if layout is None:
@@ -163,16 +163,18 @@ def is_ours(path: Path) -> bool:
     return True
 
 
-def _open_ours(path: Path) -> WeightSource:
+def open_ours(path: Path, *, quantized: bool = False) -> WeightSource:
+    """One of our checkpoints; its decoder may be quantised where the caller knows what to do with it."""
     from kangaroo_jax.checkpoints import reading
     from kangaroo_jax.checkpoints.frozen import weight_folders
 
-    folder = reading.find(path)
+    folder = reading.refuse_adapter(reading.find(path))
     config = ConfigDict(reading.load_config(folder).to_dict())
     folders = weight_folders(folder)
     weights = Stored(*folders)
-    reading.check_not_quantized(weights.specs, folder)
-    reading.check_shapes(weights.specs, model_shapes(config.model), folder)
+    if not quantized:
+        reading.check_not_quantized(weights.specs, folder)
+        reading.check_shapes(weights.specs, model_shapes(config.model), folder)
     try:
         tokenizer: Path | None = reading.find_tokenizer(folder)
     except UserError:

@@ -24,7 +24,7 @@ from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.inference import weights
+from kangaroo_jax.inference.adapters import load_adapted
 from kangaroo_jax.inference.engine import Engine
 from kangaroo_jax.inference.history import History, ask, conversation
 from kangaroo_jax.inference.memories import check_kv_dtype
@@ -162,12 +162,14 @@ class Kangaroo:
         mesh: Mesh | None = None,
         slots: int = SLOTS,
         cache_gib: float = CACHE_GIB,
+        lora: str | Path = "",
     ) -> "Kangaroo":
         """Load what training wrote: a curriculum's folder (its last stage), a stage's, or one checkpoint.
 
         Args:
-            path: the folder.
-            dtype, quantize, mesh: see `weights.load`.
+            path: the folder. If a run trained an adapter there, its base is loaded, too.
+            lora: folder of an adapter for the weights in `path`.
+            dtype, quantize, mesh: see `adapters.load_adapted`.
             kv_dtype: int8 halves what a conversation takes on the device; None keeps keys and values as computed.
             slots: conversations that are remembered on the device.
             cache_gib: GiB of the host's memory for what was seen, and for conversations that have lost their slot.
@@ -177,7 +179,7 @@ class Kangaroo:
                 none of those known.
         """
         check_kv_dtype(kv_dtype)
-        loaded = weights.load(path, dtype=dtype, quantize=quantize, mesh=mesh)
+        loaded = load_adapted(path, lora, dtype=dtype, quantize=quantize, mesh=mesh)
         options: dict[str, Any] = dict(mesh=mesh, kv_dtype=kv_dtype, slots=slots, cache_gib=cache_gib)
         return cls(loaded.model, loaded.config, loaded.tokenizer, weights_id=loaded.weights_id, **options)
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import Digests, RunningDigest, differs
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
-from kangaroo_jax.checkpoints.stored import Stored, check_finite, whole
+from kangaroo_jax.checkpoints.stored import Stored, check_finite, stored_form, whole
 from kangaroo_jax.config import ModelConfig, StageConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
@@ -45,6 +45,8 @@ class Loaded:
     weights_id: str  # names the numbers, the dtype in which they compute and how they are quantised
     dtype: str
     quantized: str | None  # as which format the decoder's weights are rounded
+    folder: Path  # of the checkpoint
+    sums: Digests  # of its arrays, as they are stored
 
 
 def load(
@@ -63,7 +65,7 @@ def load(
         UserError: there is no checkpoint or tokenizer, it is damaged or of another model than its config (the first
             wrong tensor is named), or `dtype` or `quantize` is none of those known.
     """
-    folder = reading.find(path)
+    folder = reading.refuse_adapter(reading.find(path))
     dtype = dtype or compute_dtype()
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -75,7 +77,7 @@ def load(
     model = reader.model()
     told = [reader.sums, dtype, reader.form, dataclasses.asdict(config.model)]
     name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    return Loaded(model, config, tokenizer, name, dtype, reader.form)
+    return Loaded(model, config, tokenizer, name, dtype, reader.form, folder, reader.sums)
 
 
 def compute_dtype() -> str:
@@ -91,15 +93,6 @@ def compute_dtype() -> str:
 def _multiplies_whole_numbers() -> bool:
     """Whether the device is as fast with quantised weights as with others: a CPU takes six times as long."""
     return bool(jax.devices()[0].platform != "cpu")
-
-
-def stored_form(stored: Stored) -> str | None:
-    """The format in which a checkpoint's decoder is quantised, None where it is not."""
-    scaled = [name.removesuffix(SCALE) + KERNEL for name in stored.specs if name.endswith("/" + SCALE)]
-    kinds = {stored.specs[name].dtype.name for name in scaled if name in stored.specs}
-    if not scaled:
-        return None
-    return "int8" if "int8" in kinds else "int4"
 
 
 class _Reader:

@@ -21,6 +21,7 @@ from kangaroo_jax.models.layers import parameter, truncated_normal
 from kangaroo_jax.models.llama import Llama
 from kangaroo_jax.models.losses import chunked_cross_entropy
 from kangaroo_jax.models.patchify import Patchify, Projector, time_encoding
+from kangaroo_jax.models.quantized import dense
 from kangaroo_jax.models.stack import unstack_layers
 from kangaroo_jax.sharding import constrain, shards
 
@@ -123,6 +124,8 @@ class KangarooModel(nnx.Module):
         the decoder is frozen, the head needs no gradient."""
         if self.llm.head is not None:
             kernel: jax.Array = self.llm.head.kernel[...]
+            if (scale := self.llm.head.kernel_scale) is not None:
+                kernel = dense(kernel, scale[...], self.llm.head.contracted, self.llm.dtype)
             return kernel
         table = self.llm.embedding[...]
         marks = jax.lax.stop_gradient(self.special_embedding[...]).astype(table.dtype)

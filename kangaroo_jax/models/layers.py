@@ -58,6 +58,7 @@ class Linear(nnx.Module):
     `inputs` and `outputs` may each be several dimensions, for example D -> (N, H). The kernel starts
     as a truncated normal of deviation `scale / sqrt(fan in)`, the bias as zeros; both are cast to the
     dtype of x where they are used. A kernel may be quantised, with a `kernel_scale` beside it; see `quantized`.
+    It may have low-rank factors beside it, whose product is added to it; see `lora`.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class Linear(nnx.Module):
         if bias:
             self.bias = parameter(constant(0.0), outputs, axes[len(inputs) :], rngs=rngs, dtype=param_dtype)
         self.kernel_scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.lora_a: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.lora_b: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.lora_scale = 1.0
         self.has_bias, self.axes = bias, tuple(axes)
         self.contracted = len(inputs)
 
@@ -105,6 +109,12 @@ class Linear(nnx.Module):
         if shards("tokens") > 1 and x.size >= kernel.size:
             kernel = checkpoint_name(joined(kernel, self.axes), "weight")
         y = self.scaled(product(x, kernel, self.contracted))
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = (factor[...].astype(x.dtype) for factor in (self.lora_a, self.lora_b))
+            if shards("tokens") > 1:
+                a = joined(a, (*self.axes[: self.contracted], None))
+                b = joined(b, (None, *self.axes[self.contracted :]))
+            y += product(product(x, a, self.contracted), b, 1) * self.lora_scale
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import LoraConfig, ModelConfig
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.models.lora import abstract_adapted
+from kangaroo_jax.models.quantized import SCALE
 
+NO_FACTORS = LoraConfig()
 Params = dict[str, jax.Array]  # "llm/layers/attention/q/kernel" -> array
 
 
@@ -62,12 +64,23 @@ def multiplier(path: str, rules: Sequence[tuple[str, float | None]]) -> float | 
 def split_trainable(
     params: Params, rules: Sequence[tuple[str, float | None]], frozen_dtype: str
 ) -> tuple[Params, Params]:
-    """(trainable in float32, frozen in `frozen_dtype`) by the list of (regex, multiplier)."""
+    """(trainable in float32, frozen in `frozen_dtype`) by the list of (regex, multiplier).
+
+    Frozen weights that are quantised stay so, and their scales float32.
+    """
     trainable = {k: v.astype(jnp.float32) for k, v in params.items() if multiplier(k, rules) is not None}
-    frozen = {k: v.astype(frozen_dtype) for k, v in params.items() if k not in trainable}
+    frozen = {k: v if _is_quantized(k, v) else v.astype(frozen_dtype) for k, v in params.items() if k not in trainable}
     return trainable, frozen
 
 
-def abstract_model(config: ModelConfig) -> Binding:
-    """The structure of a model, with nothing allocated."""
-    return Binding(nnx.eval_shape(lambda: KangarooModel(config, rngs=nnx.Rngs(0))))
+def _is_quantized(path: str, x: Any) -> bool:
+    """Whether a parameter is a quantised kernel, or its scale."""
+    return path.endswith(f"/{SCALE}") or bool(jnp.issubdtype(x.dtype, jnp.integer))
+
+
+def abstract_model(config: ModelConfig, lora: LoraConfig = NO_FACTORS) -> Binding:
+    """The structure of a model with the factors of `lora`, with nothing allocated. Raises UserError.
+
+    A decoder that `lora` says is quantised is so.
+    """
+    return Binding(abstract_adapted(config, lora))

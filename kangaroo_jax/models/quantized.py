@@ -83,6 +83,13 @@ def unpack(kernel: Any, scale: Any, contracted: int, dtype: DTypeLike) -> Any:
     return values.reshape(*kernel.shape[: axis - 1], -1, *kernel.shape[axis:])
 
 
+def dense(kernel: Any, scale: Any, contracted: int, dtype: DTypeLike) -> Any:
+    """The kernel [inputs, outputs] in `dtype`, which it is computed in, that either format stands for."""
+    if kernel.dtype == jnp.int8:
+        return kernel.astype(dtype) * scale.astype(dtype)
+    return unpack(kernel, scale, contracted, dtype)
+
+
 def linear_maps(decoder: nnx.Module) -> list[tuple[str, Any]]:
     """(path, linear map) of the decoder's: what is quantised. They are those that have a kernel."""
     maps = ((path, module) for path, module in nnx.iter_modules(decoder) if hasattr(module, "contracted"))

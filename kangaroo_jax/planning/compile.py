@@ -127,7 +127,7 @@ def lower_step(config: StageConfig, devices: list[Any]) -> Any:
     from kangaroo_jax.training.state import abstract_state, build_step
 
     mesh = make_mesh(config.train.mesh, devices)
-    binding = abstract_model(config.model)
+    binding = abstract_model(config.model, config.lora)
     state = abstract_state(config, binding, mesh)
     step = build_step(config, binding, state)
     with jax.set_mesh(mesh):

@@ -11,7 +11,9 @@ import jax
 from kangaroo_jax.config import EvalConfig, StageConfig
 from kangaroo_jax.config_files import nearest
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import multiplier
+from kangaroo_jax.models.quantized import FORMATS
 from kangaroo_jax.models.stack import REMAT_POLICIES
 from kangaroo_jax.training.optimizer import KINDS, MOMENT_DTYPES
 
@@ -26,6 +28,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimizer.kind": KINDS,
     "optimizer.moment_dtype": MOMENT_DTYPES,
     "optimizer.frozen_dtype": DTYPES,
+    "lora.quantize": ("", *FORMATS),
     "train.on_nonfinite": ON_NONFINITE,
 }
 _AT_LEAST: Mapping[str, float] = {
@@ -39,11 +42,19 @@ _AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("data.long_seconds", "data.decode_seconds"), 0.0),
     "data.max_sample_tokens": 1,
     **dict.fromkeys(("eval.every", "eval.patience"), 0),
+    "lora.rank": 0,
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"), 0.0),
     **dict.fromkeys((f"model.{part}.{key}" for part in ("vision", "llm") for key in ("width", "depth", "heads")), 1),
     **dict.fromkeys(("model.llm.kv_heads", "model.llm.head_dim", "model.llm.vocab_size", "model.llm.loss_chunk"), 1),
 }
-_ABOVE_ZERO = ("data.fps", "train.lost_seconds", "optimizer.eps", "optimizer.learning_rate", "model.llm.rope_theta")
+_ABOVE_ZERO = (
+    "lora.alpha",
+    "data.fps",
+    "train.lost_seconds",
+    "optimizer.eps",
+    "optimizer.learning_rate",
+    "model.llm.rope_theta",
+)
 _SHARES = ("optimizer.warmup_fraction", "optimizer.final_fraction")  # 0 to 1, both included
 _DECAYS = ("optimizer.b1", "optimizer.b2")  # 0 to 1, 1 not included
 
@@ -69,6 +80,10 @@ def check_config(config: StageConfig) -> None:
     for key in _DECAYS:
         if not 0 <= values[key] < 1:
             raise _bad(key, values[key], "must be from 0 to below 1")
+    if config.lora.rank and not config.init_from:
+        raise UserError(f"config.lora.rank is {config.lora.rank}: needs config.init_from, the base that it adapts")
+    if config.lora.quantize and not config.lora.rank:
+        raise _bad("lora.quantize", config.lora.quantize, "needs config.lora.rank: rounded weights cannot train")
     _check_heads(config)
     _check_sizes(config)
     _check_rules(config.optimizer.trainable)
@@ -81,7 +96,13 @@ def check_config(config: StageConfig) -> None:
 
 def check_trainable(config: StageConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Raise UserError if a parameter matches no rule of `optimizer.trainable`, or no parameter trains."""
-    if all(not multiplier(path, config.optimizer.trainable) for path in shapes):
+    factors = [path for path in shapes if config.lora.rank and is_factor(path)]
+    if still := [path for path in factors if multiplier(path, config.optimizer.trainable) is None]:
+        raise UserError(
+            f"config.optimizer.trainable freezes {still[0]}, which config.lora.targets makes; take what is frozen out "
+            "of config.lora.targets"
+        )
+    if all(not multiplier(path, config.optimizer.trainable) for path in factors or shapes):
         raise UserError(
             "config.optimizer.trainable leaves nothing to train: every parameter is frozen, or has the rate 0; "
             'give at least one rule a multiplier, such as ("projector/.*", 1.0)'

@@ -1,10 +1,11 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved together or not at all.
 
-    STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen}      STAGE/tokenizer.*
+    STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen,base}      STAGE/tokenizer.*
 
 `params` is a flat dictionary of the trained weights (float32). Frozen weights (in their stored type) are written once
 in a stage, and `frozen` names their folder (`frozen.py`); `weight_folders` returns both. Checkpoints of older versions
-hold all weights in `params`. `digests` are sums over the bits of all arrays, compared at reading; older ones lack them.
+hold all weights in `params`. An adapter's frozen weights are its base's: `base` names it (`checkpoints.adapters`), and
+nothing of it is written. `digests` are sums over the bits of all arrays, compared at reading; older ones lack them.
 """
 
 import base64
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from kangaroo_jax.checkpoints.adapters import BASE, Base
 from kangaroo_jax.checkpoints.digests import Digests, digests
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.checkpoints.reading import ITEMS, NotFinite, check_digests, damaged, named_if_damaged, restore_arrays
@@ -65,10 +67,12 @@ class Checkpoints:
                 "config": ocp.JsonCheckpointHandler(),
                 "digests": ocp.JsonCheckpointHandler(),
                 FOLDER: ocp.JsonCheckpointHandler(),
+                BASE: ocp.JsonCheckpointHandler(),
             },
         )
         self._frozen = FrozenWriter(self.folder, array_handler(state.frozen))
         self._frozen_sums: Digests | None = None  # digests of the frozen weights that `keep_frozen` wrote
+        self._base: Base | None = None
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""
@@ -96,6 +100,10 @@ class Checkpoints:
         if state.frozen:
             self._frozen_name = self._frozen.write(state.frozen, self._frozen_sums)
 
+    def keep_base(self, base: Base) -> None:
+        """The stage's frozen weights are those of a checkpoint, which is named in place of being written."""
+        self._base = base
+
     def _sums(self, items: Mapping[str, Any], step: int) -> dict[str, Digests]:
         """The digests of each item. Raises NotFinite."""
         sums, not_finite = {}, []
@@ -114,12 +122,14 @@ class Checkpoints:
 
         Raises NotFinite, and saves nothing, if the state is not finite.
         """
-        if self._frozen_sums is None:
+        if self._frozen_sums is None and self._base is None:
             self.keep_frozen(state)
         optimizer = {"opt_state": state.opt_state, "step": state.step}
         self.begun = int(state.step)
         sums = self._sums({"params": state.params, "optimizer": optimizer}, self.begun)
         items = {}
+        if self._base is not None:
+            items[BASE] = ocp.args.JsonSave(self._base.to_json())
         if self._frozen_sums:
             self._frozen.wait()
             sums[FOLDER] = self._frozen_sums
@@ -137,9 +147,9 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState) -> tuple[TrainState, bytes]:
-        """The last checkpoint in the shapes and shardings of `state` (perhaps abstract), and the data iterator's state.
+        """The last checkpoint in the shapes and shardings of `state` (perhaps abstract), and the data's state.
 
-        Raises UserError if it is damaged, naming the one before it.
+        After `keep_base` the frozen weights of `state` stay. Raises UserError if it is damaged, naming the one before.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         folder = self.latest_folder()
@@ -151,7 +161,7 @@ class Checkpoints:
                 self.latest(),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(
-                        abstract.params if apart else {**abstract.params, **abstract.frozen}
+                        abstract.params if apart or self._base else {**abstract.params, **abstract.frozen}
                     ),
                     optimizer=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "step": abstract.step}),
                     data=ocp.args.JsonRestore(),
@@ -159,7 +169,7 @@ class Checkpoints:
             )
             iterator = base64.b64decode(restored["data"]["iterator"])
         check_digests(folder, {"params": restored["params"], "optimizer": restored["optimizer"]})
-        params = dict(restored["params"])
+        params = {**(state.frozen if self._base else {}), **restored["params"]}
         if apart:
             params |= restore_arrays(folder, FOLDER, apart[0], abstract.frozen)
         new = TrainState(

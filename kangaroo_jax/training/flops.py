@@ -6,6 +6,7 @@ it trains. Recomputation by remat does not count.
 """
 
 import dataclasses
+import re
 
 from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.models.parameters import multiplier
@@ -56,23 +57,25 @@ def step_flops(config: StageConfig, head_tokens: int | None = None) -> Flops:
     tokens, frames = data.packs_per_batch * data.tokens_per_pack, data.packs_per_batch * data.frames_per_pack
     vision, llm = model.vision, model.llm
     trains = {name: part_trains(name, config) for name in PARTS}
-    below_llm = frames > 0 and any(trains[name] for name in ("vision", "patchify", "projector", "special_embedding"))
+    adapted = {name: part_adapted(name, config) for name in PARTS}
+    learns = {name: trains[name] or adapted[name] for name in PARTS}  # its activations have a gradient
+    below_llm = frames > 0 and any(learns[name] for name in ("vision", "patchify", "projector", "special_embedding"))
 
     patches = (data.image_size // vision.patch_size) ** 2
     vision_tokens, d = patches + 1, vision.width
     layer = 4 * d * d + 3 * d * vision.mlp_width
     linear = 2.0 * (vision.depth * layer * vision_tokens + vision.patch_size**2 * 3 * d * patches)
     attention = 4.0 * vision.depth * vision_tokens * vision_tokens * d
-    times = 3 if trains["vision"] else 1
+    times = 3 if trains["vision"] else 1 + adapted["vision"]
 
     groups = frames // frames_per_group(model)
     rows = groups * tokens_per_group(model, data.image_size)
     widths = d * llm.width + (llm.width**2 if model.projector == "mlp2x_gelu" else 0)
-    projector_times = 1 + trains["projector"] + (trains["vision"] or trains["patchify"])
+    projector_times = 1 + trains["projector"] + (learns["vision"] or trains["patchify"] or adapted["projector"])
 
     n, k, h = llm.heads, llm.kv_heads, llm.head_dim
     llm_layer = llm.width * h * (2 * n + 2 * k) + 3 * llm.width * llm.mlp_width
-    llm_times = 1 + trains["llm"] + (trains["llm"] or below_llm)
+    llm_times = 1 + trains["llm"] + (learns["llm"] or below_llm)
     backward = llm_times > 1
     llm_full = 4.0 * llm.depth * tokens * data.tokens_per_pack * n * h * (3 if backward else 1)
     head_tokens = tokens if head_tokens is None else head_tokens
@@ -90,4 +93,10 @@ def step_flops(config: StageConfig, head_tokens: int | None = None) -> Flops:
 def part_trains(part: str, config: StageConfig) -> bool:
     """Whether the matrices of a part of the model train, by `config.optimizer.trainable`."""
     path = part if part == "special_embedding" else f"{part}/{_SOME_WEIGHT[part]}"
-    return multiplier(path, config.optimizer.trainable) is not None
+    return not config.lora.rank and multiplier(path, config.optimizer.trainable) is not None
+
+
+def part_adapted(part: str, config: StageConfig) -> bool:
+    """Whether linear maps of a part of the model have factors, by `config.lora.targets`; these cost nothing here."""
+    path = f"{part}/{_SOME_WEIGHT.get(part, '')}".removesuffix("/kernel")
+    return config.lora.rank > 0 and re.fullmatch(config.lora.targets, path) is not None

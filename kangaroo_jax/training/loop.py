@@ -28,6 +28,7 @@ from kangaroo_jax.system.json_text import json_line
 from kangaroo_jax.system.memory import keep_freed_memory
 from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training import checkpoint
+from kangaroo_jax.training.base import adapter_state, load_base
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.host_rows import HostRows
@@ -140,7 +141,7 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
         for line in lines:
             tell(f"{config.stage}: {line}")
 
-    binding = abstract_model(config.model)
+    binding = abstract_model(config.model, config.lora)
     check_trainable(config, binding.shapes)
     target = abstract_state(config, binding, mesh)
     barrier(f"{config.stage} opens")
@@ -158,13 +159,19 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
         say([f"the loss of {held_out.samples} held-out samples is measured every {config.eval.every} steps"])
 
     barrier(f"{config.stage} begins")
-    if saved is None:
+    if config.lora.rank:
+        weights, base = load_base(config, binding, mesh, saved)
+        checkpoints.keep_base(base)
+        target = state = adapter_state(config, target, weights)
+        say([f"adapts {base.path}, which stays where it is"])
+    elif saved is None:
         state = initial_state(config, binding, mesh)
-    else:
+    if saved is not None:
         state, position = checkpoints.restore(target)
         loader.set_state(position)
         say([*loader.changed(), f"goes on after step {int(state.step)}"])
-    checkpoints.keep_frozen(state)  # written while the step compiles
+    if not config.lora.rank:
+        checkpoints.keep_frozen(state)  # written while the step compiles
     step_fn = build_step(config, binding, state)
     trained, frozen = count(state.params), count(state.frozen)
     say([f"{trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}"])

@@ -11,10 +11,12 @@ from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model, multiplier
+from kangaroo_jax.training.state import rules_of
 
 # Settings of how a model is computed, which change results only by rounding. Any other setting makes another model.
 _COMPUTATION = ("preset", "dtype", "scan", "attention", "vision.remat", "llm.remat", "llm.loss_chunk")
 _UNSAID = ("allow_changes",)
+_LORA = ("lora.rank", "lora.alpha", "lora.rslora", "lora.targets", "lora.quantize")
 
 
 def check_resume(folder: Path, config: StageConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
@@ -31,18 +33,18 @@ def check_resume(folder: Path, config: StageConfig, shapes: Mapping[str, jax.Sha
         differ = {key: values for key, values in differ.items() if not key.startswith(scaling)}  # no scaling
     for key, values in differ.items():
         if key.startswith("model.") and key.removeprefix("model.") not in _COMPUTATION:
-            if dict(abstract_model(saved.model).shapes) != dict(shapes):
+            if dict(abstract_model(saved.model, saved.lora).shapes) != dict(shapes):
                 raise _cannot(folder, key, *values)
             if key not in config.allow_changes:
                 raise _not_asked(f"{folder}: config.{key} was {values[0]!r} and is now {values[1]!r}", key)
-    for key in ("optimizer.kind", "optimizer.trainable"):
-        if key in differ and (key == "optimizer.kind" or _trained(saved, shapes) != _trained(config, shapes)):
+    for key in ("optimizer.kind", *_LORA, "optimizer.trainable"):
+        if key in differ and (key != "optimizer.trainable" or _trained(saved, shapes) != _trained(config, shapes)):
             raise _cannot(folder, key, *differ[key])
     return [f"config.{key} was {a!r}, is now {b!r}" for key, (a, b) in differ.items() if key not in _UNSAID]
 
 
 def _trained(config: StageConfig, shapes: Iterable[str]) -> set[str]:
-    return {path for path in shapes if multiplier(path, config.optimizer.trainable) is not None}
+    return {path for path in shapes if multiplier(path, rules_of(config)) is not None}
 
 
 def check_tokenizer(folder: Path, config: StageConfig, tokenizer: Tokenizer) -> str:

@@ -13,9 +13,15 @@ from kangaroo_jax.training.optimizer import make_optimizer, make_schedule
 from kangaroo_jax.training.step import TrainState, TrainStep, make_train_step
 
 
+def rules_of(config: StageConfig) -> tuple[tuple[str, float | None], ...]:
+    """(regex, multiplier) of what trains: `optimizer.trainable`, of the factors alone where there are some."""
+    base: tuple[tuple[str, float | None], ...] = ((r"(?!.*/lora_[ab]$).*", None),) if config.lora.rank else ()
+    return (*base, *config.optimizer.trainable)
+
+
 def make_state(config: StageConfig, params: Params) -> TrainState:
     """Step 0: `params` split into trained and frozen by `config.optimizer`, and zeros in the optimiser."""
-    trained, frozen = split_trainable(params, config.optimizer.trainable, config.optimizer.frozen_dtype)
+    trained, frozen = split_trainable(params, rules_of(config), config.optimizer.frozen_dtype)
     optimizer = make_optimizer(config.optimizer, config.train.steps, trained)
     return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
 

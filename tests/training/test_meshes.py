@@ -12,7 +12,10 @@ from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.models.llama import contracted_of
+from kangaroo_jax.models.lora import initial_factors
 from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.models.quantized import quantize
 from kangaroo_jax.sharding import make_mesh, mesh_scope
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.state import build_step, make_state, state_shardings
@@ -69,7 +72,7 @@ def losses(config, batch, params, shape, *, accumulate=1, steps=STEPS) -> list[f
     """The losses of `steps` real steps on one batch over a mesh of `shape`."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     config = config.changed({"train.accumulate": accumulate})
-    binding = abstract_model(config.model)
+    binding = abstract_model(config.model, config.lora)
     with mesh_scope(mesh):
         make = functools.partial(make_state, config)
         state = jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, params), binding, mesh))(params)
@@ -97,6 +100,25 @@ def one_device(config, batch, params) -> list[float]:
 def test_losses_of_20_steps_equal_those_of_one_device(config, batch, params, one_device, shape):
     assert one_device[-1] < 0.8 * one_device[0]
     np.testing.assert_allclose(losses(config, batch, params, shape), one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"), [((1, 2, 2, 2), ""), pytest.param((2, 2, 1, 2), "int8", marks=pytest.mark.slow)]
+)
+def test_factors_on_a_mesh_train_as_on_one_device(config, batch, params, shape, form):
+    adapted = config.changed({"lora.rank": 4, "lora.targets": ".*", "optimizer.learning_rate": 0.02, "init_from": "x"})
+    factors = initial_factors(abstract_model(adapted.model, adapted.lora).shapes, 0)
+    weights = {**params, **{path: np.asarray(x) for path, x in factors.items()}}
+    if form:
+        adapted = adapted.changed({"lora.quantize": form})
+        for path, contracted in contracted_of(config.model.llm).items():
+            lead = "layers" in path
+            layers = [quantize(x, contracted, form) for x in (weights[path] if lead else weights[path][None])]
+            kernel, scale = (np.stack(parts) if lead else parts[0] for parts in zip(*layers, strict=True))
+            weights |= {path: kernel, path.replace("kernel", "kernel_scale"): scale}
+    alone, cut = (losses(adapted, batch, weights, mesh) for mesh in ((1, 1, 1, 1), shape))
+    assert alone[-1] < 0.9 * alone[0]
+    np.testing.assert_allclose(cut, alone, rtol=2e-5)
 
 
 @pytest.mark.slow

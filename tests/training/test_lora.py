@@ -1,0 +1,320 @@
+"""LoRA: the factors train and are kept, the base stays as it is, is never written again and is known by its digests."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from kangaroo_jax.checkpoints.adapters import kept_base, open_adapter
+from kangaroo_jax.checkpoints.stored import Stored, whole
+from kangaroo_jax.config import LoraConfig, ModelConfig, StageConfig
+from kangaroo_jax.conventions import PackedBatch
+from kangaroo_jax.conversion.convert import convert
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.adapters import load_adapted
+from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.models.layers import Linear
+from kangaroo_jax.models.lora import initial_factors
+from kangaroo_jax.models.parameters import Binding, abstract_model
+from kangaroo_jax.sharding import make_mesh
+from kangaroo_jax.training.base import adapter_state, load_base
+from kangaroo_jax.training.check import check_config, check_trainable
+from kangaroo_jax.training.loop import train
+from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.training.state import abstract_state
+from kangaroo_jax.training.step import mean_loss
+from tests.training.test_loop import small_stage
+
+pytestmark = pytest.mark.usefixtures("one_device")
+STEPS, RANK = 6, 4
+
+
+def quiet(_: str) -> None:
+    """No progress."""
+
+
+def save(folder: Path, params: dict, config, tokenizer: Path) -> Path:
+    """A stage's folder with one checkpoint of all weights."""
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / "checkpoints" / "7" / "params", params)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder / "checkpoints" / "7" / "config", args=ocp.args.JsonSave(config.to_dict()))
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    return folder
+
+
+def adapter_stage(corpus: Path, base: Path, **kwargs):
+    keys = {
+        "optimizer.kind": "adamw",
+        "optimizer.learning_rate": 0.02,
+        "optimizer.frozen_dtype": "float32",
+        "optimizer.trainable": ((".*", 1.0),),
+        "lora.rank": RANK,
+        "train.checkpoint_every": 3,
+    }
+    return small_stage("stage4_instruct", corpus, STEPS, **{"init_from": str(base), **keys, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory, make_random_model) -> Path:
+    config = small_stage("stage4_instruct", corpus)
+    model = make_random_model(config.model)
+    params = abstract_model(ModelConfig.from_config(config.model)).flatten(model)
+    return save(tmp_path_factory.mktemp("base"), params, config, corpus / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def run(corpus, base, tmp_path_factory, one_device) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    train(adapter_stage(corpus, base), folder, tell=quiet)
+    return folder
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    stored = Stored(folder)
+    return {name: stored.read(name, whole(spec.shape)) for name, spec in stored.specs.items()}
+
+
+def test_a_full_rank_takes_the_full_gradients_step():
+    """With a whole basis as A and zeros as B a step of B is a step of the kernel."""
+    linear = Linear((6,), (2, 4), (None, None, None), bias=True, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    random = np.random.default_rng(0)
+    x, y = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((5, 6), (5, 2, 4)))
+    basis = np.linalg.qr(random.standard_normal((6, 6)))[0].astype(np.float32)
+
+    def step(name: str) -> jax.Array:
+        """One of plain descent by one parameter of the linear map."""
+        binding = Binding(linear)
+        params = binding.flatten(linear)
+
+        def loss(value: jax.Array) -> jax.Array:
+            return jnp.square(binding.bind({**params, name: value})(x) - y).mean()
+
+        return -0.1 * jax.grad(loss)(params[name])
+
+    expected = step("kernel")
+    linear.lora_a, linear.lora_b = nnx.Param(jnp.asarray(basis)), nnx.Param(jnp.zeros((6, 2, 4)))
+    np.testing.assert_allclose(np.tensordot(basis, step("lora_b"), 1), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def batch() -> PackedBatch:
+    """A pack of two pairs of frames and text."""
+    random, t = np.random.default_rng(0), 32
+    tokens = random.integers(11, 320, (1, t)).astype(np.int32)
+    index = np.full((1, t), -1, np.int32)
+    index[0, 3:11] = np.arange(8)
+    return PackedBatch(
+        tokens=tokens,
+        segment_ids=np.ones((1, t), np.int32),
+        positions=np.arange(t, dtype=np.int32)[None],
+        targets=np.roll(tokens, -1, axis=1),
+        weights=np.ones((1, t), np.float32),
+        frames=random.integers(0, 256, (1, 4, 32, 32, 3)).astype(np.uint8),
+        frame_times=np.arange(4, dtype=np.float32)[None],
+        frame_groups=np.array([[1, 1, 2, 2]], np.int32),
+        vision_index=index,
+    )
+
+
+@pytest.mark.parametrize("form", ["", "int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_the_first_loss_is_the_bases(form, corpus, base, batch, one_device):
+    stage = StageConfig.from_config(adapter_stage(corpus, base, **{"lora.quantize": form}))
+    mesh = make_mesh((1, 1, 1, 1), jax.devices())
+    binding = abstract_model(stage.model, stage.lora)
+    frozen, found = load_base(stage, binding, mesh, None)
+    state = adapter_state(stage, abstract_state(stage, binding, mesh), frozen)
+    assert set(state.params) == {p for p in binding.shapes if p.endswith(("lora_a", "lora_b"))} and not set(
+        state.params
+    ) & set(state.frozen)
+    plain = abstract_model(stage.model)
+    stored = arrays(base / "checkpoints/7/params")
+    whole_model = {path: jnp.asarray(value) for path, value in stored.items()}
+    expected, got = (
+        float(jax.jit(functools.partial(mean_loss, model, batch=batch))(trained, frozen)[0])
+        for model, trained, frozen in ((plain, whole_model, {}), (binding, state.params, state.frozen))
+    )
+    if form:
+        assert got == pytest.approx(expected, rel={"int8": 0.02, "int4": 0.3}[form]) and got != expected
+        assert state.frozen["llm/layers/mlp/up/kernel"].dtype == {"int8": jnp.int8, "int4": jnp.uint8}[form]
+    else:
+        assert got == expected
+    assert found.path == base / "checkpoints/7" and set(found.sums) == set(stored)
+
+
+def test_a_run_keeps_its_factors_alone_and_leaves_the_base(run, base, corpus):
+    steps = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert steps == ["3", str(STEPS)]
+    folder = run / "checkpoints" / str(STEPS)
+    assert not (folder / "frozen").exists()
+    kept = arrays(folder / "params")
+    stage = StageConfig.from_config(adapter_stage(corpus, base))
+    begun = initial_factors(abstract_model(stage.model, stage.lora).shapes, stage.seed)
+    assert set(kept) == set(begun) and all(np.abs(kept[name] - begun[name]).max() > 0 for name in kept)
+    named = kept_base(folder)
+    assert named.path == base / "checkpoints/7"
+    assert named.sums == load_adapted(base).sums  # what is there now
+    losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+    assert np.mean(losses[-2:]) < losses[0]
+    adapter = open_adapter(run)
+    assert (adapter.rank, adapter.scale) == (RANK, 32 / RANK)
+
+
+def test_a_run_that_goes_on_has_the_same_losses_bit_for_bit(run, base, corpus, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    train(adapter_stage(corpus, base), tmp_path / "run", tell=quiet)
+    before, after = (
+        [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (run, tmp_path / "run")
+    )
+    assert before == after
+    step = f"checkpoints/{STEPS}/params"
+    for name, value in arrays(run / step).items():
+        np.testing.assert_array_equal(arrays(tmp_path / "run" / step)[name], value)
+
+
+@pytest.mark.slow
+def test_kill_9_changes_no_loss(run, base, corpus, tmp_path):
+    program = (
+        "import sys, ml_collections, json; from kangaroo_jax.training.loop import train;"
+        "from kangaroo_jax.config import tuples;"
+        "train(ml_collections.ConfigDict(tuples(json.load(open(sys.argv[1])))), sys.argv[2])"
+    )
+    (tmp_path / "stage.json").write_text(json.dumps(adapter_stage(corpus, base).to_dict()))
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", program, str(tmp_path / "stage.json"), str(workdir)]
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    process = subprocess.Popen(command, env=environment)
+    while not (workdir / "checkpoints" / "3" / "base").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, env=environment, check=True)
+    before, after = (
+        [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")] for folder in (run, workdir)
+    )
+    assert before == after
+
+
+@pytest.mark.parametrize("form", ["", pytest.param("int8", marks=pytest.mark.slow)])
+def test_unmerged_and_merged_answers_are_equal(form, run, base, corpus, tmp_path):
+    if form:
+        train(adapter_stage(corpus, base, **{"lora.quantize": form}), tmp_path / "run", tell=quiet)
+        run = tmp_path / "run"
+    convert([run], tmp_path / "merged", format="orbax", tell=quiet)
+    questions = [{"video": str(path), "query": f"{path.stem}?"} for path in sorted(corpus.glob("*s.mp4"))]
+    answers = []
+    for folder, lora in ((run, ""), (base, run), (tmp_path / "merged", "")):
+        with Kangaroo.load(folder, lora=lora) as model:
+            answers.append([str(model.chat(**question, max_new_tokens=8)[0]) for question in questions])
+    with Kangaroo.load(base) as model:
+        plain = [str(model.chat(**question, max_new_tokens=8)[0]) for question in questions]
+    assert answers[0] == answers[1] == answers[2] != plain
+
+
+def test_two_adapters_share_the_arrays_of_their_base(run, base):
+    from kangaroo_jax.inference.adapters import adapted
+    from kangaroo_jax.inference.weights import load
+
+    plain = load(base)
+    one, two = (adapted(plain, open_adapter(run)) for _ in range(2))
+    kernels = {loaded.model.llm.layers[0].mlp.up.kernel[...].unsafe_buffer_pointer() for loaded in (plain, one, two)}
+    assert len(kernels) == 1 and plain.model.llm.layers[0].mlp.up.lora_a is None
+    assert one.weights_id == two.weights_id != plain.weights_id
+
+
+def test_a_base_that_is_gone_or_another_is_one_line(run, base, corpus, tmp_path, make_random_model):
+    moved = tmp_path / "base"
+    shutil.copytree(base, moved)
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / str(STEPS) / "base" / "metadata"
+    kept = json.loads(file.read_text())
+    kept["path"] = str(tmp_path / "gone" / "7")
+    file.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=r"its base, .*gone/7, is gone; copy it back there, or say where it is now"):
+        load_adapted(tmp_path / "run")
+    assert load_adapted(moved, tmp_path / "run").sums == load_adapted(base).sums
+    convert([tmp_path / "run"], tmp_path / "merged", base=moved, tell=quiet)
+
+    step = moved / "checkpoints" / "7" / "params"
+    params = arrays(step)
+    params["llm/layers/mlp/up/kernel"][0, 0, 0] += 1
+    shutil.rmtree(step)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(step, {name: jnp.asarray(value) for name, value in params.items()})
+    stage = adapter_stage(corpus, moved)
+    reads = (
+        lambda: load_adapted(moved, tmp_path / "run"),
+        lambda: convert([tmp_path / "run"], tmp_path / "again", base=moved, tell=quiet),
+        lambda: train(stage, tmp_path / "run", tell=quiet),
+    )
+    for read in reads:
+        with pytest.raises(UserError, match=r"is another base .*first tensor llm/layers/mlp/up/kernel") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_an_adapter_is_no_base(run, base, corpus, tmp_path):
+    for read in (
+        lambda: train(adapter_stage(corpus, run), tmp_path, tell=quiet),
+        lambda: train(adapter_stage(corpus, run, **{"lora.rank": 0}), tmp_path, tell=quiet),
+        lambda: load_adapted(run, run),
+    ):
+        with pytest.raises(UserError, match="is itself an adapter, and holds no whole model; add it to its base first"):
+            read()
+    with pytest.raises(UserError, match="holds a whole model, no adapter"):
+        load_adapted(base, base)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora.rank": 65}, "config.lora.rank is 65, above the width of llm/layers/attention/key, 64"),
+        ({"lora.rank": -1}, "config.lora.rank is -1: must be at least 0"),
+        ({"lora.targets": "llm/head"}, "config.lora.targets 'llm/head' matches no linear map; there are llm/layers/"),
+        ({"lora.targets": "("}, r"config.lora.targets '\(' is no regular expression"),
+        ({"lora.alpha": 0.0}, "config.lora.alpha is 0.0: must be above 0"),
+        ({"lora.quantize": "int3"}, "config.lora.quantize is 'int3': one of , int8, int4"),
+        ({"lora.rank": 0, "lora.quantize": "int8"}, "config.lora.quantize is 'int8': needs config.lora.rank"),
+        ({"init_from": ""}, "config.lora.rank is 4: needs config.init_from"),
+        ({"optimizer.trainable": (("llm/.*", None), (".*", 1.0))}, "freezes llm/layers/.*, which config.lora.targets"),
+    ],
+)
+def test_impossible_settings_are_one_line(keys, message, base, corpus):
+    with pytest.raises(UserError, match=message):
+        stage = StageConfig.from_config(adapter_stage(corpus, base, **keys))
+        check_config(stage)
+        check_trainable(stage, abstract_model(stage.model, stage.lora).shapes)
+
+
+def test_settings_of_an_adapter_stay_within_a_run(run, base, corpus, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for key, value in {"lora.rank": 2, "lora.alpha": 8.0, "lora.targets": "llm/.*", "lora.quantize": "int8"}.items():
+        with pytest.raises(UserError, match=f"config.{key} was .*cannot change within a stage"):
+            train(adapter_stage(corpus, base, **{key: value}), tmp_path / "run", tell=quiet)
+
+
+def test_int8_takes_a_little_more_than_half_of_the_decoder():
+    model = ModelConfig()
+
+    def nbytes(lora: LoraConfig, part: str) -> int:
+        shapes = {path: x for path, x in abstract_model(model, lora).shapes.items() if "/lora_" not in path}
+        sizes = {path: 4 if path.endswith("_scale") else min(2, x.dtype.itemsize) for path, x in shapes.items()}
+        return sum(int(np.prod(x.shape)) * sizes[path] for path, x in shapes.items() if path.startswith(part))
+
+    plain, rounded = LoraConfig(rank=16), LoraConfig(rank=16, quantize="int8")
+    assert nbytes(rounded, "llm") / nbytes(plain, "llm") < 0.54
+    assert nbytes(rounded, "") / nbytes(plain, "") < 0.56
