@@ -22,7 +22,7 @@ from kangaroo_jax.inference.memory import HostMemory, Identities
 from kangaroo_jax.inference.programs import Programs
 from kangaroo_jax.inference.requests import Answer, EngineError, Request, Ticket
 from kangaroo_jax.inference.running import Detokenizer, Run
-from kangaroo_jax.inference.sampling import Choices, Chosen, seen_in_prompt
+from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, seen_in_prompt
 from kangaroo_jax.inference.scheduling import Queue
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.inference.slots import Slots
@@ -36,9 +36,9 @@ AHEAD = 2  # pieces of prompts that may wait on the device
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A step under way: whose tokens, in the order of its rows."""
+    """A step under way: whose tokens, in the order of its rows, some of which are nobody's."""
 
-    runs: tuple[Run, ...]
+    rows: tuple[Run | None, ...]
     chosen: Chosen
 
 
@@ -93,9 +93,9 @@ class Engine:
         self._new: list[Run] = []
         self._closing: float | None = None  # when what is under way is given up
         self._awake = threading.Event()
-        self._under_way: dict[int, _Step | None] = {capacity: None for capacity, _ in sizes.classes}
-        self._last = {capacity: self.programs.no_tokens() for capacity, _ in sizes.classes}
-        self._choices: dict[int, tuple[tuple[Run, ...], Choices]] = {}
+        self._under_way: _Step | None = None
+        self._last = self.programs.no_tokens()
+        self._choices: tuple[tuple[Run | None, ...], Choices] | None = None
         self._spares: list[tuple[Any, Any]] = []  # tails and what was seen, for rows that nobody has
         self._markers: list[tuple[Run, Any]] = []
         self._finishes = Finishes()
@@ -221,7 +221,7 @@ class Engine:
         placed = self._queue.place(self._fail)
         for run in placed:
             self._counts["tokens_cached"] += run.usage.cached_tokens
-        stepped = any([self._step(capacity) for capacity in self._under_way])
+        stepped = self._step()
         read = self._read_piece()
         looked = self._vision is not None and self._vision.pump()
         return bool(new or placed or stepped or read or looked)
@@ -293,83 +293,89 @@ class Engine:
 
     # ------------------------------------------------------------------------------------- answers
 
-    def _step(self, capacity: int) -> bool:
-        """Let every conversation of a class read a token, then see what the step before chose."""
-        before = self._under_way[capacity]
-        runs = [run for run in self._queue.running if run.slot is not None and run.slot.capacity == capacity]
-        wanted = tuple(run for run in runs if run.dispatched < run.limit)
-        self._under_way[capacity] = None
+    def _step(self) -> bool:
+        """Let every conversation read a token, then see what the step before chose."""
+        before, self._under_way = self._under_way, None
+        wanted = tuple(run for run in self._queue.running if run.dispatched < run.limit)
         if wanted:
-            self._under_way[capacity] = self._guarded(wanted, lambda: self._dispatch(capacity, wanted))
+            self._under_way = self._guarded(wanted, lambda: self._dispatch(wanted))
         if before is not None:
-            self._guarded([run for run in before.runs if not run.ended], lambda: self._see(before))
+            still = [run for run in before.rows if run is not None and not run.ended]
+            self._guarded(still, lambda: self._see(before))
         return bool(wanted or before)
 
-    def _dispatch(self, capacity: int, runs: tuple[Run, ...]) -> _Step:
-        programs, count = self.programs, len(runs)
-        size = next(rows for rows in programs.sizes.rows if rows >= count)
-        while len(self._spares) < size - count:
-            self._spares.append((programs.empty_tail(), programs.nothing_seen()))
-        numbers = np.zeros((5, size), np.int32)
-        numbers[0] = -1
-        slots = []
-        for row, run in enumerate(runs):
+    def _rows_of(self, runs: tuple[Run, ...]) -> tuple[tuple[Run | None, ...], list[Any]]:
+        """The rows of a step, by classes, and the large part that each reads."""
+        by_class: dict[int, list[tuple[Run, Any]]] = {capacity: [] for capacity, _ in self.programs.sizes.classes}
+        for run in runs:
             assert run.slot is not None
             self._slots.ready_for_token(run.slot)
+            by_class[run.slot.capacity].append((run, run.slot.large))
+        rows: list[Run | None] = []
+        larges: list[Any] = []
+        for capacity, count in self.programs.sizes.step({capacity: len(there) for capacity, there in by_class.items()}):
+            there = by_class[capacity]
+            nobody = count - len(there)
+            rows += [*(run for run, _ in there), *[None] * nobody]
+            larges += [large.content for _, large in [*there, *there[:1] * nobody]]
+        return tuple(rows), larges
+
+    def _dispatch(self, runs: tuple[Run, ...]) -> _Step:
+        programs = self.programs
+        rows, larges = self._rows_of(runs)
+        while len(self._spares) < rows.count(None):
+            self._spares.append((programs.empty_tail(), programs.nothing_seen()))
+        numbers = np.zeros((5, len(rows)), np.int32)
+        numbers[0] = -1
+        spares, self._spares = self._spares, []  # used up
+        held = []
+        for row, run in enumerate(rows):
+            if run is None:
+                held.append(spares.pop())
+                continue
+            slot = run.slot
+            assert slot is not None
             if run.seen is None:
                 penalised = run.request.sampling.penalises
                 text = run.request.tokens[~run.request.is_vision]
                 run.seen = programs.nothing_seen(seen_in_prompt(text, programs.vocabulary) if penalised else None)
-            given = run.request.tokens[-1]
             source = -1 if not run.dispatched else run.row
-            numbers[:, row] = source, given, run.slot.filled, run.slot.in_tail, run.dispatched
-            slots.append(run.slot)
-        spares = self._spares[: size - count]
-        larges = [slot.large.content for slot in slots if slot.large is not None]
-        choices = self._choices_of(capacity, runs, size)
-        try:
-            chosen, tails, seen = programs.decode(
-                [*larges, *larges[:1] * len(spares)],
-                [*(slot.tail for slot in slots), *(tail for tail, _ in spares)],
-                [*(run.seen for run in runs), *(seen for _, seen in spares)],
-                self._last[capacity],
-                numbers,
-                choices,
-            )
-        except Exception:
-            self._spares = []  # some may have been used up
-            raise
-        for row, (run, slot) in enumerate(zip(runs, slots, strict=True)):
-            slot.tail, run.seen, run.row = tails[row], seen[row], row
-            slot.in_tail += 1
+            numbers[:, row] = source, run.request.tokens[-1], slot.filled, slot.in_tail, run.dispatched
+            held.append((slot.tail, run.seen))
+        tails, seen = zip(*held, strict=True)
+        chosen, tails, seen = programs.decode(larges, tails, seen, self._last, numbers, self._choices_of(rows))
+        for row, run in enumerate(rows):
+            if run is None:
+                spares.append((tails[row], seen[row]))
+                continue
+            assert run.slot is not None
+            run.slot.tail, run.seen, run.row = tails[row], seen[row], row
+            run.slot.in_tail += 1
             run.dispatched += 1
-        self._spares[: size - count] = zip(tails[count:], seen[count:], strict=True)
-        self._last[capacity] = chosen.tokens
+        self._spares = spares
+        self._last = chosen.tokens
         chosen.tokens.copy_to_host_async()
         self._counts["steps"] += 1
-        return _Step(runs, chosen)
+        return _Step(rows, chosen)
 
-    def _choices_of(self, capacity: int, runs: tuple[Run, ...], size: int) -> Choices:
+    def _choices_of(self, rows: tuple[Run | None, ...]) -> Choices:
         """The settings of a step's rows, sent to the device when the rows change."""
-        known = self._choices.get(capacity)
-        if known is None or known[0] != runs:
-            requests = [run.request for run in runs]
-            samplings = [request.sampling for request in requests]
-            samplings += [type(samplings[0])()] * (size - len(runs))
-            wants = [request.logprobs is not None for request in requests] + [False] * (size - len(runs))
+        if self._choices is None or self._choices[0] != rows:
+            samplings = [Sampling() if run is None else run.request.sampling for run in rows]
+            wants = [run is not None and run.request.logprobs is not None for run in rows]
             choices = self.programs.choices(Choices.of(samplings, wants, self.programs.vocabulary))
-            self._choices[capacity] = known = runs, choices
-        return known[1]
+            self._choices = rows, choices
+        return self._choices[1]
 
     def _see(self, step: _Step) -> None:
         """Hand on the tokens that a step chose."""
         tokens = np.asarray(step.chosen.tokens)
         logprobs: Sequence[np.ndarray] | None = None
-        if any(run.request.logprobs is not None for run in step.runs):
+        if any(run is not None and run.request.logprobs is not None for run in step.rows):
             logprobs = [np.asarray(x) for x in (step.chosen.logprobs, step.chosen.best, step.chosen.best_logprobs)]
         self._failures = 0
-        for row, run in enumerate(step.runs):
-            if not run.ended:
+        for row, run in enumerate(step.rows):
+            if run is not None and not run.ended:
                 self._counts["tokens_generated"] += 1
                 reason = run.token(int(tokens[row]), None if logprobs is None else [x[row] for x in logprobs])
                 if reason is not None:

@@ -1,14 +1,14 @@
-"""The engine's compiled programs: pure functions of the weights, a conversation's memory and a few numbers.
+"""The engine's compiled programs.
 
 Their number is known beforehand: one for each of the sizes in `Sizes`, and no value of a request makes another.
 `Programs` also is what holds memories for `slots.Slots`.
 """
 
 import contextlib
-import dataclasses
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,38 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Int32, UInt8
 
-from kangaroo_jax.conventions import Array
-from kangaroo_jax.inference.memories import TAILS, Chunk, Layers, Part, Step, check_kv_dtype, write_tails
-from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, choose
-from kangaroo_jax.inference.sizes import TAIL, Key, Sizes
+from kangaroo_jax.inference.functions import FUNCTIONS, Structure, Weights
+from kangaroo_jax.inference.memories import TAILS, Layers, Part, check_kv_dtype
+from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling
+from kangaroo_jax.inference.sizes import TAIL, Key, Rows, Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
-from kangaroo_jax.sharding import constrain, mesh_scope, sharding
+from kangaroo_jax.sharding import mesh_scope, sharding
 from kangaroo_jax.system.cpus import usable_cpus
-
-Weights = tuple[jax.Array, ...]
-Tail = Float[Array, "L 2 K tail H"]
-Number = Int32[Array, ""]
-
-
-class _Structure:
-    """A model without its weights; equal ones share their compiled programs. Its hash is computed once."""
-
-    def __init__(self, graph: Any, treedef: Any, shapes: Hashable, mesh: Mesh | None, precision: str | None) -> None:
-        self.graph, self.treedef, self.mesh, self.precision = graph, treedef, mesh, precision
-        self._parts = (graph, treedef, shapes, mesh, precision)
-        self._hash = hash(self._parts)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Structure) and (self is other or self._parts == other._parts)
-
-    def model(self, weights: Weights) -> KangarooModel:
-        model: KangarooModel = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
-        return model
 
 
 class Programs:
@@ -80,8 +56,8 @@ class Programs:
         self._weights: Weights = tuple(leaves)
         shapes = tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in leaves)
         # What programs depend on, beside their own sizes.
-        common = (sizes.rows[-1], sizes.chunks[0], sizes.frames, kv_dtype)
-        self._structure = _Structure(graph, treedef, (shapes, common), mesh, precision)
+        common = (sizes.most_rows, sizes.chunks[0], sizes.frames, kv_dtype)
+        self._structure = Structure(graph, treedef, (shapes, common), mesh, precision)
         llm, patch = model.llm, model.vision.patch_size
         self.depth, self.kv_heads, self.head_dim = llm.depth, llm.kv_heads, llm.head_dim
         self.vocabulary, self.width = model.llm.embedding.shape
@@ -121,6 +97,8 @@ class Programs:
         if name == "encode":
             frames = np.zeros((self.frames_a_call, sizes[0], sizes[0], 3), np.uint8)
             return weights, frames, np.zeros(self.frames_a_call, np.float32)
+        if name == "decode":
+            return self._step_example(tuple(zip(sizes[::2], sizes[1::2], strict=True)))
         large = self._shape_of_part(sizes[0])
         if name == "extend":
             tokens = np.zeros(sizes[1], np.int32)
@@ -128,16 +106,18 @@ class Programs:
         if name == "score":
             tokens = np.zeros(self.sizes.chunks[0], np.int32)
             return weights, large, tokens, number, tokens
-        tail = self._shape((self.depth, 2, self.kv_heads, TAIL, self.head_dim), TAILS)
         if name == "flush":
-            return large, tail, number
-        if name == "copy":
-            return self._shape_of_part(sizes[1]), large
-        rows = sizes[1]
+            return large, self._shape_of_tail(), number
+        return self._shape_of_part(sizes[1]), large
+
+    def _step_example(self, classes: Rows) -> tuple[Any, ...]:
+        larges = tuple(self._shape_of_part(capacity) for capacity, count in classes for _ in range(count))
+        rows = len(larges)
         choices = Choices.of([Sampling()] * rows, [False] * rows, self.vocabulary)
         seen = self._shape((self.vocabulary,), (None,), np.int32)
-        previous, numbers = self._shape((self.sizes.rows[-1],), (None,), np.int32), np.zeros((5, rows), np.int32)
-        return weights, (large,) * rows, (tail,) * rows, (seen,) * rows, previous, numbers, self.choices_shape(choices)
+        previous, numbers = self._shape((self.sizes.most_rows,), (None,), np.int32), np.zeros((5, rows), np.int32)
+        tails = (self._shape_of_tail(),) * rows
+        return self._weights, larges, tails, (seen,) * rows, previous, numbers, self.choices_shape(choices)
 
     def _program(self, key: Key, arguments: Sequence[Any]) -> Any:
         program = self._store.programs.get(key)
@@ -151,10 +131,10 @@ class Programs:
 
     def _jitted(self, key: Key) -> Any:
         name, *sizes = key
-        function, donated, static = _FUNCTIONS[name]
+        function, donated, static = FUNCTIONS[name]
         bound = functools.partial(function, self._structure, **{k: sizes[i] for k, i in static.items()})
         if name == "decode":
-            bound = functools.partial(bound, most=self.sizes.rows[-1])
+            bound = functools.partial(bound, most=self.sizes.most_rows)
         return jax.jit(bound, donate_argnums=donated, keep_unused=True)
 
     @contextlib.contextmanager
@@ -218,12 +198,13 @@ class Programs:
         numbers: np.ndarray,
         choices: Choices,
     ) -> tuple[Chosen, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """One token of each row. `tails` and `seen` are used up, and come back.
+        """One token of each row, which stand by classes, ascending. `tails` and `seen` are used up, and come back.
 
         numbers int32[5, B]: the row of `previous` in which a row's token is, or -1; the token itself in that case;
         tokens in the large part and in the tail; the place of the token to choose in its answer.
         """
-        key = ("decode", larges[0][0].tokens, len(larges))
+        classes = itertools.groupby(large[0].tokens for large in larges)
+        key = ("decode", *itertools.chain(*((capacity, len(list(rows))) for capacity, rows in classes)))
         arguments = (self._weights, tuple(larges), tuple(tails), tuple(seen), previous, numbers, choices)
         chosen, tails, seen = self._run(key, *arguments)
         return chosen, tuple(tails), tuple(seen)
@@ -237,7 +218,7 @@ class Programs:
 
     def empty_tail(self) -> jax.Array:
         """See `slots.Device`."""
-        return self._zeros(self._shape((self.depth, 2, self.kv_heads, TAIL, self.head_dim), TAILS))
+        return self._zeros(self._shape_of_tail())
 
     def nothing_seen(self, seen: np.ndarray | None = None) -> jax.Array:
         """What a row has seen, for `decode`: nothing or what `sampling.seen_in_prompt` gave."""
@@ -246,7 +227,7 @@ class Programs:
 
     def no_tokens(self) -> jax.Array:
         """The `previous` of a first step."""
-        return self._zeros(self._shape((self.sizes.rows[-1],), (None,), np.int32))
+        return self._zeros(self._shape((self.sizes.most_rows,), (None,), np.int32))
 
     def choices(self, choices: Choices) -> Choices:
         """Settings of rows, on the device."""
@@ -297,6 +278,9 @@ class Programs:
     def _shape_of_part(self, capacity: int) -> Any:
         return (Part.shapes(self.kv_heads, self.head_dim, capacity, self.kv_dtype, self._shape),) * self.depth
 
+    def _shape_of_tail(self) -> jax.ShapeDtypeStruct:
+        return self._shape((self.depth, 2, self.kv_heads, TAIL, self.head_dim), TAILS)
+
     def _zeros(self, shape: Any) -> jax.Array:
         return self._put(np.zeros(shape.shape, shape.dtype), shape)
 
@@ -335,116 +319,5 @@ class _Store:
 
 
 @functools.lru_cache(maxsize=8)
-def _store(structure: _Structure) -> _Store:
+def _store(structure: Structure) -> _Store:
     return _Store()
-
-
-# ------------------------------------------------------------------------------------------ pure functions
-
-
-def _encode(
-    structure: _Structure, weights: Weights, frames: UInt8[Array, "F S S 3"], times: Float32[Array, " F"]
-) -> Float[Array, "R D"]:
-    return constrain(structure.model(weights).encode(frames[None], times[None])[0], (None, None))
-
-
-def _read(
-    model: KangarooModel, large: Layers, embeddings: Float[Array, "1 n D"], start: Number, visible: int
-) -> tuple[Float[Array, "1 n D"], Layers]:
-    positions = (start + jnp.arange(embeddings.shape[1]))[None]
-    hidden, memories = model.llm.read(embeddings, positions, [Chunk(layer, start, visible) for layer in large])
-    return hidden, tuple(memory.layer for memory in memories)
-
-
-def _extend(
-    structure: _Structure,
-    weights: Weights,
-    large: Layers,
-    tokens: Int32[Array, " n"],
-    index: Int32[Array, " n"],
-    vision: Float[Array, "n D"],
-    start: Number,
-    *,
-    visible: int,
-) -> tuple[Layers, Float[Array, ""]]:
-    model = structure.model(weights)
-    hidden, layers = _read(model, large, model.embed(tokens[None], index[None], vision[None]), start, visible)
-    return layers, constrain(hidden[0, -1, 0], ())
-
-
-def _score(
-    structure: _Structure,
-    weights: Weights,
-    large: Layers,
-    tokens: Int32[Array, " n"],
-    start: Number,
-    following: Int32[Array, " n"],
-    *,
-    visible: int,
-) -> tuple[Layers, tuple[Float32[Array, " n"], Int32[Array, " n"], Float32[Array, " n"]]]:
-    model = structure.model(weights)
-    embeddings = model.embed(tokens[None], jnp.full_like(tokens, -1)[None], None)
-    hidden, layers = _read(model, large, embeddings, start, visible)
-    logits = _logits(model, hidden[0])
-    total = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
-    return layers, (own - total, jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1) - total)
-
-
-def _logits(model: KangarooModel, hidden: Float[Array, "n D"]) -> Float32[Array, "n V"]:
-    """Each device makes its part, so that logits move and not the head's weights."""
-    logits = constrain(model.unembed(hidden), (None, "activation_vocab"))
-    return constrain(logits, (None, None))
-
-
-def _decode(
-    structure: _Structure,
-    weights: Weights,
-    larges: tuple[Layers, ...],
-    tails: tuple[Tail, ...],
-    seen: tuple[Int32[Array, " V"], ...],
-    previous: Int32[Array, " {most}"],
-    numbers: Int32[Array, "5 B"],
-    choices: Choices,
-    *,
-    most: int,
-) -> tuple[Chosen, tuple[Tail, ...], tuple[Int32[Array, " V"], ...]]:
-    model = structure.model(weights)
-    source, given, filled, place, index = numbers
-    tokens = jnp.where(source >= 0, previous[jnp.maximum(source, 0)], given)[:, None]
-    steps = [
-        Step(tuple(large[layer] for large in larges), tuple(tail[layer] for tail in tails), filled, place)
-        for layer in range(len(larges[0]))
-    ]
-    embeddings = model.embed(tokens, jnp.full_like(tokens, -1), None)
-    hidden, steps = model.llm.read(embeddings, (filled + place)[:, None], steps)
-    hidden, steps = jax.lax.optimization_barrier((hidden, steps))
-    logits = _logits(model, hidden[:, 0])
-    chosen = choose(logits, seen, index, choices)
-    counted = [constrain(row.at[chosen.tokens[i]].add(1), (None,)) for i, row in enumerate(seen)]
-    padded = constrain(jnp.pad(chosen.tokens, (0, most - len(larges))), (None,))
-    return dataclasses.replace(chosen, tokens=padded), write_tails(tails, steps), tuple(counted)
-
-
-def _flush(structure: _Structure, large: Layers, tail: Tail, filled: Number) -> Layers:
-    return tuple(
-        part.written(Part.of(keys.swapaxes(1, 2), values, part.keys.dtype), filled)
-        for part, (keys, values) in zip(large, tail, strict=True)
-    )
-
-
-def _copy(structure: _Structure, into: Layers, large: Layers) -> Layers:
-    return tuple(
-        part.written(theirs.first(min(part.tokens, theirs.tokens)), 0) for part, theirs in zip(into, large, strict=True)
-    )
-
-
-# Each program's function, the arguments that it uses up, and its static sizes by their place in the key.
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...], dict[str, int]]] = {
-    "encode": (_encode, (), {}),
-    "extend": (_extend, (1,), {"visible": 2}),
-    "score": (_score, (1,), {"visible": 0}),
-    "decode": (_decode, (2, 3), {}),
-    "flush": (_flush, (0,), {}),
-    "copy": (_copy, (0,), {}),
-}

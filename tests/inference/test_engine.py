@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import threading
 
 import jax
@@ -194,6 +195,37 @@ def test_fifteen_neighbours_in_a_step_change_no_answer(model, unstacked, monkeyp
         assert [ticket.result(120).ids for ticket in tickets[:2]] == alone
         assert_plain(model, asked[0], tickets[0].result())
         assert 16 in rows
+
+
+def test_conversations_of_all_classes_are_in_one_step(model, engine, monkeypatch):
+    steps: list[list[int]] = []
+    decode = engine.programs.decode
+
+    def counted(larges, *rest):
+        steps.append([large[0].tokens for large in larges])
+        return decode(larges, *rest)
+
+    monkeypatch.setattr(engine.programs, "decode", counted)
+    asked = [request(1, 9, new=30), request(2, 9, [("a", 200)], new=30), request(3, 9, new=30)]
+    for one, ticket in zip(asked, [engine.submit(one) for one in asked], strict=True):
+        assert_plain(model, one, ticket.result(60))
+    assert len(steps) < 60 and [256] * 4 + [512] in steps
+    assert {tuple(step) for step in steps} <= {tuple(c for c, n in rows for _ in range(n)) for rows in SIZES.steps()}
+
+
+def test_the_programs_of_a_step_are_few_and_fit_any_conversations():
+    sizes = Sizes(((256, 4), (512, 16), (1024, 3)))
+    steps = sizes.steps()
+    assert len(steps) == len(set(steps)) and sizes.most_rows == 4 + 16 + 4
+    for counts in itertools.product(range(5), range(17), range(4)):
+        rows = sizes.step(dict(zip((256, 512, 1024), counts, strict=True)))
+        assert not any(counts) or rows in steps
+        there = {capacity: count for capacity, count in zip((256, 512, 1024), counts, strict=True) if count}
+        assert list(dict(rows)) == list(there) and all(there[c] <= n <= 4 * there[c] for c, n in rows)
+    pairs = Sizes.for_context(22_656).steps()
+    assert len(pairs) == 12 and [rows for rows in pairs if len(rows) == 1] == [
+        ((capacity, count),) for capacity in (3072, 22_784) for count in (1, 2, 4)
+    ]
 
 
 def test_a_second_round_reads_only_what_is_new(model, engine):
