@@ -1,11 +1,10 @@
 """`kangaroo serve`: answers requests of OpenAI's protocol about videos and images."""
 
 import logging
-import os
 import sys
-from pathlib import Path
 
 from kangaroo_jax.cli.arguments import Count, Natural, Number, listed
+from kangaroo_jax.cli.keys import keys_in
 from kangaroo_jax.errors import UserError
 
 
@@ -125,7 +124,7 @@ def serve(
         port=port,
         port_file=port_file,
         names=tuple(served_model_name or ["kangaroo"]),
-        keys=(*(api_key or ()), *_keys_in(api_key_file)),
+        keys=(*(api_key or ()), *keys_in(api_key_file)),
         share_cache=share_cache,
         origins=tuple(listed(cors_origins)),
         root_path=root_path,
@@ -139,21 +138,6 @@ def serve(
     code = run(options, limits, lambda step: open_backend(choices, limits, step))
     if code:
         raise SystemExit(code)
-
-
-def _keys_in(path: str) -> list[str]:
-    """The keys in a file, one a line. Raises UserError where there are none."""
-    if not path:
-        return []
-    try:
-        keys = Path(os.path.expanduser(path)).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--api-key-file={path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    if not keys:
-        raise UserError(f"--api-key-file={path}: there is no key in it")
-    return keys
 
 
 COMMANDS = {"": serve}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.cli.arguments import Count, Natural, Number, listed
+from kangaroo_jax.cli.keys import keys_in
 from kangaroo_jax.errors import UserError
 
 
@@ -85,12 +86,10 @@ def _remote(server: str, model: str, api_key_file: str) -> Any:
     if not server.startswith(("http://", "https://")):
         raise UserError(f"--server={server}: an address begins with http:// or https://")
     key = os.environ.get("OPENAI_API_KEY", "")
-    if api_key_file:
-        try:
-            key = Path(os.path.expanduser(api_key_file)).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file={api_key_file}: cannot be read ({error})") from None
-    return RemoteModel(server, key, model)
+    keys = keys_in(api_key_file)
+    if len(keys) > 1:
+        raise UserError(f"--api-key-file={api_key_file}: has {len(keys)} keys; the page sends one")
+    return RemoteModel(server, keys[0] if keys else key, model)
 
 
 def _local(given: dict[str, Any]) -> Any:
