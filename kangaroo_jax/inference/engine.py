@@ -32,6 +32,7 @@ from kangaroo_jax.models.kangaroo import KangarooModel
 
 FAILURES = 2  # so many one after another end the engine
 AHEAD = 2  # pieces of prompts that may wait on the device
+BEGUN = 16  # last tokens of an answer that was begun which say how its text goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,8 @@ class Engine:
             raise UserError(f"bias: ids of tokens must be between 0 and {self.programs.vocabulary - 1}")
         ticket = Ticket(request, self._awake.set)
         detokenizer = self._detokenizer(request.stop) if self._detokenizer is not None else None
+        if detokenizer is not None and request.begun:
+            detokenizer.follow(request.tokens[-BEGUN:].tolist())
         run = Run(ticket, request, detokenizer, room)
         with self._lock:
             if self._closing is not None or self.failed:

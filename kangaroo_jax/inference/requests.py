@@ -36,6 +36,7 @@ class Request:
     namespace: bytes = b""  # who may share what is remembered
     owner: bytes = b""  # in whose turn it is served; owners take turns
     logprobs: int | None = None  # of the chosen tokens, and of so many likeliest ones
+    begun: bool = False  # whether the prompt ends with the beginning of the answer
     continuation: np.ndarray | None = None  # int32[M]: score these tokens in place of answering
 
     def __post_init__(self) -> None:

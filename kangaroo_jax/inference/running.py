@@ -19,6 +19,9 @@ class Detokenizer(Protocol):
 
     stopped: bool
 
+    def follow(self, ids: Sequence[int]) -> None:
+        """What stands before the first token."""
+
     def add(self, ids: Sequence[int]) -> str:
         """The text that is final with these tokens."""
 

@@ -24,6 +24,10 @@ class Detokenizer:
         self._held = ""  # the end of the text so far, which may be the beginning of a stop string
         self.stopped = False
 
+    def follow(self, ids: Sequence[int]) -> None:
+        """The answer's text goes on with that of these tokens, which is not given again. Before any is added."""
+        self._context = [token for token in ids if self._tokenizer.shows(token)]
+
     def add(self, ids: Iterable[int]) -> str:
         """The text that is final with these tokens."""
         text = ""

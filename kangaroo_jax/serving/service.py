@@ -188,6 +188,7 @@ class Service:
             stop=request.stop,
             namespace=namespace,
             owner=call.key,
+            begun=prompt.continue_final_message,
             logprobs=request.logprobs,
         )
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed

@@ -355,14 +355,24 @@ class Letters:
     """A detokenizer of one letter a token, which stops at any of `stop`."""
 
     def __init__(self, stop):
-        self.stop, self.stopped = stop, False
+        self.stop, self.stopped, self.before = stop, False, ""
+
+    def follow(self, ids):
+        self.before = f"[{ids[-1]}]"
 
     def add(self, ids):
         self.stopped = any(chr(i) in self.stop for i in ids)
         return "" if self.stopped else "".join(map(chr, ids))
 
     def finish(self):
-        return "."
+        return f"{self.before}."
+
+
+def test_an_answer_that_was_begun_is_told_what_stands_before_it(unstacked):
+    with make_engine(unstacked, detokenizer=Letters) as engine:
+        asked = request(1, 9, new=3)
+        texts = [engine.submit(dataclasses.replace(asked, begun=begun)).result(60).text for begun in (False, True)]
+        assert texts[1] == f"{texts[0][:-1]}[{asked.tokens[-1]}]."
 
 
 def test_stop_strings_end_an_answer_and_the_rest_of_its_text_comes_last(unstacked):

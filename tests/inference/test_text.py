@@ -1,6 +1,7 @@
 """Text as tokens come is the text of all tokens, whatever the tokenizer, the characters and the stop strings."""
 
 import base64
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -46,6 +47,22 @@ def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizers
         assert "".join(pieces) == tokenizer.decode(ids) == text
         assert not any("\ufffd" in piece for piece in pieces)
         assert pieces[-1] == ""  # nothing is kept longer than it must be
+
+
+@KINDS
+@pytest.mark.parametrize("name", TEXTS)
+def test_an_answer_that_was_begun_goes_on_with_its_text(tokenizers, kind, name):
+    whole = tokenizers[kind]
+    tokenizer = dataclasses.replace(whole, _decode=lambda ids: whole.decode(ids).removeprefix(" "))  # as Llama 2's
+    text = TEXTS[name].replace("\ufffd", "")
+    ids = tokenizer.encode(text)
+    for cut in range(1, len(ids)):
+        begun = tokenizer.decode(ids[:cut])
+        if "\ufffd" in begun:
+            continue
+        words = Detokenizer(tokenizer)
+        words.follow([tokenizer.eot, *ids[:cut]][-16:])
+        assert begun + words.add(ids[cut:]) + words.finish() == tokenizer.decode(ids)
 
 
 @KINDS

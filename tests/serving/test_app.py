@@ -135,12 +135,38 @@ def test_text_is_text_wherever_it_stands(start, tokenizer) -> None:
     assert list(request.tokens).count(tokenizer.vi_start) == 1 and list(request.tokens).count(tokenizer.eot) == 2
 
 
-def test_an_answer_that_was_begun_goes_on(start, tokenizer) -> None:
+@pytest.mark.parametrize("said", ["Best option:(", "Best option:( \n", [{"type": "text", "text": "Best option:("}]])
+@pytest.mark.parametrize(
+    ("flags", "goes_on", "header"),
+    [
+        ({"add_generation_prompt": False, "continue_final_message": True}, True, False),
+        ({"continue_final_message": True}, True, False),
+        ({}, False, True),  # as vLLM has it: what was said is over, and another answer follows
+        ({"add_generation_prompt": True, "continue_final_message": False}, False, True),
+        ({"add_generation_prompt": False}, False, False),
+    ],
+)
+def test_an_answer_that_was_begun_goes_on_where_it_is_asked_for(start, tokenizer, said, flags, goes_on, header) -> None:
     server = start()
+    ask(server.client(), [*HELLO, {"role": "assistant", "content": said}], extra_body=flags)
+    request = server.engine.tickets[0].request
+    tokens = request.tokens.tolist()
+    assert request.begun == goes_on and tokens.count(tokenizer.eot) == (1 if goes_on else 2)
+    assert tokens.count(tokenizer.start_header) == (3 if header else 2)
+    if goes_on:
+        assert tokenizer.decode(tokens).endswith("Best option:(")
+    elif not header:
+        assert tokens[-1] == tokenizer.eot
+
+
+def test_what_cannot_go_on_is_refused(start) -> None:
     begun = [*HELLO, {"role": "assistant", "content": "Best option:("}]
-    ask(server.client(), begun, extra_body={"add_generation_prompt": False, "continue_final_message": True})
-    tokens = server.engine.tickets[0].request.tokens
-    assert tokenizer.decode(tokens).endswith("Best option:(") and tokens[-1] != tokenizer.eot
+    for messages, flags in (
+        (HELLO, {"continue_final_message": True}),
+        (begun, {"continue_final_message": True, "add_generation_prompt": True}),
+    ):
+        with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+            ask(start().client(), messages, extra_body=flags)
 
 
 def test_what_one_key_saw_is_not_anothers(start) -> None:
