@@ -43,6 +43,8 @@ SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
 # 6.31 is what the tests have passed with; of Gradio's routes the page uses those alone that `web/gate.py` lets through.
 # The digits of example clips are scikit-learn's.
 WEB = ["gradio>=6.31,<7", "openai", "scikit-learn>=1.5"]
+# Material for MkDocs ends in May 2027; mkdocs.yml asks for nothing that only it has. MkDocs 2 reads other files.
+SITE = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
@@ -65,6 +67,7 @@ EXTRAS = {
     "dev": QUICKSTART
     + CURATION
     + SERVE
+    + SITE
     + [
         "beartype",
         FSSPEC,

@@ -16,7 +16,7 @@ PAGES = [
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 MEASUREMENTS = ROOT / "docs" / "measurements"
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+CONTRIBUTING = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("CONTRIBUTING.md", "docs/extending.md"))
 
 
 def text_of(page: Path) -> str:

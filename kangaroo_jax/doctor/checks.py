@@ -98,7 +98,7 @@ def training() -> str:
         train_sentencepiece([turn["value"] for turn in turns], folder / "tokenizer.model", vocab_size=300)
         config = load_config("stage3_refine:tiny")
         config.data.train, config.data.tokenizer = (str(folder / "train.jsonl"),), str(folder / "tokenizer.model")
-        config.data.packs_per_batch, config.train.steps = 1, 5
+        config.data.packs_per_batch, config.train.steps = jax.device_count(), 5
         lines: list[str] = []
         result = train(config, folder / "run", tell=lines.append)
         with Kangaroo.load(folder / "run") as model:
