@@ -255,9 +255,17 @@ def max_over(x: jax.Array, axis: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
-    """The pieces of `dimension`, cut over a logical axis, joined. In `per_device`; elsewhere x."""
+    """The pieces of `dimension`, cut over a logical axis, joined. In `per_device`; elsewhere x.
+
+    Where nothing stands before `dimension` the pieces are joined as a dimension of their own: the gradient of that,
+    like `sum_scatter`, stays a reduce-scatter, which libtpu made an all-reduce of whole rows of otherwise.
+    """
     if shards(axis) == 1:
         return x
+    before, after = x.shape[:dimension], x.shape[dimension + 1 :]
+    if math.prod(before) == 1:
+        pieces: jax.Array = jax.lax.all_gather(x.reshape(x.shape[dimension:]), mesh_axes(axis), axis=0)
+        return pieces.reshape(*before, -1, *after)
     whole: jax.Array = jax.lax.all_gather(x, mesh_axes(axis), axis=dimension, tiled=True)
     return whole
 
@@ -266,7 +274,12 @@ def sum_scatter(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
     """The sum over devices, of which each keeps its piece of `dimension`: the inverse of `gather`."""
     if shards(axis) == 1:
         return x
-    piece: jax.Array = jax.lax.psum_scatter(x, mesh_axes(axis), scatter_dimension=dimension, tiled=True)
+    before, after = x.shape[:dimension], x.shape[dimension + 1 :]
+    if math.prod(before) == 1:
+        pieces = x.reshape(shards(axis), -1, *after)
+        piece: jax.Array = jax.lax.psum_scatter(pieces, mesh_axes(axis), scatter_dimension=0)
+        return piece.reshape(*before, *piece.shape)
+    piece = jax.lax.psum_scatter(x, mesh_axes(axis), scatter_dimension=dimension, tiled=True)
     return piece
 
 

@@ -67,7 +67,7 @@ class _Timer:
         self._computations, self._unknown, self._visited = program.computations, unknown_trips, visited
         self._chip, self._target = target.chip, target
         self._hertz = kernels.CLOCK_GHZ[target.chip.name] * 1e9
-        self._started = hlo.started_channels(program)
+        self._started = hlo.identities_started(program)
         self._known: dict[str, Times] = {}
 
     def run(self, name: str) -> Times:
@@ -80,14 +80,17 @@ class _Timer:
         """Operations one after another; collectives under way share the links, one after another as well."""
         total, module = Times(), _module_of(computation)
         now = links_free = 0.0
-        arrives: dict[str, float] = {}  # when a collective under way is complete, by its channel or start's name
+        arrives: dict[str, list[float]] = defaultdict(
+            list
+        )  # when collectives under way are complete, first begun first
         for operation in computation.values():
             begun = self._begun(operation)
             if begun is not None:
                 key, seconds = begun
                 links_free = max(now, links_free) + seconds
-                arrives[key] = links_free
-            ended = arrives.pop(self._ended(operation), now)
+                arrives[key].append(links_free)
+            known = arrives[self._ended(operation)]
+            ended = known.pop(0) if known else now
             waited = max(0.0, ended - now)
             spent = self._spent(operation, computation, module)
             spent.parts["collectives_waited_for"] += waited
@@ -101,7 +104,7 @@ class _Timer:
             for inner in self._inner(operation):
                 found = [one for one in inner.values() if hlo.collective(one)]
                 if found and hlo.starts(inner):
-                    return hlo.channel(found[0]), sum(self._on_links(one) for one in found)
+                    return hlo.identity(found[0]), sum(self._on_links(one) for one in found)
         elif operation.kind in ("async-start", "call-start"):
             seconds = sum(self._on_links(one) for inner in self._inner(operation) for one in inner.values())
             return operation.name, seconds
@@ -114,7 +117,7 @@ class _Timer:
         if operation.kind == "fusion":
             for inner in self._inner(operation):
                 if hlo.ends(inner):
-                    return next((hlo.channel(one) for one in inner.values() if hlo.collective(one)), "")
+                    return next((hlo.identity(one) for one in inner.values() if hlo.collective(one)), "")
         elif operation.kind.endswith("-done") and operation.operands:
             return operation.operands[0]
         return ""
@@ -153,7 +156,7 @@ class _Timer:
             inside = self._inside(operation)
             multiplies = any(hlo.matmul_flops(visit) > 0 for visit in inside)
             here = [visit.operation for visit in inside if hlo.collective(visit.operation)]
-            mine = [one for one in here if hlo.channel(one) not in self._started]
+            mine = [one for one in here if hlo.identity(one) not in self._started]
             times.parts["collectives_in_line"] += sum(self._on_links(one) for one in mine)
         where = _module(operation) or module
         if where == "other":

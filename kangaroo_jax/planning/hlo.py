@@ -208,20 +208,20 @@ def collective(operation: Operation) -> tuple[str, int] | None:
 def moves(program: Module, unknown_trips: int = 1) -> Iterator[tuple[str, float, Visit]]:
     """(kind, bytes as in `collective` times its visits, the visit) of every collective, each once.
 
-    A TPU program may spread one over several fusions, in which it stands again under the same channel: one that
+    A TPU program may spread one over several fusions, in which it stands again with the same `identity`: one that
     starts it, computations beside which it goes on, and one that ends it.
     """
-    started = started_channels(program)
+    started = identities_started(program)
     for visit in walk(program, unknown_trips):
         found = collective(visit.operation)
-        if found and (starts(visit.computation) or channel(visit.operation) not in started):
+        if found and (starts(visit.computation) or identity(visit.operation) not in started):
             yield found[0], found[1] * visit.times, visit
 
 
-def started_channels(program: Module) -> set[str]:
-    """The channels of collectives that a fusion starts and another one ends."""
+def identities_started(program: Module) -> set[str]:
+    """The identities of collectives that a fusion starts and another one ends."""
     fused = (computation for computation in program.computations.values() if starts(computation))
-    return {channel(operation) for computation in fused for operation in computation.values() if collective(operation)}
+    return {identity(operation) for computation in fused for operation in computation.values() if collective(operation)}
 
 
 def starts(computation: Computation) -> bool:
@@ -234,9 +234,9 @@ def ends(computation: Computation) -> bool:
     return any("AsyncCollectiveDone" in operation.text for operation in computation.values())
 
 
-def channel(operation: Operation) -> str:
-    """The number under which all devices know a collective, "" where it has none."""
-    return operation.attribute("channel_id") or ""
+def identity(operation: Operation) -> str:
+    """What a collective is known by: its channel, kind and shapes. All that JAX wrote by itself have channel 1."""
+    return f"{operation.attribute('channel_id') or ''} {operation.kind.removesuffix('-start')} {operation.shapes}"
 
 
 def group(operation: Operation) -> list[int]:

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.chips import parse_topology
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.models.cut import RESIDUAL, spread
 from kangaroo_jax.models.layers import Linear
 from kangaroo_jax.models.llama import MLP
 from kangaroo_jax.models.stack import run_layers, stack_layers
 from kangaroo_jax.planning import hlo
+from kangaroo_jax.planning.compile import topology_devices
 from kangaroo_jax.sharding import constrain, make_mesh, sharding
 from tests.models.small import small_config
+from tests.planning.test_plan import needs_libtpu
 
 ROWS, TOKENS, WIDTH, HIDDEN = 4, 56, 16, 24
 
@@ -96,3 +100,25 @@ def test_remat_policies_multiply_again_what_they_do_not_keep():
 
     found = {remat: products(remat) for remat in ("full", "minimal", "gate", "mlp", "none")}
     assert found == {"full": 11, "minimal": 11, "gate": 10, "mlp": 9, "none": 9}
+
+
+@needs_libtpu
+def test_on_a_tpu_results_are_scattered_as_they_are_summed():
+    """Not summed whole on every device: an MLP and its gradients on v5e, a row's tokens cut in two and in sixteen."""
+    config = dataclasses.replace(StageConfig().model.llm, width=1024, mlp_width=2048)
+    devices = topology_devices(parse_topology("v5e:4x8"))
+    for shape in ((1, 16, 1, 2), (1, 2, 4, 4)):
+        mesh, tokens = make_mesh(shape, devices), 4096
+        graph, weights = nnx.split(nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)))
+        place = lambda x, axes: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding(mesh, axes, x.shape))  # noqa: B023,E731
+        weights = jax.tree.map(
+            lambda w: w.replace(place(w, w.axes)),  # noqa: B023
+            weights,
+            is_leaf=lambda w: isinstance(w, nnx.Variable),
+        )
+        x = place(jax.ShapeDtypeStruct((shape[1], tokens, 1024), jnp.bfloat16), RESIDUAL)
+        with jax.set_mesh(mesh):
+            text = gradients(graph).trace(weights, x).lower(lowering_platforms=("tpu",)).compile().as_text()
+        whole = tokens // shape[2] * 1024 * 2  # bytes
+        kinds = [kind for kind, moved, _ in hlo.moves(hlo.parse(text)) if moved >= whole]
+        assert "reduce-scatter" in kinds and "all-reduce" not in kinds, (shape, kinds)

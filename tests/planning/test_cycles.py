@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ def test_what_a_collective_does_not_hide_behind_is_waited_for():
     long = foretold(FUSED.replace("150000", "1500000"))
     assert "collectives_waited_for" not in long and long["llm_products"] == pytest.approx(10 * beside)
     assert foretold(FUSED, "tpu7x:2x2x1") == {}
+
+
+def test_collectives_of_one_channel_are_told_apart_by_their_shapes():
+    """What JAX writes for functions that see one device's piece has channel 1 throughout."""
+    one = re.sub(r"channel_id=\d+", "channel_id=1", FUSED)
+    assert one != FUSED and foretold(one) == foretold(FUSED)
+    moved = [sum(size for _, size, _ in hlo.moves(hlo.parse(text))) for text in (one, FUSED)]
+    assert moved[0] == moved[1] > 0
 
 
 LOOP = """HloModule m, is_scheduled=true
