@@ -1,12 +1,14 @@
 """The launch scripts: a dry run prints what would be done, mistakes are named, a training is started again."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
 JOB = ["--", "train", "--config=configs/stage5_long_video.py:kangaroo_8b", "--config.data.train=('a b.jsonl',)"]
 TPU = ["--name=k", "--zone=us-east5-b", "--project=p", "--type=v5litepod-32", "--bucket=gs://bucket/folder/deep"]
 GKE = ["--name=k", "--image=registry/kangaroo:1", "--type=v5e", "--topology=4x8"]
@@ -123,3 +125,31 @@ restart_until_done attempt
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == status, done.stderr
     assert int((tmp_path / "n").read_text()) == starts
+
+
+BLOCKS = [
+    (page.name, block)
+    for page in sorted((ROOT / "docs" / "launch").glob("*.md"))
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+]
+SCRIPTS = [
+    (page, command) for page, block in BLOCKS for command in re.findall(r"^(\./launch/(?:.*\\\n)*.*)$", block, re.M)
+]
+
+
+def test_what_the_pages_show_is_valid_bash():
+    assert len(BLOCKS) > 12
+    for _, block in BLOCKS:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+@pytest.mark.parametrize(("page", "command"), SCRIPTS, ids=[page for page, _ in SCRIPTS])
+def test_a_script_that_a_page_shows_runs_dry(page, command):
+    first, _, rest = command.partition(" -- ")
+    done = subprocess.run(["bash", "-c", f"{first} --dry-run -- {rest}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert "stage5" in done.stdout or "/shared/curated" in done.stdout
+
+
+def test_every_launcher_has_a_page():
+    assert {page for page, _ in SCRIPTS} == {"tpu.md", "gke.md", "slurm.md", "ray.md"}
