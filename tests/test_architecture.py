@@ -29,7 +29,7 @@ FLOORS = (
     ("curation.annotate",),
     ("curation.instruct",),
     ("curation",),
-    ("quickstart", "bench", "doctor"),
+    ("quickstart", "bench", "doctor", "finetune"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

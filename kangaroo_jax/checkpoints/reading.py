@@ -102,9 +102,12 @@ def saved_digests(folder: Path) -> Mapping[str, Any]:
 def find(path: str | Path) -> Path:
     """The folder of one complete checkpoint: `path` itself, or one in the stage or curriculum at `path`.
 
-    In a stage it is the last step; in a curriculum, that of the last stage with a checkpoint. Raises UserError.
+    In a stage it is the best one, where it measured itself (its link `best`), else the last; in a curriculum, that of
+    the last stage with a checkpoint. Raises UserError.
     """
     path = Path(path).resolve()
+    if (path / "best" / "params").is_dir():
+        return (path / "best").resolve()
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder; give a folder that kangaroo train or curriculum wrote")
     if (path / "params").is_dir():

@@ -1,4 +1,4 @@
-"""`kangaroo data check|stats|build|show`: inspects data, and builds a dataset, before training."""
+"""`kangaroo data check|stats|build|show|init`: inspects data, builds a dataset, or begins a table, before training."""
 
 import json
 from collections.abc import Sequence
@@ -193,4 +193,20 @@ def _config(spec: str, tokenizer: str) -> "tuple[StageConfig, Tokenizer]":
     return StageConfig.load(spec), load_tokenizer(tokenizer)
 
 
-COMMANDS = {"check": check, "stats": stats, "build": build, "show": show}
+def init(file: str) -> None:
+    """Write a table to fill in for kangaroo finetune, and explain its columns.
+
+        kangaroo data init mine.csv
+
+    Args:
+        file: new table, FILE.csv or FILE.tsv
+    """
+    from kangaroo_jax.finetune.table import TABLES, template
+
+    path = Path(file)
+    if path.suffix.lower() not in TABLES:
+        raise UserError(f"{path}: call it {' or '.join(f'{path.stem}{ending}' for ending in TABLES)}")
+    print("\n".join([f"{path}: a table with three examples", *template(path)]))
+
+
+COMMANDS = {"check": check, "stats": stats, "build": build, "show": show, "init": init}

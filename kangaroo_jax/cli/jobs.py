@@ -20,6 +20,7 @@ JOBS = {
     "quickstart": Job("train a tiny Kangaroo from nothing, in minutes on a CPU", huge_pages=True),
     "curriculum": Job("train all five stages, each from the last one's weights", huge_pages=True),
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", huge_pages=True),
+    "finetune": Job("teach a model your own videos: a table, a folder of labels, or JSON", huge_pages=True),
     "chat": Job("ask a trained model about a video or an image", huge_pages=True),
     "serve": Job("answer requests of OpenAI's protocol about videos", huge_pages=True),
     "web": Job("show a page on which films are uploaded and talked about", huge_pages=True),

@@ -1,0 +1,179 @@
+"""From a table to a model that has learnt it: split, settings, foresight, training, and a page of held-out answers."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.config import StageConfig
+from kangaroo_jax.data.annotations.format_writing import to_record
+from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint
+from kangaroo_jax.evaluation.while_training import BenchmarkEvaluator
+from kangaroo_jax.finetune import foresight
+from kangaroo_jax.finetune.settings import Wishes, make_stage, with_steps
+from kangaroo_jax.finetune.split import missing_labels, split
+from kangaroo_jax.finetune.table import Example, read_examples
+from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.system.files import make_folder, write_text
+from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.training.check import check_config, check_trainable
+from kangaroo_jax.training.loop import open_loader, open_tokenizer, show_first_batch, train
+from kangaroo_jax.training.metrics import read_metrics
+
+_BATCHES = 3  # looked at before the start
+_LONGEST = 60  # characters of an answer that is scored by its text
+Override = Mapping[str, Any]
+
+
+def finetune(
+    base: str,
+    data: str,
+    workdir: Path,
+    *,
+    wishes: Wishes,
+    replay: Sequence[str] = (),
+    held_out: str = "",
+    columns: Mapping[str, str] | None = None,
+    question: str = "",
+    media_root: str = "",
+    dry_run: bool = False,
+    overrides: Override | None = None,
+    tell: Tell = print,
+) -> Path:
+    """Fine-tune `base` on `data` in `workdir`, from where an earlier call was interrupted; returns the workdir.
+
+    Args:
+        base: folder of a checkpoint with a whole model.
+        data: see `table.read_examples`.
+        workdir: receives a run of training, data/, held_out/ (answers, results, report.html), and curves.png.
+        wishes: settings that are not left to the command.
+        replay: annotation files drawn as often as `data`; none takes the base's own, where they still are.
+        held_out: data to measure on, in place of a part of `data`.
+        columns, question, media_root: see `table.read_examples`.
+        dry_run: stop before the training.
+        overrides: keys of the stage's config.
+        tell: prints a line.
+
+    Raises:
+        UserError: the data, the base or a setting is wrong, or the run needs more than there is.
+    """
+    options: dict[str, Any] = dict(columns=columns, question=question, media_root=media_root)
+    reading.refuse_adapter(reading.find(base))
+    examples = read_examples(data, tell, **options)
+    if held_out:
+        learnt, asked = examples, read_examples(held_out, tell, **options)
+    else:
+        learnt, asked = split(examples, wishes.seed, tell)
+    tell(f"{len(learnt)} examples to learn from, {len(asked)} held out")
+    for line in missing_labels(learnt, asked):
+        tell(f"warning: {line}")
+    folder = make_folder(make_folder(workdir) / "data")
+    files = {name: folder / f"{name}.jsonl" for name in ("train", "held_out", "questions")}
+    scored = [e for e in asked if len(e.conversation.turns) == 2 and len(e.answer) <= _LONGEST]
+    for name, some in (("train", learnt), ("held_out", asked), ("questions", scored)):
+        _write(files[name], some)
+    replay = tuple(replay) or _own_data(Path(base))
+    questions = files["questions"] if scored else None
+    config = make_stage(Path(base), files["train"], files["held_out"], questions, replay, wishes)
+    if overrides:
+        config.update_from_flattened_dict(dict(overrides))
+    ready = _foreseen(config, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
+    if dry_run:
+        tell(f"--dry-run: nothing is trained; look at {workdir / 'first_batch.png'}")
+        return workdir
+    train(ready, workdir, evaluator=BenchmarkEvaluator, tell=tell)
+    write_curves(workdir, tell)
+    if scored:
+        settings = Settings((str(files["questions"]),), "")
+        evaluate_checkpoint(
+            str(workdir), settings, make_folder(workdir / "held_out"), Loading(), Share(1, 1), tell=tell
+        )
+    tell(f"done: kangaroo chat --checkpoint={workdir}, kangaroo convert --from={workdir} --to=EXPORT")
+    return workdir
+
+
+def _foreseen(
+    config: ConfigDict,
+    learnt: Sequence[Example],
+    asked: Sequence[Example],
+    replay: Sequence[str],
+    workdir: Path,
+    wishes: Wishes,
+    overrides: Override,
+    tell: Tell,
+) -> ConfigDict:
+    """The config with its steps, after the first batch, the needs and warnings were shown. Raises UserError."""
+    stage = StageConfig.from_config(config)
+    check_config(stage)
+    check_trainable(stage, abstract_model(stage.model, stage.lora).shapes)
+    tokenizer = open_tokenizer(stage)
+    loader = open_loader(stage, tokenizer, Ledger(None), range(stage.data.packs_per_batch))
+    batches = [next(loader) for _ in range(_BATCHES)]
+    loader.close()
+    show_first_batch(batches[0][0], tokenizer, workdir, tell)
+    mine = sum(stats.samples for _, stats in batches) / _BATCHES * (0.5 if replay else 1.0)
+    epochs = with_steps(config, len(learnt), mine, wishes.epochs)
+    config.update_from_flattened_dict(dict(overrides))
+    stage = StageConfig.from_config(config)
+    tell(f"{stage.train.steps} steps: {epochs:.1f} epochs over {len(learnt)} examples, {mine:.1f} of them a step")
+    tell(f"half of the samples are replayed from {', '.join(replay)}" if replay else "no replay")
+    for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0):
+        tell(f"warning: {line}")
+    needs = foresight.needs_of(stage, workdir)
+    for line in needs.lines():
+        tell(line)
+    needs.check()
+    return config
+
+
+def _own_data(base: Path) -> tuple[str, ...]:
+    """The annotation files that the base was trained with, where they still are."""
+    files = reading.load_config(base).data.train
+    return tuple(files) if files and all(os.path.isfile(str(path)) for path in files) else ()
+
+
+def _write(path: Path, examples: Sequence[Example]) -> None:
+    """The examples as conversations of LLaVA's format, with the key that an evaluation reads."""
+    lines = []
+    for example in examples:
+        try:
+            record = to_record(example.conversation, "llava")
+        except ValueError as error:
+            raise UserError(f"{example.where}: {error}") from None
+        lines.append(json.dumps({**record, "answer": example.answer}, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def write_curves(workdir: Path, tell: Tell) -> None:
+    """`curves.png`: the loss in training, and what was measured of the held-out part. Needs matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    lines = read_metrics(workdir / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line and "eval" not in line]
+    measured = [(line["step"], line["eval"]) for line in lines if isinstance(line.get("eval"), dict)]
+    figure, left = plt.subplots(figsize=(8, 4))
+    left.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="loss, training")
+    left.plot([s for s, _ in measured], [e["loss"] for _, e in measured], "o-", label="loss, held out")
+    left.set_xlabel("step")
+    left.set_yscale("log")
+    if any("questions" in found for _, found in measured):
+        right = left.twinx()
+        pairs = [(step, found["questions"]) for step, found in measured if "questions" in found]
+        right.plot(*zip(*pairs, strict=True), "s--", color="C2", label="right answers, held out")
+        right.set_ylim(0, 1)
+        right.legend(loc="lower right")
+    left.legend(loc="upper right")
+    figure.savefig(workdir / "curves.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    tell(f"curves: {workdir / 'curves.png'}")

@@ -1,0 +1,123 @@
+"""Keeps a part of the videos out of the training: whole videos, with all that look the same on one side."""
+
+import collections
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kangaroo_jax.data.media.decode import ThreadDecoder
+from kangaroo_jax.data.media.video import MediaRef
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.finetune.table import Example, answers_of
+from kangaroo_jax.system.cpus import usable_cpus
+from kangaroo_jax.system.progress import Tell
+
+SHARE, MOST = 0.2, 200  # of the videos that are held out, and the most examples
+_SIDE, _ROWS, _COLUMNS = 72, 8, 9  # pixels of a decoded frame; cells of a fingerprint
+_BITS, _LEVELS = 6, 6.0  # near-duplicates differ by at most so many bits of 64 and grey levels, in each frame
+_MANY_ANSWERS = 50  # more than so many different ones are sentences, not labels
+
+
+def split(examples: Sequence[Example], seed: int, tell: Tell) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out), by the rows' own word where they have one, else a fifth of the videos of each answer.
+
+    Raises UserError: only one video, or nothing is left on a side.
+    """
+    groups = video_groups(examples, tell)
+    if any(example.held_out is not None for example in examples):
+        held = {groups[example.video] for example in examples if example.held_out}
+        both = {groups[e.video] for e in examples if not e.held_out} & held
+        if both:
+            tell(f"{len(both)} videos are (nearly) the same on both sides of the split column: they are held out")
+    else:
+        held = _drawn(examples, groups, seed)
+    train = [example for example in examples if groups[example.video] not in held]
+    test = [example for example in examples if groups[example.video] in held]
+    if not train or not test:
+        raise UserError(
+            f"{len(set(groups.values()))} different videos: none would be {'held out' if train else 'trained on'}; "
+            "give more, or a file of others with --held-out=FILE"
+        )
+    return train, test
+
+
+def missing_labels(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """Lines about answers that are only on one side, where answers are labels."""
+    learnt, asked = answers_of(train), answers_of(test)
+    if len({**learnt, **asked}) > _MANY_ANSWERS:
+        return []
+    lines = []
+    if never := [answer for answer in learnt if answer not in asked]:
+        lines.append(f"never in the held-out part, so not measured: {', '.join(map(repr, never[:8]))}")
+    if unlearnt := [answer for answer in asked if answer not in learnt]:
+        lines.append(f"in the held-out part, but never trained: {', '.join(map(repr, unlearnt[:8]))}")
+    return lines
+
+
+def _drawn(examples: Sequence[Example], groups: Mapping[str, int], seed: int) -> set[int]:
+    """A fifth of the groups of each answer, by a hash, so that more data moves none to the other side."""
+    labels = len(answers_of(examples)) <= min(_MANY_ANSWERS, len(examples) // 2)
+    members: dict[str, list[int]] = collections.defaultdict(list)
+    for example in examples:
+        members[example.answer if labels else ""].append(groups[example.video])
+    first = {group: path for path, group in reversed(sorted(groups.items()))}
+    held: set[int] = set()
+    for of_answer in members.values():
+        order = sorted(set(of_answer), key=lambda group: hashlib.sha256(f"{seed} {first[group]}".encode()).digest())
+        wanted = min(round(SHARE * len(order)), MOST // len(members) or 1)
+        held |= set(order[: max(wanted, 1 if len(order) > 1 else 0)])
+    return held
+
+
+def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:
+    """path of a video -> the number of its group; videos that look the same are one group."""
+    paths = sorted({example.video for example in examples})
+    kinds = {example.video: example.conversation.media[0].kind for example in examples if example.conversation.media}
+    prints = _fingerprints(paths, kinds)
+    parent = {path: path for path in paths}
+
+    def root(path: str) -> str:
+        while parent[path] != path:
+            path = parent[path]
+        return path
+
+    seen = [path for path in paths if path in prints]
+    bits = np.array([prints[path][0] for path in seen]).reshape(len(seen), -1)
+    levels = np.array([prints[path][1] for path in seen], np.float32).reshape(len(seen), -1)
+    joined = 0
+    for i in range(len(seen)):
+        near = (bits[i + 1 :] != bits[i]).sum(1) <= _BITS * 3
+        near &= np.abs(levels[i + 1 :] - levels[i]).mean(1) <= _LEVELS
+        for j in np.flatnonzero(near) + i + 1:
+            a, b = root(seen[i]), root(seen[j])
+            joined += a != b
+            parent[max(a, b)] = min(a, b)
+    if joined:
+        tell(f"{joined} videos look the same as another: they stay on one side of the split")
+    numbers = {path: number for number, path in enumerate(paths)}
+    return {path: numbers[root(path)] for path in paths}
+
+
+def _fingerprints(paths: Sequence[str], kinds: Mapping[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """path -> (bits, mean colours) of three frames; a medium that cannot be read has none."""
+    decoder, found = ThreadDecoder(usable_cpus()), {}
+    try:
+        refs: dict[str, MediaRef] = {}
+        for path in filter(None, paths):
+            try:
+                seconds = decoder.probe(path, kinds[path]).seconds if kinds[path] == "video" else 0.0
+            except UserError:
+                continue
+            times = tuple(seconds * share for share in (0.1, 0.5, 0.9)) if kinds[path] == "video" else (0.0,)
+            refs[path] = MediaRef(kinds[path], path, times)
+        for path, outcome in zip(refs, decoder.decode(list(refs.values()), _SIDE), strict=True):
+            if not isinstance(outcome, UserError):
+                cells = outcome.pixels.astype(np.float32)
+                cells = cells.reshape(len(cells), _ROWS, _SIDE // _ROWS, _COLUMNS, _SIDE // _COLUMNS, 3).mean((2, 4))
+                cells = np.repeat(cells, 3 // len(cells), axis=0)
+                grey = cells.mean(-1)
+                found[path] = (grey[:, :, 1:] > grey[:, :, :-1] + 1, cells)
+    finally:
+        decoder.close()
+    return found

@@ -1,0 +1,166 @@
+"""`kangaroo finetune`: tables and folders are understood or refused in one line, splits are by video, runs learn."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kangaroo_jax.cli import main as cli
+from kangaroo_jax.data.media.writing import write_h264
+from kangaroo_jax.errors import UserError
+from kangaroo_jax.finetune.foresight import warnings
+from kangaroo_jax.finetune.split import missing_labels, split, video_groups
+from kangaroo_jax.finetune.table import read_examples
+
+
+def quiet(_: str) -> None:
+    """Nothing is said."""
+
+
+def write_clip(path: Path, seed: int, quality: str = "18") -> Path:
+    """A few noisy blocks, the same for the same seed."""
+    random = np.random.default_rng(seed)
+    picture = np.kron(random.integers(0, 256, (6, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_h264(path, (np.roll(picture, 2 * i, 1) for i in range(12)), 4, {"crf": quality})
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Folder of c0.mp4 ... c9.mp4, and copy.mp4, which looks as c0.mp4."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(10):
+        write_clip(folder / f"c{number}.mp4", number)
+    write_clip(folder / "copy.mp4", 0, quality="30")
+    return folder
+
+
+def table(folder: Path, *rows: tuple[str, ...], header: str = "video,question,answer", name: str = "mine.csv") -> Path:
+    path = folder / name
+    path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    return path
+
+
+def rows_of(clips: Path, count: int = 10) -> list[tuple[str, ...]]:
+    return [(str(clips / f"c{i}.mp4"), "Which?", "left" if i % 2 else "right") for i in range(count)]
+
+
+def test_columns_are_found_by_name_and_said(clips, tmp_path):
+    path = table(tmp_path, *rows_of(clips, 2), header="File_Name,Prompt,Label")
+    said: list[str] = []
+    first, second = read_examples(path, said.append)
+    assert (first.question, first.answer, second.answer) == ("<video>\nWhich?", "right", "left")
+    assert first.video == str(clips / "c0.mp4")
+    assert "video is column 'File_Name', question is column 'Prompt', answer is column 'Label'" in said[0]
+
+
+def test_other_tables_and_folders_of_labels(clips, tmp_path):
+    tabs = tmp_path / "mine.tsv"
+    tabs.write_text(f"video\tfrage\tanswer\tstart\tend\tsplit\n{clips}/c0.mp4\tWo?\tda\t0.5\t2\ttest\n")
+    (example,) = read_examples(tabs, quiet, columns={"question": "frage"})
+    medium = example.conversation.media[0]
+    assert (medium.start, medium.end, example.held_out) == (0.5, 2.0, True)
+    semicolons = tmp_path / "half.csv"
+    semicolons.write_text(f"video;answer\n{clips}/c0.mp4;a, b\n")
+    assert read_examples(semicolons, quiet, question="What?")[0].answer == "a, b"
+    for number, label in enumerate(("cat", "big_dog")):
+        (tmp_path / "labels" / label).mkdir(parents=True)
+        shutil.copy(clips / f"c{number}.mp4", tmp_path / "labels" / label)
+    found = read_examples(tmp_path / "labels", quiet)
+    assert [e.answer for e in found] == ["big dog", "cat"]
+    assert found[0].question == "<video>\nWhich of these is it: big dog, cat?"
+    lines = tmp_path / "mine.jsonl"
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "it"}]
+    lines.write_text(json.dumps({"id": "a", "video": str(clips / "c0.mp4"), "conversations": turns}) + "\n")
+    assert read_examples(lines, quiet)[0].answer == "it"
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        (
+            "video,questoin,answer",
+            [("c0.mp4", "?", "a")],
+            "has no column for the question .*nearest is 'questoin': --columns",
+        ),
+        ("video,answer", [("c0.mp4", "a")], r"has no column for the question .*or --question='...' asks the same"),
+        ("clip,question,answer", [("c0.mp4", "?", "")], "mine.csv, line 2: its answer is empty"),
+        ("video,question,answer", [("none.mp4", "?", "a")], "line 2: .*none.mp4: no such file; paths are seen from"),
+        ("video,question,answer", [("c0.mp4", "?")], "line 2: has fewer fields than the header"),
+        ("video,question,answer,start", [("c0.mp4", "?", "a", "x")], "line 2: its start is 'x', no number of seconds"),
+        (
+            "video,question,answer",
+            [("c0.mp4", "?", "a"), ("c0.mp4", "?", "b")],
+            "line 3: c0.mp4 is listed twice with other answers: 'b' here, 'a' in line 2; keep one",
+        ),
+        ("video,question,answer", [], "holds no examples"),
+    ],
+)
+def test_a_wrong_table_is_one_line(clips, header, rows, message):
+    path = table(clips, *rows, header=header)
+    with pytest.raises(UserError, match=message) as error:
+        read_examples(path, quiet)
+    assert "\n" not in str(error.value)
+
+
+def test_near_duplicates_stay_on_one_side(clips, tmp_path):
+    rows = [*rows_of(clips), (str(clips / "copy.mp4"), "Which?", "right")]
+    examples = read_examples(table(tmp_path, *rows), quiet)
+    groups = video_groups(examples, quiet)
+    assert groups[str(clips / "copy.mp4")] == groups[str(clips / "c0.mp4")] and len(set(groups.values())) == 10
+    for seed in range(5):
+        learnt, asked = split(examples, seed, quiet)
+        assert not {groups[e.video] for e in learnt} & {groups[e.video] for e in asked}
+        assert {e.answer for e in asked} == {"left", "right"} and len(asked) < len(learnt)
+        assert missing_labels(learnt, asked) == []
+    assert split(examples, 1, quiet) == split(examples, 1, quiet)
+
+
+def test_a_splits_column_is_kept_and_labels_of_one_side_are_said(clips, tmp_path):
+    rows = [(*row, "test" if i == 0 else "train") for i, row in enumerate(rows_of(clips))]
+    learnt, asked = split(read_examples(table(tmp_path, *rows, header="video,question,answer,split"), quiet), 0, quiet)
+    assert [Path(e.video).name for e in asked] == ["c0.mp4"] and len(learnt) == 9
+    assert missing_labels(learnt, asked) == ["never in the held-out part, so not measured: 'left'"]
+    assert missing_labels(asked, learnt) == ["in the held-out part, but never trained: 'left'"]
+    one = read_examples(table(tmp_path, *rows_of(clips, 1)), quiet)
+    with pytest.raises(UserError, match="1 different videos: none would be held out|none would be trained on"):
+        split(one, 0, quiet)
+
+
+class Words:
+    """A tokenizer of whole words; unknown ones are bytes."""
+
+    known = ("left", "right")
+
+    def encode(self, text: str) -> list[int]:
+        return [self.known.index(word) if word in self.known else 99 for word in text.split()]
+
+    def name(self, token: int) -> str:
+        return "<0x41>" if token == 99 else self.known[token]
+
+
+def test_what_is_likely_to_go_wrong_is_said(clips, tmp_path):
+    rows = [*rows_of(clips, 9)[::2], *rows_of(clips, 2), (str(clips / "c5.mp4"), "Which?", "striped")]
+    examples = read_examples(table(tmp_path, *dict.fromkeys(rows)), quiet)
+    said = warnings(examples, [], (), Words(), adapter=True)
+    wanted = (
+        "without --replay the model forgets",
+        "7 videos to learn from",
+        "'right' is the answer 5 times",
+        "striped",
+    )
+    assert all(any(want in line for line in said) for want in wanted) and len(said) == 4
+    assert not any(
+        "striped" in line and "tokens" in line for line in warnings(examples, [], (), Words(), adapter=False)
+    )
+
+
+def test_a_template_is_written_and_explained(tmp_path, capsys):
+    assert cli.main(["data", "init", str(tmp_path / "mine.csv")]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{name} " in told for name in ("video", "question", "answer", "start", "end", "split"))
+    assert (tmp_path / "mine.csv").read_text().startswith("video,question,answer,start,end,split\n")
+    assert cli.main(["data", "init", str(tmp_path / "mine.csv")]) == 2
+    assert "exists already" in capsys.readouterr().err
