@@ -279,6 +279,7 @@ def test_a_share_of_stages_4_and_5_is_put_in_the_words_of_benchmarks_and_nothing
         assert system == "Watch." and asked.startswith("<video>\nAsked: ") and asked.endswith("\nGive one letter.")
         words, letter = told.removeprefix("Best: (").rsplit(" ", 1)
         assert f"({letter}) {words}\n" in asked
+        assert other["conversations"][-2]["value"].startswith("Describe the video")
     assert not any("Asked" in text for text in made.texts_for_tokenizer())
 
 
