@@ -26,6 +26,7 @@ def main() -> None:
     config.train.update(steps=steps, checkpoint_every=every, log_every=1, lost_seconds=8.0)
     config.model.vision.depth = config.model.llm.depth = 1
     if len(sys.argv) > 5:
+        config.train.lost_seconds = 60.0  # two engines compile at once
         config.eval.update(every=4, held_out=(str(corpus / "stage2.jsonl"),), benchmarks=(sys.argv[5],), best="loss")
     train(config, workdir, evaluator=evaluator, tell=lambda line: print(line, flush=True))
 
