@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int32, UInt8
 
 from kangaroo_jax.conventions import Array
-from kangaroo_jax.inference.memories import Chunk, Layers, Part, Step, write_tails
+from kangaroo_jax.inference.memories import Chunk, Layers, Part, Step, filled_up, write_tails
 from kangaroo_jax.inference.sampling import Choices, Chosen, choose
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.sharding import constrain
@@ -115,9 +115,10 @@ def _decode(
         for layer in range(len(larges[0]))
     ]
     embeddings = model.embed(tokens, jnp.full_like(tokens, -1), None)
-    hidden, steps = model.llm.read(embeddings, (filled + place)[:, None], steps)
+    embeddings, positions = filled_up(embeddings), filled_up((filled + place)[:, None])
+    hidden, steps = model.llm.read(embeddings, positions, steps)
     hidden, steps = jax.lax.optimization_barrier((hidden, steps))
-    logits = _logits(model, hidden[:, 0])
+    logits = _logits(model, hidden[:, 0])[: len(larges)]
     chosen = choose(logits, seen, index, choices)
     counted = [constrain(row.at[chosen.tokens[i]].add(1), (None,)) for i, row in enumerate(seen)]
     padded = constrain(jnp.pad(chosen.tokens, (0, most - len(larges))), (None,))

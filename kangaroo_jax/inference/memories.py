@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int8, Int32
+from jaxtyping import Bool, Float, Float32, Int8, Int32, Shaped
 
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.sizes import TAIL
 from kangaroo_jax.models.attention import MASKED
-from kangaroo_jax.sharding import constrain
+from kangaroo_jax.sharding import constrain, platform
 
 QUERIES = 128  # of a chunk, whose scores exist at a time
 TAILS = (None, None, "activation_kv_heads", None, None)
@@ -150,7 +150,7 @@ class Chunk:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The memory of one layer while each of B conversations reads one token."""
+    """The memory of one layer while each of B conversations reads one token. For more rows see `filled_up`."""
 
     layers: tuple[Part, ...]  # of each row; rows may name the same arrays
     tails: tuple[jax.Array, ...]  # [2, K, TAIL, H] of each row: keys and values
@@ -162,8 +162,8 @@ class Step:
         self, query: Float[Array, "B 1 N H"], key: Float[Array, "B 1 K H"], value: Float[Array, "B 1 K H"]
     ) -> tuple[Float[Array, "B 1 N H"], "Step"]:
         """See `LayerMemory`. What it remembers is in `new` alone."""
-        heads = key.shape[2]
-        new = jnp.stack([key[:, 0], value[:, 0]], axis=1)
+        heads, count = key.shape[2], len(self.layers)
+        new = jnp.stack([key[:count, 0], value[:count, 0]], axis=1)
         if self.layers[0].key_scale is not None:
             whole, scale = _whole(new, 3)
             new = (whole * scale).astype(new.dtype)
@@ -176,8 +176,19 @@ class Step:
                 (Part(tail[0].swapaxes(1, 2), tail[1]), jnp.arange(TAIL) <= self.place[row]),
             ]
             contexts.append(_attend(_grouped(query[row], heads), parts))
-        context = jnp.concatenate(contexts, axis=1).transpose(1, 0, 2, 3).reshape(query.shape)
-        return context, dataclasses.replace(self, new=new)
+        context = jnp.concatenate(contexts, axis=1).transpose(1, 0, 2, 3).reshape(count, *query.shape[1:])
+        return filled_up(context), dataclasses.replace(self, new=new)
+
+
+def filled_up(rows: Shaped[Array, "B T ..."]) -> Shaped[Array, "C T ..."]:
+    """On a TPU two rows for one: XLA multiplies a single row on the vector unit, three to four times slower.
+
+    The barrier hides from XLA that both are the same.
+    """
+    if platform() != "tpu" or len(rows) > 1:
+        return rows
+    both: jax.Array = jax.lax.optimization_barrier(jnp.concatenate([rows, rows]))
+    return both
 
 
 def write_tails(

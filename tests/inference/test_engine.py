@@ -13,6 +13,7 @@ from flax import nnx
 
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference import functions, memories
 from kangaroo_jax.inference.engine import Engine
 from kangaroo_jax.inference.memories import Chunk, Part
 from kangaroo_jax.inference.requests import Answer, EngineError, Event, Request
@@ -27,6 +28,9 @@ SIZES = Sizes(((256, 3), (512, 2)), chunks=(32,), visible=(), rows=(1, 2, 4), fr
 @pytest.fixture(scope="module")
 def model(make_micro_config, make_random_model):
     return make_random_model(make_micro_config().model)
+
+
+whole = functions._logits
 
 
 class Seen:
@@ -226,6 +230,20 @@ def test_the_programs_of_a_step_are_few_and_fit_any_conversations():
     assert len(pairs) == 12 and [rows for rows in pairs if len(rows) == 1] == [
         ((capacity, count),) for capacity in (3072, 22_784) for count in (1, 2, 4)
     ]
+
+
+def test_on_a_tpu_a_row_that_fills_up_changes_no_answer(model, unstacked, monkeypatch):
+    monkeypatch.setattr(memories, "platform", lambda: "tpu")
+    sizes = dataclasses.replace(SIZES, frames=6)  # no other test's programs
+    widths: list[int] = []
+    monkeypatch.setattr(functions, "_logits", lambda model, x: widths.append(len(x)) or whole(model, x))
+    with make_engine(unstacked, sizes) as engine:
+        alone = request(1, 9, [("a", 20)])
+        assert_plain(model, alone, engine.submit(alone).result(60))
+        asked = [request(seed, 9, new=20) for seed in (2, 3)]
+        for one, ticket in zip(asked, [engine.submit(one) for one in asked], strict=True):
+            assert_plain(model, one, ticket.result(60))
+    assert widths == [2, 2]  # of one conversation, and of two
 
 
 def test_a_second_round_reads_only_what_is_new(model, engine):
