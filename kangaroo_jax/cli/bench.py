@@ -215,28 +215,46 @@ def curate(*, input: str, rounds: Natural = 0, json: bool = False) -> None:
 
 def chat(
     *,
-    vs: str = "transformers",
+    vs: str = "",
     preset: str = "base_100m",
+    frames: str = "8,16,64,160",
+    quantize: str | None = None,
+    kv_dtype: str | None = None,
     batch: str = "1,8",
     prompt: str = "2048,8192",
     new: Count = 32,
     rounds: Count = 3,
+    seconds: Count = 180,
+    folder: str = "bench_videos",
     json: bool = False,
 ) -> None:
-    """Measure answering with the engine beside transformers' generate: same random weights, same prompts, in turn.
+    """Measure answering about a video on this device, or with --vs the engine beside transformers' generate.
 
+        kangaroo bench chat --preset=kangaroo_8b --quantize=int8 --frames=8,160
         kangaroo bench chat --vs=transformers --batch=1 --prompt=2048
+
+    Weights are random. Alone, it tells for each number of frames the seconds of decoding, ViT and prompt, to the first
+    token and for each further one, and what share that is of the bandwidth that a copy reaches. With --vs the two get
+    the same weights and prompts, in turn.
 
     Args:
         vs: transformers
         preset: of the model
-        batch: conversations at a time, with commas
-        prompt: tokens of each, three quarters of them vision tokens, with commas
+        frames: of the video, with commas
+        quantize: int8 or int4, of the decoder's weights
+        kv_dtype: int8, of what is remembered
+        batch: with --vs: conversations at a time, with commas
+        prompt: with --vs: tokens of each, three quarters of them vision tokens, with commas
         new: tokens of an answer
-        rounds: how often the two take turns
+        rounds: how often all is measured, after once that compiles
+        seconds: length of the video
+        folder: for the video, which is made once
         json: print JSON
     """
     _begin()
+    if not vs:
+        _answering(preset, frames, quantize, kv_dtype, new, rounds, seconds, Path(folder), json)
+        return
     if vs != "transformers":
         raise UserError(f"bench chat: --vs={vs}: there is only transformers to compare with")
     from kangaroo_jax.bench.chat import bench_chat
@@ -247,6 +265,42 @@ def chat(
     rows = bench_chat(preset, sizes[0], sizes[1], new, rounds, tell=(lambda line: None) if json else print)
     if json:
         print(json_text.dumps(rows))
+
+
+def _answering(
+    preset: str,
+    frames: str,
+    quantize: str | None,
+    kv_dtype: str | None,
+    new: int,
+    rounds: int,
+    seconds: int,
+    folder: Path,
+    json: bool,
+) -> None:
+    from kangaroo_jax.bench.answering import bench_answering, table
+    from kangaroo_jax.inference.memories import check_kv_dtype
+    from kangaroo_jax.models.quantized import FORMATS
+    from kangaroo_jax.system.files import make_folder
+
+    counts = [int(text) for text in listed(frames) if text.isascii() and text.isdigit() and int(text)]
+    if not counts or len(counts) != frames.count(",") + 1:
+        raise UserError(f"bench chat: --frames={frames}: must be numbers, such as 8,160")
+    if quantize is not None and quantize not in FORMATS:
+        raise UserError(f"bench chat: --quantize={quantize}: use one of {', '.join(FORMATS)}")
+    check_kv_dtype(kv_dtype)
+    found = bench_answering(
+        preset,
+        counts,
+        quantize=quantize,
+        kv_dtype=kv_dtype,
+        new=max(new, 8),
+        rounds=rounds,
+        seconds=seconds,
+        folder=make_folder(folder),
+        tell=(lambda line: None) if json else print,
+    )
+    print(json_text.dumps(found) if json else table(found))
 
 
 def quantize(
