@@ -48,6 +48,8 @@ SITE = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.3
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
+    # What `kangaroo plan` compiles for GPUs with; [cuda13-local] is the plugin of JAX's own release, without libraries.
+    "plan-gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc", "nvidia-nvvm"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
     "serve": SERVE,

@@ -67,7 +67,7 @@ HOPPER = {
 }
 BLACKWELL = {64: HOPPER[64], 128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))}
 AMPERE = {
-    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     128: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
 }
 
@@ -173,7 +173,7 @@ def attend(
 
 
 def _forward(query: Any, key: Any, value: Any, ranges: Ranges, tiles: Tiles, interpret: bool) -> tuple[Any, Any]:
-    (batch, length, heads, _), tile = query.shape, tiles.forward
+    (batch, length, heads, width), tile = query.shape, tiles.forward
     grid, of_queries, of_keys, limits, sums = _cut_by_queries(tile, query, key)
     output, statistics = pl.pallas_call(
         functools.partial(_forward_kernel, tile=tile, length=length, keys=key.shape[1]),
@@ -186,7 +186,7 @@ def _forward(query: Any, key: Any, value: Any, ranges: Ranges, tiles: Tiles, int
         ],
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
-        name="attention_forward",
+        name=f"attention_forward_{width}",
     )(query, key, value, *_whole_blocks(tile.queries, ranges.begin, ranges.end))
     output, statistics = keep(output, "context"), keep(statistics, "attention_statistics")
     return output, (query, key, value, ranges, output, statistics)
@@ -233,7 +233,7 @@ def _gradient_of_queries(
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
-        name="attention_d_query",
+        name=f"attention_d_query_{query.shape[-1]}",
     )(query, key, value, *_whole_blocks(tile.queries, ranges.begin, ranges.end), *rest)
     return d_query
 
@@ -256,7 +256,7 @@ def _gradient_of_keys(
         out_shape=[shape, shape],
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
-        name="attention_d_key",
+        name=f"attention_d_key_{width}",
     )(query, key, value, *_whole_blocks(tile.keys, ranges.first, ranges.last), *rest)
     return d_key, d_value
 

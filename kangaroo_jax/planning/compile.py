@@ -1,6 +1,7 @@
-"""Compile programs for TPU slices that this machine lacks, and read the needs of the real train step from its own.
+"""Compile programs for chips that this machine lacks, and read the needs of the real train step from its own.
 
-libtpu (the extra `tpu`) compiles on any machine; nothing runs and no weight is allocated.
+libtpu (the extra `tpu`) compiles for TPUs on any machine, JAX's CUDA plugin for GPUs (`planning/gpu.py`); nothing runs
+and no weight is allocated.
 """
 
 import collections
@@ -15,11 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
 
-from kangaroo_jax.chips import Slices
+from kangaroo_jax.chips import Chip, Slices
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import FIELDS, PackedBatch
 from kangaroo_jax.errors import UserError, one_line
-from kangaroo_jax.planning import cycles, hlo, kernels
+from kangaroo_jax.planning import cycles, gpu, hlo, kernels
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
@@ -51,6 +52,12 @@ class Compiled:
     compile_seconds: float
     compile_cpu_seconds: float
     error: str = ""
+    kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of `gpu.Kernel`
+
+
+def why_not(chip: Chip) -> str:
+    """Why nothing is compiled for a chip here; "" where it is, and for TPUs, which are compiled for or refused."""
+    return gpu.why_not(chip) if chip.platform == "gpu" else ""
 
 
 def prepare_environment() -> None:
@@ -82,9 +89,11 @@ def check_libtpu() -> None:
 
 
 def topology_devices(target: Slices) -> list[Any]:
-    """The devices of a TPU topology, none of which has to exist here. Raises UserError."""
+    """The devices of a topology, none of which has to exist here. Raises UserError."""
     from jax.experimental import topologies
 
+    if target.chip.platform == "gpu":
+        return gpu.topology_devices(target)
     check_libtpu()
     prepare_environment()
     sizes = [int(size) for size in target.topology.split("x")]
@@ -131,7 +140,12 @@ def lower_step(config: StageConfig, devices: list[Any]) -> Any:
     state = abstract_state(config, binding, mesh)
     step = build_step(config, binding, state)
     with jax.set_mesh(mesh):
-        return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(devices[0].platform,))
+        return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(_lowered_for(devices[0]),))
+
+
+def _lowered_for(device: Any) -> str:
+    """JAX's name of a device's platform where it lowers programs."""
+    return "cuda" if device.platform == "gpu" else str(device.platform)
 
 
 def compile_step(config: StageConfig, target: Slices, cache: Path | None = None, visited: float = 1.0) -> Compiled:
@@ -171,9 +185,7 @@ def compile_kept(
     start = time.perf_counter()
     lowered = lower()
     lower_seconds = time.perf_counter() - start
-    import libtpu
-
-    versions = f"{jax.__version__} {getattr(libtpu, '__version__', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
+    versions = f"{jax.__version__} {_compiler(target.chip)}"
     digest = hashlib.sha256(f"{READ} {target} {versions} {beside} {lowered.as_text()}".encode()).hexdigest()[:24]
     kept = cache / f"{digest}.json" if cache else None
     if kept is not None and kept.is_file():
@@ -181,8 +193,12 @@ def compile_kept(
         return found
     start, cpu = time.perf_counter(), time.process_time()
     program, message = None, ""
+    ours: list[gpu.Kernel] = []
     try:
-        program = lowered.compile()
+        if target.chip.platform == "gpu":
+            program, ours = gpu.compile_lowered(lowered, target.chip)
+        else:
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
     seconds: Seconds = {
@@ -191,10 +207,21 @@ def compile_kept(
         "compile_cpu_seconds": round(time.process_time() - cpu, 1),
     }
     result = refused(message, seconds) if program is None else read(program, seconds)
+    if ours:
+        result["kernels"] = [dataclasses.asdict(kernel) for kernel in ours]
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, result)
     return result
+
+
+def _compiler(chip: Chip) -> str:
+    """Version and options of the compiler for a chip."""
+    if chip.platform == "gpu":
+        return f"ptxas {gpu.ptxas_version()} {os.environ.get('XLA_FLAGS', '')}"
+    import libtpu
+
+    return f"{getattr(libtpu, '__version__', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
 
 
 def amount_refused(message: str) -> float:
@@ -246,6 +273,7 @@ def _read(program: Any, config: StageConfig, target: Slices, visited: float, sec
         flops[part] += hlo.matmul_flops(visit)
         if kernel := kernels.call(visit):
             flops[f"attention_{part}"] += kernel.flops * visit.times
+        flops[f"attention_{part}"] += gpu.attention_flops(visit, target.chip)
     wide = False
     for kind, size, visit in hlo.moves(program_text, chunks):
         moved[kind] += size

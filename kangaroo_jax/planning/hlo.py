@@ -130,11 +130,15 @@ def called(operation: Operation) -> list[str]:
 
 
 def matmul_flops(visit: Visit) -> float:
-    """FLOPs (a multiplication and an addition are two) of a `dot` or `convolution`, times its visits; else 0."""
+    """FLOPs (a multiplication and an addition are two) of a `dot` (cuBLAS's, too) or `convolution`, times its visits.
+
+    0 for anything else.
+    """
     operation = visit.operation
-    if operation.kind == "dot":
+    cublas = re.search(r'"__cublas\$.*"lhs_contracting_dimensions":\[([^\]]*)\]', operation.text)
+    if operation.kind == "dot" or cublas:
         left = visit.operand_shape(0)
-        contracted = operation.attribute("lhs_contracting_dims") or ""
+        contracted = cublas.group(1).replace('"', "") if cublas else operation.attribute("lhs_contracting_dims") or ""
         depth = math.prod(left[int(i)] for i in contracted.split(",") if i)
         return 2.0 * depth * math.prod(operation.shapes[0][1]) * visit.times
     if operation.kind == "convolution":
@@ -200,9 +204,10 @@ def collective(operation: Operation) -> tuple[str, int] | None:
     if kind not in COLLECTIVES:
         return None
     sizes = [_width(dtype) * math.prod(dimensions) for dtype, dimensions in operation.shapes]
-    if kind == "reduce-scatter":
-        return kind, max(sizes) * max(1, len(group(operation)))
-    return kind, max(sizes) if operation.kind.endswith("-start") else sum(sizes)
+    count = len(operation.operands)
+    if operation.kind.endswith("-start") and len(sizes) > count:  # what goes in, what comes out, the compiler's own
+        return kind, max(sum(sizes[:count]), sum(sizes[count : 2 * count]))
+    return kind, sum(sizes) * (max(1, len(group(operation))) if kind == "reduce-scatter" else 1)
 
 
 def moves(program: Module, unknown_trips: int = 1) -> Iterator[tuple[str, float, Visit]]:

@@ -1,7 +1,8 @@
 """`kangaroo plan`: what a stage needs on chips before they are rented.
 
-It compiles the real train step for a TPU slice on this machine and prints memory, work, traffic, time and cost. GPUs
-are estimated by formula. If the stage does not fit, it names the nearest change that does and exits with code 3.
+It compiles the real train step for a TPU slice, or for GPUs, on this machine and prints memory, work, traffic, time
+and cost. GPUs are estimated by formula where their compiler is not installed. If the stage does not fit, it names the
+nearest change that does and exits with code 3.
 """
 
 import dataclasses
@@ -14,9 +15,9 @@ from kangaroo_jax.chips import Slices, parse_topology
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
-from kangaroo_jax.planning import chat
+from kangaroo_jax.planning import chat, gpu
 from kangaroo_jax.planning import formula as plan_formula
-from kangaroo_jax.planning.compile import Compiled, compile_step
+from kangaroo_jax.planning.compile import Compiled, compile_step, why_not
 from kangaroo_jax.planning.packing import Packed, packed
 from kangaroo_jax.sharding import MESH_AXES
 from kangaroo_jax.system.progress import Tell
@@ -35,7 +36,7 @@ class Plan:
     topology: str
     tokens_per_pack: int
     frames_per_pack: int
-    source: str  # "compiled", or "formula" if there is no compiler for the chip
+    source: str  # "compiled", or "formula" if there is no compiler for the chip: see `not_compiled`
     fits: bool
     peak_hbm_gib: float
     capacity_gib: float
@@ -66,12 +67,14 @@ class Plan:
     foretold_chip_hours: float | None = None
     foretold_cost: float | None = None
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # of foretold_seconds, see `cycles.PARTS`
+    kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # our own on GPUs, see `gpu.Kernel`
+    not_compiled: str = ""  # why, and how to change that
 
 
 def make_plan(
     config: StageConfig, target: Slices, *, mfu: float, price: float | None = None, cache: Path | None = None
 ) -> Plan:
-    """The plan of a stage's config on `target`: compiled for a TPU, by formula for a GPU.
+    """The plan of a stage's config on `target`: compiled, or by formula for a GPU whose compiler is not here.
 
     Args:
         config: a stage's config; `training.placement` decides what it leaves open.
@@ -85,7 +88,8 @@ def make_plan(
     config = resolve(config, target.chip, target.devices, target.slices)
     counts = count_parameters(config.model)
     rows = packed(config, config.train.mesh[2])
-    compiled = compile_step(config, target, cache, rows.visited) if target.chip.compiles_on_cpu else None
+    reason = why_not(target.chip)
+    compiled = None if reason else compile_step(config, target, cache, rows.visited)
     flops = step_flops(config)
     seconds = flops.causal / (target.devices * target.chip.tflops * 1e12 * mfu)
     hours = seconds * config.train.steps * target.devices / 3600
@@ -120,6 +124,8 @@ def make_plan(
         **foretold(compiled, config, target, rows, price),
         compile_seconds=compiled.compile_seconds if compiled else None,
         compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
+        kernels=compiled.kernels if compiled else [],
+        not_compiled=reason,
     )
 
 
@@ -173,7 +179,7 @@ def nearest_change(
             continue
         if plan_formula.peak_gib(resolved, counts) * max(correction, 1.0) > slices.chip.gib:
             continue
-        if not slices.chip.compiles_on_cpu:
+        if why_not(slices.chip):
             return text
         if tried == SEARCHED:
             break
@@ -314,7 +320,10 @@ def text(plan: Plan) -> str:
         f"at {100 * plan.mfu:.0f}% MFU": f"{plan.step_seconds} s a step, {plan.steps:,} steps, "
         f"{plan.chip_hours:,} chip-hours{cost}",
         **_foretold_rows(plan),
-        "compiled in": f"{plan.compile_seconds} s" if plan.compile_seconds is not None else "not compiled: by formula",
+        **({"kernels": "; ".join(str(gpu.Kernel(**kernel)) for kernel in plan.kernels)} if plan.kernels else {}),
+        "compiled in": f"{plan.compile_seconds} s"
+        if plan.compile_seconds is not None
+        else f"not compiled, by formula: {plan.not_compiled}",
     }
     return "\n".join([f"{plan.stage} on {plan.topology}", *(f"  {name:22} {value}" for name, value in rows.items())])
 

@@ -106,6 +106,34 @@ def test_collectives_of_a_real_program_have_their_kind_and_bytes():
     assert [pair for pair in found if pair] == [("all-reduce", 32 * 4)]
 
 
+# As a program for GPUs joins several arrays in one collective, and says what goes in and what comes out.
+GPU = """HloModule g
+
+ENTRY %main (a: f32[64,32], b: bf16[64]) -> bf16[8] {
+  %a = f32[64,32]{1,0} parameter(0)
+  %b = bf16[64]{0} parameter(1)
+  %s = ((f32[64,32]{1,0}, bf16[64]{0}), (f32[8,32]{1,0}, /*index=3*/bf16[8]{0})) reduce-scatter-start(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}
+  %d = (f32[8,32]{1,0}, bf16[8]{0}) reduce-scatter-done(%s)
+  %x = f32[8,32]{1,0} get-tuple-element(%d), index=0
+  %y = bf16[8]{0} get-tuple-element(%d), index=1
+  %g = ((f32[8,32]{1,0}, bf16[8]{0}), (f32[64,32]{1,0}, bf16[64]{0})) all-gather-start(%x, %y), dimensions={0}
+  %p = (f32[8,32]{1,0}, f32[8,32]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %r = (f32[8,32]{1,0}, bf16[8]{0}) all-reduce-start(%x, %y), to_apply=%add
+  ROOT %end = bf16[8]{0} copy(%y)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_of_several_arrays_counts_them_all_and_only_once():
+    both = 64 * 32 * 4 + 64 * 2
+    assert [found for visit in hlo.walk(GPU) if (found := hlo.collective(visit.operation))] == [
+        ("reduce-scatter", both),
+        ("all-gather", both),
+        ("collective-permute", 8 * 32 * 4),
+        ("all-reduce", both // 8),
+    ]
+
+
 # As a TPU program spreads a collective over fusions: it stands in the first, in those beside it and in the last.
 FUSED = """HloModule m, is_scheduled=true
 

@@ -20,7 +20,7 @@ from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.models.layers import Linear
 from kangaroo_jax.planning import compile as plan_compile
 from kangaroo_jax.planning import formula as plan_formula
-from kangaroo_jax.planning import hlo, plan
+from kangaroo_jax.planning import gpu, hlo, plan
 from kangaroo_jax.planning.packing import packed
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training.flops import step_flops
@@ -173,13 +173,20 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_gpus_are_planned_by_formula(capsys):
+@pytest.fixture
+def no_gpu_compiler(monkeypatch):
+    monkeypatch.setattr(gpu, "why_not", lambda chip: "the compiler is not installed: pip install x")
+
+
+def test_gpus_without_their_compiler_are_planned_by_formula(capsys, no_gpu_compiler):
     stage = "--config=stage5_long_video:kangaroo_8b"
     code, out, _ = run(capsys, stage, "--topology=H100:64", "--json", "--price-per-chip-hour=2.5")
     found = json.loads(out)
     assert code == 0 and KEYS <= set(found) and found["source"] == "formula" and found["fits"]
     assert found["cost"] == pytest.approx(2.5 * found["chip_hours"], rel=1e-3)
+    assert found["not_compiled"] == "the compiler is not installed: pip install x"
     code, out, _ = run(capsys, stage, "--topology=T4:8")
+    assert "not compiled, by formula: the compiler is not installed: pip install x" in out
     assert code == plan.DOES_NOT_FIT and "DOES NOT FIT" in out and "nearest change" in out
     code, out, _ = run(capsys, "--curriculum", "--topology=H200:64", "--price-per-chip-hour=3")
     assert code == 0 and out.count("| stage") == 1 + len(STAGES) and "| sum |" in out
@@ -213,7 +220,7 @@ def test_the_nearest_change_fits_by_the_formula_that_said_no():
         assert plan_formula.peak_gib(fitted, counts) <= bigger.chip.gib
 
 
-def test_a_sum_has_what_every_stage_foretells():
+def test_a_sum_has_what_every_stage_foretells(no_gpu_compiler):
     made = plan.make_plan(StageConfig.load("stage3_refine:kangaroo_8b"), parse_topology("H100:64"), mfu=0.4, price=2.0)
     known = dataclasses.replace(made, foretold_seconds=2.0, foretold_chip_hours=10.5, foretold_mfu_causal=0.375)
     assert (
@@ -224,7 +231,7 @@ def test_a_sum_has_what_every_stage_foretells():
     assert "foretold MFU" in lines[0] and "| 38% |" in lines[2] and "| 21 |" in lines[-1]
 
 
-@pytest.mark.parametrize("name", ["plan_compiled.jsonl", "plan_chat.jsonl"])
+@pytest.mark.parametrize("name", ["plan_compiled.jsonl", "plan_chat.jsonl", "plan_gpu.jsonl"])
 def test_the_tables_of_the_docs_are_made_of_the_kept_plans(capsys, name):
     docs = Path(__file__).parents[2] / "docs"
     code, out, _ = run(capsys, f"--table={docs / name}")
