@@ -14,19 +14,23 @@ from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import StageConfig, frames_per_group, stage_config, tokens_per_group
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.models.attention import choose
+from kangaroo_jax.models.kangaroo import KangarooModel, count_parameters
 from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.planning import formula
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import build_step, make_state
 
+FORETOLD_MFU = 0.45  # that `kangaroo plan` assumes, too
 
-def bench_config(spec: str, packs: int = 0, moment_dtype: str = "") -> StageConfig:
-    """The config of STAGE:PRESET, placed on one device; `packs` and `moment_dtype` replace its own values if given."""
+
+def bench_config(config: StageConfig, packs: int = 0, moment_dtype: str = "") -> StageConfig:
+    """A stage's config placed on one device; `packs` and `moment_dtype` replace its own values if given."""
     asked = {"data.packs_per_batch": packs, "optimizer.moment_dtype": moment_dtype}
     given = {key: value for key, value in asked.items() if value}
-    config = StageConfig.load(spec).changed({"train.mesh": (1, 1, 1, 1), **given})
+    config = config.changed({"train.mesh": (1, 1, 1, 1), **given})
     return resolve(config, find_chip(jax.devices()[0].device_kind), 1)
 
 
@@ -58,14 +62,17 @@ def full_batch(config: StageConfig, seed: int = 0, segments: int = 1) -> PackedB
     )
 
 
-def bench_train(config: StageConfig, steps: int) -> dict[str, float | str]:
-    """Compile the step of a stage's config and run it `steps` times; the result is the median.
+def bench_train(config: StageConfig, steps: int, segments: int = 1, profile: str = "") -> dict[str, float | str]:
+    """Compile the step of a stage's config and run it `steps` times on rows of `segments`; the result is the median.
 
-    Returns compile_seconds, ms_per_step, tokens_per_second, frames_per_second, model_tflops, loss and device;
-    on a chip whose peak is known (`kangaroo_jax.chips`) also mfu_causal and mfu_full. Logits are counted for
-    targets with weight.
+    `profile` is a folder for a trace of one more step, for TensorBoard or xprof.
+
+    Returns attention, compile_seconds, ms_per_step, tokens_per_second, frames_per_second, model_tflops, loss, device
+    and foretold_gib (by formula); where the device counts its memory peak_gib; on a chip whose peak is known
+    (`kangaroo_jax.chips`) also mfu_causal, mfu_full, and foretold_ms, the step's by formula at FORETOLD_MFU. Logits
+    are counted for targets with weight.
     """
-    batch = full_batch(config)
+    batch = full_batch(config, segments=segments)
     flops = step_flops(config, head_tokens=int((batch.weights > 0).sum()))
     chip = find_chip(jax.devices()[0].device_kind)
     trainer = JaxTrainer(config, batch)
@@ -77,13 +84,20 @@ def bench_train(config: StageConfig, steps: int) -> dict[str, float | str]:
         start = time.perf_counter()
         loss = trainer.step()
         seconds.append(time.perf_counter() - start)
-    median, data = float(np.median(seconds)), config.data
-    used = {}
+    if profile:
+        with jax.profiler.trace(profile):
+            trainer.step()
+    median, data, counts = float(np.median(seconds)), config.data, count_parameters(config.model)
+    used: dict[str, float] = {"foretold_gib": formula.peak_gib(config, counts)}
+    if held := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+        used["peak_gib"] = round(held / (1 << 30), 2)
     if chip is not None:
+        used["foretold_ms"] = round(1000 * formula.step_seconds(config, chip, counts, FORETOLD_MFU), 1)
         peak = chip.tflops * 1e12 * median
-        used = {"mfu_causal": round(flops.causal / peak, 4), "mfu_full": round(flops.full / peak, 4)}
+        used |= {"mfu_causal": round(flops.causal / peak, 4), "mfu_full": round(flops.full / peak, 4)}
     return {
         "device": jax.devices()[0].device_kind,
+        "attention": choose(config.model.attention, config.model.llm.head_dim),
         "compile_seconds": round(compile_seconds, 2),
         "ms_per_step": round(1000 * median, 1),
         "tokens_per_second": round(data.packs_per_batch * data.tokens_per_pack / median, 1),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.cli.arguments import Count, Natural, Number, Several, listed
+from kangaroo_jax.cli.arguments import Count, Natural, Number, Overrides, Several, listed
 from kangaroo_jax.errors import UserError
 
 
@@ -16,23 +16,33 @@ def train(
     steps: Count = 10,
     packs: Natural = 0,
     moment_dtype: str = "",
+    segments: Count = 1,
+    profile: str = "",
     json: bool = False,
+    overrides: Overrides = (),
 ) -> None:
     """Measure a stage's train step.
 
         kangaroo bench train --config=stage4_instruct:tiny --steps=10
+
+    Every key of the config is a flag, --config.KEY=VALUE.
 
     Args:
         config: STAGE:PRESET
         steps: number of measured steps
         packs: packs in a step; 0 is the config's number
         moment_dtype: type of Adam's moments; by default the config's
+        segments: samples in a row
+        profile: folder for a trace of one step
         json: print JSON
     """
     _begin()
     from kangaroo_jax.bench.train import bench_config, bench_train
+    from kangaroo_jax.cli.overrides import config_of
+    from kangaroo_jax.config import StageConfig
 
-    _show(bench_train(bench_config(config, packs, moment_dtype), steps), json)
+    stage = StageConfig.from_config(config_of("bench train", config, overrides))
+    _show(bench_train(bench_config(stage, packs, moment_dtype), steps, segments, profile), json)
 
 
 def vision(*, config: str = "stage4_instruct:tiny", frames: Count = 64, steps: Count = 10, json: bool = False) -> None:
@@ -48,8 +58,9 @@ def vision(*, config: str = "stage4_instruct:tiny", frames: Count = 64, steps: C
     """
     _begin()
     from kangaroo_jax.bench.train import bench_config, bench_vision
+    from kangaroo_jax.config import StageConfig
 
-    _show(bench_vision(bench_config(config), steps, frames), json)
+    _show(bench_vision(bench_config(StageConfig.load(config)), steps, frames), json)
 
 
 def train_vs_torch(*, steps: Count = 10, rounds: Count = 3, segments: Count = 1, json: bool = False) -> None:
