@@ -15,6 +15,7 @@ def serve(
     port: Natural = 8000,
     port_file: str = "",
     served_model_name: list[str] | None = None,
+    lora: list[str] | None = None,
     api_key: list[str] | None = None,
     api_key_file: str = "",
     allowed_media_root: str = "",
@@ -62,6 +63,7 @@ def serve(
         port: 0 takes a free one
         port_file: file to write the port to, once the server listens
         served_model_name: name of the model in requests, several times for several; "kangaroo"
+        lora: NAME=FOLDER of an adapter beside the checkpoint, which answers as model NAME; several times for several
         api_key: key that clients must send, several times for several; without one everybody may ask
         api_key_file: file with a key a line, which no list of processes shows
         allowed_media_root: folder below which file:// addresses of requests may lie; none may
@@ -118,12 +120,14 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("kangaroo_jax").setLevel(logging.INFO)
     limits = Limits(**{field.name: given[field.name] for field in dataclasses.fields(Limits)})
-    choices = Choices(**{field.name: given[field.name] for field in dataclasses.fields(Choices)})
+    loras = tuple(_named(one) for one in lora or ())
+    held = {field.name: given[field.name] for field in dataclasses.fields(Choices) if field.name in given}
+    choices = Choices(**held, loras=loras)
     options = Options(
         host=host,
         port=port,
         port_file=port_file,
-        names=tuple(served_model_name or ["kangaroo"]),
+        names=_names(served_model_name or ["kangaroo"], [name for name, _ in loras]),
         keys=(*(api_key or ()), *keys_in(api_key_file)),
         share_cache=share_cache,
         origins=tuple(listed(cors_origins)),
@@ -138,6 +142,22 @@ def serve(
     code = run(options, limits, lambda step: open_backend(choices, limits, step))
     if code:
         raise SystemExit(code)
+
+
+def _named(lora: str) -> tuple[str, str]:
+    """(name, folder) of `NAME=FOLDER`. Raises UserError."""
+    name, _, folder = lora.partition("=")
+    if not (name and folder):
+        raise UserError(f"--lora={lora}: give the name of the model and the adapter's folder, --lora=NAME=FOLDER")
+    return name, folder
+
+
+def _names(own: list[str], adapters: list[str]) -> tuple[str, ...]:
+    """The names of all models. Raises UserError for one that two have."""
+    names = [*own, *adapters]
+    if twice := [name for name in adapters if names.count(name) > 1]:
+        raise UserError(f"--lora={twice[0]}=...: another model has this name; give one of its own")
+    return tuple(names)
 
 
 COMMANDS = {"": serve}

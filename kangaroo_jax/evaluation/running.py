@@ -95,6 +95,7 @@ class Loading:
     cache_gib: float = 4.0
     at_a_time: int = 8
     strict: bool = False  # end at the first medium that cannot be read
+    lora: str = ""  # folder of an adapter beside the checkpoint
 
 
 def evaluate_checkpoint(
@@ -118,7 +119,7 @@ def evaluate_checkpoint(
         from kangaroo_jax.inference.chat import Kangaroo
         from kangaroo_jax.inference.requests import EngineError
 
-        options: dict[str, Any] = {"dtype": loading.dtype, "quantize": loading.quantize}
+        options: dict[str, Any] = {"dtype": loading.dtype, "quantize": loading.quantize, "lora": loading.lora}
         with Kangaroo.load(checkpoint, **options, slots=loading.slots, cache_gib=loading.cache_gib) as model:
             try:
                 _ask_each(functools.partial(ask_model, model), asked, samples, settings, loading, share, tell)

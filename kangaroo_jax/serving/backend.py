@@ -1,9 +1,10 @@
 """What answers: the engine with its model, the decoder of media, and how prompts are made."""
 
+import collections
 import contextlib
 import dataclasses
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kangaroo_jax.config import frames_per_group, tokens_per_group
@@ -29,14 +30,28 @@ class Backend:
     prompts: Prompts
     context: int  # tokens of a conversation
     decoder: ProcessDecoder
+    adapters: Mapping[str, Engine] = dataclasses.field(default_factory=dict)  # by the name of their model
+
+    def engine_of(self, name: str) -> Engine:
+        """What answers as the model `name`."""
+        return self.adapters.get(name, self.engine)
+
+    @property
+    def failed(self) -> str | None:
+        """Why an engine goes on no more."""
+        return next((one.failed for one in (self.engine, *self.adapters.values()) if one.failed is not None), None)
 
     def stats(self) -> dict[str, int]:
-        """`Engine.stats`, and the decoding processes that were replaced."""
-        return self.engine.stats() | {"decode_workers_replaced": self.decoder.replaced}
+        """`Engine.stats`, summed over all engines, and the decoding processes that were replaced."""
+        total = collections.Counter(self.engine.stats())
+        for one in self.adapters.values():
+            total.update(one.stats())
+        return {**total, "decode_workers_replaced": self.decoder.replaced}
 
     def close(self) -> None:
-        """End the engine and the processes."""
-        self.engine.close()
+        """End the engines and the processes."""
+        for one in (self.engine, *self.adapters.values()):
+            one.close()
         self.decoder.close()
 
 
@@ -53,17 +68,22 @@ class Choices:
     host_cache_gib: float = 4.0  # conversations that lost their slot
     vision_cache_gib: float = 2.0  # vision tokens of media that were seen
     workers: int = 2  # processes that decode
+    loras: tuple[tuple[str, str], ...] = ()  # (name of a model, folder of its adapter beside the checkpoint)
 
 
 def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] = lambda _: None) -> Backend:
     """Load and compile all. `step` is told what is being done. Raises UserError."""
+    from kangaroo_jax.checkpoints.adapters import open_adapter
+    from kangaroo_jax.inference.adapters import adapted, load_adapted
     from kangaroo_jax.inference.text import Detokenizer
     from kangaroo_jax.inference.vision import Vision
-    from kangaroo_jax.inference.weights import load
+    from kangaroo_jax.inference.weights import Loaded
 
     check_kv_dtype(choices.kv_dtype)
     step(f"loading {Path(choices.checkpoint)}")
-    loaded = load(choices.checkpoint, dtype=choices.dtype, quantize=choices.quantize)
+    opened = {name: open_adapter(folder) for name, folder in choices.loras}
+    loaded = load_adapted(choices.checkpoint, dtype=choices.dtype, quantize=choices.quantize)
+    several = {name: adapted(loaded, one) for name, one in opened.items()}  # they share the arrays of `loaded`
     config, model = loaded.config, loaded.config.model
     decoder = ProcessDecoder(
         choices.workers, limits.max_decode_seconds, prepare=Bounded(limits.max_decoder_mb * MIB).begin
@@ -71,32 +91,36 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     context = choices.context or min(config.data.max_sample_tokens, config.data.tokens_per_pack)
     per_group, tokens = frames_per_group(model), tokens_per_group(model, config.data.image_size)
     prompts = Prompts(loaded.tokenizer, config.data, per_group, tokens, decoder.probe, limits)
-    engine = Engine(
-        loaded.model,
-        Sizes.for_context(context, choices.slots),
-        vision=lambda programs: Vision(
-            programs.encode,
-            decoder,
-            image_size=config.data.image_size,
-            frames_per_group=per_group,
-            tokens_per_group=tokens,
-            frames_a_call=programs.frames_a_call,
-            weights_id=loaded.weights_id,
-            cache_bytes=int(choices.vision_cache_gib * (1 << 30)),
-            pieces=choices.workers,
-        ),
-        detokenizer=lambda stop: Detokenizer(loaded.tokenizer, stop),
-        host_bytes=int(choices.host_cache_gib * (1 << 30)),
-        kv_dtype=choices.kv_dtype,
-    )
+
+    def engine_of(one: Loaded) -> Engine:
+        return Engine(
+            one.model,
+            Sizes.for_context(context, choices.slots),
+            vision=lambda programs: Vision(
+                programs.encode,
+                decoder,
+                image_size=config.data.image_size,
+                frames_per_group=per_group,
+                tokens_per_group=tokens,
+                frames_a_call=programs.frames_a_call,
+                weights_id=one.weights_id,
+                cache_bytes=int(choices.vision_cache_gib * (1 << 30)),
+                pieces=choices.workers,
+            ),
+            detokenizer=lambda stop: Detokenizer(loaded.tokenizer, stop),
+            host_bytes=int(choices.host_cache_gib * (1 << 30)),
+            kv_dtype=choices.kv_dtype,
+        )
+
+    engine, adapters = engine_of(loaded), {name: engine_of(one) for name, one in several.items()}
     step("starting processes that decode")
     with contextlib.suppress(UserError):  # there is no such file, but the first request will not wait for a process
         decoder.probe(_NO_FILE, "image")
     decoder.submit(MediaRef("image", _NO_FILE, (0.0,)), config.data.image_size).result()
     step("compiling")
-    programs = engine.warm_up(config.data.image_size)
+    programs = sum(one.warm_up(config.data.image_size) for one in (engine, *adapters.values()))
     step(f"ready, {programs} programs")
-    return Backend(engine, loaded.tokenizer, prompts, context, decoder)
+    return Backend(engine, loaded.tokenizer, prompts, context, decoder, adapters)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,8 +132,8 @@ class _Process:
 
     def _is_over(self) -> bool:
         backend = self.service.backend
-        if backend is not None and backend.engine.failed is not None:
-            log.error("%s", backend.engine.failed)
+        if backend is not None and backend.failed is not None:
+            log.error("%s", backend.failed)
             self.lost = True
         left = self.service.admission.requests
         drained = self._leaves_at is not None and (not left or time.monotonic() >= self._leaves_at)

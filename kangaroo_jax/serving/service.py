@@ -88,7 +88,7 @@ class Service:
         """What answers. Raises ApiError while it is not there."""
         if self.backend is None:
             raise ApiError(f"the model is not ready: {self.state}", status=503, code="not_ready", retry_after=5)
-        if self.backend.engine.failed is not None:
+        if self.backend.failed is not None:
             raise ApiError("the engine has failed", status=503, code="engine_failed")
         return self.backend
 
@@ -165,7 +165,7 @@ class Service:
     async def begin(self, request: ChatRequest, call: Call, stack: contextlib.AsyncExitStack) -> "Running":
         """The request on its way through the engine until `stack` is closed. Raises ApiError."""
         backend, prompt = self.ready(), request.prompt
-        self.model(prompt.model)
+        engine = backend.engine_of(self.model(prompt.model))
         if prompt.unknown:
             log.info(
                 "%s: unknown fields: %s",
@@ -199,7 +199,7 @@ class Service:
         try:
             for index in range(request.n):
                 sampling = _sampling(request, (seed + index) % SEEDS)
-                running.add(backend.engine.submit(dataclasses.replace(asked, sampling=sampling)), index)
+                running.add(engine.submit(dataclasses.replace(asked, sampling=sampling)), index)
         except EngineError as error:
             log.error("%s: %s", call.number, error)
             raise ApiError("the engine takes no requests", status=503, code="engine_failed") from None

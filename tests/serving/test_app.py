@@ -1,6 +1,7 @@
 """The server as clients meet it: answers, streams, errors, bounds, keys, and what is left when a client goes."""
 
 import base64
+import dataclasses
 import http.client
 import io
 import json
@@ -224,6 +225,22 @@ def test_models_version_ping_health_and_metrics(start) -> None:
         assert f"kangaroo_{name}" in text
     if sys.platform == "linux":
         assert re.search(r"^process_resident_memory_bytes \S+$", text, re.M) and "process_open_fds" in text
+
+
+def test_an_adapter_answers_by_the_name_of_its_model(start) -> None:
+    from tests.serving.fake import FakeEngine
+
+    server, other = start(), FakeEngine(("adapted",))
+    server.service.names = (*server.service.names, "mine")
+    server.service.backend = dataclasses.replace(server.service.backend, adapters={"mine": other})
+    said = {
+        name: server.client().chat.completions.create(model=name, messages=HELLO).choices[0].message.content
+        for name in ("kangaroo", "mine")
+    }
+    assert said["mine"] == "adapted" != said["kangaroo"] and len(other.tickets) == 1
+    assert server.service.backend.stats()["tokens_generated"] == 14  # of both
+    other.failed = "lost"
+    assert server.service.backend.failed == "lost"
 
 
 # ---------------------------------------------------------------------------------- errors
