@@ -33,3 +33,12 @@ check_numbers() {
     [[ "${!name}" =~ ^[0-9]+$ ]] || refuse "$script" "$name is a whole number, not '${!name}'"
   done
 }
+
+# tpu_flags SCRIPT NAME: the flags of libtpu in launch/tpu_flags/NAME.txt, on one line; nothing without a name.
+tpu_flags() {
+  [[ -n "$2" ]] || return 0
+  local file="launch/tpu_flags/$2.txt" known
+  known="$(cd launch/tpu_flags && printf '%s\n' *.txt | sed 's/\.txt$//' | paste -sd ' ')"
+  [[ "$2" != */* && -f "$file" ]] || refuse "$1" "--flags=$2: there are $known"
+  grep -v '^#' "$file" | paste -sd ' '
+}

@@ -3,9 +3,10 @@
 # a preemption or a crash.
 #
 #   ./launch/tpu_pod.sh --name=kangaroo --zone=us-east5-b --project=PROJECT --type=v5litepod-32 \
-#       --bucket=gs://BUCKET/kangaroo [--spot] [--slices=N] [--runtime=VERSION] [--dry-run] \
+#       --bucket=gs://BUCKET/kangaroo [--spot] [--slices=N] [--runtime=VERSION] [--flags=NAME] [--dry-run] \
 #       -- train --config=configs/stage5_long_video.py:kangaroo_8b --workdir=/mnt/kangaroo/stage5
 #
+# --flags names flags of libtpu (launch/tpu_flags, which says who measured them); without it there are none.
 # What stands after -- are the arguments of `kangaroo`. The bucket is mounted at /mnt/kangaroo on every host. The hosts
 # get this clone's tracked files as they are now (`git add` what you made), and nothing else of it. --dry-run prints
 # every command instead of running it.
@@ -14,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/arguments.sh
 source launch/restart.sh
 
-name="" zone="" project="" type="" bucket="" runtime="" slices=1 spot=0 dry_run=0
+name="" zone="" project="" type="" bucket="" runtime="" flags="" slices=1 spot=0 dry_run=0
 while [[ $# -gt 0 && "$1" != -- ]]; do
   check_flag tpu_pod.sh "$1"
   case "$1" in
@@ -26,6 +27,7 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
     --bucket=*) bucket="${1#*=}" ;;
     --runtime=*) runtime="${1#*=}" ;;
     --slices=*) slices="${1#*=}" ;;
+    --flags=*) flags="${1#*=}" ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
     *) refuse tpu_pod.sh "unknown flag $1; --help lists them" ;;
@@ -39,6 +41,7 @@ done
 check_numbers tpu_pod.sh slices
 [[ $# -gt 0 ]] || refuse tpu_pod.sh "nothing to run; give the arguments of kangaroo after --"
 git rev-parse --is-inside-work-tree &>/dev/null || refuse tpu_pod.sh "no git clone, of which the tracked files could be sent"
+libtpu="$(tpu_flags tpu_pod.sh "$flags")" || exit
 if [[ -z "$runtime" ]]; then
   case "$type" in
     v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -123,7 +126,7 @@ bucket_folder() { local path="${bucket#gs://}"; [[ "$path" == */* ]] && echo "${
 
 attempt() { # once: get the slice, install, train; 0 when the training is done
   wait_until_active && prepare &&
-    on_all_hosts "cd ~/kangaroo_jax && KANGAROO_PROCESSES=auto .venv/bin/kangaroo $(printf '%q ' "$@")"
+    on_all_hosts "cd ~/kangaroo_jax && ${libtpu:+LIBTPU_INIT_ARGS=$(printf '%q' "$libtpu") }KANGAROO_PROCESSES=auto .venv/bin/kangaroo $(printf '%q ' "$@")"
 }
 
 umask 077

@@ -2,9 +2,10 @@
 # Train on TPU slices of a GKE cluster: writes a JobSet (https://jobset.sigs.k8s.io) and applies it.
 #
 #   ./launch/gke/train.sh --name=kangaroo --image=REGISTRY/kangaroo:TAG --type=v5e --topology=4x8 [--slices=N] \
-#       [--claim=PVC] [--restarts=N] [--namespace=N] [--dry-run] \
+#       [--claim=PVC] [--restarts=N] [--namespace=N] [--flags=NAME] [--dry-run] \
 #       -- train --config=configs/stage5_long_video.py:kangaroo_8b --workdir=/mnt/kangaroo/stage5
 #
+# --flags names flags of libtpu (launch/tpu_flags, which says who measured them); without it there are none.
 # launch/Dockerfile makes the image. The volume claim is mounted at /mnt/kangaroo. A lost host ends its peers with
 # code 75, the JobSet starts all pods again, and the training goes on after its last checkpoint. --dry-run prints the
 # manifest. With XPK the same image and command run as: xpk workload create --tpu-type=TYPE --docker-image=IMAGE
@@ -13,12 +14,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/arguments.sh
 
-name="" image="" type="" topology="" slices=1 claim="" restarts=100 namespace=default dry_run=0
+name="" image="" type="" topology="" slices=1 claim="" restarts=100 namespace=default flags="" dry_run=0
 while [[ $# -gt 0 && "$1" != -- ]]; do
   check_flag gke/train.sh "$1"
   case "$1" in
     --help) head_of launch/gke/train.sh; exit 0 ;;
-    --name=* | --image=* | --type=* | --topology=* | --slices=* | --claim=* | --restarts=* | --namespace=*)
+    --name=* | --image=* | --type=* | --topology=* | --slices=* | --claim=* | --restarts=* | --namespace=* | --flags=*)
       flag="${1%%=*}"
       printf -v "${flag#--}" '%s' "${1#*=}"
       ;;
@@ -45,6 +46,14 @@ chips=1
 for size in ${topology//x/ }; do chips=$((chips * size)); done
 ((chips < chips_a_host)) && chips_a_host=$chips
 hosts=$((chips / chips_a_host))
+
+libtpu="$(tpu_flags gke/train.sh "$flags")" || exit
+variable=""
+if [[ -n "$libtpu" ]]; then
+  variable="
+                    - name: LIBTPU_INIT_ARGS
+                      value: $libtpu"
+fi
 
 arguments=""
 for argument in "$@"; do arguments+="                    - $(printf '%s' "$argument" | python3 -c 'import json,sys; print(json.dumps(sys.stdin.read()))')"$'\n'; done
@@ -96,7 +105,7 @@ spec:
 ${arguments%$'\n'}
                   env:
                     - name: KANGAROO_PROCESSES
-                      value: auto
+                      value: auto$variable
                   ports:
                     - containerPort: 8471
                     - containerPort: 8080

@@ -40,6 +40,18 @@ def test_tpu_pod_prints_every_command(tmp_path):
     assert "--node-count=2" in slices and " k-0 " in slices and " k-1 " in slices
 
 
+def test_flags_of_libtpu_are_given_only_where_they_are_named():
+    """Each is in the file that is named, below a word on who measured it."""
+    for script, arguments in (("tpu_pod.sh", TPU), ("gke/train.sh", GKE)):
+        plain, named = (run(script, *arguments, *flags, "--dry-run", *JOB).stdout for flags in ([], ["--flags=v6e"]))
+        assert "LIBTPU_INIT_ARGS" not in plain and "--xla" not in plain
+        for line in (LAUNCH / "tpu_flags" / "v6e.txt").read_text().splitlines():
+            assert (line in named) == line.startswith("--xla"), (script, line)
+        refused = run(script, *arguments, "--flags=v7", "--dry-run", *JOB)
+        assert refused.returncode == 2 and refused.stdout == ""
+        assert refused.stderr == f"{script}: --flags=v7: there are v6e\n"
+
+
 def test_tpu_pod_runs_those_commands_and_starts_again_after_a_loss(tmp_path):
     """With a gcloud that loses the slice once: the queue is asked again, and the training started twice."""
     gcloud = tmp_path / "gcloud"

@@ -16,6 +16,7 @@ from kangaroo_jax.planning.kernels import Call
 from .test_hlo import FUSED
 from .test_plan import needs_libtpu
 
+ROOT = Path(__file__).parents[2]
 LINK = 45e9  # bytes a second of one link of v5e in one way
 
 
@@ -149,8 +150,9 @@ def test_the_table_of_kernels_is_what_the_compiler_makes_of_them(monkeypatch):
 
 # ------------------------------------------------------------------------------------- measured by others
 
-# Flags of the run below and of MaxText: collectives beside computations, on the sparse cores; no windowed einsum.
-FLAGS = Path(__file__).with_name("v6e_flags.txt").read_text(encoding="utf-8").split()
+FLAGS = [
+    line for line in (ROOT / "launch/tpu_flags/v6e.txt").read_text(encoding="utf-8").split("\n") if line[:2] == "--"
+]
 DATUM = """
 import json, sys
 from kangaroo_jax.planning.compile import compile_step, prepare_environment
