@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -55,6 +56,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 # Logical axes that are cut to keep weights in pieces, not to share the work: joined where a weight is used.
 STORAGE = ("embed", "vision_embed")
+
+
+_APART: ContextVar[tuple[str, ...]] = ContextVar("mesh axes whose devices compute apart", default=())
 
 
 # ------------------------------------------------------------------------------------ meshes
@@ -149,9 +153,10 @@ def batch_axes() -> PackedBatch:
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
-    """The mesh axes of a logical axis. Raises KeyError for an unknown name."""
+    """The mesh axes of a logical axis that devices share here (see `apart`). Raises KeyError for an unknown name."""
     names = RULES[axis] if axis is not None else None
-    return (names,) if isinstance(names, str) else (names or ())
+    names = (names,) if isinstance(names, str) else (names or ())
+    return tuple(name for name in names if name not in _APART.get())
 
 
 def spec(axes: Axes, shape: Sequence[int] | None = None, sizes: dict[str, int] | None = None) -> PartitionSpec:
@@ -234,9 +239,37 @@ def per_device(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Cal
     """
     if split_mesh() is None:
         return function
+    specs = [_specs(axes) for axes in (in_axes, out_axes)]
+    free = set(MESH_AXES) - set(_APART.get())
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=free, check_vma=False)
+
+
+def apart(function: Callable[..., Any], axis: str, in_axes: Any) -> Callable[..., Any]:
+    """`function` run by each of the groups that a logical axis cuts the devices into, on its piece of the arrays.
+
+    `in_axes` as of `per_device`; of them only what `axis` cuts is cut for the groups. The results are summed over the
+    groups, once: inside nothing crosses from one to another. Where there is one group it is the function itself.
+    """
+    names = mesh_axes(axis)
+    if shards(axis) == 1:
+        return function
+
+    def run(*arrays: Any) -> Any:
+        kept = _APART.set((*_APART.get(), *names))
+        try:
+            return jax.tree.map(lambda x: jax.lax.psum(x, names), function(*arrays))
+        finally:
+            _APART.reset(kept)
+
+    cut = {name: tuple(one for one in mesh_axes(name) if one in names) for name in RULES}
+    specs = _specs(in_axes, lambda axes: PartitionSpec(*(cut[one] or None if one else None for one in axes)))
+    return jax.shard_map(run, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(names), check_vma=False)
+
+
+def _specs(axes: Any, of: Callable[[Axes], PartitionSpec] = spec) -> Any:
+    """A tree of tuples of logical axes, with the PartitionSpec of each."""
     is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)  # noqa: E731
-    specs = [jax.tree.map(spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes)]
-    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    return jax.tree.map(of, axes, is_leaf=is_axes)
 
 
 def index_on(axis: str | None) -> jax.Array:

@@ -10,7 +10,7 @@ from jaxtyping import Float32
 
 from kangaroo_jax.conventions import Array, PackedBatch
 from kangaroo_jax.models.parameters import Binding, Params
-from kangaroo_jax.sharding import Axes, batch_axes, constrain
+from kangaroo_jax.sharding import Axes, apart, batch_axes, constrain
 
 
 @jax.tree_util.register_dataclass
@@ -55,18 +55,23 @@ def gradient(
         value, grads = jax.value_and_grad(lambda p: mean_loss(binding, p, frozen, batch), has_aux=True)(params)
         return value, _like_weights(binding, grads)
 
-    def loss_sum(params: Params, part: PackedBatch) -> tuple[Scalar, Scalar]:
+    def loss_sum(params: Params, frozen: Params, part: PackedBatch) -> tuple[Scalar, Scalar]:
         loss, weight = binding.bind({**params, **frozen}).loss(part)
         return loss, weight
 
-    def add(total: Sums, part: PackedBatch) -> tuple[Sums, None]:
-        (loss, weight), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, part)
-        grads = _like_weights(binding, grads)
-        return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
+    def sums(params: Params, frozen: Params, parts: PackedBatch) -> Sums:
+        def add(total: Sums, part: PackedBatch) -> tuple[Sums, None]:
+            (loss, weight), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, frozen, part)
+            grads = _like_weights(binding, grads)
+            return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, _like_weights(binding, jax.tree.map(jnp.zeros_like, params)))
-    (loss, weight, grads), _ = jax.lax.scan(add, start, _parts_of(batch, accumulate))
+        zero = jnp.zeros((), jnp.float32)
+        start = (zero, zero, _like_weights(binding, jax.tree.map(jnp.zeros_like, params)))
+        return jax.lax.scan(add, start, parts)[0]
+
+    axes = jax.tree.map(lambda axes: (None, *axes), batch_axes(), is_leaf=lambda axes: isinstance(axes, tuple))
+    # Between slices gradients cross the slow network: once, and not for every part.
+    loss, weight, grads = apart(sums, "replicas", ((), (), axes))(params, frozen, _parts_of(batch, accumulate))
     scale = 1.0 / jnp.maximum(weight, 1.0)
     return (loss * scale, weight), jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 

@@ -11,13 +11,16 @@ from flax import nnx
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.media.video import MediaRef
-from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.models.kangaroo import KangarooModel, count_parameters
 from kangaroo_jax.models.llama import contracted_of
 from kangaroo_jax.models.lora import initial_factors
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.models.quantized import quantize
+from kangaroo_jax.planning import hlo
+from kangaroo_jax.planning.compile import lower_step
 from kangaroo_jax.sharding import make_mesh, mesh_scope
 from kangaroo_jax.training.host_rows import HostRows
+from kangaroo_jax.training.placement import resolve
 from kangaroo_jax.training.state import build_step, make_state, state_shardings
 from kangaroo_jax.training.step import gradient
 
@@ -141,9 +144,24 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(config, batch, par
         np.testing.assert_allclose(np.asarray(actual[name]) / scale, np.asarray(value) / scale, atol=2e-5, err_msg=name)
 
 
-def test_accumulation_on_a_mesh_equals_one_big_step(config, batch, params, one_device):
-    found = losses(config, batch, params, (1, 2, 2, 1), accumulate=4, steps=5)
+@pytest.mark.parametrize(("shape", "parts"), [((1, 2, 2, 1), 4), ((2, 1, 2, 2), 2)], ids=str)
+def test_accumulation_on_a_mesh_equals_one_big_step(config, batch, params, one_device, shape, parts):
+    found = losses(config, batch, params, shape, accumulate=parts, steps=5)
     np.testing.assert_allclose(found, one_device[:5], rtol=1e-5)
+
+
+def test_gradients_cross_from_slice_to_slice_once_and_not_for_every_part(config):
+    config = resolve(config.changed({"train.mesh": (2, 2, 1, 2), "train.accumulate": 2}), None, 8)
+    text = lower_step(config, jax.devices()[:8]).compile().as_text()
+    found = [(visit.times, hlo.collective(visit.operation), hlo.group(visit.operation)) for visit in hlo.walk(text)]
+    moved = [
+        (times, *collective, {device // 4 for device in group}) for times, collective, group in found if collective
+    ]
+    across = [(times, size) for times, _, size, slices in moved if len(slices) == 2]
+    assert across and all(times == 1 for times, _ in across)
+    weights = 4 * count_parameters(config.model)["total"]
+    assert sum(size for _, size in across) < 1.2 * weights
+    assert any(times > 1 for times, _, _, slices in moved if len(slices) == 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2, 2), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)], ids=str)
