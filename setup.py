@@ -37,6 +37,7 @@ CORE = [
 QUICKSTART = ["matplotlib", "scikit-learn>=1.5"]
 # torch before 2.6 runs code of a checkpoint in spite of weights_only (CVE-2025-32434); this one is compared with.
 CONVERT = ["torch==2.13.0", "transformers>=4.57,<6"]
+GGUF = ["gguf>=0.19"]  # the release that the tests pass with
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
 # 0.165, 0.54 and 0.26 are those that the tests have passed with; a stop of ours replaces uvicorn's `capture_signals`.
 SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
@@ -52,6 +53,7 @@ EXTRAS = {
     "plan-gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc", "nvidia-nvvm"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
+    "gguf": GGUF,
     "serve": SERVE,
     "eval": ["openai"],  # for servers and judges; a checkpoint needs nothing more
     "lmms": ["lmms-eval>=0.7.3,<0.8"],  # asks for PyAV before 16: docs/evaluation.md says how both are installed
@@ -68,6 +70,7 @@ EXTRAS = {
     "remote": ["aiohttp>=3.14.4", FSSPEC, "gcsfs", "s3fs"],  # aiohttp: CVE-2026-128131
     # Everything that the tests need, but for torch: tests that compare with it are skipped without it.
     "dev": QUICKSTART
+    + GGUF
     + CURATION
     + SERVE
     + SITE

@@ -7,13 +7,13 @@ in code.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config_files import load_config, nearest
-from kangaroo_jax.errors import UserError
+from kangaroo_jax.config_files import Section as Section
+from kangaroo_jax.config_files import load_config
+from kangaroo_jax.config_files import tuples as tuples
 
 # The curriculum, in order: files of `configs/`.
 STAGES = (
@@ -23,72 +23,6 @@ STAGES = (
     "stage4_instruct",
     "stage5_long_video",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """What the sections have in common."""
-
-    PATH: ClassVar[str]  # where a stage's config has it
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> Self:
-        """The section with the values of a ConfigDict.
-
-        Raises UserError that names the first key which the section does not have, which is missing, or whose value is
-        of another type than its default. A whole number will do for a fraction, a list for a tuple.
-        """
-        fields = {field.name: field.default for field in dataclasses.fields(cls)}
-        for key in config:
-            if key not in fields:
-                raise UserError(f"{cls.PATH}: there is no key {key!r}{nearest(key, fields)}")
-        for key in fields:
-            if key not in config:
-                raise UserError(f"{cls.PATH}.{key} is missing; {cls.PATH} needs every key that kangaroo_jax.config has")
-        return cls(**{key: _read(config[key], default, f"{cls.PATH}.{key}") for key, default in fields.items()})
-
-    def flat(self) -> Iterator[tuple[str, Any]]:
-        """(key with dots, value) of everything that is no section."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Section):
-                yield from ((f"{field.name}.{key}", inner) for key, inner in value.flat())
-            else:
-                yield field.name, value
-
-    def changed(self, values: Mapping[str, Any]) -> Self:
-        """A copy in which keys ("packs_per_batch", "data.packs_per_batch") have these values."""
-        section = self
-        for key, value in values.items():
-            name, _, inner = key.partition(".")
-            if inner:
-                value = getattr(section, name).changed({inner: value})
-            section = dataclasses.replace(section, **{name: value})
-        return section
-
-
-def _read(value: Any, default: Any, path: str) -> Any:
-    """`value` as the type of `default`. Raises UserError."""
-    if isinstance(default, Section) and isinstance(value, Mapping | ConfigDict):
-        return type(default).from_config(value)
-    if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuples(value)
-    if isinstance(value, bool) == isinstance(default, bool):
-        if isinstance(default, float) and isinstance(value, int):
-            return float(value)
-        if isinstance(value, type(default)):
-            return value
-    raise UserError(f"{path} is {value!r}: must be {_KINDS.get(type(default), 'a section')}")
-
-
-def tuples(value: Any) -> Any:
-    """The value with lists as tuples: JSON has only lists, a config only tuples."""
-    if isinstance(value, dict):
-        return {key: tuples(item) for key, item in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
-
-
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
 
 
 # ---------------------------------------------------------------------------------- the model
@@ -153,6 +87,7 @@ class LlamaConfig(Section):
     PATH = "config.model.llm"
 
     vocab_size: int = 128_256
+    added_rows: int = 0  # the last of these, which the decoder did not bring: marks around a video, and padding
     width: int = 4096
     depth: int = 32
     heads: int = 32
@@ -245,6 +180,38 @@ _TINY = ModelConfig(
         loss_chunk=128,
     ),
     special_ids=_SMALL_IDS,
+)
+
+
+# Llama 3.2's rope, and its tokenizer's ids, which are Llama 3's; the encoder is that of the published sizes.
+_LLAMA_32 = RopeScaling(factor=32.0)
+_1B = ModelConfig(
+    preset="kangaroo_1b",
+    llm=LlamaConfig(width=2048, depth=16, head_dim=64, mlp_width=8192, rope_scaling=_LLAMA_32, tied_head=True),
+)
+_3B = ModelConfig(
+    preset="kangaroo_3b",
+    llm=LlamaConfig(
+        width=3072, depth=28, heads=24, head_dim=128, mlp_width=8192, rope_scaling=_LLAMA_32, tied_head=True
+    ),
+)
+_SMOL = ModelConfig(
+    preset="kangaroo_smol",
+    # EVA-02's design at the sizes of its small one, 22 million weights, for 224 pixels.
+    vision=VisionConfig(width=384, depth=12, heads=6, mlp_width=1024, pos_embed_grid=16, output_norm=True),
+    llm=LlamaConfig(  # SmolLM2-135M (Allal et al. 2025), with 128 rows for the marks
+        vocab_size=49_280,
+        added_rows=128,
+        width=576,
+        depth=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        mlp_width=1536,
+        rope_theta=100_000.0,
+        tied_head=True,
+    ),
+    special_ids=SpecialIds(vi_start=49_152, eof=49_153, eov=49_154, vi_end=49_155, vision=49_156),
 )
 
 
@@ -391,6 +358,9 @@ class StageConfig(Section):
 
 _STAGES = {
     "kangaroo_8b": StageConfig(),
+    "kangaroo_3b": StageConfig(model=_3B),
+    "kangaroo_1b": StageConfig(model=_1B),
+    "kangaroo_smol": StageConfig(model=_SMOL),
     "base_100m": StageConfig(model=_BASE),
     "tiny": StageConfig(
         model=_TINY,
@@ -413,8 +383,8 @@ PRESETS = tuple(_STAGES)
 def stage_config(preset: str) -> ConfigDict:
     """Defaults of a training stage, to be changed by its file in `configs/`.
 
-    The presets are `kangaroo_8b` (published sizes), `base_100m` (benchmarks) and `tiny` (CPU). Raises ValueError for
-    another.
+    The presets are `kangaroo_8b` (published sizes), `kangaroo_3b` and `kangaroo_1b` (with Llama 3.2), `kangaroo_smol`
+    (with SmolLM2-135M), `base_100m` (benchmarks) and `tiny` (CPU). Raises ValueError for another.
     """
     if preset not in _STAGES:
         raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")

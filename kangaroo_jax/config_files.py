@@ -1,11 +1,12 @@
-"""Finds and loads the files of `configs/`, in a clone and in an installed package alike."""
+"""Finds and loads the files of `configs/`, in a clone and in an installed package alike; the class of what they set."""
 
+import dataclasses
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from ml_collections import ConfigDict
 
@@ -109,3 +110,69 @@ def nearest(word: str, known: Iterable[str]) -> str:
         by_end = {name.rpartition(".")[2]: name for name in known}
         close = [by_end[end] for end in difflib.get_close_matches(word.rpartition(".")[2], by_end, n=1)]
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What the sections have in common."""
+
+    PATH: ClassVar[str]  # where a stage's config has it
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> Self:
+        """The section with the values of a ConfigDict.
+
+        Raises UserError that names the first key which the section does not have, which is missing, or whose value is
+        of another type than its default. A whole number will do for a fraction, a list for a tuple.
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        for key in config:
+            if key not in fields:
+                raise UserError(f"{cls.PATH}: there is no key {key!r}{nearest(key, fields)}")
+        for key in fields:
+            if key not in config:
+                raise UserError(f"{cls.PATH}.{key} is missing; {cls.PATH} needs every key that kangaroo_jax.config has")
+        return cls(**{key: _read(config[key], default, f"{cls.PATH}.{key}") for key, default in fields.items()})
+
+    def flat(self) -> Iterator[tuple[str, Any]]:
+        """(key with dots, value) of everything that is no section."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Section):
+                yield from ((f"{field.name}.{key}", inner) for key, inner in value.flat())
+            else:
+                yield field.name, value
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """A copy in which keys ("packs_per_batch", "data.packs_per_batch") have these values."""
+        section = self
+        for key, value in values.items():
+            name, _, inner = key.partition(".")
+            if inner:
+                value = getattr(section, name).changed({inner: value})
+            section = dataclasses.replace(section, **{name: value})
+        return section
+
+
+def _read(value: Any, default: Any, path: str) -> Any:
+    """`value` as the type of `default`. Raises UserError."""
+    if isinstance(default, Section) and isinstance(value, Mapping | ConfigDict):
+        return type(default).from_config(value)
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuples(value)
+    if isinstance(value, bool) == isinstance(default, bool):
+        if isinstance(default, float) and isinstance(value, int):
+            return float(value)
+        if isinstance(value, type(default)):
+            return value
+    raise UserError(f"{path} is {value!r}: must be {_KINDS.get(type(default), 'a section')}")
+
+
+def tuples(value: Any) -> Any:
+    """The value with lists as tuples: JSON has only lists, a config only tuples."""
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}

@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from kangaroo_jax.checkpoints.digests import changed
 from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
 from kangaroo_jax.config import PRESETS, ModelConfig, RopeScaling, StageConfig, stage_config, tuples
+from kangaroo_jax.data.chat_format import FORMAT_FILE
+from kangaroo_jax.data.tokenizer import tokenizer_files
 from kangaroo_jax.errors import EndsTogether, UserError
 from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import Binding, Params
@@ -318,18 +320,11 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def keep_tokenizer(source: str | Path, stage_dir: Path) -> None:
-    """Copy the tokenizer's file beside the checkpoints, replacing another one there."""
-    source = tokenizer_file(source)
-    target, data = stage_dir / f"tokenizer{source.suffix}", source.read_bytes()
-    if not target.exists() or target.read_bytes() != data:
-        write_bytes(target, data)
-    for other in stage_dir.glob("tokenizer.*"):
-        if other != target:
-            other.unlink()
-
-
-def tokenizer_file(path: str | Path) -> Path:
-    """The file that `load_tokenizer` reads: `path`, or the one in that folder."""
-    path = Path(path)
-    names = ("tokenizer.json", "tokenizer.model")
-    return next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
+    """Copy the tokenizer's files beside the checkpoints, replacing another one there."""
+    files = tokenizer_files(source)
+    for name, data in files.items():
+        if not (stage_dir / name).exists() or (stage_dir / name).read_bytes() != data:
+            write_bytes(stage_dir / name, data)
+    for other in (*stage_dir.glob("tokenizer.*"), stage_dir / FORMAT_FILE):
+        if other.name not in files:
+            other.unlink(missing_ok=True)

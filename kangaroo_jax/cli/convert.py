@@ -41,8 +41,8 @@ def convert(
         format: orbax, hf, llama, meta, eva, timm or, for an adapter, peft; by default hf from ours, else orbax
         verify: compare each source with the result, one run in JAX, one in PyTorch; converts first if necessary
         lora: LoRA adapter (a PEFT folder, or one of ours), added to the weights
-        vision: EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm
-        llm: Llama (a Hugging Face folder, or Meta's), with --vision
+        vision: EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm; by default a new one of --preset
+        llm: decoder of Llama's architecture (a Hugging Face folder, a GGUF file, or Meta's folder)
         base: the model that a PEFT adapter in --from adapts, by default that of --preset; or where a run's base is now
         dtype: keep, float32, bfloat16 or float16
         quantize: int8 or int4: round the decoder's weights, for talking to the model (orbax alone)
@@ -63,10 +63,19 @@ def convert(
     if verify and quantize:
         raise UserError("convert: --verify compares models that are the same, which --quantize does not leave them")
     if bool(source) == bool(vision or llm):
-        raise UserError("convert: give --from, or --vision and --llm")
+        raise UserError("convert: give --from, or --llm, perhaps with --vision")
+    if vision and not llm:
+        raise UserError("convert: --vision needs --llm, the decoder; --from converts an encoder by itself")
     changes = override("convert", stage_config(preset_of(preset)).lock(), overrides)
-    options = {"format": format, "dtype": dtype, "tokenizer": tokenizer, "seed": seed, "lora": lora, "base": base}
-    options["quantize"] = quantize
+    options: dict[str, Any] = {
+        "format": format,
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "seed": seed,
+        "lora": lora,
+        "base": base,
+    }
+    options |= {"quantize": quantize, "parts_alone": bool(llm)}
     model = {"preset": preset, "overrides": changes}
     sources = [path for path in (vision, llm) if path]
     if source:  # a file's name may have a comma

@@ -1,6 +1,8 @@
 """A starting checkpoint from public parts: an EVA-CLIP encoder, a Llama, and a newly initialised connector."""
 
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ from kangaroo_jax.checkpoints.stored import Box, Spec
 from kangaroo_jax.config import stage_config
 from kangaroo_jax.conversion.names import SPECIAL
 from kangaroo_jax.conversion.sources import WeightSource, shapes_of
-from kangaroo_jax.conversion.weights import Arrays, Joined, Weights, boxes
+from kangaroo_jax.conversion.weights import Arrays, Grown, Joined, Weights, boxes
+from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 
 POSITIONS = "vision/position_embedding"
+VOCABULARY_MULTIPLE = 128  # of which a vocabulary with new rows is one, so that devices can share it
 SPECIAL_NOISE = 0.1  # noise of new marks, as a share of the deviation of the token embedding's rows
 FRESH = ("patchify/", "projector/", SPECIAL)  # parts that are initialised if no source has them
 
@@ -40,14 +44,23 @@ class Resized:
 
 
 def combine(
-    sources: Sequence[WeightSource], preset: str, overrides: Mapping[str, Any], seed: int
+    sources: Sequence[WeightSource],
+    preset: str,
+    overrides: Mapping[str, Any],
+    seed: int,
+    tokenizer: Path | None = None,
+    *,
+    parts_alone: bool = False,
 ) -> tuple[Weights, ConfigDict, list[str]]:
     """(weights, a stage's config, notes on what was initialised) of one source, or of several that form one model.
+
+    The marks around a video have the ids that the decoder's `tokenizer` gives them, in rows of their own where it has
+    no token to spare. With `parts_alone` a decoder may come alone: it gets a new encoder, that of the preset.
 
     Raises:
         UserError: two sources have the same part, or several sources lack the encoder or the decoder.
     """
-    if len(sources) == 1:
+    if len(sources) == 1 and not parts_alone:
         return sources[0].weights, sources[0].config, []
     config = ConfigDict(stage_config(preset).to_dict())
     config.stage = "assembled"
@@ -58,14 +71,19 @@ def combine(
                 raise UserError(f"{source.path} and {parts[part].path} both have the part {part}; give one of them")
             parts[part] = source
     for part, flag in (("vision", "--vision"), ("llm", "--llm")):
-        if part not in parts:
+        if part not in parts and not (parts_alone and part == "vision"):
             raise UserError(f"{', '.join(str(s.path) for s in sources)}: none has the part {part}; give it by {flag}")
     config.model.llm = parts["llm"].config.model.llm
     config.update_from_flattened_dict(dict(overrides))
-    vision, grid = parts["vision"], config.model.vision.pos_embed_grid
-    stored = vision.config.model.vision.pos_embed_grid
-    encoder = vision.weights if stored == grid else Resized(vision.weights, stored, grid)
-    known = Joined(*(encoder if source is vision else source.weights for source in sources))
+    llm, notes = _with_marks(parts["llm"].weights, config.model, tokenizer)
+    grid = stored = config.model.vision.pos_embed_grid
+    if "vision" in parts:
+        stored = parts["vision"].config.model.vision.pos_embed_grid
+        encoder = parts["vision"].weights if stored == grid else Resized(parts["vision"].weights, stored, grid)
+    else:
+        encoder = fresh_encoder(config.model, seed)
+        notes.append(f"a new encoder of {config.model.preset}, to be trained from the beginning")
+    known = Joined(encoder, llm)
     shapes = shapes_of(config.model)
     fresh = {path: shape for path, shape in shapes.items() if path not in known.specs and path.startswith(FRESH)}
     weights = Joined(known, initialise(fresh, known, seed))
@@ -73,10 +91,43 @@ def combine(
         if path not in weights.specs or weights.specs[path].shape != shape:
             found = weights.specs[path].shape if path in weights.specs else "nothing"
             raise UserError(f"{path}: the parts give {found}, the config wants {shape}; check --preset and --config")
-    notes = [f"initialised: {', '.join(sorted(fresh))}"] if fresh else []
+    notes += [f"initialised: {', '.join(sorted(fresh))}"] if fresh else []
     if stored != grid:
         notes.append(f"position embedding resized from {stored} x {stored} to {grid} x {grid} patches (bicubic)")
     return weights, config, notes
+
+
+def _with_marks(weights: Weights, model: ConfigDict, file: Path | None) -> tuple[Weights, list[str]]:
+    """(a decoder's weights with rows for the marks around a video, notes), and sets the marks' ids in `model`."""
+    if file is None:
+        return weights, []
+    tokenizer = load_tokenizer(file)
+    ids = {mark: getattr(tokenizer, mark) for mark in model.special_ids}
+    model.special_ids.update(ids)
+    lacking = tokenizer.vocab_size - model.llm.vocab_size
+    if lacking > len(ids):
+        raise UserError(
+            f"{file}: {tokenizer.vocab_size} tokens, but the decoder has {model.llm.vocab_size}; give its own tokenizer"
+        )
+    note = f"the marks around a video are tokens {', '.join(map(str, ids.values()))}"
+    if lacking <= 0:
+        return weights, [note]
+    rows = lacking + -tokenizer.vocab_size % VOCABULARY_MULTIPLE
+    model.llm.update(vocab_size=model.llm.vocab_size + rows, added_rows=rows)
+    return Grown(weights, rows), [f"{note}, in {rows} new rows of the vocabulary (now {model.llm.vocab_size})"]
+
+
+def fresh_encoder(model: ConfigDict, seed: int) -> Weights:
+    """A new encoder of config.model, as training begins one. The same seed gives the same numbers."""
+    from flax import nnx
+
+    from kangaroo_jax.config import VisionConfig
+    from kangaroo_jax.models.eva_clip import EvaClip
+    from kangaroo_jax.models.parameters import Binding
+
+    encoder = EvaClip(VisionConfig.from_config(model.vision), rngs=nnx.Rngs(seed))
+    arrays = {f"vision/{path}": np.asarray(array) for path, array in Binding(encoder).flatten(encoder).items()}
+    return Arrays({path: (Spec(a.shape, a.dtype), functools.partial(np.asarray, a)) for path, a in arrays.items()})
 
 
 def initialise(shapes: Mapping[str, tuple[int, ...]], known: Weights, seed: int) -> Arrays:

@@ -26,7 +26,9 @@ from kangaroo_jax.conversion.runs import open_run, run_base
 from kangaroo_jax.conversion.shards import SHARD_BYTES, nbytes_there, write_safetensors, write_torch
 from kangaroo_jax.conversion.sources import WeightSource, fingerprint, open_source, shapes_of, special_ids, table_for
 from kangaroo_jax.conversion.store import write_config, write_params
-from kangaroo_jax.conversion.weights import Cast, Marked, Weights, dtype_named
+from kangaroo_jax.conversion.weights import Cast, Marked, Shrunk, Weights, dtype_named
+from kangaroo_jax.data.tokenizer import tokenizer_files
+from kangaroo_jax.data.tokenizer_gguf import is_gguf
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.progress import Progress, Tell
 
@@ -58,6 +60,7 @@ def convert(
     quantize: str | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
+    parts_alone: bool = False,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     tell: Tell = print,
@@ -78,6 +81,7 @@ def convert(
         quantize: `int8` or `int4`, which the decoder's linear maps are rounded to, for talking (`orbax`).
         lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
         base: the model that a PEFT adapter as source adapts, by default that of `preset`; where the base of a run is.
+        parts_alone: whether a decoder alone makes a model: it gets a new encoder, that of `preset`.
         seed: determines the new weights of an assembled model.
         shard_bytes: size of the largest safetensors file.
         tell: prints a line.
@@ -93,7 +97,9 @@ def convert(
     if base is not None and not run:
         raise UserError(f"--base={base}: is only for a source that is a LoRA adapter; leave it out")
     opened = [open_run(sources[0], base)] if run else [open_source(source, preset, overrides) for source in sources]
-    weights, config = _joined(opened, preset, overrides or {}, seed, tell)
+    beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
+    file = Path(tokenizer) if tokenizer else beside
+    weights, config = _joined(opened, preset, overrides or {}, seed, file, parts_alone, tell)
     format = format or ("hf" if quantize is None and opened[0].layout == "orbax" and len(opened) == 1 else "orbax")
     if format not in FORMATS:
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
@@ -109,9 +115,8 @@ def convert(
         if format != "orbax":
             raise UserError(f"--quantize={quantize}: is for --format=orbax; --format={format} holds no such weights")
         weights = Quantized(weights, ModelConfig.from_config(config.model), quantize)
-    beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
     said = next((s.said for s in reversed(opened) if s.said), {})
-    model = Model(weights, config, Path(tokenizer) if tokenizer else beside, said)
+    model = Model(weights, config, file, said)
     _check_complete(model, format, [str(source.path) for source in opened])
     plan: dict[str, Any] = dict(format=format, dtype=dtype, preset=preset, seed=seed, shard_bytes=shard_bytes)
     plan.update(
@@ -122,12 +127,18 @@ def convert(
 
 
 def _joined(
-    opened: Sequence[WeightSource], preset: str, overrides: Mapping[str, Any], seed: int, tell: Tell
+    opened: Sequence[WeightSource],
+    preset: str,
+    overrides: Mapping[str, Any],
+    seed: int,
+    tokenizer: Path | None,
+    parts_alone: bool,
+    tell: Tell,
 ) -> tuple[Weights, ConfigDict]:
     """Combine the sources, and print what they are; see `combine`."""
     for source in opened:
         tell(f"{source.path}: {source.layout}, {len(source.weights.specs)} parameters" + _and(source.left_out))
-    weights, config, notes = combine(opened, preset, overrides, seed)
+    weights, config, notes = combine(opened, preset, overrides, seed, tokenizer, parts_alone=parts_alone)
     for line in notes:
         tell(line)
     return weights, config
@@ -186,7 +197,8 @@ def _write_ours(model: Model, building: Building, tell: Tell) -> None:
     write_params(model.weights, building, progress)
     write_config(model.config.to_dict(), building.folder)
     if model.tokenizer is not None:
-        shutil.copyfile(model.tokenizer, building.folder / f"tokenizer{model.tokenizer.suffix}")
+        for name, data in tokenizer_files(model.tokenizer).items():
+            (building.folder / name).write_bytes(data)
     progress.finish()
 
 
@@ -195,6 +207,11 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
     weights, config = model.weights, model.config
     if layout == "kangaroo":
         weights = Marked(weights, special_ids(config.model))
+    elif added := config.model.llm.added_rows if "llm/" in LAYOUTS[layout] else 0:
+        weights, config = Shrunk(weights, added), ConfigDict(config.to_dict())
+        config.model.llm.update(vocab_size=config.model.llm.vocab_size - added, added_rows=0)
+        model = dataclasses.replace(model, weights=weights, config=config)
+        tell(f"{added} rows of the vocabulary that were added for the marks: left out")
     rows = [row for row in table_for(layout, config.model) if row.ours != SPECIAL]
     total = sum(nbytes_there(row, weights) for row in rows)
     building.need(total)
@@ -210,7 +227,10 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
     if layout == "kangaroo":
         export.write_beside(model.weights, weights, config, model.tokenizer, building.folder, tell)
     elif layout == "meta" and model.tokenizer is not None:
-        shutil.copyfile(model.tokenizer, building.folder / model.tokenizer.name)
+        if is_gguf(model.tokenizer):
+            (building.folder / "tokenizer.json").write_bytes(tokenizer_files(model.tokenizer)["tokenizer.json"])
+        else:
+            shutil.copyfile(model.tokenizer, building.folder / model.tokenizer.name)
 
 
 def _write_config_there(

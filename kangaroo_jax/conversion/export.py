@@ -83,7 +83,7 @@ def write_beside_llama(
     tokens: dict[str, Any] = {}
     if tokenizer is not None:
         try:
-            tokens = write_tokenizer(tokenizer, config, folder)
+            tokens = write_tokenizer(tokenizer, config, folder, marks=False)
         except UserError as error:  # a bare Llama may have a tokenizer that Kangaroo does not support
             shutil.copyfile(tokenizer, folder / tokenizer.name)
             tell(f"{error}; copied as it is")

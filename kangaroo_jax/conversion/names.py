@@ -8,6 +8,7 @@ both directions come from the same row, move every number once, and change none.
     kangaroo   the released Kangaroo: Llama, `vision_tower.*`, `mm_projector.*`  everything
     llama      Llama on Hugging Face                                           llm/
     meta       Llama as Meta publishes it                                      llm/
+    gguf       Llama in a file of llama.cpp, which is only read                llm/
     eva        EVA-CLIP and OpenCLIP, `visual.*` (or without that prefix)      vision/
     timm       the same encoder with timm's names                              vision/
 """
@@ -21,7 +22,11 @@ import numpy as np
 
 from kangaroo_jax.errors import UserError
 
-LAYOUTS = {"kangaroo": ("",), "llama": ("llm/",), "meta": ("llm/",), "eva": ("vision/",), "timm": ("vision/",)}
+LAYOUTS = {
+    "kangaroo": ("",),
+    **dict.fromkeys(("llama", "meta", "gguf"), ("llm/",)),
+    **dict.fromkeys(("eva", "timm"), ("vision/",)),
+}
 STACKED = re.compile(r"(llm/layers|vision/blocks)/")  # paths with a leading axis of layers
 Shape = tuple[int, ...]
 
@@ -42,7 +47,7 @@ LAID_OUT: dict[str, Callable[[Shape], Arrangement]] = {
     "to_heads": lambda s: Arrangement((s[1] * s[2], s[0]), (s[1], s[2], s[0]), (2, 0, 1)),  # [N H, D], [D, N, H]
     "from_heads": lambda s: Arrangement((s[2], s[0] * s[1]), (s[2], s[0], s[1]), (1, 2, 0)),  # [D, N H], [N, H, D]
     "heads_bias": lambda s: Arrangement((s[0] * s[1],), s, (0, 1)),  # [N H], [N, H]
-    # Meta rotates the pairs (2i, 2i + 1); we rotate (i, i + H / 2), like Hugging Face.
+    # Meta and llama.cpp rotate the pairs (2i, 2i + 1); we rotate (i, i + H / 2), like Hugging Face.
     "to_rotary_heads": lambda s: Arrangement(
         (s[1] * s[2], s[0]), (s[1], s[2] // 2, 2, s[0]), (3, 0, 2, 1)
     ),  # [N (H/2 2), D], [D, N, (2 H/2)]
@@ -100,27 +105,33 @@ class NameRow:
 
 # ----------------------------------------------------------------------------------- the table
 
-# path here, layout, name on Hugging Face, name at Meta
+# path here, layout, name on Hugging Face, name at Meta, name in llama.cpp
 LLM = (
-    ("llm/embedding", "same", "model.embed_tokens.weight", "tok_embeddings.weight"),
-    ("llm/norm/scale", "same", "model.norm.weight", "norm.weight"),
-    ("llm/head/kernel", "linear", "lm_head.weight", "output.weight"),
+    ("llm/embedding", "same", "model.embed_tokens.weight", "tok_embeddings.weight", "token_embd.weight"),
+    ("llm/norm/scale", "same", "model.norm.weight", "norm.weight", "output_norm.weight"),
+    ("llm/head/kernel", "linear", "lm_head.weight", "output.weight", "output.weight"),
     *(
-        (f"llm/layers/{ours}", how, f"model.layers.{{i}}.{hf}.weight", f"layers.{{i}}.{meta}.weight")
-        for ours, how, hf, meta in (
-            ("attention_norm/scale", "same", "input_layernorm", "attention_norm"),
-            ("attention/query/kernel", "to_heads", "self_attn.q_proj", "attention.wq"),
-            ("attention/key/kernel", "to_heads", "self_attn.k_proj", "attention.wk"),
-            ("attention/value/kernel", "to_heads", "self_attn.v_proj", "attention.wv"),
-            ("attention/out/kernel", "from_heads", "self_attn.o_proj", "attention.wo"),
-            ("mlp_norm/scale", "same", "post_attention_layernorm", "ffn_norm"),
-            ("mlp/gate/kernel", "linear", "mlp.gate_proj", "feed_forward.w1"),
-            ("mlp/up/kernel", "linear", "mlp.up_proj", "feed_forward.w3"),
-            ("mlp/down/kernel", "linear", "mlp.down_proj", "feed_forward.w2"),
+        (
+            f"llm/layers/{ours}",
+            how,
+            f"model.layers.{{i}}.{hf}.weight",
+            f"layers.{{i}}.{meta}.weight",
+            f"blk.{{i}}.{gguf}.weight",
+        )
+        for ours, how, hf, meta, gguf in (
+            ("attention_norm/scale", "same", "input_layernorm", "attention_norm", "attn_norm"),
+            ("attention/query/kernel", "to_heads", "self_attn.q_proj", "attention.wq", "attn_q"),
+            ("attention/key/kernel", "to_heads", "self_attn.k_proj", "attention.wk", "attn_k"),
+            ("attention/value/kernel", "to_heads", "self_attn.v_proj", "attention.wv", "attn_v"),
+            ("attention/out/kernel", "from_heads", "self_attn.o_proj", "attention.wo", "attn_output"),
+            ("mlp_norm/scale", "same", "post_attention_layernorm", "ffn_norm", "ffn_norm"),
+            ("mlp/gate/kernel", "linear", "mlp.gate_proj", "feed_forward.w1", "ffn_gate"),
+            ("mlp/up/kernel", "linear", "mlp.up_proj", "feed_forward.w3", "ffn_up"),
+            ("mlp/down/kernel", "linear", "mlp.down_proj", "feed_forward.w2", "ffn_down"),
         )
     ),
 )
-ROTARY_AT_META = ("llm/layers/attention/query/kernel", "llm/layers/attention/key/kernel")
+ROTARY_IN_PAIRS = ("llm/layers/attention/query/kernel", "llm/layers/attention/key/kernel")
 
 # path here, layout, EVA's name, timm's name
 VISION = (
@@ -182,6 +193,7 @@ CLIP_HEAD = "CLIP's projection, text tower and temperature"
 NOT_WEIGHTS = {
     "eva": ((r"text\..*|logit_scale|logit_bias|(visual\.)?head\.(weight|bias)", CLIP_HEAD),),
     "timm": ((r"head\.(weight|bias)", CLIP_HEAD),),
+    "gguf": ((r"rope_freqs\.weight", "the rope scaling's divisors, which the config has"),),
 }
 # Tables in a file that follow from its config: they are compared with computed ones.
 DERIVED = {
@@ -200,10 +212,11 @@ def entries(
     `prefix` is for the layout `eva`. Raises KeyError for an unknown layout or projector.
     """
     if layout == "llama":
-        return [(ours, how, hf) for ours, how, hf, _ in LLM]
-    if layout == "meta":
-        rotary = {ours: "to_rotary_heads" for ours in ROTARY_AT_META}
-        return [(ours, rotary.get(ours, how), meta) for ours, how, _, meta in LLM]
+        return [(ours, how, hf) for ours, how, hf, *_ in LLM]
+    if layout in ("meta", "gguf"):
+        rotary = {ours: "to_rotary_heads" for ours in ROTARY_IN_PAIRS}
+        column = 3 if layout == "meta" else 4
+        return [(row[0], rotary.get(row[0], row[1]), row[column]) for row in LLM]
     if layout == "eva":
         return [(ours, how, prefix + eva) for ours, how, eva, _ in VISION]
     if layout == "timm":
@@ -278,7 +291,7 @@ def brief(names: Iterable[str]) -> str:
     """All names, those that differ only in the layer's number as one: "model.layers.{0-31}.mlp.up_proj.weight"."""
     groups: dict[tuple[str, str], list[int | None]] = {}
     for name in names:
-        parts = re.fullmatch(r"(.*?(?:layers|blocks)\.)(\d+)(\..*)", name)
+        parts = re.fullmatch(r"(.*?(?:layers|blocks|blk)\.)(\d+)(\..*)", name)
         key, number = ((parts[1], parts[3]), int(parts[2])) if parts else ((name, ""), None)
         groups.setdefault(key, []).append(number)
     return ", ".join(

@@ -23,6 +23,7 @@ from kangaroo_jax.conversion.files import import_torch, open_model, open_tensors
 from kangaroo_jax.conversion.sources import WeightSource, table_for
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES
 from kangaroo_jax.data.media.video import MediaRef, load_media
+from kangaroo_jax.data.tokenizer import tokenizer_files
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.engine import Engine
@@ -108,9 +109,9 @@ class InJax:
         clip = load_media(ref.path, ref.kind, image_size=self.config.data.image_size, times=ref.times, start=ref.start)
         return self._run(recipe.tokens, recipe.is_vision, (ref,), (clip.pixels, clip.times.astype(np.float32)))
 
-    def continue_text(self, ids: list[int]) -> Run:
-        """The run of a text prompt."""
-        return self._run(np.asarray(ids, np.int32), np.zeros(len(ids), np.bool_), (), None)
+    def continue_text(self, ids: list[int], length: int = GREEDY) -> Run:
+        """The run of a text prompt, with an answer of `length` tokens."""
+        return self._run(np.asarray(ids, np.int32), np.zeros(len(ids), np.bool_), (), None, length)
 
     def _run(
         self,
@@ -118,11 +119,12 @@ class InJax:
         is_vision: np.ndarray,
         media: tuple[MediaRef, ...],
         clip: tuple[np.ndarray, np.ndarray] | None,
+        length: int = GREEDY,
     ) -> Run:
         """`clip`: frames uint8[F, S, S, 3] of the medium and their seconds."""
         rows: dict[str, np.ndarray] = {}
-        request = Request(tokens, is_vision, media, GREEDY)
-        sizes = Sizes.for_context(len(tokens) + GREEDY, slots=1)
+        request = Request(tokens, is_vision, media, length)
+        sizes = Sizes.for_context(len(tokens) + length, slots=1)
         with Engine(self.model, sizes, vision=lambda _: Given(rows), precision="highest") as engine:
             if clip is not None:
                 rows[media[0].path] = _vision(engine.programs, *clip)
@@ -194,7 +196,7 @@ class InTorch:
         self.model: Any
         self.tokenizer: Any
         folder = source.path if source.path.is_dir() else source.path.parent
-        load = _llama if source.layout == "llama" else _kangaroo
+        load = {"llama": _llama, "gguf": _gguf}.get(source.layout, _kangaroo)
         try:
             with _quiet():
                 self.model, report, self.tokenizer = load(source, folder, scratch)
@@ -243,6 +245,19 @@ def _llama(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
 
     model, report = _filled(LlamaForCausalLM, _llama_config(folder), _state(source))
     return model, report, _own_tokenizer(folder)
+
+
+def _gguf(source: WeightSource, folder: Path, scratch: Path) -> Loaded:
+    """By transformers' own reader of such files."""
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    options: dict[str, Any] = dict(gguf_file=source.path.name, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = LlamaForCausalLM.from_pretrained(str(folder), **options)
+    model, report = loaded
+    for name, data in tokenizer_files(source.path).items():
+        (scratch / name).write_bytes(data)
+    return model, report, PreTrainedTokenizerFast(tokenizer_file=str(scratch / "tokenizer.json"))
 
 
 def _llama_config(folder: Path) -> Any:
@@ -325,13 +340,14 @@ def _own_tokenizer(folder: Path) -> Any:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    load_tokenizer(file)  # raises for unsupported parts
-    return PreTrainedTokenizerFast(tokenizer_file=str(file))
+    settings = load_tokenizer(file).settings  # raises for unsupported parts
+    options: dict[str, Any] = {} if settings is None else {"chat_template": settings.template, **settings.tokens}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **options)
 
 
 def code_of(source: WeightSource) -> str:
     """The origin of the code that PyTorch runs for a source, in words."""
-    if source.layout == "llama":
+    if source.layout in ("llama", "gguf"):
         return "transformers' LlamaForCausalLM"
     mine = "this package's model file"
     folder = source.path if source.path.is_dir() else source.path.parent

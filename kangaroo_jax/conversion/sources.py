@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints.stored import Stored, whole
 from kangaroo_jax.config import ModelConfig, RopeScaling, stage_config
-from kangaroo_jax.conversion import formats, names
+from kangaroo_jax.conversion import formats, gguf_files, names
 from kangaroo_jax.conversion.files import Tensor, Tensors, files_of, left_aside, open_model, open_tensors
 from kangaroo_jax.conversion.names import NameRow
 from kangaroo_jax.conversion.weights import Cast, Mapped, Overlaid, Weights
+from kangaroo_jax.data.tokenizer_gguf import is_gguf
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.json_text import read_json
 
@@ -26,12 +27,14 @@ HIDDEN_ROWS = "llm/embedding"  # name in SHADOWED of the rows that the marks rep
 HEADS = {
     **dict.fromkeys(("llama", "kangaroo"), ("model.embed_tokens.weight", "lm_head.weight")),
     "meta": ("tok_embeddings.weight", "output.weight"),
+    "gguf": ("token_embd.weight", "output.weight"),
 }
 # A tensor that only this layout has, by which it is detected.
 SIGNS = (
     ("kangaroo", "vision_tower.cls_token"),
     ("llama", "model.embed_tokens.weight"),
     ("meta", "tok_embeddings.weight"),
+    ("gguf", "token_embd.weight"),
     ("eva", "visual.blocks.0.mlp.w1.weight"),
     ("eva", "blocks.0.mlp.w1.weight"),
     ("timm", "blocks.0.mlp.fc1_g.weight"),
@@ -82,7 +85,12 @@ def open_source(
         raise UserError(f"{path}: no such file or folder")
     if is_ours(path):
         return open_ours(path)
-    tensors = open_model(path)
+    metadata: dict[str, Any] = {}
+    if (file := gguf_files.gguf_in(path)) is not None:
+        path = file
+        tensors, metadata = gguf_files.open_weights(path)
+    else:
+        tensors = open_model(path)
     layout = next((layout for layout, sign in SIGNS if sign in tensors), None)
     if layout is None:
         beside = (path if path.is_dir() else path.parent) / "config.json"
@@ -90,6 +98,8 @@ def open_source(
         some = ", ".join(sorted(tensors)[:3])
         raise UserError(f"{path}: these are no weights of a known layout (its names are like {some})")
     config = _config(path, layout, tensors, preset)
+    if layout == "gguf":
+        gguf_files.read_config(metadata, config.model, tensors, path)
     config.update_from_flattened_dict(dict(overrides or {}))
     if layout in ("eva", "timm"):
         config.model.vision.pos_embed_grid = _stored_grid(tensors, config, path)
@@ -98,7 +108,7 @@ def open_source(
     weights, left_out = _mapped(path, layout, tensors, config)
     words = [left_out, *_taken_for_granted(path, layout, files_of(tensors))]
     files = tuple(files_of(tensors))
-    said = _said(path) if layout == "llama" else {}
+    said = gguf_files.said(metadata) if layout == "gguf" else _said(path) if layout == "llama" else {}
     return WeightSource(path, layout, weights, config, _tokenizer(path), files, "; ".join(filter(None, words)), said)
 
 
@@ -262,7 +272,14 @@ def _stored_grid(tensors: Tensors, config: ConfigDict, path: Path) -> int:
 
 
 def _tokenizer(path: Path) -> Path | None:
+    """The tokenizer's file beside weights, or in them; for others' SentencePiece models the tokenizer.json."""
+    if is_gguf(path):
+        return path
     folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", (folder / "tokenizer.model").read_bytes()[:256])
+        if not ranks and not (folder / "kangaroo_tokenizer.model").is_file():
+            return folder / "tokenizer.json"
     for name in ("kangaroo_tokenizer.model", "tokenizer.model", "tokenizer.json", "original/tokenizer.model"):
         if (folder / name).is_file():
             return folder / name

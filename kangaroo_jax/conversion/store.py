@@ -16,11 +16,9 @@ import numpy as np
 
 from kangaroo_jax.checkpoints.stored import Box, Spec
 from kangaroo_jax.conversion.building import Building, ahead
-from kangaroo_jax.conversion.weights import Weights, boxes
+from kangaroo_jax.conversion.weights import VOCABULARY, Weights, boxes
 from kangaroo_jax.system.progress import Progress
 
-# Large parameters without layers are cut along the vocabulary's dimension.
-CUT_AXES = {"llm/embedding": 0, "llm/head/kernel": 1}
 _ZARR_DTYPES = {
     **{"bfloat16": "bfloat16", "float32": "<f4", "float16": "<f2", "float64": "<f8"},
     **{"int8": "|i1", "uint8": "|u1"},  # of quantised kernels
@@ -32,7 +30,7 @@ def write_params(weights: Weights, building: Building, progress: Progress) -> No
     folder = building.folder / "params"
     work = []
     for path, spec in weights.specs.items():
-        cut = boxes(spec, path, CUT_AXES.get(path))
+        cut = boxes(spec, path, VOCABULARY.get(path))
         _write_array_metadata(folder / path, spec, cut[0])
         work += [(path, box, cut[0]) for box in cut]
     todo = []

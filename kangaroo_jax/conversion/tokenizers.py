@@ -8,54 +8,37 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kangaroo_jax.data.chat_format import LLAMA3
 from kangaroo_jax.data.tokenizer import (
     LLAMA3_OFFSETS,
-    LLAMA3_PATTERN,
     LLAMA3_SPECIALS,
+    MARKS,
     SENTENCEPIECE_IDS,
     SPECIAL_NAMES,
     WHOLE_PIECES,
     Tokenizer,
     load_tokenizer,
+    tokenizer_files,
 )
+from kangaroo_jax.data.tokenizer_gguf import is_gguf
+from kangaroo_jax.data.tokenizer_json import LLAMA3_PATTERN
 from kangaroo_jax.system.json_text import read_json
 
-# The chat template of `data.batches.sample`: content is a text, or a list of media and text parts.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-<|start_header_id|>{{ message['role'] }}<|end_header_id|>
 
-{% if message['content'] is string -%}
-{{ message['content'] | trim }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}{{ part['text'] }}
-{%- else -%}<{{ part['type'] }}>
-{% endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|eot_id|>
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-<|start_header_id|>assistant<|end_header_id|>
-
-{% endif -%}
-"""
-
-
-def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str, Any]:
+def write_tokenizer(source: Path, config: ConfigDict, folder: Path, *, marks: bool = True) -> dict[str, Any]:
     """Write tokenizer.json, tokenizer_config.json and the chat template, and copy the source file.
 
-    Returns the keys of config.json that name tokens. Raises UserError for a file that is no tokenizer, or has a
-    larger vocabulary than the model.
+    `marks` says whether the marks around a video are among its tokens, where the source has none to spare. Returns the
+    keys of config.json that name tokens. Raises UserError for a file that is no tokenizer, or has a larger vocabulary
+    than the model.
     """
     from kangaroo_jax.errors import UserError
 
     tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > config.model.llm.vocab_size:
+    size = tokenizer.vocab_size if marks else tokenizer.own_size
+    if size > config.model.llm.vocab_size:
         raise UserError(
-            f"{source}: {tokenizer.vocab_size} tokens, but the model knows {config.model.llm.vocab_size}; "
+            f"{source}: {size} tokens, but the model knows {config.model.llm.vocab_size}; "
             "give the tokenizer that it was trained with by --tokenizer"
         )
     makers = {"sentencepiece": from_sentencepiece, "llama3_tiktoken": from_ranks}
@@ -65,21 +48,32 @@ def write_tokenizer(source: Path, config: ConfigDict, folder: Path) -> dict[str,
         target.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         shutil.copyfile(source, folder / f"kangaroo_{source.name}")
     else:
-        _copy_json(source, target)
-    eot = tokenizer.name(tokenizer.eot)
+        data = tokenizer_files(source)["tokenizer.json"] if is_gguf(source) else source.read_bytes()
+        target.write_bytes(_with_marks(data, tokenizer, marks))
+    template = LLAMA3 if tokenizer.settings is None else tokenizer.settings.template
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.name(tokenizer.bos),
-        "eos_token": eot,
-        "pad_token": tokenizer.name(tokenizer.eos),
+        **_named_tokens(tokenizer),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max(8192, config.data.tokens_per_pack),
         "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return _token_keys(tokenizer)
+
+
+def _named_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What tokenizer_config.json calls its special tokens."""
+    if tokenizer.settings is None:
+        bos, eot, eos = map(tokenizer.name, (tokenizer.bos or 0, tokenizer.eot, tokenizer.eos))
+        return {"bos_token": bos, "eos_token": eot, "pad_token": eos}
+    own = {"eos_token": tokenizer.name(tokenizer.eos), "pad_token": tokenizer.name(tokenizer.eos)}
+    begins = {} if tokenizer.settings.begins is None else {"add_bos_token": tokenizer.settings.begins}
+    return {**own, **tokenizer.settings.tokens, **begins}
 
 
 # Keys kept from a tokenizer_config.json: the others name classes and code, which differ between transformers versions.
@@ -125,16 +119,19 @@ def _content(value: Any) -> Any:
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
-def _copy_json(source: Path, target: Path) -> None:
-    """Copy a tokenizer.json; marks of ours become special tokens if they are not."""
-    spec = json.loads(source.read_bytes())
-    odd = [e for e in spec["added_tokens"] if e["content"] in SPECIAL_NAMES.values() and not e.get("special")]
-    if not odd:
-        shutil.copyfile(source, target)
-        return
+def _with_marks(data: bytes, tokenizer: Tokenizer, marks: bool) -> bytes:
+    """A tokenizer.json in which the marks are special tokens; the same bytes where they, or reserved tokens, are."""
+    spec = json.loads(data)
+    added = {entry["content"]: entry for entry in spec["added_tokens"]}
+    odd = [entry for name, entry in added.items() if name in SPECIAL_NAMES.values() and not entry.get("special")]
     for entry in odd:
         entry["special"] = True
-    target.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    new = {getattr(tokenizer, role): SPECIAL_NAMES[role] for role in MARKS if marks}
+    new = {token: name for token, name in new.items() if token >= tokenizer.own_size}
+    if not odd and not new:
+        return data
+    spec["added_tokens"] += _added(new)
+    return json.dumps(spec, ensure_ascii=False).encode()
 
 
 def _token_keys(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -142,7 +139,7 @@ def _token_keys(tokenizer: Tokenizer) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos,
         "eos_token_id": list(tokenizer.stop_ids),
         "pad_token_id": tokenizer.eos,
-        "header_ids": [tokenizer.start_header, tokenizer.end_header],
+        "header_ids": [tokenizer.start_header, tokenizer.end_header] if tokenizer.settings is None else [],
         "eot_token_id": tokenizer.eot,
     }
 

@@ -17,6 +17,7 @@ from kangaroo_jax.errors import UserError
 
 BOX_BYTES = 192 << 20  # the largest box that is read at once, if the layout allows cutting
 TILE = 128  # side of a tile in numbers
+VOCABULARY = {"llm/embedding": 0, "llm/head/kernel": 1}  # parameters with a row for each token, and its axis
 
 
 class Weights(Protocol):
@@ -171,6 +172,64 @@ class Overlaid:
                 if box[0].start <= row < box[0].stop:
                     array[row - box[0].start] = value[box[1]]
         return array
+
+
+class Grown:
+    """Weights with more rows at the end of the vocabulary: each is the mean of those that the decoder brought."""
+
+    def __init__(self, weights: Weights, rows: int) -> None:
+        """`rows`: how many more."""
+        self._weights, self._rows = weights, rows
+        self._means: dict[str, np.ndarray] = {}
+        self.specs: dict[str, Spec] = dict(weights.specs)
+        for path, axis in VOCABULARY.items():
+            if path in self.specs:
+                shape = list(self.specs[path].shape)
+                shape[axis] += rows
+                self.specs[path] = Spec(tuple(shape), self.specs[path].dtype)
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        axis = VOCABULARY.get(path)
+        if axis is None:
+            return self._weights.read(path, box)
+        known, cut = self._weights.specs[path].shape[axis], box[axis]
+        parts = []
+        if cut.start < known:
+            inner = [*box]
+            inner[axis] = slice(cut.start, min(cut.stop, known))
+            parts.append(self._weights.read(path, tuple(inner)))
+        if (more := cut.stop - max(cut.start, known)) > 0:
+            row = np.expand_dims(self._mean(path, axis)[box[1 - axis]], axis)
+            parts.append(np.repeat(row, more, axis))
+        return np.concatenate(parts, axis)
+
+    def _mean(self, path: str, axis: int) -> np.ndarray:
+        if path not in self._means:
+            spec = self._weights.specs[path]
+            total = np.zeros(spec.shape[1 - axis])
+            for box in boxes(spec, path, axis):
+                total += self._weights.read(path, box).sum(axis=axis, dtype=np.float64)
+            self._means[path] = (total / spec.shape[axis]).astype(spec.dtype)
+        return self._means[path]
+
+
+class Shrunk:
+    """Weights without the last rows of the vocabulary."""
+
+    def __init__(self, weights: Weights, rows: int) -> None:
+        """`rows`: how many fewer."""
+        self._weights = weights
+        self.specs: dict[str, Spec] = dict(weights.specs)
+        for path, axis in VOCABULARY.items():
+            if path in self.specs:
+                shape = list(self.specs[path].shape)
+                shape[axis] -= rows
+                self.specs[path] = Spec(tuple(shape), self.specs[path].dtype)
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Weights`."""
+        return self._weights.read(path, box)
 
 
 class Marked:

@@ -1,26 +1,40 @@
 """Text to token ids and back: three kinds of tokenizer behind one interface.
 
     kind            file                            read by
-    llama3_json     tokenizer.json                  `tokenizers`
+    llama3_json     tokenizer.json, Llama 3's       `tokenizers`
+    json            any other tokenizer.json        `tokenizers`
     llama3_tiktoken tokenizer.model (base64 ranks)  `tiktoken`
     sentencepiece   *.model                         `sentencepiece`
 
+A GGUF file's metadata are read as the tokenizer.json that they hold.
+
 Text never becomes a special token: whatever a user or a data set writes, `<|eot_id|>` and `<video>`
-included, is spelled out in ordinary pieces. Special tokens are placed by id, by the chat template alone.
+included, is spelled out in ordinary pieces. Special tokens are placed by id, by the chat format alone
+(`data.chat_format`): Llama 3's, or that of the template beside the tokenizer.
 """
 
-import base64
-import binascii
 import dataclasses
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.data.chat_format import (
+    CHATML,
+    FORMAT_FILE,
+    ChatFormat,
+    ChatSettings,
+    Special,
+    llama3_format,
+    settings_beside,
+    template_format,
+    writes_llama3,
+)
+from kangaroo_jax.data.tokenizer_gguf import is_gguf, tokenizer_of
+from kangaroo_jax.data.tokenizer_json import open_json
+from kangaroo_jax.data.tokenizer_ranks import open_ranks
 from kangaroo_jax.errors import UserError, one_line
-from kangaroo_jax.system.json_text import parse_json
 
 SPECIAL_NAMES = {
     "bos": "<|begin_of_text|>",
@@ -34,6 +48,9 @@ SPECIAL_NAMES = {
     "vi_end": "<vi_end>",
     "vision": "<vision>",
 }
+MARKS = ("vi_start", "eof", "eov", "vi_end", "vision")  # around a video, and the placeholder in it
+_LLAMA3_ROLES = tuple(role for role in SPECIAL_NAMES if role not in MARKS)
+_RESERVED = re.compile(r"(?i)reserved|unused|^\[control_\d+\]$|^<SPECIAL_\d+>$")  # names of tokens without a use
 WHOLE_PIECES = ("\n\n",)  # pieces of SentencePiece models trained here that are matched before any merge
 # Ids of special tokens in SentencePiece models trained here; unknown is 0.
 SENTENCEPIECE_IDS = {
@@ -64,42 +81,41 @@ LLAMA3_OFFSETS = {
     "vision": 11,
 }
 LLAMA3_SPECIALS = 256
-# Llama-3's pre-tokenization pattern (the model's published tokenizer.json and reference encoder).
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The allowed parts of a tokenizer.json: each takes linear time and lengthens the text only a few times.
-KNOWN_PARTS = (
-    *("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Lowercase", "Strip"),
-    *("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
-    *("ByteFallback", "Fuse"),
-)
-KNOWN_MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
-KNOWN_PATTERNS = (LLAMA3_PATTERN,)
-MOST_PARTS = 32  # parts of a normalizer, pre-tokenizer or decoder
-LARGEST_GROWTH = 64  # factor by which all replacements together may lengthen a text
-LARGEST_JSON = 128 << 20  # bytes of a tokenizer.json; Llama 3's is 9 MB
-# tiktoken recurses on long runs: text is cut inside longer runs of characters of one sort (blank or not).
-_LONGEST_TEXT = 400_000
-_LONGEST_RUN = 25_000
 _SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
+
+
+Spans = Callable[[str], tuple[list[int], Sequence[tuple[int, int]]]]  # text -> ids and the place of each in the text
+
+
+def whole_characters(text: str) -> str:
+    """The text, in which lone surrogates become "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """One interface for every kind. Ids are ints in 0..vocab_size-1.
 
-    `vision` is the id of the placeholder at the position of a vision token; it is never embedded.
+    `vision` is the id of the placeholder at the position of a vision token; it is never embedded. `own_size` is the
+    vocabulary without marks that the file has no tokens for. `stop_ids` end an answer, `prefix` begins plain text.
+    `bos` is None where no token begins a text; `settings` is None, and the headers are not, where the chat format is
+    Llama 3's. `spans` gives the ids of text after other text and the place of each in it; it is None where that is not
+    known.
     """
 
     kind: str
     vocab_size: int
-    bos: int
+    own_size: int
+    bos: int | None
     eos: int
     eot: int
-    start_header: int
-    end_header: int
+    stop_ids: tuple[int, ...]
+    prefix: tuple[int, ...]
+    start_header: int | None
+    end_header: int | None
+    format: ChatFormat = dataclasses.field(repr=False)
+    settings: ChatSettings | None = dataclasses.field(repr=False)
+    spans: Spans | None = dataclasses.field(repr=False)
     vi_start: int
     eof: int
     eov: int
@@ -109,14 +125,9 @@ class Tokenizer:
     _decode: Callable[[list[int]], str] = dataclasses.field(repr=False)
     _special: Mapping[int, str] = dataclasses.field(repr=False)
 
-    @property
-    def stop_ids(self) -> tuple[int, int]:
-        """The ids that end an answer: end of text and end of turn."""
-        return (self.eos, self.eot)
-
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; special tokens in it are encoded as ordinary text. No token is added at either end."""
-        return self._encode(text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
+        return self._encode(whole_characters(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD.
@@ -140,12 +151,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UserError: the file is missing, of no known kind, or without the special tokens needed.
     """
-    path = Path(path)
+    path = tokenizer_file(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: no tokenizer.json or tokenizer.model in this folder")
-        path = found[0]
+        raise UserError(f"{path}: no tokenizer.json or tokenizer.model in this folder")
+    if is_gguf(path):
+        data, settings = tokenizer_of(path)
+        return _from_json(path, data, settings)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -154,153 +165,144 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "tokenizer.model comes with its weights, the quickstart leaves one for the preset tiny in its workdir"
         ) from None
     if data.lstrip()[:1] == b"{":
-        return _from_json(path, data)
+        return _from_json(path, data, settings_beside(path))
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return _from_ranks(path, data)
     return _from_sentencepiece(path, data)
 
 
+def tokenizer_files(source: str | Path) -> dict[str, bytes]:
+    """Name -> contents of the files that a folder needs to have the tokenizer of `source` (see `load_tokenizer`).
+
+    Raises UserError for a file that is no tokenizer.
+    """
+    source = tokenizer_file(source)
+    tokenizer = load_tokenizer(source)
+    if is_gguf(source):
+        files = {"tokenizer.json": tokenizer_of(source)[0]}
+    else:
+        files = {f"tokenizer{source.suffix}": source.read_bytes()}
+    return files | ({FORMAT_FILE: tokenizer.settings.to_json().encode()} if tokenizer.settings is not None else {})
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that `load_tokenizer` reads: `path`, or the one in that folder."""
+    path = Path(path)
+    names = ("tokenizer.json", "tokenizer.model")
+    return next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
+
+
 # -------------------------------------------------------------------------- tokenizer.json
 
 
-def _from_json(path: Path, data: bytes) -> Tokenizer:
-    """A tokenizer.json, by `tokenizers`. Special tokens in text become ordinary pieces; other added tokens match."""
-    import tokenizers
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a file gives of a tokenizer; `size` is one more than its largest id."""
 
-    if len(data) > LARGEST_JSON:
-        raise UserError(f"{path}: {len(data)} bytes are no tokenizer.json; is it the right file?")
-    spec = parse_json(data, str(path))
-    try:
-        for entry in spec["added_tokens"]:
-            entry["special"] = entry.get("special") is not False or entry["content"] in SPECIAL_NAMES.values()
-        added = {int(entry["id"]): str(entry["content"]) for entry in spec["added_tokens"]}
-        special = {int(entry["id"]): added[int(entry["id"])] for entry in spec["added_tokens"] if entry["special"]}
-        _check_parts(spec, path)
-        spec.update(post_processor=None, truncation=None, padding=None)
-        reader = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        reader.encode_special_tokens = True
-    except (KeyboardInterrupt, SystemExit, UserError):
-        raise
-    except BaseException as error:  # the package raises bare Exception and Rust panics (BaseException)
-        raise UserError(f"{path}: not a tokenizer.json ({one_line(error)[:160]})") from None
-    by_name = {name: token for token, name in special.items()}
-    ordinary = reader.get_vocab_size(with_added_tokens=False)
-    ids = {}
-    for role, name in SPECIAL_NAMES.items():
-        reserved = ordinary + LLAMA3_OFFSETS[role]
-        if name in by_name:
-            ids[role] = by_name[name]
-        elif role in ("vi_start", "eof", "eov", "vi_end", "vision") and reserved in special:
-            ids[role] = reserved
-        else:
-            raise UserError(f"{path}: no {name} among its added tokens; give the tokenizer of a Llama-3 model")
+    kind: str
+    size: int
+    special: Mapping[int, str]
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    flags: Mapping[str, Special]
+    spans: Spans | None = None
+
+
+def _from_json(path: Path, data: bytes, settings: ChatSettings) -> Tokenizer:
+    """A tokenizer.json. Special tokens in text become ordinary pieces; other added tokens match."""
+    reader = open_json(path, data, SPECIAL_NAMES.values())
+    size = max(reader.ordinary, *(token + 1 for token in reader.added), 0)
+    by_name = {name: token for token, name in reader.special.items()}
+    ids = {role: by_name[name] for role, name in SPECIAL_NAMES.items() if name in by_name}
+    if all(role in ids for role in _LLAMA3_ROLES):
+        reserved = {role: reader.ordinary + LLAMA3_OFFSETS[role] for role in MARKS if role not in ids}
+        ids |= {role: token for role, token in reserved.items() if token in reader.special}
+    read = _Read("json", size, reader.special, reader.encode, reader.decode, reader.flags, reader.spans)
+    return _finished(path, read, ids, settings)
+
+
+def _finished(path: Path, read: _Read, ids: Mapping[str, int], settings: ChatSettings) -> Tokenizer:
+    """The tokenizer, with its chat format and ids for all of MARKS.
+
+    A mark that has no id takes a reserved token, or a new one after the others. Raises UserError if nothing says how
+    the turns of a conversation are written.
+    """
+    names, ids = {name: token for token, name in read.special.items()}, dict(ids)
+    plain = None
+    if all(role in ids for role in _LLAMA3_ROLES):
+        plain = llama3_format(ids["bos"], (ids["start_header"], ids["end_header"]), ids["eot"], read.encode)
+        if not settings.template or writes_llama3(settings, plain, read.flags, read.encode, path):
+            settings = ChatSettings()
+    elif not settings.template and {"<|im_start|>", "<|im_end|>"} <= names.keys():
+        tokens = {"eos_token": "<|im_end|>", **settings.tokens}
+        settings = dataclasses.replace(settings, template=CHATML, tokens=tokens)
+    elif not settings.template:
+        raise UserError(
+            f"{path}: has neither Llama 3's marks nor ChatML's, and no chat template stands beside it; put the model's "
+            "tokenizer_config.json or chat_template.jinja there"
+        )
+    if not settings.template:
+        assert plain is not None
+        chat: dict[str, Any] = dict(bos=ids["bos"], eos=ids["eos"], prefix=(ids["bos"],), format=plain, settings=None)
+        chat |= dict(eot=ids["eot"], stop_ids=(ids["eos"], ids["eot"]))
+        chat |= {role: ids[role] for role in ("start_header", "end_header")}
+    else:
+        chat = _by_template(path, read, settings, names)
+    special = dict(read.special)
+    size = max(read.size, *(ids[role] + 1 for role in MARKS if role in ids), 0)
+    used = {*ids.values(), *chat["stop_ids"], *(names.get(text) for text in settings.tokens.values())}
+    free = [token for token, name in sorted(special.items()) if token not in used and _RESERVED.search(name)]
+    lacking = [role for role in MARKS if role not in ids]
+    if len(free) < len(lacking):
+        free = list(range(size, size + len(lacking)))
+    ids |= dict(zip(lacking, free, strict=False))
+    special |= {ids[role]: SPECIAL_NAMES[role] for role in lacking}
     return Tokenizer(
-        kind="llama3_json",
-        vocab_size=max(ordinary, *(token + 1 for token in added)),
-        **ids,
-        _encode=lambda text: _read_by(path, reader.encode, text, add_special_tokens=False).ids,
-        _decode=lambda tokens: _read_by(path, reader.decode, tokens, skip_special_tokens=False),
+        kind="llama3_json" if read.kind == "json" and not settings.template else read.kind,
+        vocab_size=max(size, *(ids[role] + 1 for role in MARKS)),
+        own_size=size,
+        **chat,
+        vi_start=ids["vi_start"],
+        eof=ids["eof"],
+        eov=ids["eov"],
+        vi_end=ids["vi_end"],
+        vision=ids["vision"],
+        spans=read.spans,
+        _encode=read.encode,
+        _decode=read.decode,
         _special=special,
     )
 
 
-def _read_by(path: Path, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of a call of the package. Raises UserError where the file lacks what the call needs."""
-    try:
-        return call(*arguments, **options)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # see `_from_json`
-        raise UserError(f"{path}: cannot be used for this text ({one_line(error)[:160]})") from None
-
-
-def _check_parts(spec: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError if a tokenizer.json has parts that may run without end or lengthen a text without bound."""
-    for kind in ("normalizer", "pre_tokenizer", "decoder"):
-        growth, parts = 1.0, list(_parts(spec.get(kind)))
-        if len(parts) > MOST_PARTS:
-            raise UserError(f"{path}: a {kind} of {len(parts)} parts; more than {MOST_PARTS} are not read")
-        for part in parts:
-            name = part.get("type")
-            if name not in KNOWN_PARTS:
-                raise UserError(f"{path}: {kind} {name!r} is not read; known are {', '.join(KNOWN_PARTS)}")
-            pattern = part.get("pattern") or {"String": " "}
-            if "Regex" in pattern and pattern["Regex"] not in KNOWN_PATTERNS:
-                raise UserError(f"{path}: the {kind}'s pattern {pattern['Regex']!r} is unknown; not read")
-            longest = max((len(str(part.get(key) or "")) for key in ("content", "prepend", "replacement")), default=0)
-            if longest > 8 or pattern.get("String") == "":
-                raise UserError(f"{path}: the {kind} {name!r} puts {longest} characters in place of a few; not read")
-            if name == "Replace":
-                growth *= max(1.0, longest / len(pattern.get("String") or "x"))
-        if growth > LARGEST_GROWTH:
-            raise UserError(f"{path}: the {kind} may make a text {growth:,.0f} times as long; not read")
-    model = spec["model"]
-    if model.get("type", "BPE") not in KNOWN_MODELS or model.get("dropout"):
-        raise UserError(f"{path}: its model is not read; known are {', '.join(KNOWN_MODELS)}, without dropout")
-
-
-def _parts(part: Any) -> Iterable[Mapping[str, Any]]:
-    """The elementary parts that a part of a tokenizer.json consists of."""
-    if part is None:
-        return
-    if part.get("type") != "Sequence":
-        yield part
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        for inner in part.get(key) or ():
-            yield from _parts(inner)
-
-
-# ------------------------------------------------------------------- tokenizer.model, Llama 3
+def _by_template(path: Path, read: _Read, settings: ChatSettings, names: Mapping[str, int]) -> dict[str, Any]:
+    """What of a tokenizer follows from a chat template."""
+    chat = template_format(settings, read.flags, None if read.spans else read.encode, path)
+    bos, eos = (names.get(settings.tokens.get(f"{role}_token", "")) for role in ("bos", "eos"))
+    stop = dict.fromkeys((*settings.stop_ids, *((eos,) if eos is not None else ()), chat.eot))
+    if any(token >= read.size for token in stop):
+        raise UserError(f"{path}: the ids {list(stop)} that end an answer are not all of this tokenizer")
+    return dict(
+        bos=bos,
+        eos=chat.eot if eos is None else eos,
+        eot=chat.eot,
+        stop_ids=tuple(stop),
+        prefix=(bos,) if bos is not None and settings.begins else (),
+        format=chat,
+        settings=settings,
+        start_header=None,
+        end_header=None,
+    )
 
 
 def _from_ranks(path: Path, data: bytes) -> Tokenizer:
     """A tiktoken file: a line of base64 bytes and a rank for each ordinary token; the specials follow them."""
-    import tiktoken
-
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            piece, rank = line.split()
-            ranks[base64.b64decode(piece, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise UserError(f"{path}, line {number}: expected base64 bytes and a rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"{path}: ranks are not 0 to {len(ranks) - 1}, each once; the file is damaged or cut short")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise UserError(f"{path}: no rank for {len(missing)} of the 256 single bytes; the file is damaged")
-    coder = tiktoken.Encoding(
-        name=path.stem, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
-    )
-    special = {len(ranks) + i: f"<|special_{i}|>" for i in range(LLAMA3_SPECIALS)}
-    ids = {role: len(ranks) + offset for role, offset in LLAMA3_OFFSETS.items()}
+    count, encode, decode = open_ranks(path, data)
+    special = {count + i: f"<|special_{i}|>" for i in range(LLAMA3_SPECIALS)}
+    ids = {role: count + offset for role, offset in LLAMA3_OFFSETS.items()}
     special.update({token: SPECIAL_NAMES[role] for role, token in ids.items()})
-    return Tokenizer(
-        kind="llama3_tiktoken",
-        vocab_size=len(ranks) + LLAMA3_SPECIALS,
-        **ids,
-        _encode=lambda text: [i for part in _short_parts(text) for i in coder.encode_ordinary(part)],
-        _decode=lambda tokens: coder.decode(tokens, errors="replace"),
-        _special=special,
-    )
-
-
-_RUNS = re.compile(rf"(?:\S{{1,{_LONGEST_RUN}}}|\s{{1,{_LONGEST_RUN}}})")
-
-
-def _short_parts(text: str) -> Iterable[str]:
-    """Cut text where tiktoken would run out of stack: every 400,000 characters, and inside very long runs."""
-    for begin in range(0, len(text), _LONGEST_TEXT):
-        part = text[begin : begin + _LONGEST_TEXT]
-        start = end = 0
-        blank = None
-        for run in _RUNS.finditer(part):
-            is_blank = run.group()[0].isspace()
-            if is_blank == blank:  # the same run continues: it was too long
-                yield part[start:end]
-                start = end
-            blank, end = is_blank, run.end()
-        yield part[start:]
+    flags = {name: Special(token) for token, name in special.items()}
+    read = _Read("llama3_tiktoken", count + LLAMA3_SPECIALS, special, encode, decode, flags)
+    return _finished(path, read, ids, settings_beside(path))
 
 
 # ---------------------------------------------------------------------------- SentencePiece
@@ -333,14 +335,16 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
             ids += mark + model.EncodeAsIds(part)
         return ids
 
-    return Tokenizer(
+    special = {0: "<unk>", **{token: SPECIAL_NAMES[role] for role, token in SENTENCEPIECE_IDS.items()}}
+    read = _Read(
         kind="sentencepiece",
-        vocab_size=model.GetPieceSize(),
-        **SENTENCEPIECE_IDS,
-        _encode=encode,
-        _decode=model.DecodeIds,
-        _special={0: "<unk>", **{token: SPECIAL_NAMES[role] for role, token in SENTENCEPIECE_IDS.items()}},
+        size=model.GetPieceSize(),
+        special=special,
+        encode=encode,
+        decode=model.DecodeIds,
+        flags={name: Special(token) for token, name in special.items()},
     )
+    return _finished(path, read, SENTENCEPIECE_IDS, settings_beside(path))
 
 
 def train_sentencepiece(

@@ -166,7 +166,7 @@ class Routes:
                 request = await service.in_thread(lambda: tokenize_request(parsed(body), limits))
                 if request.prompt is None:
                     text = request.text or ""
-                    head = [tokenizer.bos] if request.add_special_tokens else []
+                    head = [*tokenizer.prefix] if request.add_special_tokens else []
                     return head + await service.in_thread(lambda: counted(text)), request.token_strings
                 service.model(request.prompt.model)
                 namespace = service.namespace(call, request.prompt.cache_salt)

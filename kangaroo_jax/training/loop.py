@@ -319,7 +319,7 @@ def open_tokenizer(config: StageConfig) -> Tokenizer:
     """The tokenizer of `config.data`, checked against the model's ids. Raises UserError."""
     if not config.data.tokenizer:
         raise UserError(
-            "config.data.tokenizer is empty: give a tokenizer.json, tokenizer.model or SentencePiece .model"
+            "config.data.tokenizer is empty: give a tokenizer.json, tokenizer.model, SentencePiece .model or a GGUF"
         )
     tokenizer = load_tokenizer(config.data.tokenizer)
     preset, where = config.model.preset, config.data.tokenizer

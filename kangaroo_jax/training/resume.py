@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from kangaroo_jax.checkpoints.reading import find_tokenizer, load_stage, tokenizer_file
+from kangaroo_jax.checkpoints.reading import find_tokenizer, load_stage
 from kangaroo_jax.config import StageConfig
-from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import abstract_model, multiplier
 from kangaroo_jax.training.state import rules_of
@@ -58,19 +58,23 @@ def check_tokenizer(folder: Path, config: StageConfig, tokenizer: Tokenizer) -> 
     except UserError:
         return ""
     given = tokenizer_file(config.data.tokenizer)
-    if kept.read_bytes() == given.read_bytes() or same_tokens(load_tokenizer(kept), tokenizer):
+    before = load_tokenizer(kept)
+    same_files = kept.read_bytes() == given.read_bytes() and before.settings == tokenizer.settings
+    if same_files or same_tokens(before, tokenizer):
         return ""
-    line = f"{given}: is another tokenizer than {kept}, with which the weights of {folder} were trained"
+    what = "another tokenizer" if before.settings == tokenizer.settings else "a tokenizer with another chat template"
+    line = f"{given}: is {what} than {kept}, with which the weights of {folder} were trained"
     if "data.tokenizer" not in config.allow_changes:
         raise _not_asked(line, "data.tokenizer")
     return line
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers, perhaps of different kinds, have the same ids for the same pieces of text."""
+    """Whether two tokenizers, perhaps of different kinds, have the same pieces by id and the same chat format."""
     return (
         a.vocab_size == b.vocab_size
         and a.stop_ids == b.stop_ids
+        and a.settings == b.settings
         and all(a.name(i) == b.name(i) and a.decode([i]) == b.decode([i]) for i in range(a.vocab_size))
     )
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo_jax.data.tokenizer import (
-    LLAMA3_PATTERN,
     SENTENCEPIECE_IDS,
     SPECIAL_NAMES,
     Tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
+from kangaroo_jax.data.tokenizer_json import LLAMA3_PATTERN
 from kangaroo_jax.errors import UserError
 
 TEXTS = {
@@ -157,7 +157,9 @@ def test_json_with_reserved_specials(tmp_path: Path) -> None:
 
 def test_json_without_a_chat_template(tmp_path: Path) -> None:
     path = train_json(tmp_path / "tokenizer.json", ["<|begin_of_text|>"])
-    with pytest.raises(UserError, match="end_of_text"):
+    with pytest.raises(
+        UserError, match="has neither Llama 3's marks nor ChatML's, and no chat template stands beside it"
+    ):
         load_tokenizer(path)
 
 

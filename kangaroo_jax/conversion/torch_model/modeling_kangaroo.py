@@ -19,6 +19,7 @@ from .configuration_kangaroo import KangarooConfig
 from .processing_kangaroo import KangarooProcessor, as_part
 
 FRAMES_AT_A_TIME = 16  # frames that the ViT encodes at a time
+IS_5 = hasattr(LlamaConfig(), "rope_parameters")  # transformers 5, which names some things otherwise than 4
 # The name of the key-value cache in a decoder's arguments and results.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -30,7 +31,7 @@ def llama_config(config: KangarooConfig) -> LlamaConfig:
     kwargs: dict[str, Any] = {name: getattr(config, name) for name in names}
     kwargs.update(attention_bias=False, mlp_bias=False, hidden_act="silu")
     kwargs["tie_word_embeddings"] = config.tie_word_embeddings
-    if hasattr(LlamaConfig(), "rope_parameters"):
+    if IS_5:
         kwargs["rope_parameters"] = dict(config.rope_parameters)
     else:
         scaling = dict(config.rope_parameters)
@@ -183,11 +184,7 @@ class KangarooForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_cache_class = True
-    _tied_weights_keys: Any = (  # in transformers 5 a mapping, in 4 a list
-        {"lm_head.weight": "model.embed_tokens.weight"}
-        if hasattr(LlamaConfig(), "rope_parameters")
-        else ["lm_head.weight"]
-    )
+    _tied_weights_keys: Any = {"lm_head.weight": "model.embed_tokens.weight"} if IS_5 else ["lm_head.weight"]
 
     def __init__(self, config: KangarooConfig):
         super().__init__(config)

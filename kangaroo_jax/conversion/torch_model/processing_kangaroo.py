@@ -19,6 +19,8 @@ from transformers import BatchFeature, ProcessorMixin
 from .media_kangaroo import IMAGE_SUFFIXES, load_media
 
 TAG = re.compile(r"<(image|video)>")
+NO_CLOCK = "{%- set strftime_now = no_clock -%}"  # undefined: a date would change the prompt from day to day
+MARK, MARKS = "\ue000{}\ue001", re.compile("\ue000(\\d+)\ue001")  # stand in the contents' places in a template
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -166,6 +168,8 @@ class KangarooProcessor(ProcessorMixin):
         return [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
 
     def _row(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> "_Row":
+        if not self.headers:
+            return self._templated(messages, add_generation_prompt)
         row = _Row(ids=[self.bos])
         for message in messages:
             row.ids += self._header(message["role"])
@@ -175,6 +179,54 @@ class KangarooProcessor(ProcessorMixin):
         if add_generation_prompt:
             row.ids += self._header("assistant")
         return row
+
+    def _around(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> list[str]:
+        """The chat template's text around the messages' contents."""
+        marked = [{"role": message["role"], "content": MARK.format(i)} for i, message in enumerate(messages)]
+        template = NO_CLOCK + self.tokenizer.get_chat_template()
+        text = self.tokenizer.apply_chat_template(
+            marked, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        pieces = MARKS.split(text)
+        if pieces[1::2] != [str(i) for i in range(len(messages))]:
+            raise ValueError("the chat template does not write these messages one after another, each once")
+        return pieces[::2]
+
+    def _templated(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> "_Row":
+        """A prompt by the tokenizer's chat template: texts between special tokens and media are encoded as one."""
+        row, waiting = _Row(), ""
+        around = self._around(messages, add_generation_prompt)
+        contents = [_parts(message["content"]) for message in messages]
+        for frame, content in zip(around, [*contents, []], strict=True):
+            for part in [*self._pieces(frame), *content]:
+                if isinstance(part, str):
+                    waiting += part
+                    continue
+                row.ids += self._encode(waiting) if waiting else []
+                waiting = ""
+                if isinstance(part, int):
+                    row.ids.append(part)
+                else:
+                    self._add(row, part, self._encode)
+        row.ids += self._encode(waiting) if waiting else []
+        return row
+
+    def _pieces(self, text: str) -> list[Any]:
+        """Text of a template as special tokens and the texts between them."""
+        special = {t.content: (i, t) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        found: list[Any] = []
+        strip = False
+        for number, piece in enumerate(re.split(f"({pattern})", text)):
+            if number % 2:
+                token, flags = special[piece]
+                if flags.lstrip and found and isinstance(found[-1], str):
+                    found[-1] = found[-1].rstrip()
+                found.append(token)
+                strip = flags.rstrip
+            elif piece:
+                found.append(piece.lstrip() if strip else piece)
+        return [piece for piece in found if piece != ""]
 
     def _add(self, row: "_Row", part: Any, encode: Callable[[str], Any]) -> None:
         if isinstance(part, str):
@@ -204,6 +256,13 @@ class KangarooProcessor(ProcessorMixin):
         return Inputs(inputs)
 
     def _text(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+        if not self.headers:
+            around = self._around(messages, add_generation_prompt)
+            contents = [
+                "".join(part if isinstance(part, str) else f"<{part['type']}>" for part in _parts(message["content"]))
+                for message in messages
+            ]
+            return "".join(f"{frame}{content}" for frame, content in zip(around, [*contents, ""], strict=True))
         name = self.tokenizer.convert_ids_to_tokens
         begin, end, eot = name(self.headers[0]), name(self.headers[1]), name(self.eot)
         text = name(self.bos)

@@ -2,7 +2,8 @@
 
 A recipe holds no pixels, so that recipes are cheap to pack, reorder and discard.
 
-The text is Llama-3's chat template, without a system prompt unless the conversation has one:
+The text is written as the tokenizer's chat format says (`data.chat_format`). Llama 3's has no system prompt unless the
+conversation has one:
 
     <|begin_of_text|><|start_header_id|>ROLE<|end_header_id|>\\n\\nTEXT<|eot_id|>...
 
@@ -16,15 +17,15 @@ g * v + g + 2 positions.
 """
 
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.annotations.conversation import TAG, Conversation, Media, Turn, count_tags, language_of, literal
+from kangaroo_jax.data.chat_format import Item
 from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.video import (
     FramePolicy,
@@ -35,7 +36,7 @@ from kangaroo_jax.data.media.video import (
     probe_cached,
     sample_times,
 )
-from kangaroo_jax.data.tokenizer import Tokenizer
+from kangaroo_jax.data.tokenizer import Tokenizer, whole_characters
 from kangaroo_jax.errors import UserError
 
 LOSS_ON = ("assistant", "caption")
@@ -89,10 +90,10 @@ def make_recipe(
 ) -> Recipe:
     """The recipe of a training sample.
 
-    Targets are the assistant's turns and the `<|eot_id|>` that ends each. With `loss_on="caption"` the
-    targets are the same, but the user's turns hold only their media, no text: the caption does not depend on
-    how it was asked for. A sample of more than `max_sample_tokens` (or `tokens_per_pack`) tokens loses whole
-    rounds (question and answer) from its end until it fits.
+    Targets are the assistant's turns and the tokens that end each (`<|eot_id|>`), which also end the sample. With
+    `loss_on="caption"` the targets are the same, but the user's turns hold only their media, no text: the caption does
+    not depend on how it was asked for. A sample of more than `max_sample_tokens` (or `tokens_per_pack`) tokens loses
+    whole rounds (question and answer) from its end until it fits.
 
     Args:
         conversation: with at least one assistant's turn.
@@ -116,22 +117,20 @@ def make_recipe(
         turns = tuple(_media_only(turn) for turn in turns)
     policy = frame_policy(config, frames_per_group)
     refs = plan_media(conversation.media, policy, frames_per_group, probe_media or probe_cached)
-    writer = _Writer(tokenizer, refs, frames_per_group, tokens_per_group)
+    writer = _Writer(tokenizer, frames_per_group, tokens_per_group)
     budget, fitting = config.frames_per_pack, None
-    for i, turn in enumerate(turns, start=1):
-        writer.turn(turn)
-        if i in ends:
-            frames = sum(len(ref.times) for ref in writer.used)
-            if writer.length > limit or frames > budget:
-                if fitting is None:
-                    asked = [f"{medium.fps:g}" for medium in conversation.media if medium.fps is not None]
-                    why = f"; its 'fps' asks for {', '.join(asked)} frames a second of video" if asked else ""
-                    raise UserError(
-                        f"sample {conversation.id!r}: {writer.length} tokens and {frames} frames to its first answer, "
-                        f"but a sample may have {limit} and {budget}{why}"
-                    )
-                break
-            fitting = writer.mark()
+    for _ in writer.rounds(_in_parts(turns, refs)):
+        frames = sum(len(ref.times) for ref in writer.used)
+        if writer.length > limit or frames > budget:
+            if fitting is None:
+                asked = [f"{medium.fps:g}" for medium in conversation.media if medium.fps is not None]
+                why = f"; its 'fps' asks for {', '.join(asked)} frames a second of video" if asked else ""
+                raise UserError(
+                    f"sample {conversation.id!r}: {writer.length} tokens and {frames} frames to its first answer, "
+                    f"but a sample may have {limit} and {budget}{why}"
+                )
+            break
+        fitting = writer.mark()
     assert fitting is not None
     recipe = writer.recipe(conversation.id, fitting, language_of(conversation))
     if not recipe.weights.any():
@@ -160,10 +159,8 @@ def render_prompt(
     if count_tags(turns) != [medium.kind for medium in conversation.media]:
         raise ValueError(f"conversation {conversation.id!r}: tags {count_tags(turns)} do not match its media")
     refs = plan_media(conversation.media, frame_policy(config, frames_per_group), frames_per_group)
-    writer = _Writer(tokenizer, refs, frames_per_group, tokens_per_group)
-    for turn in turns:
-        writer.turn(turn)
-    writer.header("assistant")
+    writer = _Writer(tokenizer, frames_per_group, tokens_per_group)
+    writer.write(_in_parts(turns, refs), ask=True)
     recipe = writer.recipe(conversation.id)
     return dataclasses.replace(recipe, weights=np.zeros_like(recipe.weights))
 
@@ -185,21 +182,10 @@ def render_parts(
         frames_per_group: frames joined by the patchify; the number of frames of each medium is a multiple.
         tokens_per_group: vision tokens that a group becomes.
         ask: whether the header of the answer to come follows.
-        leave_open: whether the last turn goes on with the answer: it has no `<|eot_id|>`, and no header follows.
+        leave_open: whether the last turn goes on with the answer: nothing ends it, and no header follows.
     """
-    writer = _Writer(
-        tokenizer,
-        [part for _, parts in turns for part in parts if isinstance(part, MediaRef)],
-        frames_per_group,
-        tokens_per_group,
-    )
-    for number, (role, parts) in enumerate(turns, start=1):
-        writer.header(role)
-        writer.parts(_joined(parts))
-        if not (leave_open and number == len(turns)):
-            writer.end_turn()
-    if ask and not leave_open:
-        writer.header("assistant")
+    writer = _Writer(tokenizer, frames_per_group, tokens_per_group)
+    writer.write([_Said(role, _joined(parts)) for role, parts in turns], ask=ask, leave_open=leave_open)
     recipe = writer.recipe("")
     return dataclasses.replace(recipe, weights=np.zeros_like(recipe.weights))
 
@@ -307,60 +293,109 @@ def _media_only(turn: Turn) -> Turn:
     return Turn(turn.role, "".join(match.group() for match in TAG.finditer(turn.text)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """A turn: its texts, none of which is a tag, and media; `loss` is the weight of its tokens, 0 for none."""
+
+    role: str
+    parts: Sequence[str | MediaRef]
+    loss: float = 0.0
+
+
+def _in_parts(turns: Sequence[Turn], refs: Sequence[MediaRef]) -> list[_Said]:
+    """Turns, in which tags stand for the media in their order, as texts and media."""
+    left = iter(refs)
+    said = []
+    for turn in turns:
+        text = turn.text.strip()
+        if turn.role == "assistant" or "<" not in text:
+            said.append(_Said(turn.role, [text], turn.loss if turn.role == "assistant" else 0.0))
+            continue
+        pieces = enumerate(TAG.split(text))  # text, kind of tag, text, kind, ..., text
+        said.append(
+            _Said(turn.role, [next(left) if i % 2 else literal(piece) for i, piece in pieces if i % 2 or piece])
+        )
+    return said
+
+
 class _Writer:
     """Writes turns as token ids; spans of them are vision tokens or count in the loss."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, refs: Sequence[MediaRef], frames_per_group: int, tokens_per_group: int
-    ) -> None:
-        self._tokenizer, self._refs = tokenizer, list(refs)
+    def __init__(self, tokenizer: Tokenizer, frames_per_group: int, tokens_per_group: int) -> None:
+        self._tokenizer, self._format = tokenizer, tokenizer.format
         self._frames_per_group, self._tokens_per_group = frames_per_group, tokens_per_group
         self.used: list[MediaRef] = []
-        self._ids = [tokenizer.bos]
+        self._ids: list[int] = []
         self._learnt: list[tuple[int, int, float]] = []  # begin, end, weight
         self._blocks: list[tuple[int, int]] = []  # begin, groups
+        self._texts: list[tuple[str, float]] = []  # of neighbouring texts that are encoded as one, weights
 
     @property
     def length(self) -> int:
         """Tokens so far."""
         return len(self._ids)
 
-    def header(self, role: str) -> None:
-        """`<|start_header_id|>ROLE<|end_header_id|>` and two newlines."""
-        self._ids += _header(self._tokenizer, role)
+    def write(self, turns: Sequence[_Said], *, ask: bool = False, leave_open: bool = False) -> None:
+        """Whole turns, and the header of an answer to come; `leave_open` leaves out what ends the last turn."""
+        for _ in self.rounds(turns, ask=ask, leave_open=leave_open):
+            pass
 
-    def turn(self, turn: Turn) -> None:
-        """A whole turn with its header and `<|eot_id|>`."""
-        self.header(turn.role)
-        text, begin = turn.text.strip(), len(self._ids)
-        if turn.role == "assistant":
-            self._ids += self._tokenizer.encode(text)
-            if turn.loss:
-                self._learnt.append((begin, len(self._ids) + 1, turn.loss))
-        elif "<" not in text:
-            self._ids += self._tokenizer.encode(text)
-        else:
-            for i, part in enumerate(TAG.split(text)):  # text, kind of tag, text, kind, ..., text
-                if i % 2:
-                    self._block(self._refs[len(self.used)])
-                elif part:
-                    self._ids += self._tokenizer.encode(literal(part))
-        self.end_turn()
+    def rounds(self, turns: Sequence[_Said], *, ask: bool = False, leave_open: bool = False) -> Iterator[None]:
+        """`write`, with a pause after each assistant's turn and what ends it."""
+        first, *frames = self._format.frames(tuple(turn.role for turn in turns), ask, leave_open)
+        self._items(first.items)
+        for turn, frame in zip(turns, frames, strict=True):
+            for part in turn.parts:
+                if isinstance(part, str):
+                    self._text(part, turn.loss)
+                else:
+                    self._block(part)
+            self._items(frame.items[: frame.end], turn.loss)
+            if turn.role == "assistant" and frame.end:
+                yield
+            self._items(frame.items[frame.end :])
+        self._flush()
 
-    def parts(self, parts: Sequence[str | MediaRef]) -> None:
-        """Text, none of which is a tag, and media."""
-        for part in parts:
-            if isinstance(part, str):
-                self._ids += self._tokenizer.encode(part)
-            else:
-                self._block(part)
+    def _items(self, items: Sequence[Item], loss: float = 0.0) -> None:
+        """What stands around contents."""
+        for item in items:
+            if isinstance(item, str):
+                self._text(item, loss)
+                continue
+            self._flush()
+            if loss:
+                self._learnt.append((len(self._ids), len(self._ids) + 1, loss))
+            self._ids.append(item)
 
-    def end_turn(self) -> None:
-        """`<|eot_id|>`."""
-        self._ids.append(self._tokenizer.eot)
+    def _text(self, text: str, loss: float) -> None:
+        """A text, by itself or, as the format says, as one with its neighbours."""
+        if self._format.joins:
+            self._texts.append((whole_characters(text), loss))
+            return
+        begin = len(self._ids)
+        self._ids += self._tokenizer.encode(text)
+        if loss:
+            self._learnt.append((begin, len(self._ids), loss))
+
+    def _flush(self) -> None:
+        """Encode the texts that wait. A token that has a character of a text counts as much as that text."""
+        if not self._texts:
+            return
+        assert self._tokenizer.spans is not None
+        ids, places = self._tokenizer.spans("".join(text for text, _ in self._texts))
+        begin = end = 0
+        for text, loss in self._texts:
+            begin, end = end, end + len(text)
+            if loss and text:
+                first = next((i for i, (_, last) in enumerate(places) if last > begin), len(ids))
+                after = next((i for i in range(first, len(ids)) if places[i][0] >= end), len(ids))
+                self._learnt.append((len(self._ids) + first, len(self._ids) + after, loss))
+        self._ids += ids
+        self._texts = []
 
     def _block(self, ref: MediaRef) -> None:
         """`<vi_start>`, the groups each followed by `<eof>` (the last by `<eov>`), `<vi_end>`."""
+        self._flush()
         t = self._tokenizer
         groups = len(ref.times) // self._frames_per_group
         self._ids.append(t.vi_start)
@@ -393,9 +428,3 @@ class _Writer:
             tokens_per_group=self._tokens_per_group,
             language=language,
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _header(tokenizer: Tokenizer, role: str) -> list[int]:
-    t = tokenizer
-    return [t.start_header, *t.encode(role), t.end_header, *t.encode("\n\n")]
