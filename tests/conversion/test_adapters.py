@@ -6,15 +6,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kangaroo_jax.checkpoints.adapters import Base
 from kangaroo_jax.checkpoints.stored import Stored, whole
 from kangaroo_jax.cli import main as cli
-from kangaroo_jax.config import model_config
+from kangaroo_jax.config import LoraConfig, model_config, to_plain
 from kangaroo_jax.conversion.convert import convert
 from kangaroo_jax.conversion.lora import check_settings, factor_rows, factor_shapes, kernels, layout_of
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.adapters import load_adapted
+from kangaroo_jax.models.parameters import abstract_model
 from tests.conversion.test_round_trip import assert_same, quiet, tensors
 
 torch = pytest.importorskip("torch")
@@ -120,6 +124,51 @@ def test_peft_loads_what_we_write(adapters, llama, tmp_path):
         loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()(ids).logits
         expected = model.eval()(ids).logits
     assert torch.equal(loaded, expected) and (plain - expected).abs().max() > 1e-2
+
+
+def logits_of(loaded, ids: np.ndarray) -> np.ndarray:
+    """Of text, by the model as it is loaded to talk to, its factors beside its weights."""
+    model, ones = loaded.model, np.ones(ids.shape, np.int32)
+    x = model.embed(ids.astype(np.int32), -ones, None)
+    return np.asarray(model.llm.unembed(model.llm(x, ones, np.arange(ids.shape[1], dtype=np.int32)[None])))
+
+
+@pytest.mark.parametrize("kind", ["all, rslora", "some layers"])
+def test_an_adapter_trained_in_torch_gives_the_same_logits_beside_the_base(kind, adapters, llama, checkpoint, tmp_path):
+    folder, model = adapters(kind)
+    quiet([folder], tmp_path / "ours", base=llama)
+    ids = np.random.default_rng(0).integers(270, 300, (1, 24))
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(ids)).logits.numpy()
+    found, plain = logits_of(load_adapted(checkpoint, tmp_path / "ours"), ids), logits_of(load_adapted(checkpoint), ids)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max() < np.abs(plain - expected).max()
+    with pytest.raises(UserError, match="is PEFT's adapter; kangaroo convert --from="):
+        load_adapted(checkpoint, folder)
+
+
+def test_an_adapter_that_a_run_trained_loads_in_peft(llama, checkpoint, tmp_path):
+    base = load_adapted(checkpoint)
+    lora = LoraConfig(rank=4, alpha=6.0, rslora=True, targets="llm/layers/.*")
+    shapes = abstract_model(base.config.model, lora).shapes
+    random = np.random.default_rng(0)
+    factors = {name: x for name, x in shapes.items() if name.endswith(("lora_a", "lora_b"))}
+    params = {name: random.normal(size=x.shape).astype(np.float32) * 0.3 for name, x in factors.items()}
+    stage = to_plain(base.config.changed({"lora": lora}))
+    step = tmp_path / "run" / "checkpoints" / "1"
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(step / "params", params)
+    for name, value in (("config", stage), ("base", Base(base.folder, base.sums).to_json())):
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+            writer.save(step / name, args=ocp.args.JsonSave(value))
+    shutil.copy(next(checkpoint.glob("tokenizer.*")), tmp_path / "run")
+    quiet([tmp_path / "run"], tmp_path / "peft", format="peft")
+    ids = random.integers(270, 300, (1, 24))
+    fresh = transformers.LlamaForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(fresh, tmp_path / "peft").eval()(torch.from_numpy(ids)).logits.numpy()
+    found = logits_of(load_adapted(tmp_path / "run"), ids)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(logits_of(base, ids) - expected).max() > 1e-2
 
 
 def test_an_adapter_of_a_whole_export(checkpoint, tmp_path):
