@@ -175,7 +175,7 @@ def compile_lowered(lowered: Any, chip: Chip) -> tuple[Any, list[Kernel]]:
     import jax
 
     with tempfile.TemporaryDirectory(prefix="kangaroo-plan-") as folder:
-        options = {**COMPILER_OPTIONS, "xla_dump_to": folder}
+        options = {**COMPILER_OPTIONS, "xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         try:
             program = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
