@@ -51,6 +51,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     # What `kangaroo plan` compiles for GPUs with; [cuda13-local] is the plugin of JAX's own release, without libraries.
     "plan-gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc", "nvidia-nvvm"],
+    # Attention on Hopper and Blackwell: its module is private, so that a release is named. 0.0.17 asks for jax 0.11.1.
+    "tokamax": ["tokamax==0.0.12; python_version < '3.12'", "tokamax==0.0.17; python_version >= '3.12'"],
     "quickstart": QUICKSTART,
     "convert": CONVERT,
     "gguf": GGUF,

@@ -8,7 +8,8 @@
 # Run it where the package and its extra `cuda` are installed. Lines of JSON, what the formula foretells beside what
 # was measured, go to FOLDER/gpu-DATE.jsonl (docs/measurements), traces for xprof beside them. DEPTH is what 80 GB
 # hold; 0 leaves the preset's layers. A command that fails, or for which no time is left, leaves a line that says so,
-# and the next one is run. KANGAROO_BENCH_STAGES names other stages.
+# and the next one is run. With the extra `tokamax`, on Hopper, ATTENTIONS="tokamax triton xla_chunked".
+# KANGAROO_BENCH_STAGES names other stages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/arguments.sh

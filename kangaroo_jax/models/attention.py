@@ -19,7 +19,13 @@ STRIPES = 8  # causal attention by index: so many ranges of queries, each with o
 MASKED = -1e30  # finite, so that a query that sees nothing gives no NaN
 
 # Where an implementation runs.
-PLATFORMS = {"xla_chunked": ("cpu", "gpu", "tpu"), "splash": ("tpu",), "triton": ("gpu",), "cudnn": ()}
+PLATFORMS = {
+    "xla_chunked": ("cpu", "gpu", "tpu"),
+    "splash": ("tpu",),
+    "triton": ("gpu",),
+    "tokamax": ("gpu",),
+    "cudnn": (),
+}
 IMPLEMENTATIONS = ("auto", *PLATFORMS)
 TRITON_SINCE = 8.0  # compute capability of the first GPUs that its compiler writes matrix instructions for
 
@@ -74,7 +80,7 @@ def attention(
         raise ValueError(f"causal by index: {query.shape[1]} queries need as many keys, not {key.shape[1]}")
     chosen = choose(implementation, query.shape[-1])
     one_array = segment_ids is None or segment_ids[0] is segment_ids[1]
-    if not one_array and (chosen == "triton" or (chosen == "splash" and causal)):
+    if not one_array and (chosen in ("triton", "tokamax") or (chosen == "splash" and causal)):
         raise UserError(f"attention {chosen!r} knows one array of segments for queries and keys: set xla_chunked")
     if split_mesh() is None:
         return _local(chosen, query, key, value, segment_ids, causal)
@@ -101,7 +107,9 @@ def _automatic(here: str, head_dim: int) -> str:
     if here == "tpu" and head_dim % 64 == 0:
         return "splash"
     if here == "gpu" and head_dim in (64, 128) and compute_capability() >= TRITON_SINCE:
-        return "triton"
+        from kangaroo_jax.models.attention_tokamax import CAPABILITIES, installed
+
+        return "tokamax" if compute_capability() in CAPABILITIES and installed() else "triton"
     return "xla_chunked"
 
 
@@ -119,7 +127,12 @@ def _local(
         from kangaroo_jax.models.attention_splash import splash
 
         return splash(query, key, value, segments, causal=causal, positions=positions)
-    if chosen == "triton":
+    if chosen == "tokamax":
+        from kangaroo_jax.models.attention_tokamax import fits, tokamax
+
+        if fits(query, causal, positions):
+            return tokamax(query, key, value, segments)
+    if chosen in ("triton", "tokamax"):
         from kangaroo_jax.models.attention_triton import triton
 
         return triton(query, key, value, segments, causal=causal, positions=positions)

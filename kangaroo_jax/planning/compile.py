@@ -5,6 +5,7 @@ and no weight is allocated.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -139,8 +140,15 @@ def lower_step(config: StageConfig, devices: list[Any]) -> Any:
     binding = abstract_model(config.model, config.lora)
     state = abstract_state(config, binding, mesh)
     step = build_step(config, binding, state)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _default(devices[0]):
         return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(_lowered_for(devices[0]),))
+
+
+def _default(device: Any) -> Any:
+    """Where a GPU is compiled for, it is the device that libraries of kernels (tokamax) look at."""
+    import jax
+
+    return jax.default_device(device) if device.platform == "gpu" else contextlib.nullcontext()
 
 
 def _lowered_for(device: Any) -> str:

@@ -5,6 +5,7 @@ no GPU in it. XLA chooses by formula what it would otherwise choose by trial.
 """
 
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -27,6 +28,7 @@ NO_TILES = "Couldn't find output tile sizes"  # XLA's formula has none for some 
 PLUGINS = ("cuda13", "cuda12")
 # Matrix products of [queries, keys] with a head's width in each of the kernels of `models/attention_triton.py`.
 PRODUCTS = {"forward": 2, "d_query": 3, "d_key": 4}
+FORWARD_OPERANDS = 6  # of tokamax's
 _NAME = re.compile(rf"attention_({'|'.join(PRODUCTS)})_(\d+)")
 
 
@@ -209,6 +211,12 @@ def attention_flops(visit: hlo.Visit, chip: Chip) -> float:
     operation = visit.operation
     if operation.kind != "custom-call":
         return 0.0
+    if "tokamax_causal" in operation.scope and '"mosaic_gpu' in operation.text:
+        *rows, length, heads, width = visit.operand_shape(0)
+        # The backward kernels also take the output's gradient and sums; one gives two gradients, the other one.
+        backward, gives_two = len(operation.operands) > FORWARD_OPERANDS, len(operation.shapes) == 2
+        products = PRODUCTS["forward"] if not backward else PRODUCTS["d_key" if gives_two else "d_query"]
+        return 2.0 * products * math.prod(rows) * heads * length**2 * width * 0.5 * visit.times
     found = re.search(f"/{_NAME.pattern}/", operation.scope)
     if found is None:
         return 0.0

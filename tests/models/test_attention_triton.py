@@ -9,6 +9,7 @@ import pytest
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models import attention as module
+from kangaroo_jax.models import attention_tokamax
 from kangaroo_jax.models.attention_context import halves_of
 from kangaroo_jax.models.attention_triton import Tile, Tiles, ranges_of, tiles_for, triton, visited_share
 from tests.models.test_attention import plain
@@ -134,11 +135,35 @@ def test_devices_that_have_some_of_the_queries_make_up_the_whole():
 
 def test_auto_takes_the_kernels_on_gpus_that_have_the_instructions(monkeypatch):
     monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention_tokamax, "installed", lambda: False)
     for capability, width, expected in ((8.0, 128, "triton"), (9.0, 64, "triton"), (9.0, 80, "xla_chunked")):
         monkeypatch.setattr(module, "compute_capability", lambda: capability)  # noqa: B023
         assert module.choose("auto", width) == expected
     monkeypatch.setattr(module, "compute_capability", lambda: 7.5)
     assert module.choose("auto", 128) == "xla_chunked"
+    monkeypatch.setattr(attention_tokamax, "installed", lambda: True)
+    for capability, expected in ((8.0, "triton"), (9.0, "tokamax"), (10.0, "tokamax"), (12.0, "triton")):
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)  # noqa: B023
+        assert module.choose("auto", 128) == expected
+
+
+def test_tokamax_is_left_to_whole_causal_rows_in_half_precision(monkeypatch):
+    query = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    assert attention_tokamax.fits(query, True, None) and not attention_tokamax.fits(query, False, None)
+    assert not attention_tokamax.fits(query[:, :200], True, None)
+    assert not attention_tokamax.fits(query.astype(jnp.float32), True, None)
+    assert not attention_tokamax.fits(query, True, np.arange(256))
+    monkeypatch.setattr(attention_tokamax, "installed", lambda: False)
+    with pytest.raises(UserError, match="tokamax.*not installed: pip install"):
+        attention_tokamax.tokamax(query, query, query, None)
+
+
+@pytest.mark.skipif(not attention_tokamax.installed(), reason="needs tokamax")
+def test_the_mask_of_tokamax_is_ours():
+    segments = packings([1, 5, 30])
+    (ranges,) = ranges_of(jnp.asarray(segments), segments.shape, LENGTH, True)
+    mask = attention_tokamax.mask_of(ranges).as_array(LENGTH, LENGTH)
+    np.testing.assert_array_equal(mask[:, 0], mask_of(segments, True))
 
 
 def test_half_precision_stays_near_float32():

@@ -13,6 +13,7 @@ ROOMS: dict[str, dict[str, list[str]]] = {
         "kangaroo_jax/models/attention.py": _of(_MODELS, "attention attention_kernels"),
         "kangaroo_jax/models/attention_context.py": _of(_MODELS, "attention_kernels"),
         "kangaroo_jax/models/attention_splash.py": _of(_MODELS, "splash_blocks attention_kernels"),
+        "kangaroo_jax/models/attention_tokamax.py": _of(_MODELS, "attention_triton"),
         "kangaroo_jax/models/attention_triton.py": _of(_MODELS, "attention_triton"),
         "kangaroo_jax/models/eva_clip.py": _of(_MODELS, "layers parity initial"),
         "kangaroo_jax/models/kangaroo.py": _of(_MODELS, "initial kangaroo"),

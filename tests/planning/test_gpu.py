@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kangaroo_jax.chips import CHIPS, parse_topology
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models import attention_tokamax
+from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.attention_triton import tiles_for, triton, visited_share
 from kangaroo_jax.planning import gpu, hlo, plan
 from kangaroo_jax.sharding import make_mesh
@@ -86,6 +88,29 @@ def test_no_kernel_spills_and_hopper_multiplies_by_warp_groups(name, length, kv_
     assert all(kernel.wgmma for kernel in kernels) == (name == "H100")
     work = sum(gpu.attention_flops(visit, target.chip) for visit in hlo.walk(program.as_text()))
     assert work == pytest.approx(9 * 2 * 8 * width * length**2 * (0.5 if causal else 1), rel=0.02)
+
+
+@needs_compiler
+@pytest.mark.skipif(not attention_tokamax.installed(), reason="needs tokamax")
+@pytest.mark.slow
+def test_auto_is_tokamax_on_hopper():
+    target = parse_topology("H100:1")
+    (device,) = gpu.topology_devices(target)
+    mesh = make_mesh((1, 1, 1, 1), [device])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def step(query, key, value, segments):
+        run = lambda *x: attention(*x, segment_ids=(segments, segments), causal=True).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(run, argnums=(0, 1, 2))(query, key, value)
+
+    shapes = [((1, 1024, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)] + [((1, 1024), jnp.int32)]
+    with jax.set_mesh(mesh), jax.default_device(device):
+        traced = jax.jit(step).trace(*(jax.ShapeDtypeStruct(*shape, sharding=everywhere) for shape in shapes))
+        program, kernels = gpu.compile_lowered(traced.lower(lowering_platforms=("cuda",)), target.chip)
+    text = program.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 3 and kernels == []
+    work = sum(gpu.attention_flops(visit, target.chip) for visit in hlo.walk(text))
+    assert work == 9 * 2 * 8 * 128 * 1024**2 / 2
 
 
 @needs_compiler
