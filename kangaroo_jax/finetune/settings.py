@@ -16,7 +16,7 @@ from kangaroo_jax.errors import UserError
 
 MEASUREMENTS = 5  # of the held-out part in a run
 LEAST_STEPS = 250  # of a tiny model, which learns by steps
-_RATES = {"tiny": 3e-3, "base_100m": 1e-3, "kangaroo_8b": 1e-4}  # ten times those of full training
+_RATES = {"tiny": 2e-3, "base_100m": 1e-3, "kangaroo_8b": 1e-4}  # ten times those of full training
 _TOKENS, _FRAMES = 10_240, 64  # most of a pack, which fit one chip beside 8B's weights
 _PACKS = 4
 
@@ -69,7 +69,7 @@ def make_stage(
     rate = wishes.learning_rate or _RATES.get(preset, 1e-4) * (0.1 if wishes.full else 1.0)
     rules = (*((pattern, None) for pattern in wishes.freeze), (".*", 1.0))
     config.optimizer.update(kind="adamw", learning_rate=rate, trainable=rules, weight_decay=0.0)
-    config.optimizer.update(warmup_fraction=0.05, final_fraction=1.0, frozen_dtype=config.model.dtype)
+    config.optimizer.update(warmup_fraction=0.05, final_fraction=0.1, frozen_dtype=config.model.dtype)
 
     data = config.data
     data.update(train=(str(train), *replay), weights=(1.0,) * (1 + len(replay)) if replay else ())
