@@ -56,6 +56,7 @@ EXTRAS = {
     "quickstart": QUICKSTART,
     "convert": CONVERT,
     "gguf": GGUF,
+    "hub": ["huggingface_hub>=0.34"],  # models by OWNER/NAME
     "serve": SERVE,
     "eval": ["openai"],  # for servers and judges; a checkpoint needs nothing more
     "lmms": ["lmms-eval>=0.7.3,<0.8"],  # asks for PyAV before 16: docs/evaluation.md says how both are installed

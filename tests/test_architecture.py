@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("system", "conventions", "chips", "config_files"),
-    ("config", "sharding", "report", "machine", "data.media"),
+    ("config", "sharding", "report", "machine", "hub", "data.media"),
     ("models", "corpus", "data.annotations", "evaluation.extraction"),
     ("data", "evaluation.benchmarks"),  # data itself is the tokenizer
     ("data.batches",),

@@ -33,7 +33,8 @@ def convert(
 
         kangaroo convert --from=KANGAROO_FOLDER --to=runs/start
 
-    Keys of the model's config are flags, --config.KEY=VALUE, for what the files do not state.
+    Folders may be repositories of Hugging Face's hub, OWNER/NAME or OWNER/NAME@REVISION. Keys of the model's config are
+    flags, --config.KEY=VALUE, for what the files do not state.
 
     Args:
         source: folder or file to convert, or two that form a model, comma-separated
@@ -54,6 +55,7 @@ def convert(
     """
     from kangaroo_jax.cli.overrides import override, preset_of
     from kangaroo_jax.config import stage_config
+    from kangaroo_jax.hub import local
     from kangaroo_jax.system.installing import install_line
 
     if verify and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
@@ -80,6 +82,7 @@ def convert(
     sources = [path for path in (vision, llm) if path]
     if source:  # a file's name may have a comma
         sources = [source] if Path(source).exists() else listed(source)
+    sources = [str(local(path)) for path in sources]
     checks = {"media": video, "query": query} if verify else None
     convert_and_verify(sources, to, options, model, checks)
 

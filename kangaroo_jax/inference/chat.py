@@ -24,6 +24,7 @@ from kangaroo_jax.data.batches.sample import Recipe, render_prompt
 from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.hub import local
 from kangaroo_jax.inference.adapters import load_adapted
 from kangaroo_jax.inference.engine import Engine
 from kangaroo_jax.inference.history import History, ask, conversation
@@ -167,7 +168,8 @@ class Kangaroo:
         """Load what training wrote: a curriculum's folder (its last stage), a stage's, or one checkpoint.
 
         Args:
-            path: the folder. If a run trained an adapter there, its base is loaded, too.
+            path: the folder, or OWNER/NAME or OWNER/NAME@REVISION of Hugging Face's hub. If a run trained an adapter
+                there, its base is loaded, too.
             lora: folder of an adapter for the weights in `path`.
             dtype, quantize, mesh: see `adapters.load_adapted`.
             kv_dtype: int8 halves what a conversation takes on the device; None keeps keys and values as computed.
@@ -179,7 +181,7 @@ class Kangaroo:
                 none of those known.
         """
         check_kv_dtype(kv_dtype)
-        loaded = load_adapted(path, lora, dtype=dtype, quantize=quantize, mesh=mesh)
+        loaded = load_adapted(local(path), lora, dtype=dtype, quantize=quantize, mesh=mesh)
         options: dict[str, Any] = dict(mesh=mesh, kv_dtype=kv_dtype, slots=slots, cache_gib=cache_gib)
         return cls(loaded.model, loaded.config, loaded.tokenizer, weights_id=loaded.weights_id, **options)
 

@@ -12,6 +12,7 @@ from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.hub import local
 from kangaroo_jax.inference.engine import Engine
 from kangaroo_jax.inference.memories import check_kv_dtype
 from kangaroo_jax.inference.sizes import Sizes
@@ -82,7 +83,7 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     check_kv_dtype(choices.kv_dtype)
     step(f"loading {Path(choices.checkpoint)}")
     opened = {name: open_adapter(folder) for name, folder in choices.loras}
-    loaded = load_adapted(choices.checkpoint, dtype=choices.dtype, quantize=choices.quantize)
+    loaded = load_adapted(local(choices.checkpoint), dtype=choices.dtype, quantize=choices.quantize)
     several = {name: adapted(loaded, one) for name, one in opened.items()}  # they share the arrays of `loaded`
     config, model = loaded.config, loaded.config.model
     decoder = ProcessDecoder(
