@@ -24,7 +24,7 @@ from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.training import curriculum, loop
 
 ROOT = Path(__file__).parents[2]
-NO_BENCHES = {"__init__", "faulty_server", "torch_kangaroo", "health", "load"}
+NO_BENCHES = {"answering", "__init__", "faulty_server", "torch_kangaroo", "health", "load"}
 TRAIN = ["train", "--config=stage3_refine:tiny"]
 
 
