@@ -118,9 +118,11 @@ def run(
     )
     with clock.part("chat"):
         chats = chat_once(workdir, corpus, tell)
+    with clock.part("judge"):
+        judged = judging.judge(workdir, corpus, (OF_THE_PAPER[-2], OF_THE_PAPER[-1]), scale, tell)
     with clock.part("compare with PyTorch"):
         same = compare_with_torch(workdir, corpus, tell)
-    results = collect(workdir, stages, clock)
+    results = collect(workdir, stages, clock) | {"judged": judged}
     if same is not None:
         results["torch_chat"] = same
     write_json(workdir / "results.json", results)
@@ -128,7 +130,8 @@ def run(
         results["ablations"] = quickstart_ablations.run(workdir, corpus, data, tokenizer, seed=seed, tell=tell)
         write_json(workdir / "results.json", results)
     alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
-    sections = [quickstart_curation.report_section(curated)] if curated else []
+    sections = [judging.report_section(judged, results["stages"][-1]["short_mcq"])]
+    sections += [quickstart_curation.report_section(curated)] if curated else []
     write_quickstart_report(workdir, corpus, results, chats, environment() | alike, sections)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")

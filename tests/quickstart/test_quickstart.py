@@ -28,7 +28,11 @@ def test_quickstart_from_nothing_and_again(tmp_path):
             assert 0 <= stage[key] <= 1
         assert stage["steps"] >= 2
     assert results["chance"] == 0.25 and results["seconds"] > 0 and results["peak_rss_gib"] > 0
+    judged = results["judged"]
+    assert list(judged["needles"]) == ["stage4_instruct", "stage5_long_video"] and 0 <= judged["official"] <= 1
+    assert list(judged["controls"]) == ["no-video", "one-frame", "shuffled"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Needles: frame, stage5" in page and "What the video adds" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "stage" in page.lower()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("stage*/checkpoints/*")}
     quickstart(tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kangaroo_jax.quickstart import judging
 from kangaroo_jax.quickstart.report_page import render_report, write_report
 from kangaroo_jax.report.charts import bar_chart, loss_chart, smooth, stage_label, thin
 
@@ -179,3 +180,15 @@ def test_small_helpers():
         stage_label("stage1_image_pretrain") == "Stage 1 image pretrain"
         and stage_label("stage0_text_warmup") == "Text warmup"
     )
+
+
+def test_the_judged_section_has_maps_of_both_stages_and_the_controls():
+    def cells(found):
+        shown = {"mode": "frame", "length": "16 frames", "shown": 1.0, "found": found}
+        return [shown | {"depth": depth} for depth in ("0%", "100%")]
+
+    controls = {"no-video": {"score": 0.25, "adds": 0.5, "adds_low": 0.4, "adds_high": 0.6}}
+    told = {"needles": {"stage4_instruct": cells(0.0), "stage5_long_video": cells(1.0)}, "official": 0.48}
+    page = judging.report_section({**told, "controls": controls}, 0.92)
+    assert "Needles: frame, stage4" in page and "Needles: frame, stage5" in page
+    assert "48% of the held-out" in page and "+40% to +60%" in page
