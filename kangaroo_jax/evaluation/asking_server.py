@@ -17,8 +17,8 @@ from kangaroo_jax.evaluation.asking import Told, fail, head_of, was_answered
 from kangaroo_jax.evaluation.marking import MEDIA, REQUEST
 from kangaroo_jax.evaluation.prompting import Shuffled, Task, digests_of, media_of, text_of, times_of
 from kangaroo_jax.evaluation.samples import Row, Samples, key_of
+from kangaroo_jax.evaluation.served import endpoint_of
 from kangaroo_jax.llm_client.client import Client, Limits
-from kangaroo_jax.llm_client.endpoint import Endpoint
 from kangaroo_jax.llm_client.ordered import in_order
 from kangaroo_jax.llm_client.requests import Reply, Request
 
@@ -66,14 +66,7 @@ def ask_server(
 async def _ask_all(
     server: Server, tasks: Sequence[Task], samples: Samples, at_a_time: int, strict: bool, told: Told
 ) -> None:
-    endpoint = Endpoint(
-        "server",
-        server.url,
-        server.model,
-        api_key_env=server.api_key_env,
-        timeout=server.timeout,
-        settings={"temperature": 0.0},
-    )
+    endpoint = endpoint_of("server", server)
     client = Client(endpoint, Limits(concurrency=at_a_time, retries=server.retries, answer_retries=0))
     asking = _Asking(server, client, samples, strict, told)
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.evaluation.benchmarks.rubrics import RUBRICS
 from kangaroo_jax.evaluation.samples import Row, Samples, key_of
+from kangaroo_jax.evaluation.served import endpoint_of
 from kangaroo_jax.llm_client.client import Client, Limits
-from kangaroo_jax.llm_client.endpoint import Endpoint
 from kangaroo_jax.llm_client.ordered import in_order
 from kangaroo_jax.llm_client.requests import Request
 from kangaroo_jax.system.progress import Progress, Tell
@@ -55,14 +55,7 @@ def judge_answers(
 async def _judge_all(
     judge: Judge, benchmark: Benchmark, pending: Sequence[tuple[Question, Row]], judged: Samples, tell: Tell
 ) -> None:
-    endpoint = Endpoint(
-        "judge",
-        judge.url,
-        judge.model,
-        api_key_env=judge.api_key_env,
-        timeout=judge.timeout,
-        settings={"temperature": 0.0},
-    )
+    endpoint = endpoint_of("judge", judge)
     client = Client(endpoint, Limits(concurrency=judge.at_a_time, answer_retries=0))
     progress = Progress(f"judge {benchmark.name}", len(pending), "answers", tell)
 

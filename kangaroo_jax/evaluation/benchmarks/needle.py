@@ -6,21 +6,17 @@ nothing to find: what is right there is luck. Each question is asked in four ord
 are. Films are drawn, or the files `*.mp4` of the folder, a frame a second; frames are written to `needle_frames/`.
 """
 
-import io
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from kangaroo_jax.corpus.draw import Painter
 from kangaroo_jax.corpus.scenes import CANVAS, COLOURS, SHAPES, Event, Scene, Thing
 from kangaroo_jax.data.annotations.conversation import Media
-from kangaroo_jax.data.media.video import load_video, probe_cached
+from kangaroo_jax.evaluation.benchmarks.film import frames_of_film, written
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.evaluation.benchmarks.wording import WORDINGS
-from kangaroo_jax.system.files import make_folder, write_bytes
+from kangaroo_jax.system.files import make_folder
 
 FRAMES = (16, 32, 64, 128, 160)  # that are looked at in `frame`
 SECONDS = (60, 300, 1200, 3600)  # of a film in `clip`
@@ -29,7 +25,6 @@ CLIP = 8  # seconds that the needle is on screen in `clip`
 _STEP, _LONG = 1.0, 65.0  # seconds between frames; a video longer than this may have the most frames
 _MIDDLE = CANVAS / 2
 _CONTROLS = 24  # questions about a video without a needle
-_FILM = 160  # frames of a film that are drawn or taken; longer ones begin again
 
 
 def read(folder: Path) -> Iterator[Question]:
@@ -38,7 +33,7 @@ def read(folder: Path) -> Iterator[Question]:
     films: list[Path | None] = [*sorted(folder.glob("*.mp4"))] or [None]
     rng = random.Random(0)
     for film in films:
-        stills = _stills(film, target)
+        stills = frames_of_film(film, target)
         name = film.stem if film else "drawn"
         for mode, count in [("frame", count) for count in FRAMES] + [("clip", count) for count in SECONDS]:
             for depth in DEPTHS:
@@ -60,7 +55,7 @@ def _asked(
     if mode != "none":
         event = Event(Thing(shape, colour), 0, 0, _MIDDLE, _MIDDLE, _MIDDLE, _MIDDLE, 66)
         needle = Painter(Scene("still", 0, (event,), 20, 7)).frame(0)
-        frames[first : first + length] = [_written(target / f"needle-{colour}-{shape}.png", needle)] * length
+        frames[first : first + length] = [written(target / f"needle-{colour}-{shape}.png", needle)] * length
     times = tuple(round(number * step, 3) for number in range(count))
     media = (Media("video", frames[0], frames=tuple(frames), times=times),)
     unit = f"{film}/{mode}/{count}/{depth:g}"
@@ -76,26 +71,6 @@ def _asked(
         turned = tuple(options[turn:] + options[:turn])
         letter = "ABCD"[turned.index(colour)]
         yield Question(f"{unit}/{turn}", media, "", turned, letter, groups=groups, unit=unit, row={"needle": seen})
-
-
-def _stills(film: Path | None, target: Path) -> list[str]:
-    """The frames of a film, written once: drawn, a frame a second of a file, or of one scene that drifts."""
-    if film is None:
-        painter = Painter(Scene("long", _FILM, (), 20, 1, drift=(10.0, 12.0, 84.0, 80.0)))
-        pictures = [painter.frame(second) for second in range(_FILM)]
-    else:
-        seconds = min(int(probe_cached(str(film), "video").seconds), _FILM)
-        pictures = list(load_video(film, image_size=448, times=[float(s) for s in range(max(seconds, 1))]).pixels)
-    name = film.stem if film else "drawn"
-    return [_written(target / f"{name}-{number}.png", picture) for number, picture in enumerate(pictures)]
-
-
-def _written(path: Path, picture: np.ndarray) -> str:
-    if not path.exists():
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="PNG")
-        write_bytes(path, file.getvalue())
-    return str(path)
 
 
 NEEDLE = Benchmark(
