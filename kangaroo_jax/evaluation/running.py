@@ -17,6 +17,7 @@ from kangaroo_jax.evaluation.benchmarks.table import benchmark_named
 from kangaroo_jax.evaluation.checking import questions_of
 from kangaroo_jax.evaluation.judging import Judge, judge_answers, judged_in, scores_of
 from kangaroo_jax.evaluation.marking import mark
+from kangaroo_jax.evaluation.model_page import write_model_page
 from kangaroo_jax.evaluation.prompting import CONTROLS, Task, tasks_of
 from kangaroo_jax.evaluation.report import write_report
 from kangaroo_jax.evaluation.results import (
@@ -190,6 +191,8 @@ def score_answers(
             tell(line)
         if written is not None:
             tell(f"  submission: {written}")
+        if (page := write_model_page(workdir, benchmark, results[-1])) is not None:
+            tell(f"  for a model's page: {page}")
     write_scored(workdir, scored)
     write_results(workdir, results)
     tell(f"results: {workdir / 'results.json'}, {write_report(workdir, results, scored)}")

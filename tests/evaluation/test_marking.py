@@ -7,6 +7,7 @@ import pytest
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS
 from kangaroo_jax.evaluation.checking import questions_of
+from kangaroo_jax.evaluation.model_page import write_model_page
 from kangaroo_jax.evaluation.prompting import rotated, tasks_of
 from kangaroo_jax.evaluation.report import heat_maps
 from kangaroo_jax.evaluation.results import compare_runs, marked_answers, result_of, write_scored, write_submission
@@ -246,3 +247,17 @@ def test_samples_survive_a_torn_line_and_refuse_another_writer(tmp_path):
     path.write_text('{"a": 1}\n')
     with pytest.raises(UserError, match="line 1: no answer of an evaluation"):
         Samples(tmp_path)
+
+
+def test_a_whole_benchmark_has_a_file_for_a_models_page_and_a_part_of_one_has_none(data, tmp_path):
+    benchmark = BENCHMARKS["video-mme"]
+    found = result("video-mme", data, ["B", "D", "B", "D", "A", "A"])
+    path = write_model_page(tmp_path, benchmark, found)
+    (entry,) = json.loads(path.read_text())
+    assert path == tmp_path / ".eval_results" / "video-mme.yaml"
+    assert entry["dataset"] == {"id": "lmms-lab/Video-MME", "task_id": "default"} and entry["value"] == 66.67
+    parse = pytest.importorskip("huggingface_hub", minversion="1.0").parse_eval_result_entries
+    assert parse([entry])[0].value == 66.67
+    partly = result("video-mme", data, ["B", "D", "B", "D", "A", None])
+    assert write_model_page(tmp_path, benchmark, partly) is None and not path.exists()
+    assert write_model_page(tmp_path, BENCHMARKS["quickstart"], found) is None
