@@ -124,7 +124,7 @@ class ModelConfig(Section):
     preset: str = "kangaroo_8b"
     dtype: str = "bfloat16"  # of the computation; weights that train are float32
     scan: bool = True  # layers stacked and scanned; False unrolls them, for debugging
-    attention: str = "auto"  # splash, cudnn, xla_chunked or auto
+    attention: str = "auto"  # splash, triton, tokamax, xla_chunked or auto
     vision: VisionConfig = VisionConfig()
     tpe: TimeConfig = TimeConfig()
     patchify: PatchifyConfig = PatchifyConfig()
