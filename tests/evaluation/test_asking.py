@@ -36,6 +36,19 @@ def asked(monkeypatch):
     return requests_and_counts
 
 
+@pytest.fixture
+def tickets(asked, monkeypatch):
+    """The engine's tickets for the requests, in their order."""
+    kept, submit = [], Engine.submit
+
+    def submitted(self, request):
+        kept.append(submit(self, request))
+        return kept[-1]
+
+    monkeypatch.setattr(Engine, "submit", submitted)
+    return kept
+
+
 def run(checkpoint, folder, workdir, name, *flags):
     words = [f"--checkpoint={checkpoint}", f"--benchmark={name}", f"--data={folder}", f"--workdir={workdir}"]
     assert main(["eval", *words, *flags]) == 0
@@ -46,13 +59,15 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_video_is_read_once_for_all_its_questions(checkpoint, data, asked, tmp_path):
+def test_a_video_is_read_once_for_all_its_questions(checkpoint, data, asked, tickets, tmp_path):
     requests, counts = asked
     found = run(checkpoint, data("lvbench"), tmp_path, "lvbench", "--max-new-tokens=4")
     rows = lines(tmp_path)
     assert len(requests) == len(rows) == 6 and found["protocols"]["strict"]["unread"] <= 6
     frames, tokens = len(requests[0].media[0].times), int(requests[0].is_vision.sum())
     assert counts["frames_decoded"] == counts["frames_encoded"] == 2 * frames
+    read = [int(r.is_vision[t.result().usage.cached_tokens :].sum()) for r, t in zip(requests, tickets, strict=True)]
+    assert sum(read) == 2 * tokens, "exactly the vision tokens of the two videos were prefilled"
     # Vision tokens are read once a video; of other tokens what two questions do not share is read again.
     assert counts["tokens_cached"] >= 4 * tokens
     assert counts["tokens_prefilled"] <= sum(len(r.tokens) for r in requests) - 4 * tokens
