@@ -15,6 +15,7 @@ from kangaroo_jax.cli import arguments
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.cli.chat import chat
 from kangaroo_jax.cli.data import check
+from kangaroo_jax.cli.evaluator import evaluator
 from kangaroo_jax.cli.jobs import JOBS, commands_of
 from kangaroo_jax.cli.train import train
 from kangaroo_jax.config import StageConfig, stage_config
@@ -203,7 +204,8 @@ def test_curriculum_passes_its_arguments_on(capsys, tmp_path, monkeypatch):
     command = ["curriculum", "--preset=base_100m", f"--workdir={tmp_path}", "--data=D", "--tokenizer=T"]
     assert run(capsys, *command, "--config.train.steps=7", "--config.seed=3")[0] == 0
     overrides = {"train.steps": 7, "seed": 3}
-    assert calls == [(("base_100m", tmp_path), {"data": "D", "tokenizer": "T", "overrides": overrides})]
+    given = {"data": "D", "tokenizer": "T", "overrides": overrides, "evaluator": evaluator}
+    assert calls == [(("base_100m", tmp_path), given)]
 
 
 BAD = {
