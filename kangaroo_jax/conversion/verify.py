@@ -126,9 +126,12 @@ def sides(sources: Sequence[WeightSource]) -> tuple[str, WeightSource, WeightSou
         for theirs, ours in ((second, first), (first, second)):
             if theirs.layout == layout:
                 return part, ours, theirs
+    wanted = [
+        {"kangaroo": "hf"}.get(name, name) for name in RUN_BY_TORCH[part] if name != "gguf"
+    ]  # which is not written
     raise UserError(
         f"--verify: PyTorch runs neither {first.path} ({first.layout}) nor {second.path} ({second.layout}): "
-        f"one of them should be {' or '.join({'kangaroo': 'hf'}.get(x, x) for x in RUN_BY_TORCH[part])}; convert it"
+        f"one of them should be {' or '.join(wanted)}; convert it"
     )
 
 
