@@ -1,8 +1,8 @@
 """Chooses mesh, remat policies and gradient accumulation for the available chips, where the config says "auto".
 
 A config may set each of them. Those that it leaves open ("auto", an empty mesh, 0 for `accumulate`) come from TABLE.
-Its rows are those whose compiled step is foretold fastest (docs/plan.md) and fits; `kangaroo plan --search` looks for
-others.
+Its rows are those that are foretold fastest among those that fit, by the compiled step or by formula with a margin of a
+fifth (docs/plan.md says which); `kangaroo plan --search` looks for others.
 """
 
 import dataclasses
@@ -44,13 +44,12 @@ TABLE = (
     Row("v5e", 10_240, ANY, 32, Placement()),  # stage 3
     Row("v5e", 1 << 15, ANY, 32, Placement(tensor=2)),  # stages 4 and 5
     Row("v5e", 1 << 15, ANY, 1, Placement(tensor=4)),
-    Row("v6e", 8192, 1 << 14, 32, Placement(llm_remat="gate", vision_remat="mlp")),
     Row("v6e", 10_240, 1 << 14, 32, Placement(llm_remat="minimal", vision_remat="mlp")),
     Row("v6e", 10_240, ANY, 32, Placement(llm_remat="minimal")),
     Row("v6e", 1 << 15, ANY, 32, Placement()),
     Row("v6e", 1 << 15, ANY, 1, Placement(tensor=4)),
-    Row("v5p", 10_240, 1 << 14, 16, Placement(llm_remat="none", vision_remat="none")),
-    Row("v5p", 10_240, ANY, 16, Placement(llm_remat="mlp", vision_remat="mlp")),
+    Row("v5p", 10_240, 1 << 14, 16, Placement(llm_remat="mlp", vision_remat="mlp")),
+    Row("v5p", 10_240, ANY, 16, Placement(llm_remat="mlp", vision_remat="minimal")),
     Row("v5p", 16_384, ANY, 16, Placement(llm_remat="mlp")),
     Row("v5p", 28_672, ANY, 16, Placement(llm_remat="gate")),
     Row("v5p", 1 << 15, ANY, 1, Placement()),

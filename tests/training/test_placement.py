@@ -23,7 +23,7 @@ def decided(chip, devices, slices=1, **changes):
     [
         ("v5e", 32, 1, {}, ((1, 32, 1, 1), 1, "full", "full")),
         ("v6e", 8, 1, {}, ((1, 2, 1, 4), 16, "full", "full")),  # a small slice holds more of the state on each
-        ("v5p", 16, 1, {}, ((1, 16, 1, 1), 2, "mlp", "mlp")),
+        ("v5p", 16, 1, {}, ((1, 16, 1, 1), 2, "mlp", "minimal")),
         ("v5e", 64, 2, {"tokens": 1 << 14}, ((2, 16, 1, 2), 1, "full", "full")),  # the data axis runs over the slices
         ("v5e", 2, 1, {}, ((1, 1, 1, 2), 32, "full", "full")),  # a slice smaller than the group takes what it has
         ("v5e", 32, 1, {"tokens": 1 << 15}, ((1, 16, 1, 2), 2, "full", "full")),
@@ -41,13 +41,13 @@ def decided(chip, devices, slices=1, **changes):
         ("v5p", 256, 1, {"packs": 4, "tokens": (1 << 19) + 4096}, ((1, 1, 64, 4), 4, "mlp", "full")),
         ("v5p", 16, 1, {"packs": 16, "tokens": (1 << 21) + 4096}, ((1, 16, 1, 1), 1, "full", "full")),
         ("v5p", 16, 1, {"packs": 4, "tokens": 1 << 19}, ((1, 1, 4, 4), 4, "mlp", "full")),
-        ("v5p", 16, 1, {"packs": 4}, ((1, 4, 4, 1), 1, "mlp", "mlp")),  # too few packs: longer rows of devices
-        ("v5p", 16, 1, {"packs": 2}, ((1, 2, 8, 1), 1, "mlp", "mlp")),
+        ("v5p", 16, 1, {"packs": 4}, ((1, 4, 4, 1), 1, "mlp", "minimal")),  # too few packs: longer rows of devices
+        ("v5p", 16, 1, {"packs": 2}, ((1, 2, 8, 1), 1, "mlp", "minimal")),
         ("H100", 16, 1, {"packs": 4}, ((1, 4, 1, 4), 1, "full", "full")),  # on GPUs the tensor axis
         (None, 8, 1, {"packs": 8}, ((1, 8, 1, 1), 1, "full", "full")),
         (None, 1, 1, {"packs": 6}, ((1, 1, 1, 1), 6, "full", "full")),
-        ("v5p", 16, 1, {"mesh": (1, 4, 1, -1)}, ((1, 4, 1, 4), 8, "mlp", "mlp")),
-        ("v5p", 16, 1, {"mesh": (1, 4, 1, 4), "accumulate": 2}, ((1, 4, 1, 4), 2, "mlp", "mlp")),
+        ("v5p", 16, 1, {"mesh": (1, 4, 1, -1)}, ((1, 4, 1, 4), 8, "mlp", "minimal")),
+        ("v5p", 16, 1, {"mesh": (1, 4, 1, 4), "accumulate": 2}, ((1, 4, 1, 4), 2, "mlp", "minimal")),
     ],
 )
 def test_what_is_left_open_is_decided(chip, devices, slices, changes, expected):
@@ -64,10 +64,10 @@ def test_each_stage_has_the_least_remat_and_tensor_axis_that_memory_allows():
         *[(1, "full", "mlp")] * 2, (1, "full", "full"), *[(2, "full", "full")] * 2,
     ]  # fmt: skip
     assert [placed[f"stage{number}", "v6e"] for number in range(1, 6)] == [
-        (1, "gate", "mlp"), (1, "minimal", "mlp"), (1, "minimal", "full"), *[(1, "full", "full")] * 2,
+        *[(1, "minimal", "mlp")] * 2, (1, "minimal", "full"), *[(1, "full", "full")] * 2,
     ]  # fmt: skip
     assert [placed[f"stage{number}", "v5p"] for number in range(1, 6)] == [
-        *[(1, "none", "none")] * 2, (1, "mlp", "mlp"), (1, "mlp", "full"), (1, "gate", "full"),
+        *[(1, "mlp", "mlp")] * 2, (1, "mlp", "minimal"), (1, "mlp", "full"), (1, "gate", "full"),
     ]  # fmt: skip
 
 
