@@ -8,6 +8,7 @@ import pytest
 
 from kangaroo_jax.bench import train as bench
 from kangaroo_jax.cli import main as cli
+from kangaroo_jax.cli import overrides
 from kangaroo_jax.config import StageConfig
 
 pytestmark = pytest.mark.alone
@@ -17,12 +18,13 @@ def test_bench_train_reports_rates(make_micro_config, capsys, monkeypatch):
     config = make_micro_config()
     config.data.update(packs_per_batch=1, tokens_per_pack=64, frames_per_pack=4)
     stage = StageConfig.from_config(config)
-    monkeypatch.setattr(StageConfig, "load", lambda spec: stage)
+    monkeypatch.setattr(overrides, "config_of", lambda job, spec, words: config)
     assert cli.main(["bench", "train", "--steps=2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     steps_per_second = 1000 / result["ms_per_step"]
     for what, in_a_step in (("tokens", 64), ("frames", 4)):  # however slow the machine is
         assert result[f"{what}_per_second"] == pytest.approx(in_a_step * steps_per_second, rel=0.05, abs=0.1)
+    assert result["attention"] == "xla_chunked" and result["foretold_gib"] > 0
     batch = bench.full_batch(stage)
     assert (batch.vision_index >= 0).sum() == 4 // 2 * 1 * 1  # two groups of one token: 2 x 2 patches joined
 
