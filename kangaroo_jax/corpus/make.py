@@ -339,7 +339,7 @@ def _some_phrased(
     """The records, a share `plan.phrased` of them replaced by questions with options in the words of a phrasing.
 
     English ones alone: the phrasings are in English. Each begins with its system's text, if it has one, and ends with a
-    description in words of the corpus: without it descriptions ended with a letter now and then (2 of 96).
+    description in words of the corpus.
     """
     for record in records:
         rng = random.Random(f"{seed}/phrased/{record['id']}")
