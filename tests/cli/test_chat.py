@@ -61,9 +61,9 @@ def test_what_is_typed_wrongly_is_said_and_the_conversation_goes_on(loaded, medi
 
 
 DRIVER = """
-import fcntl, sys, termios
+import dataclasses, fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal whose Ctrl-C reaches this process
-from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.cli.main import main
 from tests.conftest import _micro_config
@@ -74,9 +74,9 @@ config = _micro_config()
 config.model.llm.vocab_size = 300
 config.data.tokens_per_pack = 8192
 config = StageConfig.from_config(config)
-Tokenizer.stop_ids = property(lambda self: ())
+tokenizer = dataclasses.replace(load_tokenizer(sys.argv[1]), stop_ids=())
 model = KangarooModel(config.model, rngs=nnx.Rngs(0))
-Kangaroo.load = classmethod(lambda cls, path, **held: cls(model, config, load_tokenizer(sys.argv[1])))
+Kangaroo.load = classmethod(lambda cls, path, **held: cls(model, config, tokenizer))
 main(["chat", "--checkpoint=x", "--max-new-tokens=8000", "--temperature=1"])
 """
 

@@ -16,7 +16,7 @@ def trained(monkeypatch) -> list[tuple]:
     """(stage, what it began from, folder) of every stage that was trained."""
     calls: list[tuple] = []
 
-    def train(config, workdir, *, tell):
+    def train(config, workdir, *, evaluator, tell):
         workdir.mkdir(parents=True)
         calls.append((config.stage, config.init_from, workdir))
         return Result(workdir, config.train.steps, 12.345, 0.98765)

@@ -11,12 +11,15 @@ import pytest
 
 from kangaroo_jax.checkpoints.reading import check_rope, check_shapes, find, find_tokenizer, keep_tokenizer, load_config
 from kangaroo_jax.config import ModelConfig, stage_config
+from kangaroo_jax.data.chat_format import FORMAT_FILE
+from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.training import loop
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, read_metrics
 from kangaroo_jax.training.step import TrainState
+from tests.data.test_chat_format import make
 
 
 def steps(folder, *numbers, whole=True):
@@ -61,18 +64,22 @@ def test_the_first_tensor_that_does_not_fit_is_named():
 
 def test_the_tokenizer_is_kept_beside_the_checkpoints_and_found_from_them(tmp_path):
     source, stage = tmp_path / "other.model", steps(tmp_path / "stage", 3)
-    source.write_bytes(b"first")
+    texts = ["A red square moves to the left.", "A blue disc stands still."]
+    first, second, third = (
+        train_sentencepiece(texts, tmp_path / f"{size}.model", vocab_size=size).read_bytes() for size in (290, 292, 294)
+    )
+    source.write_bytes(first)
     keep_tokenizer(source, stage)
-    assert (stage / "tokenizer.model").read_bytes() == b"first"
+    assert (stage / "tokenizer.model").read_bytes() == first
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    (folder / "tokenizer.json").write_bytes(b"{}")
-    keep_tokenizer(folder, stage)  # that of a folder, in place of the other
-    assert [path.name for path in stage.glob("tokenizer*")] == ["tokenizer.json"]
-    for text in (b"second", b"third"):  # of another suffix than what is there, and of the same
-        source.write_bytes(text)
+    make(folder, "smol")
+    keep_tokenizer(folder, stage)  # that of a folder with its chat format, in place of the other
+    assert {path.name for path in stage.iterdir()} == {"checkpoints", "tokenizer.json", FORMAT_FILE}
+    for data in (second, third):  # of another suffix than what is there, and of the same
+        source.write_bytes(data)
         keep_tokenizer(str(source), stage)
-        assert (stage / "tokenizer.model").read_bytes() == text
+        assert (stage / "tokenizer.model").read_bytes() == data
     assert sorted(path.name for path in stage.iterdir()) == ["checkpoints", "tokenizer.model"]
     for folder in (stage / "checkpoints" / "3", stage / "checkpoints", stage):
         assert find_tokenizer(folder) == stage / "tokenizer.model"

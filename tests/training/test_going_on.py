@@ -137,12 +137,13 @@ def test_a_stop_before_the_second_step_says_that_the_first_is_saved(trained, cor
 
 
 def test_tokenizers_are_the_same_by_size_ends_names_and_text():
-    def made(size=3, stop_ids=(1, 2), names="abc", texts="xyz"):
+    def made(size=3, stop_ids=(1, 2), names="abc", texts="xyz", settings=None):
         texts_of = lambda ids: "".join(texts[i] for i in ids)  # noqa: E731
-        return types.SimpleNamespace(vocab_size=size, stop_ids=stop_ids, name=names.__getitem__, decode=texts_of)
+        options = dict(vocab_size=size, stop_ids=stop_ids, settings=settings)
+        return types.SimpleNamespace(name=names.__getitem__, decode=texts_of, **options)
 
     assert same_tokens(made(), made())
-    for other in ({"size": 2}, {"stop_ids": (1, 0)}, {"names": "abd"}, {"texts": "xyy"}):
+    for other in ({"size": 2}, {"stop_ids": (1, 0)}, {"names": "abd"}, {"texts": "xyy"}, {"settings": "chatml"}):
         assert not same_tokens(made(), made(**other)) and not same_tokens(made(**other), made())
 
 
