@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.asking import ask_model
@@ -14,7 +12,6 @@ from kangaroo_jax.evaluation.checking import is_there
 from kangaroo_jax.evaluation.results import result_of
 from kangaroo_jax.evaluation.running import Settings, Share, read_questions, tasks_in
 from kangaroo_jax.evaluation.samples import Samples
-from kangaroo_jax.sharding import make_mesh
 
 
 class BenchmarkEvaluator:
@@ -38,9 +35,7 @@ class BenchmarkEvaluator:
         from kangaroo_jax.inference.requests import EngineError
 
         share = Share(part, parts)
-        # Of several processes all but one crashed (SIGSEGV) in a program that was compiled for no device in particular.
-        mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1]) if jax.process_count() > 1 else None
-        with Samples(folder, share.name) as samples, Kangaroo.load(checkpoint, mesh=mesh) as model:
+        with Samples(folder, share.name) as samples, Kangaroo.load(checkpoint) as model:
             try:
                 for benchmark, questions in self._asked:
                     ask_model(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -37,6 +38,7 @@ from kangaroo_jax.inference.spool import Spool
 from kangaroo_jax.inference.text import Detokenizer
 from kangaroo_jax.inference.vision import Vision
 from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.system.cpus import usable_cpus
 
 CACHE_GIB = 2.0  # of the host's memory
@@ -171,7 +173,7 @@ class Kangaroo:
             path: the folder, or OWNER/NAME or OWNER/NAME@REVISION of Hugging Face's hub. If a run trained an adapter
                 there, its base is loaded, too.
             lora: folder of an adapter for the weights in `path`.
-            dtype, quantize, mesh: see `adapters.load_adapted`.
+            dtype, quantize, mesh: see `adapters.load_adapted`; without a mesh, this process's first device.
             kv_dtype: int8 halves what a conversation takes on the device; None keeps keys and values as computed.
             slots: conversations that are remembered on the device.
             cache_gib: GiB of the host's memory for what was seen, and for conversations that have lost their slot.
@@ -181,6 +183,9 @@ class Kangaroo:
                 none of those known.
         """
         check_kv_dtype(kv_dtype)
+        if mesh is None and jax.process_count() > 1:
+            # A program that is compiled for no device in particular is one for a device of process 0: others crash.
+            mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
         loaded = load_adapted(local(path), lora, dtype=dtype, quantize=quantize, mesh=mesh)
         options: dict[str, Any] = dict(mesh=mesh, kv_dtype=kv_dtype, slots=slots, cache_gib=cache_gib)
         return cls(loaded.model, loaded.config, loaded.tokenizer, weights_id=loaded.weights_id, **options)
