@@ -33,7 +33,7 @@ def local(name: str | Path) -> Path:
 
 
 def needed(files: Sequence[str]) -> list[str]:
-    """Of a repository's files those that a model needs: a checkpoint of ours, or weights of one kind with configs."""
+    """The files of a repository that a model needs: a checkpoint of ours, or weights of one kind with configs."""
     if any(file.startswith("params/") for file in files):
         return [file for file in files if not file.startswith(".")]
     top = [file for file in files if "/" not in file and not any(fnmatch.fnmatch(file, bad) for bad in _NO_WEIGHTS)]
@@ -77,9 +77,10 @@ def _downloaded(repo: str, revision: str, name: str) -> Path:
 
 def _kept(repo: str, revision: str) -> Path | None:
     """What was downloaded of a repository before."""
-    from huggingface_hub import constants
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    reference = folder / "refs" / revision
-    snapshot = folder / "snapshots" / (reference.read_text() if reference.is_file() else revision)
-    return snapshot if snapshot.is_dir() else None
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
