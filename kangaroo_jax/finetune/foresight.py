@@ -16,10 +16,12 @@ from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.finetune.table import Example, answers_of
 from kangaroo_jax.models.kangaroo import count_parameters
+from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.planning.formula import peak_gib
 from kangaroo_jax.system.memory import host_memory
 from kangaroo_jax.training.flops import step_flops
+from kangaroo_jax.training.optimizer import count
 from kangaroo_jax.training.placement import resolve
 
 FEW, MANY_ANSWERS, IMBALANCE = 50, 50, 3.0
@@ -30,7 +32,7 @@ _READ = 3000  # conversations of the replay whose tokens count as known
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Of a run, and what there is of it."""
+    """What a run needs, and what there is of it."""
 
     memory_gib: float
     memory_there: float
@@ -52,8 +54,7 @@ class Needs:
         if self.disk_gib > self.disk_there:
             raise UserError(
                 f"needs {self.disk_gib:.1f} GiB of disk, but {self.disk_there:.1f} are free; make room, or give "
-                "another "
-                "--workdir"
+                "another --workdir"
             )
         if self.memory_gib > 1.2 * self.memory_there:  # the formula's error is up to a fifth
             raise UserError(
@@ -68,11 +69,10 @@ def needs_of(config: StageConfig, workdir: Path) -> Needs:
     chip = find_chip(device.device_kind)
     resolved = resolve(config, chip, jax.device_count())
     binding = abstract_model(config.model, config.lora)
-    factors = sum(_size(x) for path, x in binding.shapes.items() if "/lora_" in path)
-    trained = factors if config.lora.rank else sum(map(_size, binding.shapes.values()))
+    trained = count({path: x for path, x in binding.shapes.items() if not config.lora.rank or is_factor(path)})
     memory = peak_gib(resolved, count_parameters(config.model)) + 4 * trained * 4 / _GIB * bool(config.lora.rank)
     if config.lora.quantize:
-        rounded = sum(_size(x) for x in binding.shapes.values() if jnp.issubdtype(x.dtype, jnp.integer))
+        rounded = count({path: x for path, x in binding.shapes.items() if jnp.issubdtype(x.dtype, jnp.integer)})
         memory -= rounded / _GIB / max(1, jax.device_count())
     stats = device.memory_stats() or {}
     there = stats.get("bytes_limit", host_memory()[1]) - stats.get("bytes_in_use", 0)
@@ -82,13 +82,6 @@ def needs_of(config: StageConfig, workdir: Path) -> Needs:
     existing = next(folder for folder in (workdir, *workdir.resolve().parents) if folder.exists())
     name = chip.name if chip else "this CPU"
     return Needs(memory, there / _GIB, minutes, kept / _GIB + 0.05, shutil.disk_usage(existing).free / _GIB, name)
-
-
-def _size(x: jax.ShapeDtypeStruct) -> int:
-    size = 1
-    for side in x.shape:
-        size *= side
-    return size
 
 
 def _rate() -> float:

@@ -72,9 +72,7 @@ def make_stage(
     config.optimizer.update(warmup_fraction=0.05, final_fraction=0.1, frozen_dtype=config.model.dtype)
 
     data = config.data
-    data.update(train=(str(train), *replay), weights=(1.0,) * (1 + len(replay)) if replay else ())
-    if replay:
-        data.weights = (1.0, *(1.0 / len(replay),) * len(replay))
+    data.update(train=(str(train), *replay), weights=(1.0, *(1.0 / len(replay),) * len(replay)) if replay else ())
     data.update(tokenizer=str(reading.find_tokenizer(folder)), media_root="", registry="", shuffle=True)
     data.update(loss_on="assistant", strict=False)
     most = wishes.frames or (0 if preset == "tiny" else _FRAMES)

@@ -9,19 +9,18 @@ Every part leaves a marker in the workdir; running it again continues where it s
 import contextlib
 import importlib.util
 import json
-import platform
 import resource
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from kangaroo_jax import machine
 from kangaroo_jax.config import STAGES as OF_THE_PAPER
 from kangaroo_jax.corpus.make import Corpus, make_corpus
 from kangaroo_jax.data.tokenizer import train_sentencepiece
@@ -32,7 +31,6 @@ from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
 from kangaroo_jax.quickstart import judging
 from kangaroo_jax.quickstart.report import write_quickstart_report
-from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.progress import Tell
@@ -239,12 +237,13 @@ def collect(workdir: Path, stages: list[dict[str, Any]], clock: Clock) -> dict[s
 
 def environment() -> dict[str, str]:
     """The machine and versions on which the figures were measured."""
+    found = machine.facts()
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "av")
     return {
-        "cores": str(usable_cpus()),
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        "cores": str(found["cpus"]),
+        "device": next(iter(found["devices"])),
+        "python": found["python"],
+        **{name: found["packages"][name] for name in packages},
     }
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +151,6 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def count(params: Params) -> int:
+def count(params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:
     """Number of parameters."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
