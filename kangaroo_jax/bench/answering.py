@@ -179,7 +179,7 @@ def peak_gib() -> float:
 
 
 def read_bytes(model: KangarooModel) -> int:
-    """Of weights, for one token: the decoder and its head; of the embedding one row."""
+    """Bytes of weights that one token reads: the decoder and its head, and one row of the embedding."""
     size = 0
     for path, weight in nnx.to_flat_state(nnx.state(model.llm)):
         is_embedding = path[0] == "embedding" and model.llm.head is not None

@@ -64,7 +64,7 @@ def check_extras(names: Sequence[str]) -> Sequence[str]:
 
 
 def requirements(extras: Sequence[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Of the package itself ("") and of each extra: the requirements that this environment does not meet."""
+    """The requirements that this environment does not meet, of the package itself ("") and of each extra."""
     try:
         about = importlib.metadata.metadata(DISTRIBUTION)
         declared = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]

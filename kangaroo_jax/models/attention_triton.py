@@ -52,7 +52,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Of the three kernels."""
+    """The tiles of the three kernels."""
 
     forward: Tile
     d_query: Tile

@@ -31,7 +31,7 @@ class Admission:
 
     @property
     def body_bytes(self) -> int:
-        """Of requests that are being read, or whose media are."""
+        """The bytes of requests that are being read, or whose media are."""
         return self._bodies.total
 
     @property

@@ -127,7 +127,7 @@ def test_peft_loads_what_we_write(adapters, llama, tmp_path):
 
 
 def logits_of(loaded, ids: np.ndarray) -> np.ndarray:
-    """Of text, by the model as it is loaded to talk to, its factors beside its weights."""
+    """The logits of text, by the model as it is loaded to talk to, its factors beside its weights."""
     model, ones = loaded.model, np.ones(ids.shape, np.int32)
     x = model.embed(ids.astype(np.int32), -ones, None)
     return np.asarray(model.llm.unembed(model.llm(x, ones, np.arange(ids.shape[1], dtype=np.int32)[None])))

@@ -139,7 +139,7 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path):
 
 
 def test_a_tied_head_is_one_tensor_there_and_back(tmp_path):
-    """Of files that hold the head, too, if it is the same; Meta's format always does."""
+    """Files may hold the head, too, if it is the same; Meta's format always does."""
     from safetensors.torch import load_file, save_file
 
     theirs = make_llama(tmp_path / "hf", tie_word_embeddings=True)

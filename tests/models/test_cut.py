@@ -83,7 +83,7 @@ def test_what_a_kernel_is_not_alone_in_or_does_not_divide_is_computed_as_elsewhe
 
 
 def test_remat_policies_multiply_again_what_they_do_not_keep():
-    """Of an MLP's nine products in a step, and of its first two once more; its last one is never needed again."""
+    """An MLP has nine products in a step, and its first two may come once more; its last one is never needed again."""
     make = lambda rngs: MLP(small_config().llm, rngs=rngs, param_dtype=jnp.float32)  # noqa: E731
     layers = stack_layers(make, 2, rngs=nnx.Rngs(0))
     graph, weights = nnx.split(layers)

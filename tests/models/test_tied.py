@@ -36,7 +36,7 @@ def test_logits_and_loss_are_those_of_a_head_that_is_a_copy():
 
 
 def test_the_gradient_is_the_sum_of_both_uses():
-    """Of the copy's embedding and head, but in the marks' rows, which learn by their own embedding alone."""
+    """The sum is that of the copy's embedding and head, but in the marks' rows, which learn by their own embedding."""
     _, tied = gradients(batch(), llm__tied_head=True)
     other = untied(small_model(llm__tied_head=True))
 

@@ -68,7 +68,7 @@ def test_the_facts_of_a_gpu_are_those_of_its_chip():
 @pytest.mark.parametrize("name", ["H100", "A100"])
 @pytest.mark.parametrize(("length", "kv_heads", "width", "causal"), [(8192, 2, 128, True), (1025, 8, 64, False)])
 def test_no_kernel_spills_and_hopper_multiplies_by_warp_groups(name, length, kv_heads, width, causal):
-    """Of a decoder, and of a ViT."""
+    """The kernels of a decoder, and those of a ViT."""
     target = parse_topology(f"{name}:1")
     mesh = make_mesh((1, 1, 1, 1), gpu.topology_devices(target))
     everywhere = NamedSharding(mesh, PartitionSpec())
