@@ -87,24 +87,72 @@ def mesh_sizes(shape: Sequence[int], devices: int) -> tuple[int, int, int, int]:
 def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, context, tensor) over `devices`; at most one -1 takes what is left.
 
-    Neighbours on the mesh are neighbours on the chips' network. Of several slices the data axis runs over
-    the slower network between them, so that it must be a multiple of their number.
+    Neighbours on the mesh are neighbours on the chips' network, and as few hosts as possible have the same rows. The
+    data axis runs over the slower network between several slices, so that it must be a multiple of their number.
 
     Raises UserError where the shape does not fit the devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = mesh_sizes(shape, len(devices))
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if devices[0].platform != "tpu":
-        grid = np.asarray(devices).reshape(sizes)
-    elif slices == 1:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    else:
-        if sizes[0] % slices:
-            raise UserError(f"mesh {sizes}: its data axis must be a multiple of the {slices} slices")
-        inner = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES)
+        return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    return Mesh(arranged(sizes, devices), MESH_AXES)
+
+
+def arranged(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """TPUs as a mesh, as `make_mesh` says; they need `coords`, `core_on_chip`, `process_index` and a kind alone."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    if sizes[0] % len(slices):
+        raise UserError(f"mesh {sizes}: its data axis must be a multiple of the {len(slices)} slices")
+    inner = (sizes[0] // len(slices), *sizes[1:])
+    return np.concatenate([_on_a_slice(inner, slices[index]) for index in sorted(slices)])
+
+
+def hosts_of_rows(grid: np.ndarray) -> list[set[int]]:
+    """The hosts (`process_index`) that have a device of each group of rows, of a mesh's devices by its axes."""
+    return [{device.process_index for device in group.flat} for group in grid.reshape(-1, *grid.shape[2:])]
+
+
+def _on_a_slice(sizes: tuple[int, int, int, int], devices: list[Any]) -> np.ndarray:
+    """A slice's devices as a mesh in which no more hosts than necessary have the same rows: each of them reads them."""
+    grid: np.ndarray = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    hosts: dict[int, list[Any]] = {}
+    for device in devices:
+        hosts.setdefault(device.process_index, []).append(device)
+    here, group = len(devices) // len(hosts), sizes[2] * sizes[3]
+    if group % here or max(map(len, hosts_of_rows(grid))) <= group // here:
+        return grid
+    # A host's devices in a ring are the last of the tensor axis, then of the context axis; hosts are a mesh themselves.
+    tensor = math.gcd(sizes[3], here)
+    context = here // tensor
+    if sizes[2] % context:
+        return grid
+    machines = [_Machine(devices) for devices in hosts.values()]
+    outer = (sizes[0], sizes[1], sizes[2] // context, sizes[3] // tensor)
+    places = mesh_utils.create_device_mesh(outer, machines, allow_split_physical_axes=True)
+    rings = np.array([machine.ring for machine in places.flat], dtype=object)
+    pieces = rings.reshape(*outer, context, tensor).transpose(0, 1, 2, 4, 3, 5)
+    return pieces.reshape(sizes)
+
+
+class _Machine:
+    """A host as one device on the network of a slice, as JAX's `mesh_utils` looks at devices."""
+
+    platform, core_on_chip = "tpu", 0
+
+    def __init__(self, devices: list[Any]) -> None:
+        first = np.min([device.coords for device in devices], 0)
+        size = np.max([device.coords for device in devices], 0) - first + 1
+        self.coords, self.device_kind = tuple(int(place) for place in first // size), devices[0].device_kind
+        self.process_index = devices[0].process_index
+
+        def along(device: Any) -> tuple[int, ...]:
+            x, y, *others = device.coords
+            return (*others, x, -y if x % 2 else y, device.core_on_chip)
+
+        self.ring = sorted(devices, key=along)
 
 
 def split_mesh() -> Any:
