@@ -135,7 +135,7 @@ def test_resume_is_exact_at_every_batch(config: DataConfig, tokenizer: Tokenizer
     assert len(whole[-1][2]) < 3000  # the state stays small
 
 
-@pytest.mark.parametrize("threads, workers, cache", [(1, 0, 0), (4, 0, 0), (2, 0, 8), (0, 2, 0)])
+@pytest.mark.parametrize("threads, workers, cache", [(1, 0, 0), (16, 0, 0), (2, 0, 8), (0, 2, 0)])
 def test_the_same_batches_however_they_are_made(
     config: DataConfig, tokenizer: Tokenizer, threads: int, workers: int, cache: int
 ) -> None:

@@ -19,6 +19,18 @@ from kangaroo_jax.data.media.video import Clip
 from kangaroo_jax.errors import UserError
 
 _RECIPES_AHEAD = 64  # recipes made ahead, over all lanes
+_AHEAD = (2, 8)  # the least and the most batches whose media are being decoded at a time
+_PIXELS_AHEAD = 4 << 30  # bytes that more than the least may take
+
+
+def batches_ahead(threads: int, rows: int, row_bytes: int) -> int:
+    """How many batches of a host's `rows` are decoded at a time: with few rows, more, so that more threads have work.
+
+    `row_bytes` are those of a row's pixels.
+    """
+    least, most = _AHEAD
+    wanted = -(-threads // rows)
+    return max(least, min(most, wanted, _PIXELS_AHEAD // max(1, rows * row_bytes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +144,8 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
         super().__init__()
         self._mixture, self._maker, self._settings = mixture, maker, settings
         self._pool = ThreadPoolExecutor(min(settings.threads, 4), "recipe") if settings.threads else None
-        self._ahead = 2 if settings.threads else 1  # batches being decoded at a time
+        row_bytes = settings.shape.frames * settings.shape.image_size**2 * 3
+        self._ahead = batches_ahead(settings.threads, len(settings.lanes), row_bytes) if settings.threads else 1
         self._begin_anew({v: Lane(mixture, v) for v in settings.lanes}, {}, dict.fromkeys(settings.lanes, 0))
 
     def _begin_anew(
