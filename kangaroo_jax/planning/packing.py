@@ -15,11 +15,12 @@ SAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Shares of a row."""
+    """Shares of a row, and how many samples it has."""
 
     useful: float  # of its tokens, that are a sample's
     pairs: float  # of its causal pairs of tokens, that are of one sample
     visited: float  # of its causal blocks of attention, that hold such a pair: the kernels visit no others
+    samples: float = 1.0  # in a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,14 @@ def packed(config: StageConfig, context: int = 1) -> Packed:
     """
     rows, length = _rows(config), config.data.tokens_per_pack
     if not rows:
-        return Packed(0.0, 0.0, 0.0)
+        return Packed(0.0, 0.0, 0.0, 0.0)
     useful = sum(map(sum, rows)) / (len(rows) * length)
     pairs = sum(size * (size + 1) / 2 for row in rows for size in row) / (len(rows) * length * (length + 1) / 2)
     padded = -(-length // (128 * context)) * 128 * context
     sizes = block_sizes(padded // context, padded, True, True)
     visited = [_visited(row, padded, sizes.block_q, sizes.block_kv) for row in rows]
-    return Packed(round(useful, 3), round(pairs, 4), round(float(np.mean(visited)), 4))
+    samples = sum(map(len, rows)) / len(rows)
+    return Packed(round(useful, 3), round(pairs, 4), round(float(np.mean(visited)), 4), round(samples, 2))
 
 
 def _visited(row: list[int], length: int, queries: int, keys: int) -> float:

@@ -17,7 +17,8 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import chat, gpu
 from kangaroo_jax.planning import formula as plan_formula
-from kangaroo_jax.planning.compile import Compiled, compile_step, why_not
+from kangaroo_jax.planning.compile import Compiled, compile_step, topology_devices, why_not
+from kangaroo_jax.planning.feeding import Feeding, feeding
 from kangaroo_jax.planning.packing import Packed, packed
 from kangaroo_jax.sharding import MESH_AXES
 from kangaroo_jax.system.progress import Tell
@@ -69,6 +70,7 @@ class Plan:
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # of foretold_seconds, see `cycles.PARTS`
     kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # our own on GPUs, see `gpu.Kernel`
     not_compiled: str = ""  # why, and how to change that
+    feeding: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a host must decode, see `Feeding`
 
 
 def make_plan(
@@ -126,7 +128,15 @@ def make_plan(
         compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
         kernels=compiled.kernels if compiled else [],
         not_compiled=reason,
+        feeding=_feeding(config, target, sum(compiled.seconds.values()) if compiled else 0.0, seconds, rows.samples),
     )
+
+
+def _feeding(config: StageConfig, target: Slices, foretold: float, assumed: float, samples: float) -> dict[str, Any]:
+    """The fields of a `Feeding` at a step's foretold or else its assumed time; none for a stage without frames."""
+    devices = topology_devices(target) if target.chip.platform == "tpu" else []
+    found = feeding(config, target, devices, foretold or assumed, samples)
+    return dataclasses.asdict(found) if found else {}
 
 
 def foretold(
@@ -320,6 +330,7 @@ def text(plan: Plan) -> str:
         f"at {100 * plan.mfu:.0f}% MFU": f"{plan.step_seconds} s a step, {plan.steps:,} steps, "
         f"{plan.chip_hours:,} chip-hours{cost}",
         **_foretold_rows(plan),
+        **({"to decode": str(Feeding(**plan.feeding))} if plan.feeding else {}),
         **({"kernels": "; ".join(str(gpu.Kernel(**kernel)) for kernel in plan.kernels)} if plan.kernels else {}),
         "compiled in": f"{plan.compile_seconds} s"
         if plan.compile_seconds is not None
