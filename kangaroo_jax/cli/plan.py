@@ -20,6 +20,7 @@ def plan(
     json: bool = False,
     cache: str = "",
     table: str = "",
+    profile_of: str = "",
     quantize: str | None = None,
     kv_dtype: str | None = None,
     slots: Count | None = None,
@@ -45,6 +46,7 @@ def plan(
         json: print JSON
         cache: folder for results, so that the same step is compiled only once
         table: only print a file of --json lines as a Markdown table
+        profile_of: an .xplane.pb, or its folder, of the stage: what it measured beside what is foretold
         quantize: with --mode=chat, int8 or int4: the decoder's weights
         kv_dtype: with --mode=chat, int8: keys and values
         slots: with --mode=chat, conversations at the same time; 1
@@ -64,7 +66,9 @@ def plan(
     require("plan", plan, topology=topology, config="all" if curriculum or mode == "kernels" else config)
     of_chat = {"quantize": quantize, "kv-dtype": kv_dtype, "slots": slots, "frames": frames}
     of_train = {"curriculum": curriculum, "search": search, "price-per-chip-hour": price_per_chip_hour}
-    _check_mode(mode, of_chat, of_train)
+    _check_mode(mode, of_chat, {**of_train, "profile-of": profile_of})
+    if profile_of and curriculum:
+        raise UserError("--profile-of is of one stage: it goes with --config, not with --curriculum")
     prepare_environment()  # must come before anything imports JAX
 
     from kangaroo_jax.cli.overrides import config_of
@@ -97,6 +101,7 @@ def plan(
         as_json=json,
         do_search=search,
         cache=kept,
+        profile_of=Path(profile_of) if profile_of else None,
     )
     if code:
         raise SystemExit(code)

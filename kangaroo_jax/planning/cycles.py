@@ -9,6 +9,7 @@ them, and where they go on beside computations what these do not cover.
 import dataclasses
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from kangaroo_jax.chips import Chip, Slices
 from kangaroo_jax.planning import hlo, kernels
@@ -153,16 +154,12 @@ class _Timer:
             read = sum(computation[name].bytes for name in operation.operands if name in computation)
             seconds = min(seconds, (read + operation.bytes) / (self._chip.hbm_gb * 1e9))
         if operation.kind == "fusion":
-            inside = self._inside(operation)
+            inside = inside_of(self._computations, operation)
             multiplies = any(hlo.matmul_flops(visit) > 0 for visit in inside)
             here = [visit.operation for visit in inside if hlo.collective(visit.operation)]
             mine = [one for one in here if hlo.identity(one) not in self._started]
             times.parts["collectives_in_line"] += sum(self._on_links(one) for one in mine)
-        where = _module(operation) or module
-        if where == "other":
-            times.parts["head_and_optimizer"] += seconds
-        else:
-            times.parts[f"{where}_{'products' if multiplies else 'elementwise'}"] += seconds
+        times.parts[_part(_module(operation) or module, multiplies)] += seconds
 
     # --------------------------------------------------------------------------- the inside of an operation
 
@@ -172,20 +169,57 @@ class _Timer:
     def _inner(self, operation: hlo.Operation) -> list[hlo.Computation]:
         return [self._computations[name] for name in self._names(operation)]
 
-    def _inside(self, operation: hlo.Operation) -> list[hlo.Visit]:
-        """All operations of a fusion, and of those in it."""
-        found = []
-        for inner in self._inner(operation):
-            for one in inner.values():
-                found.append(hlo.Visit(one, 1.0, inner))
-                if one.kind in ("fusion", "call"):
-                    found += self._inside(one)
-        return found
-
     def _on_links(self, operation: hlo.Operation) -> float:
         """Seconds of a collective, 0 for other operations."""
         found = hlo.collective(operation)
         return collective_seconds(*found, hlo.group(operation), self._target) if found else 0.0
+
+
+def inside_of(computations: dict[str, hlo.Computation], operation: hlo.Operation) -> list[hlo.Visit]:
+    """All operations of a fusion, and of those in it."""
+    found = []
+    for name in hlo.called(operation):
+        for one in computations.get(name, {}).values():
+            found.append(hlo.Visit(one, 1.0, computations[name]))
+            if one.kind in ("fusion", "call"):
+                found += inside_of(computations, one)
+    return found
+
+
+def parts_of(program: hlo.Module, attends: Callable[[hlo.Visit], bool]) -> dict[str, str]:
+    """The part of PARTS of each operation by its name, to which its time belongs when it is measured.
+
+    `attends` knows attention kernels. What waits for the end of a collective is `collectives_waited_for`.
+    """
+    found = {}
+    for computation in program.computations.values():
+        module = _module_of(computation)
+        for operation in computation.values():
+            visit = hlo.Visit(operation, 1.0, computation)
+            inside = [visit, *(inside_of(program.computations, operation) if operation.kind == "fusion" else ())]
+            where = _module(operation) or module
+            moved = any(hlo.collective(one.operation) for one in inside)
+            if moved and any(hlo.ends(one.computation) for one in inside[1:]) or _ends_one(operation):
+                found[operation.name] = "collectives_waited_for"
+            elif hlo.collective(operation):
+                found[operation.name] = "collectives_in_line"
+            elif attends(visit) and where != "other":
+                found[operation.name] = f"{where}_attention"
+            else:
+                found[operation.name] = _part(where, any(hlo.matmul_flops(one) > 0 for one in inside))
+    return found
+
+
+def _ends_one(operation: hlo.Operation) -> bool:
+    """Whether an operation is the end of a collective that went on beside others."""
+    return (
+        operation.kind.removesuffix("-done") in (*hlo.COLLECTIVES, "async", "call") and operation.kind[-5:] == "-done"
+    )
+
+
+def _part(where: str, multiplies: bool) -> str:
+    """The part of what no kernel and no collective is."""
+    return "head_and_optimizer" if where == "other" else f"{where}_{'products' if multiplies else 'elementwise'}"
 
 
 def collective_seconds(kind: str, moved: int, devices: list[int], target: Slices) -> float:

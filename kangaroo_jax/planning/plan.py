@@ -20,6 +20,7 @@ from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step, topology_devices, why_not
 from kangaroo_jax.planning.feeding import Feeding, feeding
 from kangaroo_jax.planning.packing import Packed, packed
+from kangaroo_jax.planning.profile import Measured, compared, measured
 from kangaroo_jax.sharding import MESH_AXES
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.flops import step_flops
@@ -71,6 +72,7 @@ class Plan:
     kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # our own on GPUs, see `gpu.Kernel`
     not_compiled: str = ""  # why, and how to change that
     feeding: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a host must decode, see `Feeding`
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by a profile, see `profile.Measured`
 
 
 def make_plan(
@@ -264,13 +266,18 @@ def run(
     as_json: bool = False,
     do_search: bool = False,
     cache: Path | None = None,
+    profile_of: Path | None = None,
     tell: Tell = print,
 ) -> int:
-    """Plan every config on `topology` and print; 0, or DOES_NOT_FIT if one does not fit. Raises UserError."""
+    """Plan every config on `topology` and print, beside what the profile `profile_of` has measured, if given.
+
+    Returns 0, or DOES_NOT_FIT if one does not fit. Raises UserError.
+    """
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu}: a share between 0 and 1")
     target = parse_topology(topology, slices)
     note: Tell = (lambda line: None) if as_json else tell
+    found_by = dataclasses.asdict(measured(profile_of, target.chip)) if profile_of else {}
     plans = []
     for config in configs:
         note(f"{config.stage} on {target} ...")
@@ -282,6 +289,7 @@ def run(
         if not plan.fits:
             change = nearest_change(config, target, plan, cache=cache, tell=note)
             plan = dataclasses.replace(plan, nearest_change=change or "none found: choose a larger slice")
+        plan = dataclasses.replace(plan, measured=found_by)
         plans.append(plan)
         note(text(plan) if len(configs) == 1 else f"  {line(plan)}")
     if as_json:
@@ -330,6 +338,7 @@ def text(plan: Plan) -> str:
         f"at {100 * plan.mfu:.0f}% MFU": f"{plan.step_seconds} s a step, {plan.steps:,} steps, "
         f"{plan.chip_hours:,} chip-hours{cost}",
         **_foretold_rows(plan),
+        **(compared(Measured(**plan.measured), plan.parts) if plan.measured else {}),
         **({"to decode": str(Feeding(**plan.feeding))} if plan.feeding else {}),
         **({"kernels": "; ".join(str(gpu.Kernel(**kernel)) for kernel in plan.kernels)} if plan.kernels else {}),
         "compiled in": f"{plan.compile_seconds} s"
