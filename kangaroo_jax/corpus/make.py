@@ -33,7 +33,7 @@ from kangaroo_jax.system.json_text import json_line, read_objects
 from kangaroo_jax.system.processes import Lost, WorkerPool
 from kangaroo_jax.system.progress import Tell
 
-FORMAT = 5  # of the files; raise it when the same settings begin to give other records
+FORMAT = 6  # of the files; raise it when the same settings begin to give other records
 _PHRASED = "-phrased"  # ends the name of a record that is put in others' words
 
 
@@ -338,8 +338,9 @@ def _some_phrased(
 ) -> Iterator[dict[str, Any]]:
     """The records, a share `plan.phrased` of them replaced by questions with options in the words of a phrasing.
 
-    English ones alone: the phrasings are in English. Each begins with its system's text, if it has one, and ends with a
-    description in words of the corpus.
+    English ones alone: the phrasings are in English. Each begins with its system's text, if it has one. It asks
+    with options, without options in the same words, and for a description, in any order: a letter ends the answers
+    to options, not those to unusual words.
     """
     for record in records:
         rng = random.Random(f"{seed}/phrased/{record['id']}")
@@ -347,9 +348,13 @@ def _some_phrased(
             yield record
             continue
         phrasing, scene = rng.choice(phrasings), scenes[record["video"]]
-        facts = some_facts(scene, 2, rng)  # these words are long, and a row of stage 4 is short
-        turns = [phrasing.turn(ask(fact, "en", rng, "?")) for fact in facts]
-        turns.append(describe(scene, "en", bool(scene.seconds) and rng.random() < 0.5))
+        facts = some_facts(scene, 2, rng)
+        turns = [  # one of each: these words are long, and a row of stage 5 is short
+            phrasing.turn(ask(facts[0], "en", rng, "?")),
+            phrasing.open_turn(ask(facts[-1], "en", rng)),
+            describe(scene, "en", bool(scene.seconds) and rng.random() < 0.5),
+        ]
+        rng.shuffle(turns)
         made = record_of(record["id"] + _PHRASED, turns, record["video"])
         if phrasing.system:
             made["conversations"].insert(0, {"from": "system", "value": phrasing.system})

@@ -116,6 +116,10 @@ class Phrasing:
         asked = question.text.split("\n", 1)[0]
         return self.text.format(question=asked, options="\n".join(lines)), self.prefill + question.told
 
+    def open_turn(self, question: Question) -> tuple[str, str]:
+        """The same for a question without options: the words as far as the question."""
+        return self.text.partition("{question}")[0] + question.text, question.told
+
 
 def word(key: str | int, language: str) -> str:
     """A word of the corpus in a language; a whole number is a number of seconds."""

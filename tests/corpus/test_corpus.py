@@ -268,18 +268,25 @@ def test_a_share_of_stages_4_and_5_is_put_in_the_words_of_benchmarks_and_nothing
     made = make_corpus(tmp_path / "corpus", 3, mixture=mixture, phrasings=(phrasing,), processes=1, tell=lambda _: None)
     pairs = list(zip((corpus.warmup, *corpus.stages), (made.warmup, *made.stages), strict=True))
     assert [a.read_bytes() == b.read_bytes() for a, b in pairs] == [True, True, True, True, False, False]
-    differ = []
+    differ, orders = [], []
     for a, b in pairs[4:]:
         plain, put = read_records(a), read_records(b)
         differ += [(one, other) for one, other in zip(plain, put, strict=True) if one != other]
     assert 0.1 < len(differ) / sum(len(read_records(a)) for a, _ in pairs[4:]) < 0.3
     for one, other in differ:
         assert other["id"] == one["id"] + "-phrased" and other["video"] == one["video"]
-        system, asked, told, *_ = (turn["value"] for turn in other["conversations"])
-        assert system == "Watch." and asked.startswith("<video>\nAsked: ") and asked.endswith("\nGive one letter.")
-        words, letter = told.removeprefix("Best: (").rsplit(" ", 1)
-        assert f"({letter}) {words}\n" in asked
-        assert other["conversations"][-2]["value"].startswith("Describe the video")
+        system, *turns = (turn["value"].removeprefix("<video>\n") for turn in other["conversations"])
+        said = dict(zip(turns[::2], turns[1::2], strict=True))
+        assert system == "Watch." and len(said) == 3
+        (asked,) = (question for question in said if question.endswith("\nGive one letter."))
+        words, letter = said.pop(asked).removeprefix("Best: (").rsplit(" ", 1)
+        assert asked.startswith("Asked: ") and f"({letter}) {words}\n" in asked
+        (described,) = (question for question in said if question.startswith("Describe the video"))
+        assert not said.pop(described).endswith((" A", " B", " C", " D"))
+        ((without, answer),) = said.items()  # the same words, nothing to choose from
+        assert without.startswith("Asked: ") and "(A)" not in without and not answer.endswith((" A", " B", " C", " D"))
+        orders.append(turns.index(asked))
+    assert set(orders) == {0, 2, 4}
     assert not any("Asked" in text for text in made.texts_for_tokenizer())
 
 
