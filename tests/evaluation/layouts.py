@@ -276,5 +276,6 @@ LAYOUTS = {
     "videovista-culturallingo": (culturallingo, 2),
     "vnbench": (vnbench, 12),
     "needle": (needle, 312),
+    "needle-time": (needle, 312),
     "quickstart": (quickstart, 3),
 }

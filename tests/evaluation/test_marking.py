@@ -131,6 +131,23 @@ def test_needles_are_found_only_in_all_orders_and_shown_apart(data):
     assert maps[:2] == ("frame", [f"{count} frames" for count in (16, 32, 64, 128, 160)]) and len(maps[2]) == 6
 
 
+def test_needles_are_asked_when_they_appear_with_four_moments(data):
+    benchmark = BENCHMARKS["needle-time"]
+    questions = questions_of(benchmark, data("needle-time"))
+    by_unit = {q.unit: [one for one in questions if one.unit == q.unit] for q in questions}
+    for some in by_unit.values():
+        assert {q.answer for q in some} == set("ABCD") and len(set(some[0].options)) == 4
+        told = {int(q.options["ABCD".index(q.answer)].removesuffix(" seconds")) for q in some}
+        assert len(told) == 1 and (not some[0].row["needle"] or abs(told.pop() - some[0].row["needle"][0]) <= 0.5)
+    colours = questions_of(BENCHMARKS["needle"], data("needle"))
+    assert [(q.id, q.media[0].times, q.row) for q in questions] == [(q.id, q.media[0].times, q.row) for q in colours]
+    found = result_of(benchmark, questions, Planted("needle-time", {q.id: q.answer for q in questions}), {})
+    none = [c for c in found["needles"] if c["mode"] == "none"]
+    assert len(found["needles"]) == 5 * 6 + 4 * 6 + 1 and [c["needles"] for c in none] == [24]
+    wording = benchmark.wording("plain", "choice").prompt(questions[0])
+    assert "At which second does it appear?\nA. 0 seconds\nB. " in wording
+
+
 def test_the_others(data):
     assert scores(result("lvbench", data, ["A", "(B)", "C. green", "B", "Answer B", "c"])) == {
         "strict": 0.8333,

@@ -12,7 +12,7 @@ from kangaroo_jax.evaluation.benchmarks.lvbench import LVBENCH
 from kangaroo_jax.evaluation.benchmarks.mlvu import MLVU, MLVU_TEST
 from kangaroo_jax.evaluation.benchmarks.mmbench_video import MMBENCH_VIDEO
 from kangaroo_jax.evaluation.benchmarks.mvbench import MVBENCH
-from kangaroo_jax.evaluation.benchmarks.needle import NEEDLE
+from kangaroo_jax.evaluation.benchmarks.needle import NEEDLE, NEEDLE_TIME
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark
 from kangaroo_jax.evaluation.benchmarks.seed_bench import SEED_BENCH_1, SEED_BENCH_2
 from kangaroo_jax.evaluation.benchmarks.tempcompass import TEMPCOMPASS
@@ -25,7 +25,7 @@ BENCHMARKS = {
     for benchmark in (
         *(MVBENCH, VIDEO_MME, VIDEO_MME_SUBTITLES, MLVU, MLVU_TEST, LVBENCH, VIDEOVISTA, SEED_BENCH_2, SEED_BENCH_1),
         *(EGOSCHEMA, EGOSCHEMA_SUBSET, LONGVIDEOBENCH, LONGVIDEOBENCH_TEST, TEMPCOMPASS, MMBENCH_VIDEO, CULTURALLINGO),
-        *(VNBENCH, NEEDLE, quickstart.QUICKSTART),
+        *(VNBENCH, NEEDLE, NEEDLE_TIME, quickstart.QUICKSTART),
     )
 }
 

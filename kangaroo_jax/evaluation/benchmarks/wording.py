@@ -26,7 +26,7 @@ _BEST = "Question: {question}\nOptions:\n{options}\nOnly give the best option."
 _FRAMES = "These are the frames of a video. "
 _LISTED = "This video's subtitles are listed below:"
 
-_MOMENT = "For a moment the video shows one large coloured shape on a plain dark ground. Which colour does it have?\n"
+_MOMENT = "For a moment the video shows one large coloured shape on a plain dark ground. "
 
 _LETTERS_DIRECTLY = Wording("{question}\n{options}\n" + _LETTER)
 _LIKELIHOOD = Wording("{question}", likelihood=True)
@@ -104,8 +104,9 @@ WORDINGS: Mapping[str, Mapping[str, Mapping[str, Wording]]] = {
     "videovista-culturallingo": {"official": {"": _LETTERS_DIRECTLY}},
     "vnbench": {"official": {"": _LETTERS_DIRECTLY}},
     "needle": {
-        "plain": {"": Wording(_MOMENT + "{options}\n" + _LETTER)},
+        "plain": {"": Wording(_MOMENT + "Which colour does it have?\n{options}\n" + _LETTER)},
         "quickstart": {"": Wording("What colour is it?\n{options}")},
     },
+    "needle-time": {"plain": {"": Wording(_MOMENT + "At which second does it appear?\n{options}\n" + _LETTER)}},
     "quickstart": {"official": {"": _AS_IT_STANDS}},
 }
