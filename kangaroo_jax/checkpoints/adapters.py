@@ -14,7 +14,7 @@ from typing import Any
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import Digests, RunningDigest, differs
 from kangaroo_jax.checkpoints.frozen import name_of, weight_folders
-from kangaroo_jax.checkpoints.stored import Stored, whole
+from kangaroo_jax.checkpoints.stored import Stored
 from kangaroo_jax.errors import UserError
 
 BASE = "base"  # the item of a checkpoint that names the base
@@ -99,11 +99,10 @@ def _check_digests(folder: Path, stored: Stored) -> None:
 def stored_sums(stored: Stored) -> Digests:
     """The sum of every array, read a layer at a time."""
     sums: Digests = {}
-    for name, spec in stored.specs.items():
+    for name in stored.specs:
         running = RunningDigest()
-        for first in range(spec.shape[0] if len(spec.shape) > 2 else 1):
-            layer = (slice(first, first + 1), *whole(spec.shape[1:])) if len(spec.shape) > 2 else whole(spec.shape)
-            running.add(stored.read(name, layer))
+        for part in stored.layers(name):
+            running.add(part)
         sums[name] = running.value
     return sums
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,15 @@ class Stored:
         array = np.ascontiguousarray(array).view(self.specs[path].dtype)
         check_finite(array, path, self._folders[path])
         return array
+
+    def layers(self, path: str) -> Iterator[np.ndarray]:
+        """A parameter, one index of its first axis at a time where it has more than two: stacked layers. See `read`."""
+        shape = self.specs[path].shape
+        if len(shape) < 3:
+            yield self.read(path, whole(shape))
+            return
+        for first in range(shape[0]):
+            yield self.read(path, (slice(first, first + 1), *whole(shape[1:])))
 
     def pieces(self, path: str, axis: int, nbytes: int) -> list[slice]:
         """Ranges of an axis, each of whole chunks and, where these are small enough, at most `nbytes`."""

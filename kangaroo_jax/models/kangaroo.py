@@ -127,7 +127,7 @@ class KangarooModel(nnx.Module):
             if (scale := self.llm.head.kernel_scale) is not None:
                 kernel = dense(kernel, scale[...], self.llm.head.contracted, self.llm.dtype)
             return kernel
-        table = self.llm.embedding[...]
+        table = self.llm.embedding[...] if self.llm.embedding_scale is None else self.llm.table(self.llm.dtype)
         marks = jax.lax.stop_gradient(self.special_embedding[...]).astype(table.dtype)
         token = np.arange(table.shape[0])[:, None]
         for row, mark in enumerate(self.special_ids):

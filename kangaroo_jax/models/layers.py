@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from kangaroo_jax.config import RopeScaling
 from kangaroo_jax.conventions import Array
@@ -147,7 +147,7 @@ def _product_backward(contracted: int, residuals: tuple[Array, Array], d_y: Arra
 _product.defvjp(_product_forward, _product_backward)
 
 
-def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+def lookup(table: Real[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
     """Rows of `table` for `tokens`, in `dtype`.
 
     On a mesh no device gathers the table: each looks up its vocabulary and its part of D for all tokens of
@@ -158,7 +158,7 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLi
         return table[tokens].astype(dtype)
     vocab, embed = fitting(table.shape, ("vocab", "embed"))
 
-    def local(table: Float[Array, "v d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t D"]:
+    def local(table: Real[Array, "v d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t D"]:
         all_tokens = gather(tokens.reshape(-1), embed, 0)
         rows = table.shape[0]
         first = index_on(vocab) * rows if shards(vocab) > 1 else 0

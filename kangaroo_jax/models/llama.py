@@ -155,6 +155,7 @@ class Llama(nnx.Module):
         d, v = config.width, config.vocab_size
         init = truncated_normal(d**-0.5)
         self.embedding = parameter(init, (v, d), ("vocab", "embed"), rngs=rngs, dtype=param_dtype)
+        self.embedding_scale: nnx.Param[jax.Array] | None = nnx.data(None)  # where it is quantised, see `quantized`
         self.layers: Layer | nnx.List[Layer] = stack_layers(
             lambda rngs: Layer(config, implementation=attention, rngs=rngs, param_dtype=param_dtype),
             config.depth,
@@ -170,7 +171,17 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the computation's dtype."""
-        return constrain(lookup(self.embedding[...], tokens, self.dtype), RESIDUAL)
+        x = lookup(self.embedding[...], tokens, self.dtype)
+        if self.embedding_scale is not None:
+            x *= self.embedding_scale[...][tokens][..., None].astype(x.dtype)
+        return constrain(x, RESIDUAL)
+
+    def table(self, dtype: DTypeLike) -> Float[Array, "V D"]:
+        """The token embedding in `dtype`, of a quantised one what it stands for."""
+        table: jax.Array = self.embedding[...]
+        if self.embedding_scale is None:
+            return table.astype(dtype)
+        return table.astype(dtype) * self.embedding_scale[...][:, None].astype(dtype)
 
     def __call__(
         self, embeddings: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -207,7 +218,6 @@ class Llama(nnx.Module):
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits."""
         if self.head is None:
-            table = self.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,vd->...v", hidden, self.table(hidden.dtype), preferred_element_type=jnp.float32)
         kernel = self.head.weight(hidden.dtype)
         return self.head.scaled(jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32))

@@ -21,7 +21,7 @@ from kangaroo_jax.config import LoraConfig, ModelConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.layers import Linear
-from kangaroo_jax.models.quantized import as_quantized
+from kangaroo_jax.models.quantized import as_quantized, with_quantized_embedding
 
 FACTORS = ("lora_a", "lora_b")
 _MAY = re.compile(r"(llm/layers|vision/blocks|projector)/.*")  # have factors: PEFT's "all-linear"
@@ -99,6 +99,7 @@ def abstract_adapted(config: ModelConfig, lora: LoraConfig) -> KangarooModel:
         add_factors(model, lambda model: targeted(model, lora), lora.rank, lora.scale)
     if lora.quantize:
         as_quantized(model.llm, lora.quantize)
+        with_quantized_embedding(model.llm)
     return model
 
 

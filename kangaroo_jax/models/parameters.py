@@ -11,7 +11,7 @@ from flax import nnx
 from kangaroo_jax.config import LoraConfig, ModelConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.lora import abstract_adapted
-from kangaroo_jax.models.quantized import SCALE
+from kangaroo_jax.models.quantized import EMBEDDING_SCALE, SCALE
 
 NO_FACTORS = LoraConfig()
 Params = dict[str, jax.Array]  # "llm/layers/attention/q/kernel" -> array
@@ -74,8 +74,8 @@ def split_trainable(
 
 
 def _is_quantized(path: str, x: Any) -> bool:
-    """Whether a parameter is a quantised kernel, or its scale."""
-    return path.endswith(f"/{SCALE}") or bool(jnp.issubdtype(x.dtype, jnp.integer))
+    """Whether a parameter is a quantised kernel or embedding, or its scale."""
+    return path.endswith((f"/{SCALE}", f"/{EMBEDDING_SCALE}")) or bool(jnp.issubdtype(x.dtype, jnp.integer))
 
 
 def abstract_model(config: ModelConfig, lora: LoraConfig = NO_FACTORS) -> Binding:

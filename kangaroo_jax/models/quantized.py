@@ -3,6 +3,8 @@
     int8  kernel int8[inputs, outputs]          kernel_scale float32[outputs]
     int4  kernel uint8[inputs / 2, outputs]     kernel_scale float32[inputs / g, outputs]
 
+    embedding int8[tokens, width]               embedding_scale float32[tokens]; beside an adapter in training alone
+
 Of several input dimensions the last is packed and grouped, by g = 128 of it, or the largest divisor of it below. A byte
 of int4 holds elements i (low half) and i + g / 2 (high half) of its group, 8 added to each.
 """
@@ -18,6 +20,7 @@ from jax.typing import DTypeLike
 FORMATS = ("int8", "int4")
 GROUP = 128
 KERNEL, SCALE = "kernel", "kernel_scale"
+EMBEDDING, EMBEDDING_SCALE = "embedding", "embedding_scale"
 _MOST_BYTES = 64 << 20  # of a kernel that is quantised at once
 DTYPES: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.uint8}
 
@@ -61,6 +64,17 @@ def quantize(kernel: np.ndarray, contracted: int, form: str) -> tuple[np.ndarray
     return packed.reshape(shapes(kernel.shape, contracted, form)[0]), scale
 
 
+def quantize_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An embedding [tokens, width] in int8, and the scale of each token; each number is rounded to the nearest."""
+    whole, scale = np.empty(table.shape, np.int8), np.empty(table.shape[:1], np.float32)
+    step = max(1, _MOST_BYTES // (4 * table.shape[1]))
+    for first in range(0, len(table), step):
+        rows = table[first : first + step].astype(np.float32)
+        scale[first : first + step] = _scale(np.abs(rows).max(axis=1), 127)
+        whole[first : first + step] = np.rint(rows / scale[first : first + step, None])
+    return whole, scale
+
+
 def _scale(largest: np.ndarray, steps: int) -> np.ndarray:
     return np.where(largest == 0, 1.0, largest / steps).astype(np.float32)
 
@@ -94,6 +108,15 @@ def linear_maps(decoder: nnx.Module) -> list[tuple[str, Any]]:
     """(path, linear map) of the decoder's: what is quantised. They are those that have a kernel."""
     maps = ((path, module) for path, module in nnx.iter_modules(decoder) if hasattr(module, "contracted"))
     return [("/".join(map(str, path)), module) for path, module in maps]
+
+
+def with_quantized_embedding(decoder: Any) -> None:
+    """Give an abstract decoder an embedding in int8, and its scales, which every device has whole."""
+    decoder.embedding = nnx.Param(
+        jax.ShapeDtypeStruct(decoder.embedding.shape, jnp.int8), axes=tuple(decoder.embedding.axes)
+    )
+    scale = jax.ShapeDtypeStruct(decoder.embedding.shape[:1], jnp.float32)
+    decoder.embedding_scale = nnx.Param(scale, axes=(None,))
 
 
 def as_quantized(decoder: nnx.Module, form: str) -> None:

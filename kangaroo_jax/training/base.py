@@ -12,13 +12,13 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.adapters import Base, find_base, kept_base
 from kangaroo_jax.checkpoints.digests import Digests, RunningDigest, differs, digests
 from kangaroo_jax.checkpoints.frozen import weight_folders
-from kangaroo_jax.checkpoints.stored import Stored, stored_form, whole
+from kangaroo_jax.checkpoints.stored import Stored, stored_form
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.llama import contracted_of
 from kangaroo_jax.models.lora import initial_factors, is_factor
 from kangaroo_jax.models.parameters import Binding, Params, abstract_model
-from kangaroo_jax.models.quantized import KERNEL, SCALE, quantize
+from kangaroo_jax.models.quantized import EMBEDDING, EMBEDDING_SCALE, KERNEL, SCALE, quantize, quantize_rows
 from kangaroo_jax.sharding import mesh_scope, sharding
 from kangaroo_jax.training.optimizer import make_optimizer
 from kangaroo_jax.training.step import TrainState
@@ -81,7 +81,8 @@ def _read_quantized(
     shapes = {path: x for path, x in binding.shapes.items() if not is_factor(path)}
     already = stored_form(stored) is not None
     wanted = shapes if already else dict(abstract_model(config.model).shapes)
-    reading.check_shapes(stored.specs, wanted, folder)
+    own = {path for path in wanted if path.endswith(f"/{EMBEDDING_SCALE}")}  # never stored
+    reading.check_shapes(stored.specs, {path: x for path, x in wanted.items() if path not in own}, folder)
     saved = {name: value for tree in reading.saved_digests(folder).values() for name, value in tree.items()}
     params: Params = {}
     sums: Digests = {}
@@ -90,25 +91,25 @@ def _read_quantized(
         where = sharding(mesh, binding.axes[path], array.shape)
         params[path] = jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
-    for path in sorted(wanted):
-        layers = stored.specs[path].shape[0] if path.startswith(("llm/layers/", "vision/blocks/")) else 0
+    for path in sorted(stored.specs):
         running, parts = RunningDigest(), []
-        for layer in range(layers or 1):
-            rest = whole(stored.specs[path].shape)
-            array = stored.read(path, (slice(layer, layer + 1), *rest[1:]) if layers else rest)
-            running.add(array)
-            parts.append(array[0] if layers else array)
+        for part in stored.layers(path):
+            running.add(part)
+            parts.append(part)
         sums[path] = running.value
         if path in saved and differs(running.value, saved[path]):
             raise reading.damaged(folder, f"params: {path} is not as it was saved")
         stored.forget(path)
-        join = np.stack if layers else (lambda arrays: arrays[0])
         if path in contracted and not already:
-            kernels, scales = zip(*(quantize(part, contracted[path], form) for part in parts), strict=True)
-            put(path, join(kernels))
-            put(path.removesuffix(KERNEL) + SCALE, join(scales))
+            stacked = path.startswith("llm/layers/")
+            rounded = [quantize(part[0] if stacked else part, contracted[path], form) for part in parts]
+            for name, arrays in zip((KERNEL, SCALE), zip(*rounded, strict=True), strict=True):
+                put(path.removesuffix(KERNEL) + name, np.stack(arrays) if stacked else arrays[0])
         elif path in contracted or path.endswith(f"/{SCALE}"):
-            put(path, join(parts))
+            put(path, np.concatenate(parts))
+        elif path == f"llm/{EMBEDDING}":
+            for name, array in zip((EMBEDDING, EMBEDDING_SCALE), quantize_rows(parts[0]), strict=True):
+                put(f"llm/{name}", array)
         else:
-            put(path, join(parts).astype(jnp.dtype(config.optimizer.frozen_dtype)))
+            put(path, np.concatenate(parts).astype(jnp.dtype(config.optimizer.frozen_dtype)))
     return {path: params[path] for path in shapes}, sums
