@@ -286,7 +286,8 @@ class LoraConfig(Section):
     alpha: float = 32.0  # the factors' product is multiplied by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) in its place
     targets: str = "(llm/layers|projector)/.*"  # which linear maps in layers, blocks and the projector, by their paths
-    quantize: str = ""  # int8 or int4: how the decoder's frozen linear maps are held; "": as they are
+    quantize: str = ""  # int8 or int4: how the decoder's frozen weights are held; "": as they are
+    keep_state: bool = True  # False: a finished run keeps the best checkpoint's factors alone, and cannot go on
 
     @property
     def scale(self) -> float:

@@ -20,6 +20,7 @@ def finetune(
     targets: str = "",
     quantize: str = "",
     full: bool = False,
+    keep_state: bool = False,
     freeze: list[str] | None = None,
     learning_rate: Number = 0.0,
     packs: Natural = 0,
@@ -54,6 +55,7 @@ def finetune(
         targets: regular expression of the adapted linear maps; by default all of the decoder and the projector
         quantize: int8 or int4: how the decoder's frozen weights are held
         full: train the weights themselves, no adapter
+        keep_state: keep the last checkpoint of a finished run, too, to go on from with more --epochs
         freeze: with --full, regular expression of parameters that stay as they are, several times for several
         learning_rate: at the peak; by default by the model's size
         packs: rows of a batch
@@ -87,6 +89,7 @@ def finetune(
         targets=targets,
         quantize=quantize,
         full=full,
+        keep_state=keep_state,
         freeze=tuple(freeze or ()),
         epochs=epochs,
         learning_rate=learning_rate,

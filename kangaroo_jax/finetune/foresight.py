@@ -78,7 +78,7 @@ def needs_of(config: StageConfig, workdir: Path) -> Needs:
     there = stats.get("bytes_limit", host_memory()[1]) - stats.get("bytes_in_use", 0)
     rate = chip.tflops * 1e12 * _MFU * jax.device_count() if chip else _rate()
     minutes = step_flops(resolved).causal / rate * config.train.steps / 60
-    kept = 3 * (config.train.keep_checkpoints + 1) * 4 * trained
+    kept = 3 * (config.train.keep_checkpoints + 2) * 4 * trained  # the best, the last, and one that is written
     existing = next(folder for folder in (workdir, *workdir.resolve().parents) if folder.exists())
     name = chip.name if chip else "this CPU"
     return Needs(memory, there / _GIB, minutes, kept / _GIB + 0.05, shutil.disk_usage(existing).free / _GIB, name)

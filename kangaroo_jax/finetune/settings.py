@@ -30,6 +30,7 @@ class Wishes:
     targets: str = ""
     quantize: str = ""
     full: bool = False
+    keep_state: bool = False
     freeze: tuple[str, ...] = ()
     epochs: float = 0.0
     learning_rate: float = 0.0
@@ -63,6 +64,7 @@ def make_stage(
     config.stage, config.init_from, config.seed = "finetune", str(folder), wishes.seed
     config.allow_changes, config.init_other_rope = (), False
     lora = {"rank": 0 if wishes.full else wishes.rank, "alpha": wishes.alpha, "quantize": wishes.quantize or stored}
+    lora["keep_state"] = wishes.keep_state or wishes.full
     if wishes.targets:
         lora["targets"] = wishes.targets
     config.lora.update(lora)

@@ -31,6 +31,7 @@ from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.base import adapter_state, load_base
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
+from kangaroo_jax.training.finishing import finish_adapter, finished
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.initial import initial_state
 from kangaroo_jax.training.measuring import Evaluator, HeldOutLoss, MakeEvaluator, Measuring
@@ -118,19 +119,30 @@ def train(
         stack.enter_context(explained_disk(workdir))
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(workdir, tell))
+        if config.lora.rank and (last := finished(given, workdir)) is not None:
+            tell(f"{config.stage}: is finished after step {last}")
+            finish_adapter(place(given)[0], workdir, tell)  # what a kill left to do
+            return result_of(given, workdir, last, start)
         preemption = Preemption(tell)
         stack.callback(preemption.close)
         scoring = evaluator(given) if evaluator is not None and given.eval.every and given.eval.benchmarks else None
         stage = prepare(given, workdir, tell)
         steps = run_steps(stage, workdir, tell, preemption, start, scoring)
-    seconds = time.perf_counter() - start
-    tell(f"{config.stage}: done in {duration(seconds)}, {stage.ledger.count} samples skipped")
-    used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
-    capacity = steps * config.data.packs_per_batch * config.data.tokens_per_pack
+        if config.lora.rank and not config.lora.keep_state:
+            finish_adapter(stage.config, workdir, tell)
+    result = result_of(given, workdir, steps, start)
+    tell(f"{config.stage}: done in {duration(result.seconds)}, {stage.ledger.count} samples skipped")
     if preemption.reached(steps + 1):
         tell(f"{config.stage}: asked to stop; saved after step {steps}, the last")
         raise preemption.saved()
-    return Result(workdir, steps, seconds, used / capacity)
+    return result
+
+
+def result_of(config: StageConfig, workdir: Path, steps: int, start: float) -> Result:
+    """Of a stage that ended after `steps`, in a process that began it at `start`."""
+    used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
+    capacity = steps * config.data.packs_per_batch * config.data.tokens_per_pack
+    return Result(workdir, steps, time.perf_counter() - start, used / capacity)
 
 
 def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:

@@ -132,10 +132,15 @@ class Measuring:
         last = max(self._history)
         self._line.note = f"{text_of(self._history[last])} at {last}  "
         if is_main():
-            link = self._workdir / f".{BEST}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("checkpoints") / str(best))
-            os.replace(link, self._workdir / BEST)
+            link_best(self._workdir, f"checkpoints/{best}")
+
+
+def link_best(workdir: Path, target: str) -> None:
+    """Have the link to the best checkpoint lead to `target`, a path in the folder, at once."""
+    link = workdir / f".{BEST}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    os.replace(link, workdir / BEST)
 
 
 def best_of(scores: Mapping[int, Mapping[str, float]], name: str) -> int | None:

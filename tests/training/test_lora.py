@@ -26,12 +26,15 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.adapters import load_adapted
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.models.layers import Linear
-from kangaroo_jax.models.lora import initial_factors
+from kangaroo_jax.models.lora import initial_factors, is_factor
 from kangaroo_jax.models.parameters import Binding, abstract_model
+from kangaroo_jax.models.quantized import quantize_rows
 from kangaroo_jax.sharding import make_mesh
+from kangaroo_jax.training import finishing
 from kangaroo_jax.training.base import adapter_state, load_base
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.loop import train
+from kangaroo_jax.training.measuring import HeldOutLoss
 from kangaroo_jax.training.metrics import read_metrics
 from kangaroo_jax.training.state import abstract_state
 from kangaroo_jax.training.step import mean_loss
@@ -307,14 +310,79 @@ def test_settings_of_an_adapter_stay_within_a_run(run, base, corpus, tmp_path):
             train(adapter_stage(corpus, base, **{key: value}), tmp_path / "run", tell=quiet)
 
 
-def test_int8_takes_a_little_more_than_half_of_the_decoder():
-    model = ModelConfig()
+def nbytes(lora: LoraConfig, factors: bool = False) -> int:
+    """Of 8B beside the factors in bfloat16, or of these as a finished run keeps them."""
+    shapes = {path: x for path, x in abstract_model(ModelConfig(), lora).shapes.items() if is_factor(path) == factors}
+    sizes = {path: 4 if path.endswith("_scale") else min(2, x.dtype.itemsize) for path, x in shapes.items()}
+    return sum(int(np.prod(x.shape)) * sizes[path] for path, x in shapes.items())
 
-    def nbytes(lora: LoraConfig, part: str) -> int:
-        shapes = {path: x for path, x in abstract_model(model, lora).shapes.items() if "/lora_" not in path}
-        sizes = {path: 4 if path.endswith("_scale") else min(2, x.dtype.itemsize) for path, x in shapes.items()}
-        return sum(int(np.prod(x.shape)) * sizes[path] for path, x in shapes.items() if path.startswith(part))
 
-    plain, rounded = LoraConfig(rank=16), LoraConfig(rank=16, quantize="int8")
-    assert nbytes(rounded, "llm") / nbytes(plain, "llm") < 0.54
-    assert nbytes(rounded, "") / nbytes(plain, "") < 0.56
+def test_an_int8_base_and_a_finished_adapter_are_small_at_8b():
+    plain = LoraConfig(rank=16)
+    assert nbytes(LoraConfig(rank=16, quantize="int8")) / nbytes(plain) < 0.54
+    assert nbytes(plain, factors=True) < min(0.01 * nbytes(plain), 95e6)
+
+
+def test_an_embedding_in_int8_is_off_by_half_a_step_of_its_row():
+    table = np.random.default_rng(0).normal(size=(50, 24)).astype(np.float32) * np.arange(50)[:, None]
+    whole_numbers, scale = quantize_rows(table)
+    np.testing.assert_allclose(scale[1:], np.abs(table).max(axis=1)[1:] / 127, rtol=1e-6)
+    assert (np.abs(whole_numbers * scale[:, None] - table) <= 0.5001 * scale[:, None]).all() and scale[0] == 1
+
+
+def finished(folder: Path, corpus: Path, base: Path, **kwargs) -> Path:
+    """A run that measured itself, whose best checkpoint is not its last, and that keeps no state."""
+    held_out = {"eval.every": 3, "eval.held_out": (str(corpus / "held.jsonl"),), "lora.keep_state": False}
+    train(adapter_stage(corpus, base, **held_out, **kwargs), folder, tell=quiet)
+    return folder
+
+
+def test_a_finished_run_keeps_its_best_factors_alone(corpus, base, tmp_path, monkeypatch):
+    lines = (corpus / "stage4.jsonl").read_text().splitlines(keepends=True)
+    (corpus / "held.jsonl").write_text("".join(lines[:2]))
+    losses = iter((1.0, 2.0))
+    monkeypatch.setattr(HeldOutLoss, "of", lambda self, state: next(losses))
+    kept = {}
+    link = finishing.link_best
+
+    def look(workdir: Path, target: str) -> None:
+        kept["best"] = arrays(workdir / "checkpoints/3/params")
+        kept["answers"] = answers(workdir / "checkpoints/3")
+        link(workdir, target)
+
+    def answers(folder: Path) -> list[str]:
+        with Kangaroo.load(folder) as model:
+            return [str(model.chat(video=str(path), query="?", max_new_tokens=8)[0]) for path in corpus.glob("*s.mp4")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing, "link_best", look)
+        run = finished(tmp_path / "run", corpus, base)
+    assert not (run / "checkpoints").exists() and sorted(p.name for p in (run / "adapter").iterdir() if p.is_dir()) == [
+        "base",
+        "config",
+        "digests",
+        "params",
+    ]
+    factors = arrays(run / "adapter/params")
+    assert factors.keys() == kept["best"].keys()
+    for name, value in factors.items():
+        np.testing.assert_array_equal(value, kept["best"][name])
+    assert answers(run) == kept["answers"]
+    told: list[str] = []
+    stage = adapter_stage(corpus, base, **{"lora.keep_state": False})
+    assert train(stage, run, tell=told.append).steps == STEPS and "is finished after step 6" in told[-1]
+    stage.train.steps = STEPS + 1
+    with pytest.raises(UserError, match="is finished after 6 steps and keeps its factors alone, .* in another workdir"):
+        train(stage, run, tell=quiet)
+
+
+def test_a_run_that_is_killed_while_it_finishes_goes_on(run, base, corpus, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    stage = adapter_stage(corpus, base, **{"lora.keep_state": False})
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing, "link_best", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(stage, tmp_path / "run", tell=quiet)
+    assert (tmp_path / "run/checkpoints").exists()
+    train(stage, tmp_path / "run", tell=quiet)
+    assert not (tmp_path / "run/checkpoints").exists() and open_adapter(tmp_path / "run").rank == RANK
