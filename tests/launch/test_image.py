@@ -3,7 +3,6 @@
 import importlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "launch" / "Dockerfile"
-LOCKS = {"3.11": ROOT / "requirements" / "cpu-py311.txt", "3.12": ROOT / "requirements" / "cpu-py312.txt"}
+PYTHONS = ("3.11", "3.12")
+LOCKS = {version: ROOT / "launch" / "locks" / f"cpu-py{version.replace('.', '')}.txt" for version in PYTHONS}
+LOCKED = ("quickstart", "curation", "serve", "web")  # extras, with cuda and tpu in the locks of these names
 EXTRAS = ("tpu", "curation,ray")  # of the images that launch/gke/train.sh and launch/gke/curate.yaml name
 
 
@@ -89,24 +90,35 @@ def test_the_image_is_made_with_extras_that_exist(monkeypatch):
     assert set(named) == set(EXTRAS) and {part for name in named for part in name.split(",")} <= set(extras)
 
 
-@pytest.mark.parametrize("version", LOCKS)
-def test_a_lock_file_pins_all_that_the_quickstart_installs(version, monkeypatch):
+@pytest.mark.parametrize("version", PYTHONS)
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "tpu"])
+def test_a_lock_file_pins_what_setup_asks_for(kind, version, monkeypatch):
     requirements = pytest.importorskip("packaging.requirements")
     core, extras = declared(monkeypatch)
-    found = pins(LOCKS[version])
-    for line in [*core, *extras["quickstart"], *extras["curation"]]:
-        requirement = requirements.Requirement(line)
+    found = pins(ROOT / "launch" / "locks" / f"{kind}-py{version.replace('.', '')}.txt")
+    lines = [*core, *(line for extra in LOCKED for line in extras[extra]), *([] if kind == "cpu" else extras[kind])]
+    for requirement in map(requirements.Requirement, lines):
         name = requirement.name.lower().replace("_", "-")
-        assert name in found and requirement.specifier.contains(found[name], prereleases=True), line
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": version}):
+            assert name in found and requirement.specifier.contains(found[name], prereleases=True), str(requirement)
+    assert ("libtpu" in found) == (kind == "tpu") and ("jax-cuda12-plugin" in found) == (kind == "cuda")
+    assert found["jax"] == found["jaxlib"] == found.get("jax-cuda12-plugin", found["jax"])
+    assert found == {**found, **{name: pin for name, pin in pins(LOCKS[version]).items() if name in found}}
 
 
-@pytest.mark.parametrize("version", LOCKS)
-def test_a_lock_file_says_how_it_is_made_and_from_nowhere(version):
-    text = LOCKS[version].read_text(encoding="utf-8")
-    command = shlex.split(text.splitlines()[1].lstrip("# "))
-    assert command[:4] == ["uv", "pip", "compile", "setup.py"] and f"requirements/{LOCKS[version].name}" in command
-    assert command[command.index("--python-version") + 1] == version
-    assert not re.search(r"://|index|find-links", text)
+def test_a_lock_file_says_how_it_is_made_and_from_nowhere():
+    locks = sorted((ROOT / "launch" / "locks").glob("*.txt"))
+    assert len(locks) == 6
+    for lock in locks:
+        text = lock.read_text(encoding="utf-8")
+        assert text.splitlines()[1] == "#    launch/locks/make.sh" and os.access(lock.parent / "make.sh", os.X_OK)
+        assert not re.search(r"://|index|find-links", text)
+
+
+@pytest.mark.parametrize(("words", "code", "message"), [(["--help"], 0, "launch/locks"), (["gpu"], 2, "'gpu' is none")])
+def test_the_script_of_the_locks_names_mistakes(words, code, message):
+    done = subprocess.run([str(ROOT / "launch/locks/make.sh"), *words], capture_output=True, text=True)
+    assert done.returncode == code and message in done.stdout + done.stderr
 
 
 @pytest.mark.slow
