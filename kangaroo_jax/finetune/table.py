@@ -78,7 +78,7 @@ def read_examples(
     else:
         if columns:
             raise UserError(f"{path}: --columns is for a table (CSV or TSV)")
-        file = AnnotationFile(path, media_root)
+        file = AnnotationFile(path, Path(media_root or path.parent).absolute())
         tell(f"{file.describe()}")
         found = [Example(file[i], f"{path}, record {i + 1}") for i in range(len(file))]
     for example in found:
@@ -128,7 +128,7 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
     reader = csv.DictReader(io.StringIO(text), delimiter=_delimiter(path, text))
     names = _columns_of(path, reader.fieldnames or (), columns, question)
     tell(f"{path}: " + ", ".join(f"{what} is column {name!r}" for what, name in names.items()))
-    root = Path(media_root or path.parent)
+    root = Path(media_root or path.parent).absolute()  # the run writes the paths into files of its own
     examples: list[Example] = []
     try:
         for row in reader:
@@ -214,7 +214,7 @@ def _labels(folder: Path, question: str, tell: Tell) -> list[Example]:
     question = question or f"Which of these is it: {', '.join(names)}?"
     examples: list[Example] = []
     for label, name in zip(labels, names, strict=True):
-        media = media_in([str(label)], tell)
+        media = media_in([str(label.absolute())], tell)
         if not media:
             raise UserError(f"{label}: holds no video or image; each sub-folder of --data is a label")
         for path, _ in sorted(media):

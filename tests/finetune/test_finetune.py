@@ -56,6 +56,20 @@ def test_columns_are_found_by_name_and_said(clips, tmp_path):
     assert "video is column 'File_Name', question is column 'Prompt', answer is column 'Label'" in said[0]
 
 
+@pytest.mark.parametrize("kind", ["table", "labels", "lines"])
+def test_paths_that_are_seen_from_here_are_found_from_elsewhere(kind, clips, tmp_path, monkeypatch):
+    """A run writes them into files of its own, in another folder."""
+    for label in ("cat", "dog"):
+        (tmp_path / "labels" / label).mkdir(parents=True)
+        shutil.copy(clips / "c0.mp4", tmp_path / "labels" / label)
+    table(tmp_path, ("labels/cat/c0.mp4", "Which?", "cat"))
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "it"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"video": "labels/cat/c0.mp4", "conversations": turns}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    data = {"table": "mine.csv", "labels": "labels", "lines": "mine.jsonl"}[kind]
+    assert read_examples(data, quiet)[0].video == str(tmp_path / "labels" / "cat" / "c0.mp4")
+
+
 def test_other_tables_and_folders_of_labels(clips, tmp_path):
     tabs = tmp_path / "mine.tsv"
     tabs.write_text(f"video\tfrage\tanswer\tstart\tend\tsplit\n{clips}/c0.mp4\tWo?\tda\t0.5\t2\ttest\n")
