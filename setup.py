@@ -46,6 +46,8 @@ SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
 WEB = ["gradio>=6.31,<7", "openai", "scikit-learn>=1.5"]
 # Material for MkDocs ends in May 2027; mkdocs.yml asks for nothing that only it has. MkDocs 2 reads other files.
 SITE = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+# Notebooks are made of their sources, and run from top to bottom, by these.
+NOTEBOOKS = ["ipykernel", "jupytext>=1.17", "nbmake>=1.5"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
@@ -77,6 +79,7 @@ EXTRAS = {
     + CURATION
     + SERVE
     + SITE
+    + NOTEBOOKS
     + [
         "beartype",
         FSSPEC,

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Lint, format check, types and tests, on the CPU:
 #
-#   ./launch/test.sh [--slow] [pytest's arguments]
+#   ./launch/test.sh [--slow] [--nightly] [pytest's arguments]
 #
 # Makes a virtual environment where none is active and installs what is needed. --slow runs the slow tests
-# too, as CI does. Comparisons with PyTorch need KANGAROO_TEST_TORCH=1 (or CI=true), which installs it.
+# too, as CI does, --nightly those that it runs once a day. Comparisons with PyTorch need KANGAROO_TEST_TORCH=1 (or CI=true), which installs it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/arguments.sh

@@ -36,15 +36,17 @@ from kangaroo_jax.models.kangaroo import KangarooModel
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow") or "slow" in config.getoption("markexpr"):
-        return
-    skip = pytest.mark.skip(reason="slow: run with --slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for mark in ("slow", "nightly"):
+        if config.getoption(f"--{mark}") or mark in config.getoption("markexpr"):
+            continue
+        skip = pytest.mark.skip(reason=f"{mark}: run with --{mark}")
+        for item in items:
+            if mark in item.keywords:
+                item.add_marker(skip)
 
 
 def _micro_config() -> ConfigDict:
