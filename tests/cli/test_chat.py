@@ -114,7 +114,10 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(media):  # no
         screen = ""
         os.write(ours, b"/reset\n")
         until("Forgotten.\r\n> ")
-        os.write(ours, b"half a line\x03")
+        os.write(ours, b"half a line")
+        until("half a line")
+        time.sleep(0.5)  # a signal between the prompt and the wait for keys is seen with the next key
+        os.write(ours, b"\x03")
         until("^C\r\n> ")
         os.write(ours, b"\n")
         assert process.wait(60) == 0
