@@ -92,6 +92,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._new: list[Run] = []
+        self._forgetting: threading.Event | None = None  # set when all is forgotten
         self._closing: float | None = None  # when what is under way is given up
         self._awake = threading.Event()
         self._under_way: _Step | None = None
@@ -151,6 +152,19 @@ class Engine:
         """Compile all programs, for frames of `image_size` pixels; how many there are."""
         self.programs.warm_up(image_size)
         return self.programs.compiled
+
+    def forget(self) -> None:
+        """Wait until nothing is under way; then no conversation, medium or count is left of what was asked until now.
+
+        Raises EngineError where the engine ends before.
+        """
+        done = threading.Event()
+        with self._lock:
+            self._forgetting = done
+        self._awake.set()
+        while not done.wait(0.1):
+            if not self._thread.is_alive():
+                raise EngineError(self.failed or "the engine is closed")
 
     def stats(self) -> dict[str, int]:
         """Counts since the beginning, and what there is now.
@@ -218,6 +232,10 @@ class Engine:
         """Do what can be done now, a little of each; False where nothing can."""
         with self._lock:
             new, self._new = self._new, []
+            if self._forgetting is not None and not (new or self._queue.everybody()):
+                self._forget()
+                self._forgetting.set()
+                self._forgetting = None
         self._counts["requests"] += len(new)
         self._queue.waiting += new
         self._drop()
@@ -228,6 +246,13 @@ class Engine:
         read = self._read_piece()
         looked = self._vision is not None and self._vision.pump()
         return bool(new or placed or stepped or read or looked)
+
+    def _forget(self) -> None:
+        self._slots.forget()
+        self._host.clear()
+        if self._vision is not None:
+            self._vision.forget()
+        self._counts.clear()
 
     def _drop(self) -> None:
         """End requests that were cancelled, or whose media cannot be read."""

@@ -28,6 +28,9 @@ class Given:
         """Nothing is counted."""
         return {}
 
+    def forget(self) -> None:
+        """Nothing is remembered."""
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -118,6 +118,10 @@ class HostMemory:
             self._saved.remove(saved)
             self._saved.append(saved)
 
+    def clear(self) -> None:
+        """Forget all of it."""
+        self._saved, self.bytes = [], 0
+
     def _drop(self, saved: Saved) -> None:
         self._saved.remove(saved)
         self.bytes -= saved.bytes

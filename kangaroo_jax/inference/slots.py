@@ -142,6 +142,13 @@ class Slots:
         slot.large = slot.tail = None
         slot.ids, slot.filled, slot.in_tail, slot.busy = slot.ids[:0], 0, 0, False
 
+    def forget(self) -> None:
+        """Forget what is in idle slots; their parts are for whoever comes."""
+        for slot in self.slots:
+            if not slot.busy:
+                slot.ids, slot.filled, slot.in_tail = slot.ids[:0], 0, 0
+                self._clear(slot)
+
     # ---------------------------------------------------------------------------------- for programs
 
     def writable(self, slot: Slot) -> Large:

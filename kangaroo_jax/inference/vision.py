@@ -185,6 +185,13 @@ class Vision:
                 "bytes": size,
             }
 
+    def forget(self) -> None:
+        """Forget media that nobody uses, and all counts."""
+        with self.lock:
+            for medium in [medium for medium in self._media.values() if not medium.users]:
+                del self._media[medium.key]
+            self._decoded = self._encoded = self._reused = 0
+
     def close(self) -> None:
         """Forget everything, and wait for nothing that is under way."""
         self._readers.shutdown(wait=False, cancel_futures=True)

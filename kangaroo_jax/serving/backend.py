@@ -18,6 +18,7 @@ from kangaroo_jax.inference.memories import check_kv_dtype
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.prompts import Prompts
+from kangaroo_jax.serving.rehearsal import rehearse
 
 _NO_FILE = "/nowhere/at all"
 
@@ -73,7 +74,7 @@ class Choices:
 
 
 def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] = lambda _: None) -> Backend:
-    """Load and compile all. `step` is told what is being done. Raises UserError."""
+    """Load and compile all, and rehearse. `step` is told what is being done. Raises UserError."""
     from kangaroo_jax.checkpoints.adapters import open_adapter
     from kangaroo_jax.inference.adapters import adapted, load_adapted
     from kangaroo_jax.inference.text import Detokenizer
@@ -120,6 +121,8 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     decoder.submit(MediaRef("image", _NO_FILE, (0.0,)), config.data.image_size).result()
     step("compiling")
     programs = sum(one.warm_up(config.data.image_size) for one in (engine, *adapters.values()))
+    step("rehearsing")
+    rehearse((engine, *adapters.values()), prompts, limits, context, max(choices.slots, choices.workers))
     step(f"ready, {programs} programs")
     return Backend(engine, loaded.tokenizer, prompts, context, decoder, adapters)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -112,7 +113,10 @@ class _Process:
 
         _give_way()
         try:
-            self.service.backend = self._load(step)
+            backend = self._load(step)
+            gc.collect()
+            gc.freeze()  # a search of all that was loaded for garbage would hold up the event loop
+            self.service.backend = backend
         except Exception as error:
             self.error = error
 

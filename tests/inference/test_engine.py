@@ -54,6 +54,9 @@ class Seen:
     def stats(self):
         return {}
 
+    def forget(self):
+        self.watched.clear()
+
     def close(self):
         pass
 
@@ -257,6 +260,21 @@ def test_a_second_round_reads_only_what_is_new(model, engine):
     assert_plain(model, other, shared := engine.submit(other).result(60))
     assert shared.usage.cached_tokens == len(first.tokens) + 5
     assert engine.submit(second).result(60).ids == again.ids
+
+
+def test_what_is_forgotten_is_read_again_and_counts_no_more(model, unstacked):
+    asked = [request(seed, 40, [("a", 60)], new=5) for seed in range(8)]  # more than there are slots
+    with make_engine(unstacked, host_bytes=1 << 24) as engine:
+        fresh = engine.stats()
+        tickets = [engine.submit(one) for one in asked]
+        engine.forget()  # after they are answered
+        assert all(ticket.done for ticket in tickets)
+        assert engine.stats() == fresh | {"programs_compiled": engine.programs.compiled}
+        for one in asked:
+            assert_plain(model, one, again := engine.submit(one).result(60))
+            assert again.usage.cached_tokens < 3  # the first tokens of a prompt may be alike
+    with pytest.raises(EngineError, match="closed"):
+        engine.forget()
 
 
 def test_one_film_for_many_is_read_once(model, engine):

@@ -35,6 +35,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
+COUNTED = {
+    *("prefill_tokens_total", "generation_tokens_total", "frames_decoded_total", "frames_encoded_total"),
+    *('slots{state="busy"}', 'slots{state="remembering"}', 'cache_bytes{level="vision"}'),
+}
 RUNNING = ("requests_running", "requests_waiting", 'slots{state="busy"}')
 
 
@@ -113,6 +117,10 @@ def started(folder: Path, checkpoint: Path, films: Path) -> Iterator[Server]:
         while running.health() != 200 and time.monotonic() < end:
             time.sleep(0.2)
         assert running.health() == 200, (folder / "log").read_text()
+        assert "rehearsing" in (folder / "log").read_text() and "rehearsal:" not in (folder / "log").read_text()
+        fresh = running.numbers()
+        assert not {name for name, value in fresh.items() if name in COUNTED and value}  # by the rehearsal
+        assert COUNTED <= set(fresh)
         yield running
     finally:
         process.kill()
