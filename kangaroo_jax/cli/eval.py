@@ -124,6 +124,9 @@ def evaluate(
         served = Server(server, model, api_key_env, as_images, side)
         evaluate_server(served, settings, Path(workdir), loading, part, marker)
     else:
+        from kangaroo_jax.inference.compiled import keep_programs
+
+        keep_programs()
         evaluate_checkpoint(checkpoint, settings, Path(workdir), loading, part, marker)
 
 

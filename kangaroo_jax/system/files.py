@@ -38,6 +38,12 @@ def write_json(path: Path, value: object) -> Path:
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def user_cache(name: str) -> Path:
+    """`~/.cache/kangaroo/NAME` (or below XDG_CACHE_HOME): what may be lost, and is kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "kangaroo" / name
+
+
 def make_folder(path: Path) -> Path:
     """Make a folder to work in where it does not exist. Raises UserError."""
     from kangaroo_jax.errors import UserError

@@ -25,6 +25,7 @@ from typing import BinaryIO
 from kangaroo_jax.data.media.addresses import check_scheme, is_remote, short
 from kangaroo_jax.data.media.download import Limits, download
 from kangaroo_jax.errors import UserError, one_line, printable
+from kangaroo_jax.system.files import user_cache
 from kangaroo_jax.system.json_text import utf8
 
 MEMBER = "::"  # separates a container from its member
@@ -147,8 +148,7 @@ def _suffix(address: str, name: str) -> str:
 
 def default_cache() -> MediaCache:
     """`~/.cache/kangaroo/media` (or below XDG_CACHE_HOME), at most 50 GiB."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return MediaCache(Path(base) / "kangaroo" / "media", 50 << 30)
+    return MediaCache(user_cache("media"), 50 << 30)
 
 
 _cache: list[MediaCache] = []
