@@ -13,6 +13,6 @@ def keep_programs() -> None:
     Where JAX was told a folder (JAX_COMPILATION_CACHE_DIR), that one is used, by JAX's rules. A folder that cannot be
     written is a warning of JAX's. To be called before anything is compiled.
     """
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(user_cache("programs")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
