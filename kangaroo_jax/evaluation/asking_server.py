@@ -51,16 +51,24 @@ def ask_server(
 ) -> None:
     """Ask what `samples` has no answer to yet; see `asking.ask_model`.
 
-    Raises UserError: no server answers there, the key is wrong, or a task is scored by likelihood.
+    Raises UserError: no server answers there, the key is wrong, or it cannot be asked a task.
     """
-    scored = next((task for task in tasks if task.wording.likelihood), None)
-    if scored is not None:
-        styles = [
-            name for name, words in scored.benchmark.wordings.items() if not any(w.likelihood for w in words.values())
-        ]
-        other = f": choose --prompt={styles[0]}" if styles else ""
-        raise UserError(f"{scored.benchmark.name}: a server does not tell how likely an option is{other}")
+    for task in tasks:
+        _check_can_be_asked(task)
     asyncio.run(_ask_all(server, tasks, samples, at_a_time, strict, told))
+
+
+def _check_can_be_asked(task: Task) -> None:
+    if not (task.wording.likelihood or task.wording.interleaved):
+        return
+    styles = [
+        name
+        for name, words in task.benchmark.wordings.items()
+        if not any(wording.likelihood or wording.interleaved for wording in words.values())
+    ]
+    why = "does not tell how likely an option is" if task.wording.likelihood else "takes no text between frames"
+    other = f": choose --prompt={styles[0]}" if styles else ""
+    raise UserError(f"{task.benchmark.name}: a server {why}{other}")
 
 
 async def _ask_all(

@@ -6,7 +6,7 @@ import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kangaroo_jax.data.batches.sample import Recipe, frame_policy, plan_media, r
 from kangaroo_jax.data.media.video import FramePolicy, MediaRef, load_frames, load_media
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question, Wording
-from kangaroo_jax.evaluation.benchmarks.subtitles import on_display
+from kangaroo_jax.evaluation.benchmarks.subtitles import lines_on_display, on_display
 from kangaroo_jax.evaluation.samples import key_of
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.identity import source_of
@@ -124,7 +124,8 @@ class Prompts:
         """The tokens of a task and the identity of its answer. Raises UserError where a medium cannot be read."""
         wording, tokenizer = task.wording, self._model.tokenizer
         refs = media_of(task, self._policy, self._shuffled)
-        turns: list[tuple[str, Sequence[str | MediaRef]]] = [("user", [*refs, text_of(task, refs)])]
+        said = text_of(task, refs)
+        turns: list[tuple[str, Sequence[str | MediaRef]]] = [("user", [*parts_of(task, refs, self._per_group), said])]
         if wording.system:
             turns.insert(0, ("system", [wording.system]))
         if wording.prefill:
@@ -171,8 +172,36 @@ def text_of(task: Task, refs: Sequence[MediaRef]) -> str:
     """The user's text, with the subtitles that are on display with the frames. Raises UserError."""
     question = task.question
     times = [time + (ref.start or 0.0) for ref in refs if ref.kind == "video" for time in ref.times]
-    shown = on_display(question.subtitles, times, question.subtitles_from) if question.subtitles else ""
+    wanted = question.subtitles and "{subtitles}" in task.wording.text
+    shown = on_display(question.subtitles, times, question.subtitles_from) if wanted else ""
     return task.wording.prompt(question, shown)
+
+
+def parts_of(task: Task, refs: Sequence[MediaRef], per_group: int) -> Iterator[MediaRef | str]:
+    """The media, cut where the wording has subtitles between the frames: a line follows the frames up to its middle.
+
+    `per_group`: frames that stay together. Raises UserError.
+    """
+    question = task.question
+    if not (task.wording.interleaved and question.subtitles):
+        yield from refs
+        return
+    for ref in refs:
+        times, first = [time + (ref.start or 0.0) for time in ref.times], 0
+        lines = lines_on_display(question.subtitles, times, question.subtitles_from)
+        for line in sorted(lines, key=lambda line: line.start + line.end):
+            before = sum(2 * time <= line.start + line.end for time in times)
+            end = -(-before // per_group) * per_group
+            if end > first:
+                yield _frames_of(ref, slice(first, end))
+                first = end
+            yield line.text
+        if first < len(times):
+            yield _frames_of(ref, slice(first, None))
+
+
+def _frames_of(ref: MediaRef, which: slice) -> MediaRef:
+    return dataclasses.replace(ref, times=ref.times[which], frames=ref.frames[which])
 
 
 def _framed(medium: Media, frames: int | None) -> Media:

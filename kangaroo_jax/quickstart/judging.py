@@ -31,7 +31,9 @@ def phrasings() -> tuple[Phrasing, ...]:
     for styles in WORDINGS.values():
         kinds = next(iter(styles.values()))
         wording = kinds.get("choice", kinds.get(""))
-        if wording is None or wording.likelihood or "{letter}" not in wording.option or "{subtitles}" in wording.text:
+        if wording is None or wording.likelihood or "{letter}" not in wording.option:
+            continue
+        if wording.interleaved or "{subtitles}" in wording.text:
             continue
         if "{question}" in wording.text and "{options}" in wording.text:
             found.append(Phrasing(wording.text, wording.option, wording.system, wording.prefill))

@@ -1,5 +1,6 @@
 """A whole evaluation by a model with random weights: what is asked, once, and again where something has changed."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -7,6 +8,10 @@ from collections import Counter
 import pytest
 
 from kangaroo_jax.cli.main import main
+from kangaroo_jax.data.media.video import MediaRef
+from kangaroo_jax.evaluation.benchmarks.question import Question
+from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS
+from kangaroo_jax.evaluation.prompting import Task, parts_of
 from kangaroo_jax.inference.engine import Engine
 from tests.evaluation.layouts import LAYOUTS, Maker
 
@@ -121,13 +126,31 @@ def test_likelihood_and_prefill_and_subtitles_and_controls(checkpoint, data, ask
         checkpoint, data("longvideobench"), tmp_path / "lvb", "longvideobench", "--controls", "--max-new-tokens=2"
     )
     assert len(requests) == 10 and set(controls["controls"]) == {"no-video", "one-frame", "shuffled", "rotated"}
-    (shuffled, *_) = [request.media[0] for request in requests if request.media and request.media[0].frames]
-    order = [int(path.rpartition("/")[2].split(".")[0]) for path in shuffled.frames]
-    assert sorted(order) == list(range(len(order))) != order and list(shuffled.times) == sorted(shuffled.times)
+    (shuffled, *_) = [request.media for request in requests if request.media and request.media[0].frames]
+    order = [int(path.rpartition("/")[2].split(".")[0]) for piece in shuffled for path in piece.frames]
+    times = [time for piece in shuffled for time in piece.times]
+    assert sorted(order) == list(range(len(order))) != order and times == sorted(times)
+    assert len(shuffled) == 2 and all(len(row["frame_times"]) <= 1 for row in lines(tmp_path / "lvb"))
     page = (tmp_path / "lvb" / "report.html").read_text(encoding="utf-8")
     assert "What the video adds" in page and "data:image/jpeg;base64," in page and "LongVideoBench (val)" in page
-    by_media = Counter(len(set(request.media[0].times)) if request.media else 0 for request in requests)
+    by_media = Counter(len({t for ref in request.media for t in ref.times}) for request in requests)
     assert by_media[0] == 2 and by_media[1] == 2 and len(tokens) > 100
+
+
+def test_subtitles_stand_between_the_frames(tmp_path):
+    said = tmp_path / "said.json"
+    rows = [([12.4, 13.6], "two"), ([10.9, 11.3], "one"), ([14.9, 19.0], "three"), ([30.0, 31.0], "never")]
+    said.write_text(json.dumps([{"timestamp": span, "text": text} for span, text in rows]))
+    question = Question("q", (), "", subtitles=str(said), subtitles_from=10.0)
+    wording = BENCHMARKS["longvideobench"].wording("official", "choice")
+    task = Task(BENCHMARKS["longvideobench"], question, wording, "official")
+    video = MediaRef("video", "v.mp4", tuple(float(second) for second in range(8)))
+    told = [part if isinstance(part, str) else part.times for part in parts_of(task, [video], 2)]
+    assert told == [(0, 1), "one", (2, 3), "two", (4, 5, 6, 7), "three"]  # after the frames up to 1.1, 3.0 and 6.95
+    shown = dataclasses.replace(video, times=(4.0, 5.0), start=2.0)  # a clip that begins at second 2
+    assert [part for part in parts_of(task, [shown], 2) if isinstance(part, str)] == ["three"]
+    plain = dataclasses.replace(task, wording=BENCHMARKS["longvideobench"].wording("lmms-eval", "choice"))
+    assert list(parts_of(plain, [video], 2)) == [video]
 
 
 def test_shares_are_put_together(checkpoint, data, asked, tmp_path, capsys):

@@ -71,8 +71,8 @@ def run(server, folder, workdir, name, *flags, code=0):
 
 
 def test_a_server_is_sent_frames_with_their_times_and_nothing_twice(server, data, tmp_path):
-    folder = data("longvideobench")
-    score = run(server, folder, tmp_path, "longvideobench", "--model=m", "--frames=4")
+    folder, before = data("longvideobench"), "--prompt=before"
+    score = run(server, folder, tmp_path, "longvideobench", "--model=m", "--frames=4", before)
     assert score["score"] == 1.0 and len(server.seen) == 2
     body = min(server.seen, key=lambda body: len(str(body)))
     video, text = body["messages"][0]["content"]
@@ -80,9 +80,10 @@ def test_a_server_is_sent_frames_with_their_times_and_nothing_twice(server, data
     pictures = [Image.open(io.BytesIO(base64.b64decode(frame))) for frame in frames]
     assert [picture.size for picture in pictures] == [(32, 32)] * 4 and len(video["frame_times"]) == 4
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.0, 16)
-    assert "Question: Which?\nA. red" in text["text"]
-    assert run(server, folder, tmp_path, "longvideobench", "--model=m", "--frames=4") == score and len(server.seen) == 2
-    run(server, folder, tmp_path, "longvideobench", "--model=other", "--frames=4", "--as-images")
+    assert "\nQuestion: Which?\nA. red" in text["text"]
+    assert run(server, folder, tmp_path, "longvideobench", "--model=m", "--frames=4", before) == score
+    assert len(server.seen) == 2
+    run(server, folder, tmp_path, "longvideobench", "--model=other", "--frames=4", "--as-images", before)
     assert len(server.seen) == 4
     assert [part["type"] for part in server.seen[-1]["messages"][0]["content"]] == ["image_url"] * 4 + ["text"]
 

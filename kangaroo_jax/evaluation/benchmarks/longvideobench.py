@@ -66,8 +66,8 @@ LONGVIDEOBENCH = Benchmark(
         "lmms-eval": {"choice": _GUESSES},
         "vlmevalkit": {"choice": Reading(harnesses.vlmevalkit_longvideobench)},
     },
-    note="subtitles stand before the question as text, not between the frames; where the harness guesses, the "
-    "chance of its guess is credited; the published row is of the test set",
+    note="subtitles stand between the frames, after the group of frames that is on display at their middle; where "
+    "the harness guesses, the chance of its guess is credited; the published row is of the test set",
 )
 LONGVIDEOBENCH_TEST = dataclasses.replace(
     LONGVIDEOBENCH,
@@ -77,6 +77,6 @@ LONGVIDEOBENCH_TEST = dataclasses.replace(
     questions=5341,
     readings={},
     published={"score": 54.8},
-    note="answers are not public: a submission file is written; subtitles stand before the question as text",
+    note="answers are not public: a submission file is written; subtitles stand between the frames",
     submission=submission,
 )

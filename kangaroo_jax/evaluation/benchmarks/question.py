@@ -55,6 +55,7 @@ class Wording:
     system: str = ""
     prefill: str = ""  # how the answer begins
     likelihood: bool = False  # the likeliest option's text is the answer, in place of a generated one
+    interleaved: bool = False  # subtitles stand between the frames, in place of {subtitles}
 
     def prompt(self, question: Question, subtitles: str = "") -> str:
         """The user's text."""

@@ -30,12 +30,16 @@ def on_display(path: str, times: Iterable[float], begins: float = 0.0) -> str:
 
     `begins` is the second of the file at which the video begins. Raises UserError where it cannot be read.
     """
+    return "\n".join(line.text for line in lines_on_display(path, times, begins)) or NONE
+
+
+def lines_on_display(path: str, times: Iterable[float], begins: float = 0.0) -> list[Line]:
+    """The same as lines, none where there is no file."""
     if not os.path.exists(path):
-        return NONE
+        return []
     seconds = sorted(times)
     lines = _lines(Path(path), begins, max(seconds, default=0.0) + 1.0)
-    shown = [line.text for line in lines if any(line.start <= second < line.end for second in seconds)]
-    return "\n".join(shown) or NONE
+    return [line for line in lines if any(line.start <= second < line.end for second in seconds)]
 
 
 def _lines(path: Path, begins: float, last: float) -> list[Line]:

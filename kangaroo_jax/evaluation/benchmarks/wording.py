@@ -85,7 +85,8 @@ WORDINGS: Mapping[str, Mapping[str, Mapping[str, Wording]]] = {
     "seed-bench-2": {"official": {"": _LIKELIHOOD}, "lmms-eval": {"": _LETTERS_DIRECTLY}},
     "egoschema": {"lmms-eval": {"": _LETTERS_DIRECTLY}, "likelihood": {"": _LIKELIHOOD}},
     "longvideobench": {
-        "official": {"": Wording("{subtitles}\nQuestion: {question}\n{options}\n" + _LETTER)},
+        "official": {"": Wording("Question: {question}\n{options}\n" + _LETTER, interleaved=True)},
+        "before": {"": Wording("{subtitles}\nQuestion: {question}\n{options}\n" + _LETTER)},
         "lmms-eval": {"": Wording("{question}\n{options}\n" + _LETTER + "\n")},
         "vlmevalkit": {"": Wording("{question}\n{options}\n" + _LETTER)},
     },
