@@ -114,6 +114,7 @@ def readme() -> str:
 
 
 PACKAGES = find_packages(include=["kangaroo_jax", "kangaroo_jax.*"])
+CONFIGS = ["kangaroo_jax.configs", "kangaroo_jax.configs.smol", "kangaroo_jax.configs.tiny"]
 
 setup(
     name="kangaroo-jax",
@@ -125,8 +126,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # `configs/` stands beside the package in a clone, and inside it once installed.
-    packages=[*PACKAGES, "kangaroo_jax.configs", "kangaroo_jax.configs.tiny"],
-    package_dir={"kangaroo_jax.configs": "configs", "kangaroo_jax.configs.tiny": "configs/tiny"},
+    packages=[*PACKAGES, *CONFIGS],
+    package_dir={package: package.removeprefix("kangaroo_jax.").replace(".", "/") for package in CONFIGS},
     package_data={
         "kangaroo_jax": ["py.typed"],
         "kangaroo_jax.planning": ["kernels.jsonl"],

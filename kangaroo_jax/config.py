@@ -213,6 +213,14 @@ _SMOL = ModelConfig(
     ),
     special_ids=SpecialIds(vi_start=49_152, eof=49_153, eov=49_154, vi_end=49_155, vision=49_156),
 )
+# The same for the quickstart's media: pictures of 28 and 56 pixels, computed in float32 on a CPU.
+_SMALL_SMOL = dataclasses.replace(
+    _SMOL,
+    preset="smol",
+    dtype="float32",
+    vision=dataclasses.replace(_SMOL.vision, pos_embed_grid=4, rope_reference_grid=4, remat="none"),
+    llm=dataclasses.replace(_SMOL.llm, remat="none", loss_chunk=64),
+)
 
 
 # ----------------------------------------------------------------------------------- a stage
@@ -363,6 +371,12 @@ _STAGES = {
     "kangaroo_1b": StageConfig(model=_1B),
     "kangaroo_smol": StageConfig(model=_SMOL),
     "base_100m": StageConfig(model=_BASE),
+    "smol": StageConfig(
+        model=_SMALL_SMOL,
+        data=DataConfig(image_size=56, max_sample_tokens=768, packing_bins=8, packs_per_batch=2, cache_mib=128),
+        optimizer=OptimizerConfig(frozen_dtype="float32"),
+        train=TrainConfig(checkpoint_minutes=10, keep_checkpoints=1, mesh=(1, -1, 1, 1), accumulate=1),
+    ),
     "tiny": StageConfig(
         model=_TINY,
         data=DataConfig(
@@ -385,7 +399,8 @@ def stage_config(preset: str) -> ConfigDict:
     """Defaults of a training stage, to be changed by its file in `configs/`.
 
     The presets are `kangaroo_8b` (published sizes), `kangaroo_3b` and `kangaroo_1b` (with Llama 3.2), `kangaroo_smol`
-    (with SmolLM2-135M), `base_100m` (benchmarks) and `tiny` (CPU). Raises ValueError for another.
+    (with SmolLM2-135M), `base_100m` (benchmarks), `smol` and `tiny` (the quickstart's, on a CPU). Raises ValueError for
+    another.
     """
     if preset not in _STAGES:
         raise ValueError(f"unknown preset {preset!r}: one of {', '.join(PRESETS)}")

@@ -26,6 +26,7 @@ from typing import Any
 from kangaroo_jax.corpus.draw import split_scans, write_media
 from kangaroo_jax.corpus.records import evaluation_records, media_name, record_of
 from kangaroo_jax.corpus.scenes import Scene, SceneMaker
+from kangaroo_jax.corpus.sentences import as_a_sentence, in_a_sentence
 from kangaroo_jax.corpus.text import LANGUAGES, Phrasing, ask, chinese_words, describe, some_facts
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.errors import UserError
@@ -75,6 +76,9 @@ class CorpusMixture:
     stage5_per_long: int = 10
     stage5_again: int = 5000  # conversations of stage 4 repeated in stage 5
     phrased: float = 0.01  # share of the conversations on videos in stages 4 and 5 that are put in others' words
+    chinese: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5, 0.5)  # share of the conversations of each stage
+    sentences: bool = False  # questions and answers are whole sentences
+    every_fact: bool = False  # easy facts are asked as often as others
     # Text warm-up
     warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
@@ -83,10 +87,11 @@ class CorpusMixture:
     eval_long: tuple[int, int] = (160, 80)
 
     def scaled(self, scale: float) -> "CorpusMixture":
-        """The same mixture with every count multiplied, never below a handful."""
+        """The same mixture with every count multiplied, never below a handful; what is left out stays left out."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
         records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again")
-        counts: dict[str, Any] = {name: max(round(getattr(self, name) * scale), 4) for name in (*media, *records)}
+        given = {name: getattr(self, name) for name in (*media, *records)}
+        counts: dict[str, Any] = {name: max(round(n * scale), 4) if n else 0 for name, n in given.items()}
         for name in ("eval_image", "eval_short", "eval_long"):
             counts[name] = tuple(max(round(n * scale / 8) * 8, 8) for n in getattr(self, name))
         return dataclasses.replace(self, warmup=self.warmup * scale, **counts)
@@ -290,12 +295,25 @@ def _draw_all(
 
 def _questions(scene: Scene, language: str, plan: CorpusMixture, rng: random.Random) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
-    chosen = some_facts(scene, plan.long_rounds if scene.kind == "long" else plan.rounds, rng)
+    rounds = plan.long_rounds if scene.kind == "long" else plan.rounds
+    chosen = some_facts(scene, rounds, rng, plan.every_fact)
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
+    if plan.sentences:
+        asked = [in_a_sentence(question, fact) for question, fact in zip(asked, chosen, strict=True)]
     turns = [(q.text, q.told) for q in asked]
     if rng.random() < plan.describe_last:
-        turns.append(describe(scene, language, bool(scene.seconds) and rng.random() < 0.5))
+        turns.append(_description(scene, language, bool(scene.seconds) and rng.random() < 0.5, plan))
     return turns
+
+
+def _description(scene: Scene, language: str, dense: bool, plan: CorpusMixture) -> tuple[str, str]:
+    turn = describe(scene, language, dense)
+    return as_a_sentence(turn, language) if plan.sentences else turn
+
+
+def _language(number: int, chinese: float) -> str:
+    """The language of conversation `number`: Chinese as soon as its share falls behind."""
+    return LANGUAGES[int((number + 1) * chinese) - int(number * chinese)]
 
 
 def _warmup_records(plan: CorpusMixture, seed: int) -> Iterator[dict[str, Any]]:
@@ -311,20 +329,30 @@ def _text_maker(rng: random.Random) -> SceneMaker:
     return SceneMaker("any", split_scans()["train"], rng)
 
 
-def _captions(media: dict[str, list[Scene]], folder: str, dense: bool) -> Iterator[dict[str, Any]]:
+def _captions(
+    media: dict[str, list[Scene]], folder: str, dense: bool, plan: CorpusMixture, stage: int
+) -> Iterator[dict[str, Any]]:
+    """A caption of each medium in each language that the stage has."""
+    languages = LANGUAGES if plan.chinese[stage - 1] else LANGUAGES[:1]
     for i, scene in enumerate(media[folder]):
-        for language in LANGUAGES:
+        for language in languages:
             name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
-            yield record_of(name, [describe(scene, language, dense)], media_name(folder, i))
+            yield record_of(name, [_description(scene, language, dense, plan)], media_name(folder, i))
 
 
 def _instructions(
-    media: dict[str, list[Scene]], folder: str, count: int, each: int, plan: CorpusMixture, rng: random.Random
+    media: dict[str, list[Scene]],
+    folder: str,
+    count: int,
+    each: int,
+    plan: CorpusMixture,
+    stage: int,
+    rng: random.Random,
 ) -> Iterator[dict[str, Any]]:
     """`each` conversations on each of the first `count` media of a folder; languages take turns."""
     for i, scene in enumerate(media[folder][:count]):
         for k in range(each):
-            language = LANGUAGES[(i + k) % 2]
+            language = _language(i + k, plan.chinese[stage - 1])
             turns = _questions(scene, language, plan, rng)
             yield record_of(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
 
@@ -366,30 +394,32 @@ def _write_records(
 ) -> None:
     rng = random.Random(f"{seed}/records")
     captions, dense, long_dense = (
-        list(_captions(media, folder, dense)) for folder, dense in (("images", False), ("short", True), ("long", True))
+        list(_captions(media, folder, dense, plan, stage))
+        for folder, dense, stage in (("images", False, 1), ("short", True, 2), ("long", True, 5))
     )
     rng.shuffle(captions)
     first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
     scenes = {media_name(folder, i): scene for folder in ("short", "long") for i, scene in enumerate(media[folder])}
-    shorts = list(_instructions(media, "short", plan.shorts, plan.stage4_per_short, plan, rng))
-    shorts = list(_some_phrased(shorts, scenes, plan, phrasings, seed))
-    lately = _with_others(shorts, media, plan.some_images, plan, rng)
+
+    def shorts(each: int, stage: int) -> list[dict[str, Any]]:
+        return list(_instructions(media, "short", plan.shorts, each, plan, stage, rng))
+
+    last = list(_some_phrased(shorts(plan.stage4_per_short, 4), scenes, plan, phrasings, seed))
+    lately = _with_others(last, media, plan.some_images, plan, 4, rng)
     stages = [
-        _with_others(more, media, plan.images, plan, rng),
+        _with_others(more, media, plan.images, plan, 1, rng),
         *(
-            _with_others(
-                dense + list(_instructions(media, "short", plan.shorts, plan.stage2_per_short, plan, rng)),
-                media,
-                plan.some_images,
-                plan,
-                rng,
-            )
-            for _ in (2, 3)
+            _with_others(dense + shorts(plan.stage2_per_short, stage), media, plan.some_images, plan, stage, rng)
+            for stage in (2, 3)
         ),
         lately,
         list(
             _some_phrased(
-                _instructions(media, "long", plan.longs, plan.stage5_per_long, plan, rng), scenes, plan, phrasings, seed
+                _instructions(media, "long", plan.longs, plan.stage5_per_long, plan, 5, rng),
+                scenes,
+                plan,
+                phrasings,
+                seed,
             )
         )
         + long_dense
@@ -402,16 +432,21 @@ def _write_records(
     for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
         folder = f"held_out/{folder}"
         counts = getattr(plan, f"eval_{name}")
-        _write(root / f"eval_{name}.jsonl", evaluation_records(media[folder], folder, counts, seed))
+        _write(root / f"eval_{name}.jsonl", evaluation_records(media[folder], folder, counts, seed, plan.sentences))
 
 
 def _with_others(
-    records: list[dict[str, Any]], media: dict[str, list[Scene]], images: int, plan: CorpusMixture, rng: random.Random
+    records: list[dict[str, Any]],
+    media: dict[str, list[Scene]],
+    images: int,
+    plan: CorpusMixture,
+    stage: int,
+    rng: random.Random,
 ) -> list[dict[str, Any]]:
     """Records of a stage, conversations on `images` images, and some without media, so that neither is forgotten."""
     texts = lesson(-1, plan.some_text, _text_maker(rng), rng, plan.short_kinds)
     told = [record_of(f"text-{i:05d}", turns) for i, turns in enumerate(texts)]
-    return records + list(_instructions(media, "images", images, 1, plan, rng)) + told
+    return records + list(_instructions(media, "images", images, 1, plan, stage, rng)) + told
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kangaroo_jax.corpus.scenes import Scene, has_held_combination
+from kangaroo_jax.corpus.sentences import in_a_sentence
 from kangaroo_jax.corpus.text import LANGUAGES, LETTERS, Fact, Question, ask, facts
 
 
@@ -25,12 +26,12 @@ def record_of(name: str, turns: Iterable[tuple[str, str]], medium: str = "") -> 
 
 
 def evaluation_records(
-    scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int
+    scenes: Sequence[Scene], folder: str, counts: tuple[int, int], seed: int, sentences: bool = False
 ) -> list[dict[str, Any]]:
     """Questions on held-out media: kinds take turns, letters are balanced, each is asked in both languages.
 
     A question has the same options in the same order in both languages. Questions on one medium are adjacent, so that
-    its vision tokens can be shared.
+    its vision tokens can be shared. With `sentences` the true answers are whole sentences.
     """
     rng = random.Random(f"{seed}/{folder}/evaluation")
     chosen: list[tuple[int, Fact, str, str]] = []
@@ -44,6 +45,7 @@ def evaluation_records(
         options_seed = rng.getrandbits(32)
         for language in LANGUAGES:
             question = ask(fact, language, random.Random(options_seed), letter)
+            question = in_a_sentence(question, fact) if sentences else question
             record = record_of(f"{folder}-{number:05d}-q{len(records):04d}-{language}", [], media_name(folder, number))
             records.append(_evaluation_record(record, question, style, scenes[number]))
     return records

@@ -91,10 +91,13 @@ class Question:
     text: str
     answer: str
     options: tuple[str, ...] = ()
+    said: str = ""  # the assistant's answer where it is more than the words and the letter of an option
 
     @property
     def told(self) -> str:
         """The assistant's answer: the words, followed by the letter of the option."""
+        if self.said:
+            return self.said
         return _chosen(self.options[LETTERS.index(self.answer)], self.answer) if self.options else self.answer
 
 
@@ -207,9 +210,12 @@ def facts(scene: Scene) -> list[Fact]:
 EASY = dict(duration=0.35, what=0.8, colour=0.5, first=0.75, last=0.75, first_colour=0.4, last_colour=0.4)
 
 
-def some_facts(scene: Scene, count: int, rng: random.Random) -> list[Fact]:
-    """Up to `count` different facts, in random order; the easy ones, which all short scenes have, are rarer."""
-    found, easy = facts(scene), {} if scene.kind == "long" else EASY
+def some_facts(scene: Scene, count: int, rng: random.Random, every: bool = False) -> list[Fact]:
+    """Up to `count` different facts, in random order; the easy ones, which all short scenes have, are rarer.
+
+    With `every` none is rarer than another.
+    """
+    found, easy = facts(scene), {} if every or scene.kind == "long" else EASY
     rng.shuffle(found)
     return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
 

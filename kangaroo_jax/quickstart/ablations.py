@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from kangaroo_jax.config import STAGES, ModelConfig, tokens_per_group
 from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.evaluation.answering import Answers, evaluate
+from kangaroo_jax.quickstart.recipe import WARMUP, Recipe, Start
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics
 
-PRESET = "tiny"
 PACKING_STEPS = 30  # steps of each side of the packing comparison
 
 
@@ -31,7 +31,7 @@ class Variant:
 
     name: str
     stages: tuple[str, ...]
-    start: str  # a stage's folder in the complete run
+    start: str  # a stage's folder in the complete run; "" is what that run began with
     change: Callable[[ConfigDict], None]
 
 
@@ -54,23 +54,33 @@ def without_curriculum(config: ConfigDict) -> None:
     config.optimizer.trainable = ((".*", 1.0),)
 
 
-VARIANTS = (
-    Variant("without temporal position encoding", STAGES[1:], STAGES[0], without_times),
-    Variant("without patchify", STAGES[2:], STAGES[1], without_patchify),
-    Variant("without curriculum", STAGES[4:], "stage0_text_warmup", without_curriculum),
-)
+def without_freezing(config: ConfigDict) -> None:
+    """No frozen decoder: in every stage it trains as in the last two."""
+    rules = config.optimizer.trainable
+    config.optimizer.trainable = tuple(rule for rule in rules if rule[0] != ".*") + (("llm/.*", 0.2), (".*", 1.0))
+
+
+_TIMES = Variant("without temporal position encoding", STAGES[1:], STAGES[0], without_times)
+VARIANTS = {
+    "tiny": (
+        _TIMES,
+        Variant("without patchify", STAGES[2:], STAGES[1], without_patchify),
+        Variant("without curriculum", STAGES[4:], WARMUP, without_curriculum),
+    ),
+    "smol": (_TIMES, Variant("with a decoder that trains from stage 1 on", STAGES, "", without_freezing)),
+}
 
 
 def run(
-    workdir: Path, corpus: Corpus, data: Path, tokenizer: Path, *, seed: int, tell: Tell = print
+    workdir: Path, recipe: Recipe, corpus: Corpus, data: Path, start: Start, *, seed: int, tell: Tell = print
 ) -> list[dict[str, Any]]:
     """Train and evaluate every variant of the finished quickstart in `workdir`; rows for the table of the report.
 
-    `data` is the folder of stage files that the complete run read. A row has `name`, `steps` and `metrics`; the rows
-    on packing have samples and steps a minute. Finished variants are not run again.
+    `data` is the folder of stage files that the complete run read, `start` what it began with. A row has `name`,
+    `steps` and `metrics`; the rows on packing have samples and steps a minute. Finished variants are not run again.
     """
     rows = [row("complete", workdir / STAGES[-1], steps_of(workdir, STAGES))]
-    for variant in VARIANTS:
+    for variant in VARIANTS[recipe.name]:
         folder = workdir / "ablations" / variant.name.replace(" ", "_")
         total = steps_of(workdir, STAGES)
 
@@ -80,22 +90,23 @@ def run(
             variant.change(config)
 
         curriculum.run(
-            PRESET,
+            recipe.name,
             folder,
             data=data,
-            tokenizer=tokenizer,
+            tokenizer=start.tokenizer,
             stages=variant.stages,
-            init_from=workdir / variant.start,
+            init_from=workdir / variant.start if variant.start else start.init_from,
             overrides={"seed": seed},
             adjust=adjust,
             tell=tell,
         )
         last = folder / variant.stages[-1]
         if not (last / "eval.json").exists():
-            write_json(last / "eval.json", evaluate(last, corpus.eval_files, last / "eval", tell=tell).to_json())
+            answers = evaluate(last, corpus.eval_files, last / "eval", max_new_tokens=recipe.answer_tokens, tell=tell)
+            write_json(last / "eval.json", answers.to_json())
         rows.append(row(variant.name, last, total))
         tell(f"{variant.name}: {rows[-1]['metrics']}")
-    rows += packing_rows(workdir, data, tokenizer, tell)
+    rows += packing_rows(workdir, recipe, data, start.tokenizer, tell)
     return rows
 
 
@@ -113,14 +124,14 @@ def row(name: str, stage: Path, steps: int) -> dict[str, Any]:
     return {"name": name, "steps": steps, "metrics": metrics}
 
 
-def packing_rows(workdir: Path, data: Path, tokenizer: Path, tell: Tell) -> list[dict[str, Any]]:
+def packing_rows(workdir: Path, recipe: Recipe, data: Path, tokenizer: Path, tell: Tell) -> list[dict[str, Any]]:
     """Samples and steps a minute of stage 4 with and without packing, from the logs of a few steps each."""
     rows = []
     for name, bins in (("with packing", None), ("without packing", 0)):
         folder = workdir / "ablations" / name.replace(" ", "_")
         config = curriculum.stage(
             STAGES[3],
-            PRESET,
+            recipe.name,
             data=data,
             tokenizer=tokenizer,
             init_from=str(workdir / "stage3_refine"),

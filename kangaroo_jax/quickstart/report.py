@@ -13,20 +13,17 @@ from kangaroo_jax.corpus.make import Corpus
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import FramePolicy, load_video
 from kangaroo_jax.evaluation.answering import Answers
+from kangaroo_jax.quickstart.recipe import Recipe
 from kangaroo_jax.quickstart.report_page import write_report
 from kangaroo_jax.training.metrics import read_metrics
 
 PICTURE_SIDE = 96  # pixels of a frame in the report
 FRAMES_SHOWN = 8
-LEAD = (
-    "A Kangaroo of a few million weights, trained from nothing through a text warm-up (it stands in for a pretrained "
-    "Llama-3) and the five stages of the curriculum, on generated media files. Every question here is about a file, a "
-    "handwritten digit or a combination that it was never trained on."
-)
 
 
 def write_quickstart_report(
     workdir: Path,
+    recipe: Recipe,
     corpus: Corpus,
     results: Mapping[str, Any],
     chats: Sequence[Mapping[str, Any]],
@@ -36,18 +33,17 @@ def write_quickstart_report(
     """Write `workdir/report.html` from what the stages left in `workdir`; returns its path. `sections` are HTML."""
     last = results["stages"][-1]["name"]
     data = {
-        "title": "kangaroo_jax quickstart",
-        "lead": LEAD,
+        "title": recipe.title,
+        "lead": recipe.lead,
         "seconds": results["seconds"],
         "peak_rss_gib": results["peak_rss_gib"],
         "chance": results["chance"],
-        "stages": [stage_data(workdir / "stage0_text_warmup", results)]
-        + [stage_data(workdir / stage["name"], results) for stage in results["stages"]],
+        "stages": [stage_data(workdir / name, results) for name in recipe.stages],
         "samples": [sample_data(record, corpus) for record in chosen_samples(read_answers(workdir / last))],
         "chats": [chat_data(chat) for chat in chats],
         "ablations": results.get("ablations", []),
         "sections": list(sections),
-        "environment": {**environment, "commands": ["./launch/quickstart.sh"]},
+        "environment": {**environment, "commands": [f"./launch/{recipe.script}"]},
     }
     return write_report(workdir / "report.html", data)
 

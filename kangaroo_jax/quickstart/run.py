@@ -1,9 +1,10 @@
-"""`kangaroo quickstart`: trains a small Kangaroo from nothing, until it answers questions about unseen videos.
+"""`kangaroo quickstart`: trains a small Kangaroo, until it answers questions about unseen videos.
 
     corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat
     -> export compared with PyTorch -> report.html, results.json
 
-Every part leaves a marker in the workdir; running it again continues where it stopped.
+The recipe (`recipe`) says which of them there are: with a decoder that speaks already there is no warm-up. Every part
+leaves a marker in the workdir; running it again continues where it stopped.
 """
 
 import contextlib
@@ -23,22 +24,19 @@ from ml_collections import ConfigDict
 from kangaroo_jax import machine
 from kangaroo_jax.config import STAGES as OF_THE_PAPER
 from kangaroo_jax.corpus.make import Corpus, make_corpus
-from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
 from kangaroo_jax.quickstart import judging
+from kangaroo_jax.quickstart.recipe import TINY, WARMUP, Recipe
 from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training import curriculum
 
-WARMUP = "stage0_text_warmup"
-STAGES = (WARMUP, *OF_THE_PAPER)
-PRESET = "tiny"
 TORCH_QUESTIONS = 100  # questions that the exported model answers in PyTorch
 
 
@@ -66,49 +64,58 @@ class Clock:
 
 
 def run(
-    workdir: str | Path, *, seed: int = 0, scale: float = 1.0, ablate: bool = False, tell: Tell = print
+    workdir: str | Path,
+    *,
+    recipe: Recipe = TINY,
+    seed: int = 0,
+    scale: float = 1.0,
+    ablate: bool = False,
+    tell: Tell = print,
 ) -> dict[str, Any]:
-    """Run the whole pipeline at tiny size in `workdir`; returns the contents of `results.json`.
+    """Run the whole pipeline of a recipe in `workdir`; returns the contents of `results.json`.
 
     Args:
-        workdir: receives corpus/, curation/, tokenizer.model, a folder for each stage, report.html and results.json.
+        workdir: receives corpus/, curation/, the tokenizer or the decoder, a folder for each stage, report.html and
+            results.json.
+        recipe: what is trained, and on what.
         seed: determines the corpus, the weights and the order of samples.
         scale: size of the corpus and number of steps as a share of the usual ones; small for tests.
         ablate: afterwards train and evaluate the model without each part of the design.
         tell: prints a line.
 
     Raises:
-        UserError: the workdir belongs to a run with another seed or scale.
+        UserError: the workdir belongs to a run of another recipe, seed or scale, or the recipe lacks a package.
     """
     jax.devices()  # fails early if there are no devices
     workdir = Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
-    claim(workdir, {"seed": seed, "scale": scale})
+    claim(workdir, {"seed": seed, "scale": scale} | ({} if recipe is TINY else {"recipe": recipe.name}))
     clock = Clock(workdir / "seconds.json")
 
     with clock.part("corpus"):
-        corpus = make_corpus(workdir / "corpus", seed, scale, phrasings=judging.phrasings(), tell=tell)
-    with clock.part("curation"):
-        curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
-    with clock.part("tokenizer"):
-        tokenizer = workdir / "tokenizer.model"
-        if not tokenizer.exists():
-            texts = corpus.texts_for_tokenizer()
-            train_sentencepiece(texts, tokenizer, vocabulary(), split_digits=False, space_after=True)
+        words = judging.phrasings() if recipe.mixture.phrased else ()
+        corpus = make_corpus(workdir / "corpus", seed, scale, mixture=recipe.mixture, phrasings=words, tell=tell)
+    curated = None
+    if recipe.curates:
+        with clock.part("curation"):
+            curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
+    with clock.part("tokenizer" if recipe is TINY else "decoder"):
+        start = recipe.start(workdir, corpus, tell)
 
     def after_stage(name: str, config: ConfigDict, folder: Path) -> None:
         clock_stage(clock, name, folder)
         if name != WARMUP:
             with clock.part(f"evaluate {name}"):
-                evaluate_stage(name, folder, corpus, tell)
+                evaluate_stage(name, folder, corpus, recipe, tell)
 
     data = quickstart_curation.training_data(corpus, curated)
     stages = curriculum.run(
-        PRESET,
+        recipe.name,
         workdir,
         data=data,
-        tokenizer=tokenizer,
-        stages=STAGES,
+        tokenizer=start.tokenizer,
+        stages=recipe.stages,
+        init_from=start.init_from,
         overrides={"seed": seed},
         adjust=lambda name, config: shorten(config, scale),
         after_stage=after_stage,
@@ -116,21 +123,23 @@ def run(
     )
     with clock.part("chat"):
         chats = chat_once(workdir, corpus, tell)
-    with clock.part("judge"):
-        judged = judging.judge(workdir, corpus, (OF_THE_PAPER[-2], OF_THE_PAPER[-1]), scale, tell)
+    judged = None
+    if recipe.judges:
+        with clock.part("judge"):
+            judged = judging.judge(workdir, corpus, (OF_THE_PAPER[-2], OF_THE_PAPER[-1]), scale, tell)
     with clock.part("compare with PyTorch"):
         same = compare_with_torch(workdir, corpus, tell)
-    results = collect(workdir, stages, clock) | {"judged": judged}
+    results = collect(workdir, stages, clock) | ({"judged": judged} if judged else {})
     if same is not None:
         results["torch_chat"] = same
     write_json(workdir / "results.json", results)
     if ablate:
-        results["ablations"] = quickstart_ablations.run(workdir, corpus, data, tokenizer, seed=seed, tell=tell)
+        results["ablations"] = quickstart_ablations.run(workdir, recipe, corpus, data, start, seed=seed, tell=tell)
         write_json(workdir / "results.json", results)
     alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
-    sections = [judging.report_section(judged, results["stages"][-1]["short_mcq"])]
+    sections = [judging.report_section(judged, results["stages"][-1]["short_mcq"])] if judged else []
     sections += [quickstart_curation.report_section(curated)] if curated else []
-    write_quickstart_report(workdir, corpus, results, chats, environment() | alike, sections)
+    write_quickstart_report(workdir, recipe, corpus, results, chats, environment() | alike, sections)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")
     tell(f"talk to it: {chat_command(workdir)}")
@@ -154,13 +163,6 @@ def claim(workdir: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{workdir}: was begun with {found}, not {settings}; use another --workdir or those settings")
 
 
-def vocabulary() -> int:
-    """Tokens of the tiny model."""
-    from kangaroo_jax.config import model_config
-
-    return model_config(PRESET).llm.vocab_size
-
-
 def shorten(config: ConfigDict, scale: float) -> None:
     """Scale a stage's number of steps."""
     config.train.steps = max(2, round(config.train.steps * scale))
@@ -171,12 +173,12 @@ def clock_stage(clock: Clock, name: str, folder: Path) -> None:
     clock.seconds[name] = json.loads((folder / "done.json").read_text())["seconds"]
 
 
-def evaluate_stage(name: str, folder: Path, corpus: Corpus, tell: Tell) -> Answers:
+def evaluate_stage(name: str, folder: Path, corpus: Corpus, recipe: Recipe, tell: Tell) -> Answers:
     """Answer the held-out questions with a stage's model; the result is kept in `eval.json`."""
     path = folder / "eval.json"
     if path.exists():
         return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
-    answers = evaluate(folder, corpus.eval_files, folder / "eval", tell=tell)
+    answers = evaluate(folder, corpus.eval_files, folder / "eval", max_new_tokens=recipe.answer_tokens, tell=tell)
     write_json(path, answers.to_json())
     tell(f"{name}: " + ", ".join(f"{key} {value:.0%}" for key, value in answers.metrics().items()))
     return answers

@@ -1,0 +1,17 @@
+"""Stage 2 with SmolLM2: up to 8 frames of 28 pixels; the encoder and the projector train."""
+
+from ml_collections import ConfigDict
+
+from kangaroo_jax.config import lock
+from kangaroo_jax.config_files import stage_of_paper
+
+
+def get_config(preset: str = "smol") -> ConfigDict:
+    """The stage's config for a model preset."""
+    c = stage_of_paper("stage2_video_pretrain", preset)
+    c.data.loss_on = "assistant"  # as in stage 1
+    c.data.update(image_size=28, tokens_per_pack=512, frames_per_pack=32, packs_per_batch=2, max_sample_tokens=512)
+    c.optimizer.learning_rate = 6e-4
+    c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
+    c.train.steps = 500
+    return lock(c)
