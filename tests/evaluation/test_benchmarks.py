@@ -241,6 +241,20 @@ def test_pickles_are_refused_and_never_loaded(maker):
         questions_of(BENCHMARKS["mmbench-video"], maker.folder)
 
 
+def test_the_image_of_a_question_stands_behind_the_video(maker):
+    LAYOUTS["videovista"][0](maker)
+    kind = {"Type": "Relation Reasoning-Image"}
+    changed(maker.folder, VISTA, lambda rows: [rows[0] | kind | {"image_name": "who.jpg"}, rows[1] | kind])
+    benchmark = BENCHMARKS["videovista"]
+    first, second = questions_of(benchmark, maker.folder)
+    assert [medium.kind for medium in first.media] == ["video", "image"] and first.video == first.media[0].path
+    assert first.media[1].path == str(maker.folder / "relation_images" / "who.jpg") and first.groups["part"]
+    found = check(benchmark, [first, second], tell=lambda line: None)
+    assert found.missing == (first.media[1].path,) and len(second.media) == 1
+    (fault,) = found.faults
+    assert "item 2: asks about an image, but has no image_name" in fault
+
+
 def test_a_check_names_what_is_missing_broken_or_at_fault(maker):
     LAYOUTS["mlvu"][0](maker)
     base = maker.folder / "MLVU" / "video"

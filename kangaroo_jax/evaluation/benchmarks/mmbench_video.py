@@ -53,6 +53,7 @@ MMBENCH_VIDEO = Benchmark(
     wordings=WORDINGS["mmbench-video"],
     readings={},
     published={"score": 1.44},
-    note="the published row was judged by a GPT-4 that is retired: scores of other judges are not comparable",
+    note="questions are asked one by one, not packed; the published row was judged by a GPT-4 that is retired: scores "
+    "of other judges are not comparable",
     max_new_tokens=256,
 )
