@@ -15,11 +15,11 @@ _WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pth", "*.pt")  # the first ki
 _NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
 
 
-def local(name: str | Path) -> Path:
+def local(name: str | Path, weights: bool = True) -> Path:
     """The folder of a name: itself where it is there, or is no repository's; else the repository's files, downloaded.
 
-    Files come from the cache of huggingface_hub where they are there, and only those that a model needs. HF_TOKEN,
-    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are understood.
+    Files come from the cache of huggingface_hub where they are there, and only those that a model or an adapter needs,
+    or, without `weights`, its tokenizer. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are understood.
 
     Raises:
         UserError: huggingface_hub is missing, or the repository is missing, gated, without weights, or out of reach.
@@ -29,7 +29,7 @@ def local(name: str | Path) -> Path:
         return Path(name)
     if Path(name).parent.is_dir():  # a folder of this machine, whose name was mistyped
         raise UserError(f"{name}: no such file or folder")
-    return _downloaded(found["repo"], found["revision"] or "main", str(name))
+    return _downloaded(found["repo"], found["revision"] or "main", str(name), weights)
 
 
 def needed(files: Sequence[str]) -> list[str]:
@@ -40,11 +40,16 @@ def needed(files: Sequence[str]) -> list[str]:
     for kind in _WEIGHTS:
         weights = fnmatch.filter(top, kind)
         if weights:
-            return [*weights, *(file for file in top if any(fnmatch.fnmatch(file, beside) for beside in _BESIDE))]
+            return [*weights, *_beside(top)]
     return []
 
 
-def _downloaded(repo: str, revision: str, name: str) -> Path:
+def _beside(files: Sequence[str]) -> list[str]:
+    """Configs and the tokenizer."""
+    return [file for file in files if any(fnmatch.fnmatch(file, beside) for beside in _BESIDE)]
+
+
+def _downloaded(repo: str, revision: str, name: str, weights: bool) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import constants, errors
@@ -53,9 +58,12 @@ def _downloaded(repo: str, revision: str, name: str) -> Path:
     place = f"{constants.ENDPOINT}/{repo}"
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
-        files = needed([sibling.rfilename for sibling in info.siblings or ()])
-        if not files:
+        there = [sibling.rfilename for sibling in info.siblings or ()]
+        files = needed(there) if weights else _beside([file for file in there if "/" not in file])
+        if weights and not files:
             raise UserError(f"{name}: {place} has no weights (looked for {', '.join(_WEIGHTS)} and params/)")
+        if not any(file.startswith("tokenizer") for file in files) and not weights:
+            raise UserError(f"{name}: {place} has no tokenizer.json or tokenizer.model")
         paths = [Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)) for file in files]
         return paths[0].parents[len(Path(files[0]).parts) - 1]
     except errors.GatedRepoError:

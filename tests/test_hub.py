@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from kangaroo_jax import hub
+from kangaroo_jax.cli.convert import convert
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.chat import Kangaroo
 
 pytest.importorskip("huggingface_hub")
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -34,7 +36,13 @@ CHECKPOINT = {
     "tokenizer.model": b"t",
     ".gitattributes": b"",
 }
-REPOSITORIES = {"someone/llama": FILES, "someone/ours": CHECKPOINT, "someone/empty": {"README.md": b"words"}}
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"factors", "README.md": b"words"}
+REPOSITORIES = {
+    "someone/llama": FILES,
+    "someone/ours": CHECKPOINT,
+    "someone/adapter": ADAPTER,
+    "someone/empty": {"README.md": b"words"},
+}
 FAULTS = {"someone/gated": ("GatedRepo", 403), "someone/none": ("RepoNotFound", 404)}
 
 
@@ -123,6 +131,23 @@ def test_only_what_a_model_needs_is_downloaded_and_once(endpoint: str) -> None:
     assert hub.local("someone/llama@v1") == folder
     assert not [line for line in Hub.asked if line.startswith("GET") and "/resolve/" in line]
     assert files_below(hub.local("someone/ours")) == {n: b for n, b in CHECKPOINT.items() if not n.startswith(".")}
+
+
+def test_an_adapter_and_a_tokenizer_are_downloaded_without_what_they_do_not_need(endpoint: str) -> None:
+    assert set(files_below(hub.local("someone/adapter"))) == {"adapter_config.json", "adapter_model.safetensors"}
+    beside = {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert set(files_below(hub.local("someone/llama", weights=False))) == beside
+    with pytest.raises(UserError, match="someone/adapter: .* has no tokenizer.json or tokenizer.model"):
+        hub.local("someone/adapter", weights=False)
+
+
+@pytest.mark.parametrize("flag", ["lora", "base", "tokenizer"])
+def test_flags_of_convert_take_names(endpoint: str, flag: str) -> None:
+    words = {"source": "someone/ours", "to": "out", flag: "someone/none"}
+    with pytest.raises(UserError, match="someone/none: no such folder, and no http://127.0.0.1:"):
+        convert(**words)
+    with pytest.raises(UserError, match="someone/none: no such folder"):
+        Kangaroo.load("someone/ours", lora="someone/none")
 
 
 def test_without_a_network_what_was_downloaded_is_used(endpoint: str, monkeypatch) -> None:

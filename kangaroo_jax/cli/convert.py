@@ -72,10 +72,10 @@ def convert(
     options: dict[str, Any] = {
         "format": format,
         "dtype": dtype,
-        "tokenizer": tokenizer,
+        "tokenizer": str(local(tokenizer, weights=False)) if tokenizer else None,
         "seed": seed,
-        "lora": lora,
-        "base": base,
+        "lora": str(local(lora)) if lora else None,
+        "base": str(local(base)) if base else None,
     }
     options |= {"quantize": quantize, "parts_alone": bool(llm)}
     model = {"preset": preset, "overrides": changes}
