@@ -373,7 +373,14 @@ _STAGES = {
     "base_100m": StageConfig(model=_BASE),
     "smol": StageConfig(
         model=_SMALL_SMOL,
-        data=DataConfig(image_size=56, max_sample_tokens=768, packing_bins=8, packs_per_batch=2, cache_mib=128),
+        data=DataConfig(
+            image_size=56,
+            max_sample_tokens=768,
+            tokens_per_pack=768,
+            packing_bins=8,
+            packs_per_batch=2,
+            cache_mib=128,
+        ),
         optimizer=OptimizerConfig(frozen_dtype="float32"),
         train=TrainConfig(checkpoint_minutes=10, keep_checkpoints=1, mesh=(1, -1, 1, 1), accumulate=1),
     ),

@@ -72,11 +72,20 @@ VARIANTS = {
 
 
 def run(
-    workdir: Path, recipe: Recipe, corpus: Corpus, data: Path, start: Start, *, seed: int, tell: Tell = print
+    workdir: Path,
+    recipe: Recipe,
+    corpus: Corpus,
+    data: Path,
+    start: Start,
+    *,
+    seed: int,
+    adjust: curriculum.Adjust,
+    tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every variant of the finished quickstart in `workdir`; rows for the table of the report.
 
-    `data` is the folder of stage files that the complete run read, `start` what it began with. A row has `name`,
+    `data` is the folder of stage files that the complete run read, `start` what it began with,
+    `adjust` changed its stages. A row has `name`,
     `steps` and `metrics`; the rows on packing have samples and steps a minute. Finished variants are not run again.
     """
     rows = [row("complete", workdir / STAGES[-1], steps_of(workdir, STAGES))]
@@ -84,7 +93,8 @@ def run(
         folder = workdir / "ablations" / variant.name.replace(" ", "_")
         total = steps_of(workdir, STAGES)
 
-        def adjust(name: str, config: ConfigDict, variant: Variant = variant, total: int = total) -> None:
+        def change(name: str, config: ConfigDict, variant: Variant = variant, total: int = total) -> None:
+            adjust(name, config)
             done = json.loads((workdir / name / "done.json").read_text(encoding="utf-8"))
             config.train.steps = total if variant.change is without_curriculum else done["steps"]
             variant.change(config)
@@ -97,7 +107,7 @@ def run(
             stages=variant.stages,
             init_from=workdir / variant.start if variant.start else start.init_from,
             overrides={"seed": seed},
-            adjust=adjust,
+            adjust=change,
             tell=tell,
         )
         last = folder / variant.stages[-1]

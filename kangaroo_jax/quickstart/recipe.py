@@ -38,6 +38,7 @@ class Recipe:
         curates: whether raw clips are curated.
         judges: whether the model is judged as others judge models.
         answer_tokens: longest answer to a held-out question.
+        speaks: whether the decoder speaks from the beginning: what it knew is measured, and it is reminded.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Recipe:
     curates: bool
     judges: bool
     answer_tokens: int
+    speaks: bool
 
 
 def _own_tokenizer(workdir: Path, corpus: Corpus, tell: Tell) -> Start:
@@ -91,6 +93,7 @@ TINY = Recipe(
     curates=True,
     judges=True,
     answer_tokens=16,
+    speaks=False,
 )
 SMOL = Recipe(
     name="smol",
@@ -118,5 +121,6 @@ SMOL = Recipe(
     curates=False,
     judges=False,
     answer_tokens=32,
+    speaks=True,
 )
 RECIPES = {recipe.name: recipe for recipe in (TINY, SMOL)}

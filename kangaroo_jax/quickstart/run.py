@@ -29,7 +29,7 @@ from kangaroo_jax.evaluation.answering import Answers, evaluate
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
-from kangaroo_jax.quickstart import judging
+from kangaroo_jax.quickstart import judging, language
 from kangaroo_jax.quickstart.recipe import TINY, WARMUP, Recipe
 from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.files import write_json
@@ -101,12 +101,26 @@ def run(
             curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
     with clock.part("tokenizer" if recipe is TINY else "decoder"):
         start = recipe.start(workdir, corpus, tell)
+    reminders, knows = None, {}
+    if recipe.speaks:
+        with clock.part("language"):
+            knows["before"] = language.measure(Path(start.init_from), workdir / "language_before.json", tell)
+            reminders = language.remind(Path(start.init_from), workdir / "reminders.jsonl", scale, tell)
+
+    def adjust(name: str, config: ConfigDict) -> None:
+        shorten(config, scale)
+        if reminders and name in OF_THE_PAPER[3:]:
+            config.data.train = (*config.data.train, str(reminders))
+            config.data.weights = (1 - language.SHARE, language.SHARE)
 
     def after_stage(name: str, config: ConfigDict, folder: Path) -> None:
         clock_stage(clock, name, folder)
         if name != WARMUP:
             with clock.part(f"evaluate {name}"):
                 evaluate_stage(name, folder, corpus, recipe, tell)
+        if recipe.speaks and name in OF_THE_PAPER[3:]:
+            with clock.part("language"):
+                knows[name] = language.measure(folder, folder / "language.json", tell)
 
     data = quickstart_curation.training_data(corpus, curated)
     stages = curriculum.run(
@@ -117,7 +131,7 @@ def run(
         stages=recipe.stages,
         init_from=start.init_from,
         overrides={"seed": seed},
-        adjust=lambda name, config: shorten(config, scale),
+        adjust=adjust,
         after_stage=after_stage,
         tell=tell,
     )
@@ -130,15 +144,19 @@ def run(
     with clock.part("compare with PyTorch"):
         same = compare_with_torch(workdir, corpus, tell)
     results = collect(workdir, stages, clock) | ({"judged": judged} if judged else {})
+    results |= {"language": knows} if knows else {}
     if same is not None:
         results["torch_chat"] = same
     write_json(workdir / "results.json", results)
     if ablate:
-        results["ablations"] = quickstart_ablations.run(workdir, recipe, corpus, data, start, seed=seed, tell=tell)
+        results["ablations"] = quickstart_ablations.run(
+            workdir, recipe, corpus, data, start, seed=seed, adjust=adjust, tell=tell
+        )
         write_json(workdir / "results.json", results)
     alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
     sections = [judging.report_section(judged, results["stages"][-1]["short_mcq"])] if judged else []
     sections += [quickstart_curation.report_section(curated)] if curated else []
+    sections += [language.report_section(knows)] if knows else []
     write_quickstart_report(workdir, recipe, corpus, results, chats, environment() | alike, sections)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")

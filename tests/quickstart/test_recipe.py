@@ -16,7 +16,9 @@ from kangaroo_jax.corpus.sentences import in_a_sentence
 from kangaroo_jax.corpus.text import ask, facts
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.scoring import is_correct
+from kangaroo_jax.inference.chat import Reply
 from kangaroo_jax.models.parameters import multiplier
+from kangaroo_jax.quickstart import language
 from kangaroo_jax.quickstart import run as quickstart
 from kangaroo_jax.quickstart.ablations import VARIANTS
 from kangaroo_jax.quickstart.recipe import RECIPES, SMOL, TINY
@@ -60,12 +62,12 @@ def test_sentences_are_right_answers_to_their_questions():
     seen = set()
     for scene in (maker.make(kind) for kind in kinds for _ in range(8)):
         for fact in facts(scene):
-            for language in ("en", "zh"):
+            for tongue in ("en", "zh"):
                 for letter in ("", "?"):
-                    question = in_a_sentence(ask(fact, language, rng, letter), fact)
+                    question = in_a_sentence(ask(fact, tongue, rng, letter), fact)
                     record = dataclasses.asdict(question)
                     assert is_correct(record, question.told), question
-                    assert question.told[-1] == {"en": ".", "zh": "。"}[language]
+                    assert question.told[-1] == {"en": ".", "zh": "。"}[tongue]
                     for option, name in zip(question.options, "ABCD", strict=False):
                         assert option in question.text.split(f"({name})")[0] and "\n" not in question.text
                     seen.add(fact.question)
@@ -108,3 +110,44 @@ def test_a_recipe_that_is_not_there_is_refused(capsys):
     assert main(["quickstart", "--recipe=large"]) == 2
     assert "smol" in capsys.readouterr().err
     assert [recipe.name for recipe in (TINY, SMOL)] == list(RECIPES)
+
+
+class Knowing:
+    """Stands in for a model: it knows Paris, and never comes to an end about ice."""
+
+    @classmethod
+    def load(cls, checkpoint):
+        return cls()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def answer_many(self, conversations, **_):
+        return ["It is Paris." if "France" in one.turns[0].text else "I do not know." for one in conversations]
+
+    def generate(self, conversations, **_):
+        made = [Reply(f"About {one.turns[0].text}") for one in conversations]
+        for reply in made:
+            reply.finish_reason = "length" if "ice" in reply else "stop"
+        return [[reply] for reply in made]
+
+
+def test_a_decoder_is_asked_what_it_knows_and_reminded_of_what_it_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "Kangaroo", Knowing)
+    monkeypatch.setattr(language, "perplexity", lambda model, text: 12.5)
+    known = language.measure(tmp_path, tmp_path / "known.json", lambda line: None)
+    assert (known["right"], known["asked"]) == (1, 10) == (known["right"], len(language.PLAIN))
+    assert known["perplexity"] == (12.5 if language.licence() else None)
+    path = language.remind(tmp_path, tmp_path / "reminders.jsonl", 1.0, lambda line: None)
+    records = read_records(path)
+    assert len(records) > 100 and not any("ice" in turn["value"] for r in records for turn in r["conversations"])
+    asked = {record["conversations"][0]["value"] for record in records}
+    assert not asked & {text for text, _ in language.PLAIN}
+    monkeypatch.setattr(language, "Kangaroo", None)  # both are kept
+    assert language.measure(tmp_path, tmp_path / "known.json", lambda line: None) == known
+    assert language.remind(tmp_path, path, 1.0, lambda line: None) == path
+    page = language.report_section({"before": known, "stage4_instruct": known | {"perplexity": None}})
+    assert "1 of 10" in page and "12.5" in page and "It is Paris." in page
