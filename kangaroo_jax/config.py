@@ -382,7 +382,7 @@ _STAGES = {
             cache_mib=128,
         ),
         optimizer=OptimizerConfig(frozen_dtype="float32"),
-        train=TrainConfig(checkpoint_minutes=10, keep_checkpoints=1, mesh=(1, -1, 1, 1), accumulate=1),
+        train=TrainConfig(checkpoint_minutes=10, keep_checkpoints=1, mesh=(1, -1, 1, 1), accumulate=2),
     ),
     "tiny": StageConfig(
         model=_TINY,

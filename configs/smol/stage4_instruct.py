@@ -13,5 +13,5 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.data.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=2, max_sample_tokens=512)
     c.optimizer.learning_rate = 3e-4
     c.optimizer.trainable = (("llm/.*", 0.5), (".*", 1.0))
-    c.train.update(steps=450, accumulate=2)
+    c.train.steps = 450
     return lock(c)

@@ -13,5 +13,5 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.data.update(tokens_per_pack=768, frames_per_pack=160, packs_per_batch=2, max_sample_tokens=768, packing_bins=8)
     c.optimizer.learning_rate = 3e-4
     c.optimizer.trainable = (("vision/.*", None), ("llm/.*", 0.5), (".*", 1.0))
-    c.train.update(steps=300, accumulate=2)
+    c.train.steps = 300
     return lock(c)
