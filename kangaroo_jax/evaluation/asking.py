@@ -1,7 +1,6 @@
 """Asks a model in this process: each video is decoded, looked at and read once, and each answer stored as it comes."""
 
 import collections
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,8 +134,6 @@ def _row(prompt: Prompt, answers: Sequence[Answer]) -> Row:
     else:
         row |= {"text": answers[0].text.strip(), "finish": answers[0].finish_reason, "tokens": len(answers[0].ids)}
     row["frame_times"] = [[round(second, 3) for second in times] for times in usage.frame_times]
-    if prompt.task.wording.interleaved:  # one video in pieces
-        row["frame_times"] = [list(itertools.chain(*row["frame_times"]))]
     row["seconds"] = round(usage.total, 3)
     return row
 

@@ -131,6 +131,7 @@ class Prompts:
         if wording.prefill:
             turns.append(("assistant", [wording.prefill]))
         recipe = render_parts(turns, tokenizer, self._per_group, self._tokens, leave_open=bool(wording.prefill))
+        recipe = dataclasses.replace(recipe, media=refs)  # one that was cut is decoded and encoded whole
         scored = task.question.options if wording.likelihood else ()
         continuations = tuple(np.array(tokenizer.encode(option), np.int32) for option in scored)
         ids = hashlib.sha256(recipe.tokens.astype("<i4").tobytes())
