@@ -70,7 +70,7 @@ def _rows(config: StageConfig) -> list[list[int]]:
             low, high = (data.long_min_frames, data.long_max_frames)
         frames = min(random_.randint(low, high) // group * group or group, data.frames_per_pack)
         vision = frames // group * (tokens + 1) + 2 if frames else 0
-        left = data.max_sample_tokens - vision
+        left = min(data.max_sample_tokens, data.tokens_per_pack) - vision
         text = random_.randint(min(TEXT_TOKENS[0], left), max(1, min(TEXT_TOKENS[1], left)))
         closed = packer.add(PackItem((0, index), _Lengths(f"sample {index}", range(vision + text), frames)))  # type: ignore[arg-type]
         if closed is not None:
