@@ -44,8 +44,9 @@ SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
 # 6.31 is what the tests have passed with; of Gradio's routes the page uses those alone that `web/gate.py` lets through.
 # The digits of example clips are scikit-learn's.
 WEB = ["gradio>=6.31,<7", "openai", "scikit-learn>=1.5"]
-# Material for MkDocs ends in May 2027; mkdocs.yml asks for nothing that only it has. MkDocs 2 reads other files.
-SITE = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+# Material for MkDocs ends in May 2027; mkdocs.yml asks for nothing that only it has, and
+# its successor Zensical builds the same site. MkDocs 2 reads other files.
+SITE = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "zensical"]
 # Notebooks are made of their sources, and run from top to bottom, by these.
 NOTEBOOKS = ["ipykernel", "jupytext>=1.17", "nbmake>=1.5"]
 EXTRAS = {

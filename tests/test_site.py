@@ -3,11 +3,15 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+from tests.test_docs import check
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
@@ -51,6 +55,39 @@ def test_every_page_is_in_the_navigation_and_every_question_has_an_answer():
     assert named == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\*\*.+\*\*", faq, re.M)) >= 20
+
+
+def test_the_gallery_shows_all_that_it_holds_in_small_files_that_fetch_nothing():
+    folder = ROOT / "docs" / "gallery"
+    page = (folder / "index.md").read_text(encoding="utf-8")
+    pictures = {path.name for path in folder.iterdir() if path.suffix in (".svg", ".png")}
+    assert {name for name in re.findall(r"[\w/.]+\.(?:svg|png)", page) if "/" not in name} == pictures
+    for name in pictures:
+        assert (folder / name).stat().st_size <= 200_000, name
+        if name.endswith(".svg"):
+            text = (folder / name).read_text(encoding="utf-8")
+            ElementTree.fromstring(text)
+            assert not re.search(r"(?:href=|url\()[\"']?http", text) and "/tmp/" not in text
+
+
+def test_the_commands_of_the_gallery_exist():
+    source = (ROOT / "docs" / "gallery" / "make.py").read_text(encoding="utf-8")
+    found = re.findall(r'^ +f?"(kangaroo .+)",$', source, re.M)
+    assert len(found) == 3
+    for command in found:
+        check(re.sub(r"\{+\w+\}+", "x", command), whole=True)
+
+
+@pytest.mark.slow
+def test_zensical_builds_the_site_too(tmp_path):
+    pytest.importorskip("zensical")
+    for name in ("docs", "kangaroo_jax"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    line = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "max_new_tokens" in (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
