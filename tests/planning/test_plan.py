@@ -100,7 +100,6 @@ def test_made_up_samples_fit_the_rows_of_the_smallest_stages(stage):
     assert 0.5 < packed(StageConfig.load(f"{stage}:tiny")).useful <= 1
 
 
-
 @pytest.mark.parametrize("text", ["v9:4x8", "v5e", "v5e:", "v5e:4x", "H100:0", "v5e:2x2x2x2"])
 def test_bad_topologies_are_one_line(text):
     with pytest.raises(UserError, match="topology"):
