@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -28,6 +29,15 @@ jobs:
 # Errors that are due to the disk or path, not the program.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_THE_DISK = frozenset((*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
+
+# The extra of setup.py whose packages a room imports at its top.
+_EXTRAS = {
+    "conversion": "convert",
+    "curation": "curation",
+    "quickstart": "quickstart",
+    "serving": "serve",
+    "web": "web",
+}
 
 
 def start() -> int:
@@ -130,7 +140,7 @@ def main(
                 interrupted()  # C code raises ImportError if its import is interrupted
             from kangaroo_jax.errors import UserError
 
-            error = _no_devices(error) or error
+            error = _no_devices(error) or _no_package(error) or error
             full = os.strerror(errno.ENOSPC)
             parts = [full] if full in str(error) and not isinstance(error, UserError) else []  # ValueError of Orbax
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
@@ -160,6 +170,20 @@ def _no_devices(error: BaseException | None) -> Exception | None:
         found = f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{text and f' ({text})'}"
         return UserError(f"{found}; install what drives them, or set JAX_PLATFORMS=cpu")
     return None
+
+
+def _no_package(error: BaseException) -> Exception | None:
+    """The error to print if `error` is due to a package that an extra brings."""
+    from kangaroo_jax.errors import UserError
+    from kangaroo_jax.system.installing import install_line
+
+    if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.startswith("kangaroo_jax"):
+        return None
+    modules = [str(frame.f_globals.get("__name__")).split(".") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rooms = [names[1] for names in modules if names[0] == "kangaroo_jax" and len(names) > 1]
+    extra = _EXTRAS.get(rooms[-1]) if rooms else None
+    how = install_line(extra) if extra else "kangaroo doctor says which extra brings it"
+    return UserError(f"the package {error.name.partition('.')[0]} is missing: {how}")
 
 
 def _run(arguments: list[str]) -> None:

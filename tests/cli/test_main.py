@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -498,3 +499,28 @@ def test_devices_that_are_not_there_are_one_line_before_any_work(job, kind, text
     assert (code, out) == (2, "") and error.count("\n") == 1
     assert error.startswith("kangaroo: JAX_PLATFORMS=tpu: JAX finds no such devices here") and "damaged" not in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("module", "how"),
+    [
+        ("kangaroo_jax.curation.stages.pictures", r"pip install -e '.*\[curation\]'"),
+        ("kangaroo_jax.data.media.tables", "kangaroo doctor says which extra brings it"),
+    ],
+)
+def test_a_package_that_an_extra_brings_is_named_with_the_extra(module, how, monkeypatch, capsys):
+    def run(_: list[str]) -> None:
+        exec("import no_such_package.of_it", {"__name__": module})
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["curate"]) == 2
+    assert re.fullmatch(f"kangaroo: the package no_such_package is missing: {how}\n", capsys.readouterr().err)
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch):
+    def run(_: list[str]) -> None:
+        exec("import kangaroo_jax.no_such_room", {"__name__": "kangaroo_jax.curation"})
+
+    monkeypatch.setattr(cli, "_run", run)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["curate"])
