@@ -282,6 +282,9 @@ class OptimizerConfig(Section):
     weight_decay: float = 0.1  # none on biases, norms and embeddings of position
     clip_norm: float = 1.0  # of the gradient; 0 does not clip
     frozen_dtype: str = "bfloat16"
+    spike_factor: float = 0.0  # a gradient's norm of so many medians of the last ones passes the step over; 0: never
+    spike_window: int = 100  # steps whose norms the median is of
+    ema: float = 0.0  # decay of an average of the weights, kept beside them; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import Digests, RunningDigest, differs
-from kangaroo_jax.checkpoints.frozen import name_of, weight_folders
+from kangaroo_jax.checkpoints.frozen import EMA, name_of, weight_folders
 from kangaroo_jax.checkpoints.stored import Stored
 from kangaroo_jax.errors import UserError
 
@@ -71,8 +71,11 @@ class Adapter:
         return tuple(sorted({name.rpartition("/")[0] for name in self.stored.specs}))
 
 
-def open_adapter(path: str | Path) -> Adapter:
-    """The adapter that a run or `kangaroo convert` left in `path`. Raises UserError if it is none, or is damaged."""
+def open_adapter(path: str | Path, ema: bool = False) -> Adapter:
+    """The adapter that a run or `kangaroo convert` left in `path`, or with `ema` the average of its factors.
+
+    Raises UserError if it is none, or is damaged.
+    """
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(
             f"{path}: is PEFT's adapter; kangaroo convert --from={path} --base=MODEL --to=DIR makes one of ours of it"
@@ -84,16 +87,16 @@ def open_adapter(path: str | Path) -> Adapter:
         settings = reading.kept_config(folder).get("lora", {})
         rank, alpha = settings.get("rank", settings.get("r")), settings.get("alpha", settings.get("lora_alpha"))
         scale = alpha / (rank**0.5 if settings.get("rslora", settings.get("use_rslora")) else rank)
-        stored = Stored(folder / "params")
-    _check_digests(folder, stored)
+        stored = Stored(*weight_folders(folder, ema))
+    _check_digests(folder, stored, EMA if ema else "params")
     return Adapter(folder, rank, scale, kept_base(folder), stored)
 
 
-def _check_digests(folder: Path, stored: Stored) -> None:
-    saved = reading.saved_digests(folder).get("params", {})
+def _check_digests(folder: Path, stored: Stored, item: str) -> None:
+    saved = reading.saved_digests(folder).get(item, {})
     for name, value in stored_sums(stored).items():
         if name in saved and differs(value, saved[name]):
-            raise reading.damaged(folder, f"params: {name} is not as it was saved")
+            raise reading.damaged(folder, f"{item}: {name} is not as it was saved")
 
 
 def stored_sums(stored: Stored) -> Digests:

@@ -8,16 +8,21 @@ from pathlib import Path
 from kangaroo_jax.checkpoints.digests import Digests
 from kangaroo_jax.errors import UserError
 
+EMA = "ema"  # the item of a checkpoint with the average of the weights that train
 FOLDER = "frozen"  # the folder beside the checkpoints, and the item in a checkpoint that names its subfolder
 
 
-def weight_folders(checkpoint: Path) -> list[Path]:
+def weight_folders(checkpoint: Path, ema: bool = False) -> list[Path]:
     """The folders with the weights of a checkpoint: its own `params`, and that of frozen weights if there are some.
+
+    With `ema` the average of the trained weights stands in place of `params`; UserError where none was kept.
 
     Checkpoints of older versions and of `kangaroo convert` hold all weights in `params`. Raises UserError if the
     frozen weights are not beside it.
     """
-    params, reference = checkpoint / "params", checkpoint / FOLDER
+    params, reference = checkpoint / (EMA if ema else "params"), checkpoint / FOLDER
+    if ema and not params.is_dir():
+        raise UserError(f"{checkpoint}: holds no average of its weights; train with --config.optimizer.ema=0.999")
     if not reference.is_dir():
         return [params]
     try:

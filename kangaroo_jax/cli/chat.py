@@ -28,6 +28,7 @@ def chat(
     quantize: str | None = None,
     kv_dtype: str | None = None,
     lora: str = "",
+    ema: bool = False,
 ) -> None:
     """Ask a trained model about a video or an image.
 
@@ -48,11 +49,12 @@ def chat(
         quantize: int8 or int4, of the decoder's weights
         kv_dtype: int8 halves the memory of what is remembered; by default it is of the computation's dtype
         lora: folder of an adapter, to use beside the checkpoint; a run that trained one needs no word
+        ema: take the average of the weights, where training kept one
     """
     media = {"video": video[0] if video and len(video) == 1 else video, "image": image, "start": start, "end": end}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, forgiving=query is None and sys.stdin.isatty())
-    options["held"] = {"dtype": dtype, "quantize": quantize, "kv_dtype": kv_dtype, "lora": lora}
+    options["held"] = {"dtype": dtype, "quantize": quantize, "kv_dtype": kv_dtype, "lora": lora, "ema": ema}
     talk(checkpoint, typed() if query is None else [query], media, sampling, **options)
 
 

@@ -42,6 +42,7 @@ def evaluate(
     dtype: str | None = None,
     quantize: str | None = None,
     lora: str = "",
+    ema: bool = False,
 ) -> None:
     """Answer published benchmarks from local files, and score the answers under every protocol.
 
@@ -86,6 +87,7 @@ def evaluate(
         dtype: of the computation: float32, bfloat16 or float16
         quantize: int8 or int4, of the decoder's weights
         lora: folder of an adapter, to use beside the checkpoint; a run that trained one needs no word
+        ema: take the average of the weights, where training kept one
     """
     from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS, benchmark_named
 
@@ -119,7 +121,7 @@ def evaluate(
 
     part, marker = Share.of(share), _judge_of(judge, judge_model, judge_key_env, at_a_time)
     settings = Settings(names, str(Path(data).resolve()), prompt, frames, limit, max_new_tokens, controls)
-    loading = Loading(dtype, quantize, slots, cache_gib, at_a_time, strict, lora)
+    loading = Loading(dtype, quantize, slots, cache_gib, at_a_time, strict, lora, ema)
     if server:
         served = Server(server, model, api_key_env, as_images, side)
         evaluate_server(served, settings, Path(workdir), loading, part, marker)

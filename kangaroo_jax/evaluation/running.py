@@ -97,6 +97,7 @@ class Loading:
     at_a_time: int = 8
     strict: bool = False  # end at the first medium that cannot be read
     lora: str = ""  # folder of an adapter beside the checkpoint
+    ema: bool = False  # the average of the weights that training kept
 
 
 def evaluate_checkpoint(
@@ -120,8 +121,10 @@ def evaluate_checkpoint(
         from kangaroo_jax.inference.chat import Kangaroo
         from kangaroo_jax.inference.requests import EngineError
 
-        options: dict[str, Any] = {"dtype": loading.dtype, "quantize": loading.quantize, "lora": loading.lora}
-        with Kangaroo.load(checkpoint, **options, slots=loading.slots, cache_gib=loading.cache_gib) as model:
+        options: dict[str, Any] = {
+            name: getattr(loading, name) for name in ("dtype", "quantize", "lora", "ema", "slots", "cache_gib")
+        }
+        with Kangaroo.load(checkpoint, **options) as model:
             try:
                 _ask_each(functools.partial(ask_model, model), asked, samples, settings, loading, share, tell)
             except EngineError as error:

@@ -27,16 +27,18 @@ from kangaroo_jax.sharding import sharding
 _LAYERS = re.compile(r"(llm/layers)/(\d+)/(.*)")
 
 
-def load_adapted(path: str | Path, lora: str | Path = "", *, mesh: Mesh | None = None, **options: Any) -> Loaded:
+def load_adapted(
+    path: str | Path, lora: str | Path = "", *, mesh: Mesh | None = None, ema: bool = False, **options: Any
+) -> Loaded:
     """A model to talk to: a whole checkpoint, a run that trained an adapter, or a base with the adapter `lora`.
 
-    `options` are those of `weights.load`. By default the decoder is quantised as it was beside the factors in training.
-    Raises UserError; see there, and `adapted`.
+    `options` are those of `weights.load`; `ema` is of what was trained last. By default the decoder is quantised as it
+    was beside the factors in training. Raises UserError; see there, and `adapted`.
     """
     folder = reading.find(path)
     if not lora and not reading.is_adapter(folder):
-        return load(folder, mesh=mesh, **options)
-    adapter = open_adapter(lora or folder)
+        return load(folder, mesh=mesh, ema=ema, **options)
+    adapter = open_adapter(lora or folder, ema)
     if lora:
         base = reading.refuse_adapter(folder)
     elif adapter.base is not None:

@@ -166,6 +166,7 @@ class Kangaroo:
         slots: int = SLOTS,
         cache_gib: float = CACHE_GIB,
         lora: str | Path = "",
+        ema: bool = False,
     ) -> "Kangaroo":
         """Load what training wrote: a curriculum's folder (its last stage), a stage's, or one checkpoint.
 
@@ -173,6 +174,7 @@ class Kangaroo:
             path: the folder, or OWNER/NAME or OWNER/NAME@REVISION of Hugging Face's hub. If a run trained an adapter
                 there, its base is loaded, too.
             lora: folder of an adapter for the weights in `path`, or its name on the hub.
+            ema: take the average of the weights, or of the adapter's factors, that the run kept.
             dtype, quantize, mesh: see `adapters.load_adapted`; without a mesh, this process's first device.
             kv_dtype: int8 halves what a conversation takes on the device; None keeps keys and values as computed.
             slots: conversations that are remembered on the device.
@@ -186,7 +188,8 @@ class Kangaroo:
         if mesh is None and jax.process_count() > 1:
             # A program that is compiled for no device in particular is one for a device of process 0: others crash.
             mesh = make_mesh((1, 1, 1, 1), jax.local_devices()[:1])
-        loaded = load_adapted(local(path), local(lora) if lora else "", dtype=dtype, quantize=quantize, mesh=mesh)
+        adapter = local(lora) if lora else ""
+        loaded = load_adapted(local(path), adapter, dtype=dtype, quantize=quantize, mesh=mesh, ema=ema)
         options: dict[str, Any] = dict(mesh=mesh, kv_dtype=kv_dtype, slots=slots, cache_gib=cache_gib)
         return cls(loaded.model, loaded.config, loaded.tokenizer, weights_id=loaded.weights_id, **options)
 

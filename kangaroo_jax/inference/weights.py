@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.digests import Digests, RunningDigest, differs
-from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
+from kangaroo_jax.checkpoints.frozen import EMA, FOLDER, weight_folders
 from kangaroo_jax.checkpoints.stored import Stored, check_finite, stored_form, whole
 from kangaroo_jax.config import ModelConfig, StageConfig
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,7 +50,12 @@ class Loaded:
 
 
 def load(
-    path: str | Path, *, dtype: str | None = None, quantize: str | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    mesh: Mesh | None = None,
+    ema: bool = False,
 ) -> Loaded:
     """Load what training or a conversion wrote: a curriculum's folder (its last stage), a stage's, or one checkpoint.
 
@@ -60,6 +65,7 @@ def load(
         quantize: `int8` or `int4`, of the decoder's linear maps; a checkpoint that was stored so needs no word. A CPU,
             which is slow at it, gets the rounded numbers in `dtype`.
         mesh: what to shard them over.
+        ema: take the average of the weights that a run kept (`config.optimizer.ema`).
 
     Raises:
         UserError: there is no checkpoint or tokenizer, it is damaged or of another model than its config (the first
@@ -73,7 +79,7 @@ def load(
         raise UserError(f"quantize {quantize!r}: use one of {', '.join(FORMATS)}")
     config = reading.load_stage(folder)
     tokenizer = load_tokenizer(reading.find_tokenizer(folder))
-    reader = _Reader(folder, config.model, dtype, quantize, mesh)
+    reader = _Reader(folder, config.model, dtype, quantize, mesh, ema)
     model = reader.model()
     told = [reader.sums, dtype, reader.form, dataclasses.asdict(config.model)]
     name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -98,13 +104,15 @@ def _multiplies_whole_numbers() -> bool:
 class _Reader:
     """Reads one checkpoint."""
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: str, form: str | None, mesh: Mesh | None) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig, dtype: str, form: str | None, mesh: Mesh | None, ema: bool
+    ) -> None:
         self._folder, self._mesh, self._dtype = folder, mesh, jnp.dtype(dtype)
-        folders = weight_folders(folder)
+        folders = weight_folders(folder, ema)
         with reading.named_if_damaged(folder):
             self._stored = Stored(*folders)
             saved = reading.saved_digests(folder)
-        self._saved: Mapping[str, Any] = {**saved.get(FOLDER, {}), **saved.get("params", {})}
+        self._saved: Mapping[str, Any] = {**saved.get(FOLDER, {}), **saved.get(EMA if ema else "params", {})}
         stored = stored_form(self._stored)
         if form is not None and stored not in (None, form):
             raise UserError(f"{folder}: its weights are stored as {stored}, which cannot become {form}; convert anew")

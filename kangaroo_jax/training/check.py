@@ -15,6 +15,7 @@ from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import multiplier
 from kangaroo_jax.models.quantized import FORMATS
 from kangaroo_jax.models.stack import REMAT_POLICIES
+from kangaroo_jax.training.guard import LEAST_NORMS
 from kangaroo_jax.training.optimizer import KINDS, MOMENT_DTYPES
 
 ON_NONFINITE = ("stop", "skip")
@@ -43,6 +44,8 @@ _AT_LEAST: Mapping[str, float] = {
     "data.max_sample_tokens": 1,
     **dict.fromkeys(("eval.every", "eval.patience"), 0),
     "lora.rank": 0,
+    "optimizer.spike_factor": 0.0,
+    "optimizer.spike_window": LEAST_NORMS,
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"), 0.0),
     **dict.fromkeys((f"model.{part}.{key}" for part in ("vision", "llm") for key in ("width", "depth", "heads")), 1),
     **dict.fromkeys(("model.llm.kv_heads", "model.llm.head_dim", "model.llm.vocab_size", "model.llm.loss_chunk"), 1),
@@ -56,7 +59,7 @@ _ABOVE_ZERO = (
     "model.llm.rope_theta",
 )
 _SHARES = ("optimizer.warmup_fraction", "optimizer.final_fraction")  # 0 to 1, both included
-_DECAYS = ("optimizer.b1", "optimizer.b2")  # 0 to 1, 1 not included
+_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.ema")  # 0 to 1, 1 not included
 
 
 def check_config(config: StageConfig) -> None:

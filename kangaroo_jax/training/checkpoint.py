@@ -1,11 +1,12 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved together or not at all.
 
-    STAGE/checkpoints/STEP/{params,optimizer,data,config,digests,frozen,base}      STAGE/tokenizer.*
+    STAGE/checkpoints/STEP/{params,ema,optimizer,data,config,digests,frozen,base}      STAGE/tokenizer.*
 
 `params` is a flat dictionary of the trained weights (float32). Frozen weights (in their stored type) are written once
 in a stage, and `frozen` names their folder (`frozen.py`); `weight_folders` returns both. Checkpoints of older versions
-hold all weights in `params`. An adapter's frozen weights are its base's: `base` names it (`checkpoints.adapters`), and
-nothing of it is written. `digests` are sums over the bits of all arrays, compared at reading; older ones lack them.
+hold all weights in `params`. `ema` is the average of the trained weights, where there is one. An adapter's frozen
+weights are its base's: `base` names it (`checkpoints.adapters`), and nothing of it is written. `digests` are sums over
+the bits of all arrays, compared at reading; older ones lack them.
 """
 
 import base64
@@ -18,11 +19,12 @@ import orbax.checkpoint as ocp
 
 from kangaroo_jax.checkpoints.adapters import BASE, Base
 from kangaroo_jax.checkpoints.digests import Digests, digests
-from kangaroo_jax.checkpoints.frozen import FOLDER, weight_folders
+from kangaroo_jax.checkpoints.frozen import EMA, FOLDER, weight_folders
 from kangaroo_jax.checkpoints.reading import ITEMS, NotFinite, check_digests, damaged, named_if_damaged, restore_arrays
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.training.array_writing import array_handler
 from kangaroo_jax.training.frozen import FrozenWriter
+from kangaroo_jax.training.guard import with_ema, without_ema
 from kangaroo_jax.training.step import TrainState
 
 
@@ -62,6 +64,7 @@ class Checkpoints:
             options=options,
             item_handlers={
                 "params": array_handler(state.params),
+                EMA: array_handler(state.params),
                 "optimizer": array_handler(state.opt_state),
                 "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
@@ -124,10 +127,12 @@ class Checkpoints:
         """
         if self._frozen_sums is None and self._base is None:
             self.keep_frozen(state)
-        optimizer = {"opt_state": state.opt_state, "step": state.step}
+        opt_state, ema = without_ema(state.opt_state)
+        optimizer = {"opt_state": opt_state, "step": state.step}
         self.begun = int(state.step)
-        sums = self._sums({"params": state.params, "optimizer": optimizer}, self.begun)
-        items = {}
+        averages = {EMA: ema} if ema else {}
+        sums = self._sums({"params": state.params, **averages, "optimizer": optimizer}, self.begun)
+        items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in averages.items()}
         if self._base is not None:
             items[BASE] = ocp.args.JsonSave(self._base.to_json())
         if self._frozen_sums:
@@ -156,6 +161,8 @@ class Checkpoints:
         if folder is None:
             raise UserError(f"{self.folder}: holds no checkpoint")
         own, *apart = weight_folders(folder)
+        opt_state, ema = without_ema(abstract.opt_state)
+        averages = {EMA: ema} if ema else {}
         with named_if_damaged(folder):
             restored = self._manager.restore(
                 self.latest(),
@@ -163,12 +170,13 @@ class Checkpoints:
                     params=ocp.args.StandardRestore(
                         abstract.params if apart or self._base else {**abstract.params, **abstract.frozen}
                     ),
-                    optimizer=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "step": abstract.step}),
+                    optimizer=ocp.args.StandardRestore({"opt_state": opt_state, "step": abstract.step}),
                     data=ocp.args.JsonRestore(),
+                    **{item: ocp.args.StandardRestore(tree) for item, tree in averages.items()},
                 ),
             )
             iterator = base64.b64decode(restored["data"]["iterator"])
-        check_digests(folder, {"params": restored["params"], "optimizer": restored["optimizer"]})
+        check_digests(folder, {item: restored[item] for item in ("params", *averages, "optimizer")})
         params = {**(state.frozen if self._base else {}), **restored["params"]}
         if apart:
             params |= restore_arrays(folder, FOLDER, apart[0], abstract.frozen)
@@ -176,7 +184,7 @@ class Checkpoints:
             step=restored["optimizer"]["step"],
             params={k: params[k] for k in state.params},
             frozen={k: params[k] for k in state.frozen},
-            opt_state=restored["optimizer"]["opt_state"],
+            opt_state=with_ema(restored["optimizer"]["opt_state"], restored[EMA] if ema else {}),
         )
         return new, iterator
 

@@ -8,6 +8,7 @@ of it is there before a checkpoint is deleted: a run that is killed meanwhile fi
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.checkpoints.adapters import BASE
 from kangaroo_jax.checkpoints.digests import digests
+from kangaroo_jax.checkpoints.frozen import EMA
 from kangaroo_jax.config import StageConfig, to_plain
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.lora import is_factor
@@ -54,17 +56,21 @@ def _write(config: StageConfig, best: Path, kept: Path, mesh: Mesh) -> None:
         for path, x in binding.shapes.items()
         if is_factor(path)
     }
-    factors = reading.restore_arrays(best, "params", best / "params", target)
-    factors = {path: x.astype(jnp.dtype(config.model.dtype)) for path, x in factors.items()}
+    arrays = {}
+    for item in [item for item in ("params", EMA) if (best / item).is_dir()]:
+        factors = reading.restore_arrays(best, item, best / item, target)
+        arrays[item] = {path: x.astype(jnp.dtype(config.model.dtype)) for path, x in factors.items()}
     json = {
         "config": to_plain(reading.load_stage(best)),
-        "digests": {"params": digests(factors)[0]},
+        "digests": {item: digests(factors)[0] for item, factors in arrays.items()},
         BASE: reading.read_item(best / BASE),
     }
-    handlers = {"params": ocp.StandardCheckpointHandler(), **{item: ocp.JsonCheckpointHandler() for item in json}}
-    items = {item: ocp.args.JsonSave(value) for item, value in json.items()}
+    handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in arrays}
+    handlers |= {item: ocp.JsonCheckpointHandler() for item in json}
+    items: dict[str, Any] = {item: ocp.args.StandardSave(factors) for item, factors in arrays.items()}
+    items |= {item: ocp.args.JsonSave(value) for item, value in json.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
-        writer.save(kept, args=ocp.args.Composite(params=ocp.args.StandardSave(factors), **items))
+        writer.save(kept, args=ocp.args.Composite(**items))
 
 
 def finished(config: StageConfig, workdir: Path) -> int | None:

@@ -239,6 +239,7 @@ def run_steps(
         observer=observer,
         tell=tell,
         skipped_steps=int(records.before.get("skipped_steps", 0)),
+        spikes=int(records.before.get("spikes", 0)),
     )
     saver = Saver(stage.checkpoints, stage.loader, stage.given, records.first)
     measuring = Measuring(
@@ -323,7 +324,7 @@ def rewind(workdir: Path, log: MetricLog, samples: SampleLog, step: int) -> dict
         for path in [*workdir.glob("metrics.*.jsonl"), *workdir.glob("samples.*.jsonl")]:
             if int(path.name.split(".")[1]) >= jax.process_count():
                 drop_after(path, step)
-    numbers = {key: number(kept, key) for key in ("skipped_steps", "stepping")}
+    numbers = {key: number(kept, key) for key in ("skipped_steps", "spikes", "stepping")}
     return {**numbers, "elapsed": number(last, "elapsed")}
 
 

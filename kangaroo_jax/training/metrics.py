@@ -192,7 +192,8 @@ class StepLine:
             f"useful {100 * s['tokens'] / max(s['capacity'], 1):.0f}%"
             f"{_share(' frames', s['frames'], s['frame_capacity'])}  {self._mix()}"
             f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}{self.note}"
-            f"{'skipped ' + str(skipped) + '  ' if skipped else ''}ETA {duration(left)}"
+            f"{'skipped ' + str(skipped) + '  ' if skipped else ''}"
+            f"{'spikes ' + format(spikes, '.0f') + '  ' if (spikes := metrics.get('spikes')) else ''}ETA {duration(left)}"
         )
         self._clock = now
         self._sums = dict.fromkeys(s, 0)

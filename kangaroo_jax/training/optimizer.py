@@ -12,6 +12,7 @@ from optax import contrib
 from kangaroo_jax.config import OptimizerConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import Params, multiplier
+from kangaroo_jax.training.guard import guarded
 
 KINDS = ("adamw", "adafactor", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -40,6 +41,8 @@ def decayed(paths: Iterable[str]) -> dict[str, bool]:
 def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
     """Clip by the global norm, Adam (or another kind), decoupled weight decay, then each parameter's own rate.
 
+    What `guard` does stands around all of it.
+
     Args:
         config: `config.optimizer`.
         steps: length of the schedule.
@@ -55,13 +58,14 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax
         del params
         return {path: update * rates[path] for path, update in updates.items()}, state
 
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm or math.inf),
         scale_by_moments(config, params),
         optax.add_decayed_weights(config.weight_decay, mask=decayed(params)),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_each),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
+    return guarded(chain, config)
 
 
 def scale_by_moments(config: OptimizerConfig, params: Params) -> optax.GradientTransformation:

@@ -40,12 +40,14 @@ class Reporter:
         observer: Observer,
         tell: Tell,
         skipped_steps: int = 0,
+        spikes: int = 0,
     ) -> None:
-        """`skipped_steps`: the number of skipped steps of the stage so far."""
+        """`skipped_steps` and `spikes`: the numbers of skipped steps, and of spikes, of the stage so far."""
         self.finite = True  # whether the loss and gradient norm of the last reported step were finite
         self._config, self._every = config, config.train.log_every
         self._log, self._samples, self._line, self._observer = log, samples, line, observer
         self._tell, self._skipped, self._in_a_row = tell, skipped_steps, 0
+        self._spikes = spikes
         self._pending: Pending | None = None
 
     def begun(self, pending: Pending) -> None:
@@ -89,15 +91,25 @@ class Reporter:
             self._line.tell(step, values, stats.skipped, use)
         if not self.finite:
             self._not_finite(step, values, stats)
+        if values.get("spikes", 0.0) > self._spikes:
+            self._spikes = int(values["spikes"])
+            self._tell(
+                f"{self._config.stage}: step {step}: the gradient's norm {values['grad_norm']:g} is a spike: passed "
+                f"over, weights and optimiser stay as they were; {self._which(stats)}"
+            )
 
     def measured(self, step: int, scores: Mapping[str, float]) -> None:
         """Log what was measured after `step`, which is reported: a line with the key `eval` and the running counts."""
-        self._log.write(step, {"eval": dict(scores), "skipped_steps": self._skipped, **self._observer.times()})
+        counts = {"skipped_steps": self._skipped, **({"spikes": self._spikes} if self._spikes else {})}
+        self._log.write(step, {"eval": dict(scores), **counts, **self._observer.times()})
+
+    def _which(self, stats: LoaderStats) -> str:
+        more = f" and {stats.samples - _NAMED} more in {self._samples.path.name}" if stats.samples > _NAMED else ""
+        return f"samples {', '.join(map(repr, stats.sample_ids[:_NAMED]))}{more}"
 
     def _not_finite(self, step: int, values: dict[str, float], stats: LoaderStats) -> None:
-        more = f" and {stats.samples - _NAMED} more in {self._samples.path.name}" if stats.samples > _NAMED else ""
         what = f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
-        which = f"samples {', '.join(map(repr, stats.sample_ids[:_NAMED]))}{more}"
+        which = self._which(stats)
         stage, train = self._config.stage, self._config.train
         if train.on_nonfinite == "stop":
             raise NotFinite(

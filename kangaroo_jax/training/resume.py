@@ -40,6 +40,11 @@ def check_resume(folder: Path, config: StageConfig, shapes: Mapping[str, jax.Sha
     for key in ("optimizer.kind", *_LORA, "optimizer.trainable"):
         if key in differ and (key != "optimizer.trainable" or _trained(saved, shapes) != _trained(config, shapes)):
             raise _cannot(folder, key, *differ[key])
+    for key in ("optimizer.spike_factor", "optimizer.ema"):  # other numbers are fine, but not none in their place
+        if key in differ and bool(before[key]) != bool(now[key]):
+            raise _cannot(folder, key, *differ[key])
+    if "optimizer.spike_window" in differ and now["optimizer.spike_factor"]:
+        raise _cannot(folder, "optimizer.spike_window", *differ["optimizer.spike_window"])
     return [f"config.{key} was {a!r}, is now {b!r}" for key, (a, b) in differ.items() if key not in _UNSAID]
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float32
 from kangaroo_jax.conventions import Array, PackedBatch
 from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.sharding import Axes, apart, batch_axes, constrain
+from kangaroo_jax.training.guard import told
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +115,8 @@ def make_train_step(
     shardings: Any = None,
     skip_nonfinite: bool = False,
 ) -> TrainStep:
-    """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight.
+    """`train_step(state, batch) -> (state, metrics)`; metrics: loss, grad_norm, learning_rate, target_weight,
+    and what `guard.told` says.
 
     `accumulate`: parts of the batch that are computed one after another. `shardings`: the shardings of the state, which
     the step preserves, so that the second step is not compiled again. `skip_nonfinite`: a step whose loss or gradient
@@ -141,7 +143,7 @@ def make_train_step(
             params, opt_state = jax.lax.cond(finite, update, lambda *kept: kept, *before)
         else:
             params, opt_state = update(*before)
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics | told(opt_state)
 
     return jax.jit(
         train_step,
