@@ -12,6 +12,7 @@ from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
 from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.audit.check import media_in
 from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.system.json_text import json_lines
 from kangaroo_jax.system.progress import Tell
 
 # What a column may be called, the likeliest name first.
@@ -36,6 +37,8 @@ class Example:
     conversation: Conversation
     where: str  # file and line
     held_out: bool | None = None  # as its row says, None where it says nothing
+    options: tuple[str, ...] = ()  # lettered ones of a multiple-choice question, as its record has them
+    letter: str = ""  # the right one, where the record has `options`
 
     @property
     def video(self) -> str:
@@ -81,12 +84,27 @@ def read_examples(
         file = AnnotationFile(path, Path(media_root or path.parent).absolute())
         tell(f"{file.describe()}")
         found = [Example(file[i], f"{path}, record {i + 1}") for i in range(len(file))]
+        found = _with_options(path, found)
     for example in found:
         if not example.conversation.turns or example.conversation.turns[-1].role != "assistant":
             raise UserError(f"{example.where}: ends without an answer to learn")
     if not found:
         raise UserError(f"{path}: holds no examples")
     return _once(found, tell)
+
+
+def _with_options(path: Path, found: Sequence[Example]) -> list[Example]:
+    """The examples of a JSONL file with the options and the letter that a record has in `options` and `answer`."""
+    rows = [row for _, row in json_lines(path)] if path.suffix == ".jsonl" else []
+    if len(rows) != len(found):
+        return list(found)
+    changed = []
+    for example, row in zip(found, rows, strict=True):
+        options = row.get("options") if isinstance(row, dict) else None
+        if isinstance(row, dict) and isinstance(options, list) and options and "answer" in row:
+            example = dataclasses.replace(example, options=tuple(map(str, options)), letter=str(row["answer"]))
+        changed.append(example)
+    return changed
 
 
 def template(path: Path) -> list[str]:
