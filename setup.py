@@ -61,6 +61,7 @@ EXTRAS = {
     "gguf": GGUF,
     "hub": ["huggingface_hub>=0.34"],  # models by OWNER/NAME
     "serve": SERVE,
+    "wandb": ["wandb"],  # --config.train.wandb=PROJECT
     "eval": ["openai"],  # for servers and judges; a checkpoint needs nothing more
     "lmms": ["lmms-eval>=0.7.3,<0.8"],  # asks for PyAV before 16: docs/evaluation.md says how both are installed
     "web": SERVE + WEB,

@@ -321,6 +321,7 @@ class TrainConfig(Section):
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip what the step would change
     nonfinite_in_a_row: int = 10  # so many skipped steps one after another stop the stage, too
     tensorboard: bool = False
+    wandb: str = ""  # project of Weights & Biases that gets the numbers, too; "": none
     profile: tuple[int, ...] = ()  # (first, last) step to profile into workdir/profile
     compile_cache: str = ""  # folder that keeps compiled programs between runs; "" is JAX's own default
     lost_seconds: float = 30.0  # a host that is silent for so long is lost: the others stop, with exit code 75

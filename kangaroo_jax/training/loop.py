@@ -29,6 +29,7 @@ from kangaroo_jax.system.memory import keep_freed_memory
 from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.base import adapter_state, load_base
+from kangaroo_jax.training.boards import open_boards
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
 from kangaroo_jax.training.finishing import finish_adapter, finished
@@ -310,8 +311,8 @@ def open_records(given: StageConfig, workdir: Path, first: int) -> Records:
         write_json(workdir / "config.json", to_plain(given))
         with (workdir / "machine.jsonl").open("ab") as file:
             file.write(json_line({"after_step": first, **machine.facts()}))
-    board = given.train.tensorboard and is_main()
-    log = MetricLog(workdir, tensorboard=board, name=of_host(Path("metrics.jsonl")).name)
+    boards = open_boards(given, workdir) if is_main() else []
+    log = MetricLog(workdir, boards=boards, name=of_host(Path("metrics.jsonl")).name)
     samples = SampleLog(workdir, name=of_host(Path("samples.jsonl")).name)
     return Records(log, samples, first, rewind(workdir, log, samples, first))
 

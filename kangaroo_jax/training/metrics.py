@@ -1,4 +1,4 @@
-"""Reports of steps: progress lines, JSONL, and TensorBoard if the config asks for it."""
+"""Reports of steps: progress lines, JSONL, and boards if the config asks for some."""
 
 import collections
 import json
@@ -12,22 +12,18 @@ from kangaroo_jax.errors import printable
 from kangaroo_jax.system.files import write_text
 from kangaroo_jax.system.json_text import json_lines
 from kangaroo_jax.system.progress import Tell, duration
+from kangaroo_jax.training.boards import Board, scalars_of
 
 
 class MetricLog:
     """`metrics.jsonl` of a stage: one line for each step, in order, without repetition even after a restart."""
 
-    def __init__(self, stage_dir: Path, *, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
-        """Append to `stage_dir/name`; with `tensorboard` also write event files (package tensorboard)."""
+    def __init__(self, stage_dir: Path, *, boards: Sequence[Board] = (), name: str = "metrics.jsonl") -> None:
+        """Append to `stage_dir/name`; `boards` are given the numbers, too, and closed with the file."""
         self.path = Path(stage_dir) / name
         self._file = _appended(self.path)
         self._clock = time.perf_counter()
-        self._events = None
-        if tensorboard:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-            self._events, self._protos = EventFileWriter(str(stage_dir)), (event_pb2, summary_pb2)
+        self._boards = boards
 
     def rewind(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Drop the lines after `step`: a run restored at `step` writes them again.
@@ -45,17 +41,14 @@ class MetricLog:
         values = {**values, "seconds": round(now - self._clock, 4)}
         self._clock = now
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events is not None:
-            event_pb2, summary_pb2 = self._protos
-            scalars = [(k, v) for k, v in values.items() if isinstance(v, int | float)]
-            summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in scalars])
-            self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        for board in self._boards:
+            board.write(step, scalars_of(values))
 
     def close(self) -> None:
         """Close the file; every line was flushed to the operating system when it was written."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for board in self._boards:
+            board.close()
 
 
 class SampleLog:
@@ -185,6 +178,7 @@ class StepLine:
             else ""
         )
         left = (self._steps - step) * seconds / max(s["steps"], 1)
+        passed = {"skipped": skipped, "spikes": int(metrics.get("spikes", 0))}
         self._tell(
             f"{self._stage} {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.1e}  "
@@ -192,8 +186,7 @@ class StepLine:
             f"useful {100 * s['tokens'] / max(s['capacity'], 1):.0f}%"
             f"{_share(' frames', s['frames'], s['frame_capacity'])}  {self._mix()}"
             f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}{self.note}"
-            f"{'skipped ' + str(skipped) + '  ' if skipped else ''}"
-            f"{'spikes ' + format(spikes, '.0f') + '  ' if (spikes := metrics.get('spikes')) else ''}ETA {duration(left)}"
+            f"{''.join(f'{name} {count}  ' for name, count in passed.items() if count)}ETA {duration(left)}"
         )
         self._clock = now
         self._sums = dict.fromkeys(s, 0)

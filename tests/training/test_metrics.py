@@ -7,7 +7,10 @@ import types
 
 import pytest
 
+from kangaroo_jax.config import StageConfig
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.training import metrics
+from kangaroo_jax.training.boards import TensorBoard, open_boards
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, drop_after, number, read_metrics
 
 
@@ -50,15 +53,54 @@ def test_tensorboard_gets_every_number_at_its_step_and_is_closed(tmp_path, monke
     }
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
-    log = MetricLog(tmp_path, tensorboard=True)
+    log = MetricLog(tmp_path, boards=[TensorBoard(tmp_path)])
     for step in (41, 42):
-        log.write(step, {"loss": 1.5, "why": "words are no scalars"})
-    assert [(step, set(values), values["loss"]) for step, values in written] == [
-        (41, {"loss", "seconds"}, 1.5),
-        (42, {"loss", "seconds"}, 1.5),
+        log.write(step, {"loss": 1.5, "why": "words are no scalars", "eval": {"loss": 2, "of": "words"}})
+    assert [(step, set(values), values["loss"], values["eval/loss"]) for step, values in written] == [
+        (41, {"loss", "seconds", "eval/loss"}, 1.5, 2),
+        (42, {"loss", "seconds", "eval/loss"}, 1.5, 2),
     ]
     log.close()
     assert written[-1] == "closed"
+
+
+class FakeRun:
+    """What `wandb.init` returns."""
+
+    def __init__(self, **options) -> None:
+        self.options, self.logged = options, []
+
+    def log(self, values, step) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.logged.append("finished")
+
+
+def test_weights_and_biases_gets_every_number_of_one_run(tmp_path, monkeypatch):
+    """The package is stood in for: it need not be installed. A run that goes on has the same id."""
+    runs: list[FakeRun] = []
+    init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    stage = StageConfig().changed({"train.wandb": "mine", "stage": "refine"})
+    for step in (1, 2):
+        log = MetricLog(tmp_path, boards=open_boards(stage, tmp_path))
+        log.write(step, {"loss": 0.5})
+        log.close()
+    one, two = runs
+    assert one.options == two.options and one.options["project"] == "mine" and one.options["resume"] == "allow"
+    assert one.options["config"]["stage"] == "refine" and one.options["dir"] == str(tmp_path)
+    assert one.logged[0][0] == 1 and one.logged[0][1]["loss"] == 0.5 and one.logged[1] == "finished"
+    assert open_boards(StageConfig(), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "module"), [("wandb", "mine", "wandb"), ("tensorboard", True, "tensorboard.compat")]
+)
+def test_a_board_whose_package_is_missing_is_one_line(name, value, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"config.train.{name} needs the package {name}: pip install .*{name}"):
+        open_boards(StageConfig().changed({f"train.{name}": value}), tmp_path)
 
 
 def test_lines_after_a_step_are_dropped_and_that_step_is_kept(tmp_path):
