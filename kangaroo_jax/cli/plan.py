@@ -30,13 +30,14 @@ def plan(
     """What a stage, or a chat with the model, needs on chips not rented yet: memory, time, cost.
 
         kangaroo plan --config=stage5_long_video:kangaroo_8b --topology=v5e:4x8 --price-per-chip-hour=1.2
+        kangaroo plan --config=stage4_instruct:kangaroo_8b --topology=v6e:1x1 --config.lora.rank=16
         kangaroo plan --mode=chat --config=stage5_long_video:kangaroo_8b --topology=v5e:1x1 --quantize=int8 --frames=160
 
     Every key of the config is a flag, --config.KEY=VALUE. Exit code 3: it does not fit.
 
     Args:
         config: FILE[:PRESET], such as configs/stage5_long_video.py:kangaroo_8b
-        topology: chips: v5e:4x8, v5p:2x2x4, v6e:4x8, H100:8, ...
+        topology: chips: v5e:4x8, v5p:2x2x4, v6e:1x1, H100:8, ..., or here: the devices of this machine
         mode: train, a stage; chat, the engine that answers; kernels, lines of the table of attention kernels
         slices: slices (or nodes) of that size, joined by a slower network
         curriculum: all five stages of kangaroo_8b and their sum, without --config

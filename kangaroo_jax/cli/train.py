@@ -36,9 +36,12 @@ def train(*, config: str, workdir: str, strict: bool = False, overrides: Overrid
 
     initialize()
 
+    from kangaroo_jax.config import StageConfig
+    from kangaroo_jax.planning.here import explained_memory
     from kangaroo_jax.training import loop
 
-    loop.train(stage, folder, evaluator=evaluator)
+    with explained_memory(StageConfig.from_config(stage)):
+        loop.train(stage, folder, evaluator=evaluator)
 
 
 COMMANDS = {"": train}

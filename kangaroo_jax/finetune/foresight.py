@@ -70,10 +70,7 @@ def needs_of(config: StageConfig, workdir: Path) -> Needs:
     resolved = resolve(config, chip, jax.device_count())
     binding = abstract_model(config.model, config.lora)
     trained = count({path: x for path, x in binding.shapes.items() if not config.lora.rank or is_factor(path)})
-    memory = peak_gib(resolved, count_parameters(config.model)) + 4 * trained * 4 / _GIB * bool(config.lora.rank)
-    if config.lora.quantize:
-        rounded = count({path: x for path, x in binding.shapes.items() if jnp.issubdtype(x.dtype, jnp.integer)})
-        memory -= rounded / _GIB / max(1, jax.device_count())
+    memory = peak_gib(resolved, count_parameters(config.model))
     stats = device.memory_stats() or {}
     there = stats.get("bytes_limit", host_memory()[1]) - stats.get("bytes_in_use", 0)
     rate = chip.tflops * 1e12 * _MFU * jax.device_count() if chip else _rate()

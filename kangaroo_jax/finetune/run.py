@@ -20,6 +20,7 @@ from kangaroo_jax.finetune.settings import Wishes, make_stage, with_steps
 from kangaroo_jax.finetune.split import missing_labels, split
 from kangaroo_jax.finetune.table import Example, read_examples
 from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.planning.here import explained_memory
 from kangaroo_jax.system.files import make_folder, write_text
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.check import check_config, check_trainable
@@ -77,7 +78,7 @@ def finetune(
     files = {name: folder / f"{name}.jsonl" for name in ("train", "held_out", "questions")}
     scored = [e for e in asked if len(e.conversation.turns) == 2 and len(e.answer) <= _LONGEST]
     for name, some in (("train", learnt), ("held_out", asked), ("questions", scored)):
-        _write(files[name], some)
+        write_examples(files[name], some)
     replay = tuple(replay) or _own_data(Path(base))
     questions = files["questions"] if scored else None
     config = make_stage(Path(base), files["train"], files["held_out"], questions, replay, wishes)
@@ -87,7 +88,8 @@ def finetune(
     if dry_run:
         tell(f"--dry-run: nothing is trained; look at {workdir / 'first_batch.png'}")
         return workdir
-    train(ready, workdir, evaluator=BenchmarkEvaluator, tell=tell)
+    with explained_memory(StageConfig.from_config(ready)):
+        train(ready, workdir, evaluator=BenchmarkEvaluator, tell=tell)
     write_curves(workdir, tell)
     if scored:
         settings = Settings((str(files["questions"]),), "")
@@ -138,7 +140,7 @@ def _own_data(base: Path) -> tuple[str, ...]:
     return tuple(files) if files and all(os.path.isfile(str(path)) for path in files) else ()
 
 
-def _write(path: Path, examples: Sequence[Example]) -> None:
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """The examples as conversations of LLaVA's format, with the key that an evaluation reads."""
     lines = []
     for example in examples:
@@ -146,7 +148,9 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
             record = to_record(example.conversation, "llava")
         except ValueError as error:
             raise UserError(f"{example.where}: {error}") from None
-        lines.append(json.dumps({**record, "answer": example.answer}, ensure_ascii=False) + "\n")
+        scored: dict[str, Any] = {"options": list(example.options)} if example.options else {}
+        scored["answer"] = example.letter if example.options else example.answer
+        lines.append(json.dumps({**record, **scored}, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
 

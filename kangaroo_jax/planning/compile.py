@@ -58,6 +58,8 @@ class Compiled:
 
 def why_not(chip: Chip) -> str:
     """Why nothing is compiled for a chip here; "" where it is, and for TPUs, which are compiled for or refused."""
+    if chip.platform == "cpu":
+        return "a stage on a CPU is measured, not compiled beforehand"
     return gpu.why_not(chip) if chip.platform == "gpu" else ""
 
 

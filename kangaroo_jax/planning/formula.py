@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from kangaroo_jax.chips import Chip, Slices
 from kangaroo_jax.config import StageConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.planning.adapters import adapted_sizes
 from kangaroo_jax.sharding import MESH_AXES, sharding
 from kangaroo_jax.training.flops import part_trains, step_flops
 from kangaroo_jax.training.placement import resolve
@@ -30,6 +31,9 @@ def weights_and_state(config: StageConfig, counts: dict[str, int]) -> tuple[floa
     """(bytes of weights and optimiser, bytes of gradients) of the whole model, over all devices."""
     moments = {"float32": 8.0, "bfloat16": 4.0}[config.optimizer.moment_dtype]
     moments = {"adafactor": 0.02, "muon": 4.0}.get(config.optimizer.kind, moments)
+    if config.lora.rank:
+        factors, base = adapted_sizes(config.model, config.lora)
+        return factors * (4.0 + moments) + base, factors * 4.0
     trained = sum(n for name, n in counts.items() if name != "total" and part_trains(name, config))
     frozen = counts["total"] - trained
     return trained * (4.0 + moments) + frozen * 2.0, trained * 4.0

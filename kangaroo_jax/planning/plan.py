@@ -19,6 +19,7 @@ from kangaroo_jax.planning import chat, gpu
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step, topology_devices, why_not
 from kangaroo_jax.planning.feeding import Feeding, feeding
+from kangaroo_jax.planning.here import devices_here
 from kangaroo_jax.planning.packing import Packed, packed
 from kangaroo_jax.planning.profile import Measured, compared, measured
 from kangaroo_jax.sharding import MESH_AXES
@@ -275,7 +276,7 @@ def run(
     """
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu}: a share between 0 and 1")
-    target = parse_topology(topology, slices)
+    target = devices_here() if topology == "here" else parse_topology(topology, slices)
     note: Tell = (lambda line: None) if as_json else tell
     found_by = dataclasses.asdict(measured(profile_of, target.chip)) if profile_of else {}
     plans = []

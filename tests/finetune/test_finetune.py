@@ -10,7 +10,9 @@ import pytest
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.benchmarks.quickstart import read_file
 from kangaroo_jax.finetune.foresight import warnings
+from kangaroo_jax.finetune.run import write_examples
 from kangaroo_jax.finetune.split import missing_labels, split, video_groups
 from kangaroo_jax.finetune.table import read_examples
 
@@ -169,6 +171,18 @@ def test_what_is_likely_to_go_wrong_is_said(clips, tmp_path):
     assert not any(
         "striped" in line and "tokens" in line for line in warnings(examples, [], (), Words(), adapter=False)
     )
+
+
+def test_options_of_a_record_are_kept_for_scoring(clips, tmp_path):
+    turns = [{"from": "human", "value": "<video>\nWhat?\nA. a bolt\nB. a hole"}, {"from": "gpt", "value": "a hole B"}]
+    record = {"id": "x", "video": str(clips / "c1.mp4"), "conversations": turns}
+    lines = [{**record, "options": ["a bolt", "a hole"], "answer": "B"}, {**record, "video": str(clips / "c2.mp4")}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_examples(tmp_path / "out.jsonl", read_examples(tmp_path / "mine.jsonl", quiet))
+    first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (first["options"], first["answer"]) == (["a bolt", "a hole"], "B")
+    assert "options" not in second and second["answer"] == "a hole B"
+    assert [q.kind for q in read_file(tmp_path / "out.jsonl")] == ["choice", "exact"]
 
 
 def test_a_template_is_written_and_explained(tmp_path, capsys):
