@@ -87,6 +87,15 @@ def attention(
     return _on_mesh(chosen, query, key, value, segment_ids, causal, LAYOUTS[layout])
 
 
+def padding(implementation: str, length: int, head_dim: int) -> int:
+    """How many tokens `attention` adds to a row for what it chooses here, and takes off again. Raises UserError."""
+    if choose(implementation, head_dim) != "splash":
+        return 0
+    from kangaroo_jax.models.attention_splash import LANES
+
+    return -length % LANES
+
+
 def choose(implementation: str, head_dim: int) -> str:
     """The implementation that a name (or `auto`) means on the platform compiled for. Raises UserError."""
     if implementation not in IMPLEMENTATIONS:

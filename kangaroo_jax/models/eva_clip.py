@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from kangaroo_jax.config import VisionConfig
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.attention import attention
+from kangaroo_jax.models.attention import attention, padding
 from kangaroo_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -49,13 +49,24 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "n tokens D"], rotary: Rotary) -> Float[Array, "n tokens D"]:
-        """The 1 + P tokens of each frame, CLS first."""
+        """The 1 + P tokens of each frame, CLS first.
+
+        Where the kernel takes rows of whole blocks only, zeros are added to x, which is cheaper than to queries, keys
+        and values apart, in heads that fill half of a TPU's lanes.
+        """
+        tokens, segments = x.shape[1], None
+        if more := padding(self.implementation, tokens, self.query.kernel.shape[-1]):
+            x = jnp.pad(x, [(0, 0), (0, more), (0, 0)])
+            cos, sin = rotary
+            rotary = np.pad(cos, ((0, more), (0, 0)), constant_values=1.0), np.pad(sin, ((0, more), (0, 0)))
+            ids = jnp.broadcast_to(jnp.arange(tokens + more) >= tokens, x.shape[:2]).astype(jnp.int32)
+            segments = (ids, ids)
         query = keep(rotate_pairs(self.query(x), *rotary), "query")
         key = keep(rotate_pairs(self.key(x), *rotary), "key")
         value = keep(self.value(x), "value")
         how: dict[str, Any] = dict(implementation=self.implementation, layout="frames")
-        y = attention(query, key, value, segment_ids=None, causal=False, **how)
-        return self.out(self.norm(y.reshape(x.shape)))
+        y = attention(query, key, value, segment_ids=segments, causal=False, **how)
+        return self.out(self.norm(y.reshape(x.shape)))[:, :tokens]
 
 
 class MLP(nnx.Module):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from kangaroo_jax.config import ModelConfig, PatchifyConfig, frames_per_group, tokens_per_group
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.models import eva_clip
 from kangaroo_jax.models.kangaroo import KangarooModel, count_parameters
 from kangaroo_jax.sharding import make_mesh
 from tests.models.small import (
@@ -89,10 +90,17 @@ def test_layers_apart_are_the_stacked_ones():
     assert shapes == [leaf.shape for leaf in jax.tree.leaves(nnx.state(apart))]
 
 
-@pytest.mark.parametrize(("policy", "scan"), [("dots", True), ("minimal", True), ("full", True), ("minimal", False)])
+@pytest.mark.parametrize(("policy", "scan"), [("dots", True), ("context", True), ("full", True), ("minimal", False)])
 def test_remat_policies_give_the_same_loss_and_gradients(policy, scan):
     changed = gradients(BATCH, vision__remat=policy, llm__remat=policy, scan=scan)
     assert_trees_close(changed, gradients(BATCH), 1e-5)
+
+
+def test_tokens_that_a_kernel_needs_for_whole_blocks_change_nothing(monkeypatch):
+    """The encoder adds them before queries, keys and values are made, and takes them off what attention gives."""
+    expected = gradients(BATCH)
+    monkeypatch.setattr(eva_clip, "padding", lambda implementation, length, head_dim: -length % 16)
+    assert_trees_close(gradients(BATCH), expected, 1e-5)
 
 
 def test_a_batch_without_frames():
