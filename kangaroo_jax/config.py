@@ -44,7 +44,9 @@ class VisionConfig(Section):
     rope_reference_grid: int = 16  # rotary positions run from 0 to this, whatever the grid
     norm_eps: float = 1e-6
     output_norm: bool = False  # inferred: the features before the final norm
-    remat: str = "auto"  # none, dots, mlp, gate, minimal, full, offload (models/stack.py); auto is by stage and chip
+    remat: str = (
+        "auto"  # none, dots, mlp, gate, minimal, context, full, offload (models/stack.py); auto is by stage and chip
+    )
 
 
 @dataclasses.dataclass(frozen=True)

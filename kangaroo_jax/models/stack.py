@@ -19,9 +19,11 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 #   minimal  keeps what attention takes and makes, so that its kernel does not run again
 #   gate     keeps one of the MLP's two first products as well
 #   mlp      keeps both: of the products only that after attention is left to compute again
+#   context  keeps what attention makes, so that its kernel does not run again; what it takes is computed again
 #   full     keeps only the layer's input            (slowest, least memory)
 #   offload  is minimal with what is kept moved to the host's memory meanwhile
-KEPT_NAMES = ("query", "key", "value", "context", "attention_statistics")  # by `minimal`
+MADE_NAMES = ("context", "attention_statistics")  # by `context`
+KEPT_NAMES = ("query", "key", "value", *MADE_NAMES)  # by `minimal`
 MLP_NAMES = ("gate", "up")
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.save_anything_except_these_names("weight"),
@@ -29,6 +31,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "mlp": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES, *MLP_NAMES),
     "gate": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES, MLP_NAMES[0]),
     "minimal": jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES),
+    "context": jax.checkpoint_policies.save_only_these_names(*MADE_NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

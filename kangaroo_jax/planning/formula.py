@@ -22,9 +22,15 @@ GIB = 1 << 30
 OVERHEAD_GIB = 0.5  # the program itself
 COMPILERS_SHARE = 1.2  # buffers that the compiler holds twice; fitted to its results for stages 3 and 5
 # Activations that a remat policy keeps for each layer besides its input, in multiples of the model's width.
-KEPT_WIDTHS = {"full": 0.0, "offload": 0.0, "minimal": 3.5, "gate": 7.0, "mlp": 10.5, "dots": 11.0, "none": 22.0}
+KEPT_WIDTHS = {
+    **{"full": 0.0, "offload": 0.0, "context": 1.0, "minimal": 3.5, "gate": 7.0, "mlp": 10.5, "dots": 11.0},
+    "none": 22.0,
+}
 # The share of a forward pass that a remat policy computes again.
-RECOMPUTED = {"full": 0.73, "offload": 0.62, "minimal": 0.62, "gate": 0.35, "mlp": 0.08, "dots": 0.0, "none": 0.0}
+RECOMPUTED = {
+    **{"full": 0.73, "context": 0.7, "offload": 0.62, "minimal": 0.62, "gate": 0.35, "mlp": 0.08, "dots": 0.0},
+    "none": 0.0,
+}
 
 
 def weights_and_state(config: StageConfig, counts: dict[str, int]) -> tuple[float, float]:
@@ -103,7 +109,7 @@ def candidates(config: StageConfig, target: Slices, counts: dict[str, int], mfu:
     for context, tensor in itertools.product(sizes, sizes):
         if inner % (context * tensor) or tensor > config.model.llm.kv_heads:
             continue
-        for remat in ("none", "mlp", "gate", "minimal", "full"):
+        for remat in ("none", "mlp", "gate", "minimal", "context", "full"):
             choice = {
                 "train.mesh": (target.slices, -1, context, tensor),
                 "train.accumulate": 0,

@@ -46,7 +46,7 @@ TABLE = (
     Row("v5e", 1 << 15, ANY, 1, Placement(tensor=4)),
     Row("v6e", 10_240, 1 << 14, 32, Placement(llm_remat="minimal", vision_remat="mlp")),
     Row("v6e", 10_240, ANY, 32, Placement(llm_remat="minimal")),
-    Row("v6e", 1 << 15, ANY, 32, Placement()),
+    Row("v6e", 1 << 15, ANY, 32, Placement(llm_remat="context")),
     Row("v6e", 1 << 15, ANY, 1, Placement(tensor=4)),
     Row("v5p", 10_240, 1 << 14, 16, Placement(llm_remat="mlp", vision_remat="mlp")),
     Row("v5p", 10_240, ANY, 16, Placement(llm_remat="mlp", vision_remat="minimal")),
@@ -56,6 +56,20 @@ TABLE = (
     # In packs of hours attention is most of the work; it is not recomputed, at the cost of some GiB on each device.
     Row("v5p", 1 << 19, ANY, 1, Placement(context=16, tensor=4, llm_remat="mlp")),
     Row("v5p", 1 << 21, ANY, 1, Placement(context=64, tensor=4, llm_remat="mlp")),
+    # JAX takes three quarters of a GPU's memory unless it is told otherwise: these leave the rest free.
+    *(
+        Row(chip, *row)
+        for chip in ("A100", "H100")
+        for row in (
+            (10_240, 1 << 14, 64, Placement(llm_remat="mlp", vision_remat="mlp")),
+            (10_240, ANY, 64, Placement(llm_remat="mlp", vision_remat="minimal")),
+            (16_384, ANY, 64, Placement(llm_remat="minimal", vision_remat="minimal")),
+            (28_672, ANY, 64, Placement(llm_remat="minimal")),
+        )
+    ),
+    Row("H200", 10_240, ANY, 64, Placement(llm_remat="mlp", vision_remat="mlp")),
+    Row("H200", 16_384, ANY, 64, Placement(llm_remat="mlp", vision_remat="minimal")),
+    Row("H200", 28_672, ANY, 64, Placement(llm_remat="mlp")),
 )
 DEFAULT = Placement()
 

@@ -98,8 +98,8 @@ def test_remat_policies_multiply_again_what_they_do_not_keep():
         one = 2 * 2 * x.size * small_config().llm.mlp_width
         return sum(hlo.matmul_flops(visit) for visit in hlo.walk(text)) / one
 
-    found = {remat: products(remat) for remat in ("full", "minimal", "gate", "mlp", "none")}
-    assert found == {"full": 11, "minimal": 11, "gate": 10, "mlp": 9, "none": 9}
+    found = {remat: products(remat) for remat in ("full", "context", "minimal", "gate", "mlp", "none")}
+    assert found == {"full": 11, "context": 11, "minimal": 11, "gate": 10, "mlp": 9, "none": 9}
 
 
 @needs_libtpu

@@ -34,7 +34,9 @@ def decided(chip, devices, slices=1, **changes):
             {"tokens": (1 << 15) + 128},
             ((1, 32, 1, 1), 1, "full", "full"),
         ),  # beyond the table: the default
-        ("v6e", 32, 1, {"tokens": 1 << 15}, ((1, 32, 1, 1), 1, "full", "full")),
+        ("v6e", 32, 1, {"tokens": 1 << 15}, ((1, 32, 1, 1), 1, "context", "full")),
+        ("H100", 64, 1, {"packs": 64}, ((1, 64, 1, 1), 1, "mlp", "minimal")),
+        ("H200", 64, 1, {"packs": 64, "tokens": 26_624}, ((1, 64, 1, 1), 1, "mlp", "full")),
         ("v6e", 32, 1, {}, ((1, 32, 1, 1), 1, "minimal", "full")),
         ("v5p", 64, 1, {"packs": 1, "tokens": 1 << 19}, ((1, 1, 16, 4), 1, "mlp", "full")),
         ("v5p", 256, 1, {"packs": 1, "tokens": 1 << 21}, ((1, 1, 64, 4), 1, "mlp", "full")),
@@ -57,17 +59,20 @@ def test_what_is_left_open_is_decided(chip, devices, slices, changes, expected):
 def test_each_stage_has_the_least_remat_and_tensor_axis_that_memory_allows():
     placed = {}
     for stage in STAGES:
-        for chip, devices in (("v5e", 32), ("v6e", 32), ("v5p", 16)):
+        for chip, devices in (("v5e", 32), ("v6e", 32), ("v5p", 16), ("A100", 64)):
             found = resolve(StageConfig.load(f"{stage}:kangaroo_8b"), CHIPS[chip], devices)
             placed[stage[:6], chip] = (found.train.mesh[3], found.model.llm.remat, found.model.vision.remat)
     assert [placed[f"stage{number}", "v5e"] for number in range(1, 6)] == [
         *[(1, "full", "mlp")] * 2, (1, "full", "full"), *[(2, "full", "full")] * 2,
     ]  # fmt: skip
     assert [placed[f"stage{number}", "v6e"] for number in range(1, 6)] == [
-        *[(1, "minimal", "mlp")] * 2, (1, "minimal", "full"), *[(1, "full", "full")] * 2,
+        *[(1, "minimal", "mlp")] * 2, (1, "minimal", "full"), *[(1, "context", "full")] * 2,
     ]  # fmt: skip
     assert [placed[f"stage{number}", "v5p"] for number in range(1, 6)] == [
         *[(1, "mlp", "mlp")] * 2, (1, "mlp", "minimal"), (1, "mlp", "full"), (1, "gate", "full"),
+    ]  # fmt: skip
+    assert [placed[f"stage{number}", "A100"] for number in range(1, 6)] == [
+        *[(1, "mlp", "mlp")] * 2, (1, "mlp", "minimal"), (1, "minimal", "minimal"), (1, "minimal", "full"),
     ]  # fmt: skip
 
 
