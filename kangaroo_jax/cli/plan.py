@@ -20,6 +20,7 @@ def plan(
     json: bool = False,
     cache: str = "",
     table: str = "",
+    parts: bool = False,
     profile_of: str = "",
     quantize: str | None = None,
     kv_dtype: str | None = None,
@@ -47,6 +48,7 @@ def plan(
         json: print JSON
         cache: folder for results, so that the same step is compiled only once
         table: only print a file of --json lines as a Markdown table
+        parts: with --table, what the parts of a step are foretold to take
         profile_of: an .xplane.pb, or its folder, of the stage: what it measured beside what is foretold
         quantize: with --mode=chat, int8 or int4: the decoder's weights
         kv_dtype: with --mode=chat, int8: keys and values
@@ -62,8 +64,10 @@ def plan(
         file = Path(table)
         if not file.exists() and (of_clone := config_folder().parent / file).is_file():
             file = of_clone
-        print(table_of_file(file))
+        print(table_of_file(file, parts))
         return
+    if parts:
+        raise UserError("--parts goes with --table=FILE alone")
     require("plan", plan, topology=topology, config="all" if curriculum or mode == "kernels" else config)
     of_chat = {"quantize": quantize, "kv-dtype": kv_dtype, "slots": slots, "frames": frames}
     of_train = {"curriculum": curriculum, "search": search, "price-per-chip-hour": price_per_chip_hour}

@@ -26,7 +26,7 @@ from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
 
 GIB = 1 << 30
-READ = 5  # raise it when a program is read differently: cached results are then compiled again
+READ = 6  # raise it when a program is read differently: cached results are then compiled again
 
 
 class Seconds(TypedDict):

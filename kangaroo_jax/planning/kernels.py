@@ -89,10 +89,12 @@ class Call:
     def seconds(self, chip: Chip, visited: float = 1.0) -> float:
         """Its time by its schedule, at least that of its products at the peak; that alone where none is known.
 
+        Where the schedule of other blocks alone is known, each of its cycles counts for as much of a block.
+
         `visited` is the share of a causal row's blocks that packing leaves of `share`.
         """
         shape = self.shape(chip.name)
-        timed = table().get(shape)
+        timed = table().get(shape) or _of_other_blocks(shape)
         share = visited if self.causal else 1.0
         peak = self.flops * share / (chip.tflops * 1e12)
         if timed is None or chip.name not in CLOCK_GHZ:
@@ -102,6 +104,23 @@ class Call:
         rows = self.items * (queries if self.kind in ("fwd", "dq") else keys)
         cycles = timed.schedule.cycles(steps, steps * self.share * share, rows) / timed.cores
         return max(cycles / (CLOCK_GHZ[chip.name] * 1e9), peak * CORES.get(chip.name, 1) / timed.cores)
+
+
+def _of_other_blocks(shape: Shape) -> Timed | None:
+    """A known kernel that differs in its blocks alone, as it would take these."""
+    for known, timed in table().items():
+        if dataclasses.replace(known, block_q=0, block_kv=0, computed=0) == dataclasses.replace(
+            shape, block_q=0, block_kv=0, computed=0
+        ):
+            rows, size = shape.block_q / known.block_q, shape.block_q * shape.block_kv / known.block_q / known.block_kv
+            scaled = dataclasses.replace(
+                timed.schedule,
+                visited=round(timed.schedule.visited * size),
+                first=round(timed.schedule.first * rows),
+                last=round(timed.schedule.last * rows),
+            )
+            return dataclasses.replace(timed, schedule=scaled)
+    return None
 
 
 def call(visit: hlo.Visit) -> Call | None:

@@ -15,7 +15,7 @@ from kangaroo_jax.chips import Slices, parse_topology
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
-from kangaroo_jax.planning import chat, gpu
+from kangaroo_jax.planning import chat, cycles, gpu
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning.compile import Compiled, compile_step, topology_devices, why_not
 from kangaroo_jax.planning.feeding import Feeding, feeding
@@ -407,8 +407,31 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def table_of_file(path: Path) -> str:
-    """The table of the plans in a file of `--json` lines, of one mode. Raises UserError if it is no such file."""
+def parts_table(plans: list[Plan]) -> str:
+    """Seconds of a step by part, foretold, as a Markdown table of the plans that have them."""
+    names = [
+        "stage",
+        "slice",
+        "mesh",
+        "remat",
+        *(part.replace("_", " ") for part in cycles.PARTS),
+        "step",
+        "MFU, causal",
+    ]
+    rows = [names, ["---"] * len(names)]
+    for plan in plans:
+        if plan.foretold_seconds is not None and plan.foretold_mfu_causal is not None:
+            where = (plan.stage, plan.topology, "x".join(map(str, plan.mesh.values())), "/".join(plan.remat.values()))
+            parts = [f"{plan.parts[part]:.2f}" for part in cycles.PARTS]
+            rows.append([*where, *parts, f"{plan.foretold_seconds:.1f}", f"{100 * plan.foretold_mfu_causal:.1f}%"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def table_of_file(path: Path, parts: bool = False) -> str:
+    """The table of the plans in a file of `--json` lines, of one mode; with `parts`, that of a step's parts.
+
+    Raises UserError if it is no such file.
+    """
     plans: list[Any] = []
     try:
         for kept in path.read_text(encoding="utf-8").splitlines():
@@ -423,4 +446,6 @@ def table_of_file(path: Path) -> str:
     of_chat = [isinstance(plan, chat.ChatPlan) for plan in plans]
     if any(of_chat) != all(of_chat):
         raise UserError(f"--table={path}: lines of --mode=chat and of --mode=train; one table has one of them")
-    return chat.table(plans) if any(of_chat) else table(plans, with_sum=False)
+    if any(of_chat):
+        return chat.table(plans)
+    return parts_table(plans) if parts else table(plans, with_sum=False)

@@ -1,5 +1,6 @@
 """Foretold time: from texts whose time is known, from a kernel's bundles, and against a public measurement."""
 
+import dataclasses
 import json
 import os
 import re
@@ -123,6 +124,11 @@ def test_a_kernel_takes_what_its_schedule_says_and_at_least_its_products():
     assert 0.4 * whole < call.seconds(chip, 0.5) < 0.65 * whole
     unknown = Call("fwd", True, 8, length, length, 96, 0.53125, call.blocks)
     assert unknown.seconds(chip) == pytest.approx(unknown.flops / (chip.tflops * 1e12))
+    larger = dataclasses.replace(
+        call, length=2 * length, keys=2 * length, blocks=tuple(2 * size for size in call.blocks)
+    )
+    at_peak = larger.flops / (chip.tflops * 1e12)
+    assert 1.01 * at_peak < larger.seconds(chip) < 4 * whole  # blocks that are not in the table, four times as large
 
 
 def test_a_kernel_of_one_key_value_head_is_read_though_its_dimension_is_gone():

@@ -204,6 +204,7 @@ def test_gpus_without_their_compiler_are_planned_by_formula(capsys, no_gpu_compi
         (["--config=stage3_refine"], "--topology is missing"),
         (["--config=stage3_refine", "--topology=v5e:4x8", "--mfu=2"], "--mfu=2"),
         (["--config=stage3_refine", "--topology=x:1"], "no chip 'x'"),
+        (["--config=stage3_refine", "--topology=v5e:4x8", "--parts"], "--parts goes with --table=FILE"),
         (["--mode=kernels", "--topology=H100:8"], "schedules are read for v4, v5e, v5p, v6e, not H100"),
     ],
 )
@@ -240,7 +241,10 @@ def test_a_sum_has_what_every_stage_foretells(no_gpu_compiler):
 def test_the_tables_of_the_docs_are_made_of_the_kept_plans(capsys, name):
     docs = Path(__file__).parents[2] / "docs"
     code, out, _ = run(capsys, f"--table={docs / name}")
-    assert code == 0 and out.count("\n") > 4 and out in (docs / "plan.md").read_text(encoding="utf-8")
+    page = (docs / "plan.md").read_text(encoding="utf-8")
+    assert code == 0 and out.count("\n") > 4 and out in page
+    code, out, error = run(capsys, f"--table={docs / name}", "--parts")
+    assert code == 0 and (name != "plan_compiled.jsonl" or out in page)
 
 
 def test_a_file_that_is_no_table_is_told_by_its_line(capsys, tmp_path):
