@@ -101,15 +101,16 @@ def run(
             curated = quickstart_curation.curate_corpus(corpus, workdir / "curation", seed=seed, scale=scale, tell=tell)
     with clock.part("tokenizer" if recipe is TINY else "decoder"):
         start = recipe.start(workdir, corpus, tell)
-    reminders, knows = None, {}
+    knows = {}
     if recipe.speaks:
         with clock.part("language"):
             knows["before"] = language.measure(Path(start.init_from), workdir / "language_before.json", tell)
-            reminders = language.remind(Path(start.init_from), workdir / "reminders.jsonl", scale, tell)
 
     def adjust(name: str, config: ConfigDict) -> None:
         shorten(config, scale)
-        if reminders and name in OF_THE_PAPER[3:]:
+        if recipe.speaks and name in OF_THE_PAPER[3:]:
+            with clock.part("language"):
+                reminders = language.remind(Path(start.init_from), workdir / "reminders.jsonl", scale, tell)
             config.data.train = (*config.data.train, str(reminders))
             config.data.weights = (1 - language.SHARE, language.SHARE)
 
