@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kangaroo_jax.config import STAGES, model_config
-from kangaroo_jax.corpus.make import Corpus, CorpusMixture
+from kangaroo_jax.corpus.make import Corpus
+from kangaroo_jax.corpus.mixture import CorpusMixture
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.installing import install_line
