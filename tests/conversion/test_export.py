@@ -1,5 +1,6 @@
 """An exported folder, loaded by torch and transformers from its own files, is the same model."""
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.conversion import verify as verification
 from kangaroo_jax.conversion.convert import convert
+from kangaroo_jax.conversion.export import CODE, CODE_FILES
 from kangaroo_jax.conversion.verify import verify
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
@@ -39,6 +41,18 @@ def theirs(exported):
     """(model, tokenizer) as a user loads them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
     return model, transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", CODE_FILES)
+def test_a_file_of_code_names_all_that_it_needs(name):
+    """transformers 4 copies the files that one names, and not those that these name."""
+
+    def named(file):
+        tree = ast.parse((CODE / file).read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        return {f"{node.module}.py" for node in found}
+
+    assert set().union(*map(named, named(name))) <= named(name)
 
 
 @pytest.mark.parametrize("name", CHANGES)

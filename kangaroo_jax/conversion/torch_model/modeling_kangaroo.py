@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_kangaroo import KangarooConfig
+from .media_kangaroo import load_media as load_media  # transformers 4 copies no file that this one does not name
 from .processing_kangaroo import KangarooProcessor, as_part
 
 FRAMES_AT_A_TIME = 16  # frames that the ViT encodes at a time
