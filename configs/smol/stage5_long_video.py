@@ -14,4 +14,5 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.optimizer.learning_rate = 3e-4
     c.optimizer.trainable = (("vision/.*", None), ("llm/.*", 0.5), (".*", 1.0))
     c.train.steps = 300
+    c.model.llm.remat, c.optimizer.moment_dtype = "mlp", "bfloat16"  # for memory
     return lock(c)
