@@ -16,7 +16,7 @@ import pytest
 import kangaroo_jax
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["launch/quickstart.sh", "launch/smoke.sh", "launch/test.sh", ".ci/run"]
+SCRIPTS = ["launch/quickstart.sh", "launch/smol.sh", "launch/smoke.sh", "launch/test.sh", ".ci/run"]
 SHIPPED = (".py", ".txt", ".json", ".jsonl", ".typed", ".html", ".css", ".js")
 MODULES = {  # distribution -> module, where the names differ; aiohttp, gcsfs and s3fs work behind others
     "opencv-python-headless": "cv2",
