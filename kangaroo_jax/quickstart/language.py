@@ -71,7 +71,7 @@ _LONGEST, _CHUNK, _CHUNKS = 96, 384, 5  # tokens of an answer, and of the text i
 def remind(checkpoint: Path, path: Path, scale: float, tell: Tell) -> Path:
     """Write the decoder's own answers to plain requests to `path`, once, and return it.
 
-    An answer that does not end by itself is left out.
+    An answer that does not end by itself is left out, unless none does.
     """
     if path.exists():
         return path
@@ -79,9 +79,9 @@ def remind(checkpoint: Path, path: Path, scale: float, tell: Tell) -> Path:
     asked = asked[:: max(1, round(1 / max(scale, 1 / len(asked))))]
     with Kangaroo.load(checkpoint) as model:
         replies = model.generate([conversation([ask(text)]) for text in asked], max_new_tokens=_LONGEST)
-    pairs = [(text, reply) for text, (reply,) in zip(asked, replies, strict=True) if reply.finish_reason == "stop"]
-    pairs = pairs or [("Say hello.", replies[0][0])]
-    records = [record_of(f"plain-{i:04d}", [(text, str(reply))]) for i, (text, reply) in enumerate(pairs)]
+    pairs = [(text, reply) for text, (reply,) in zip(asked, replies, strict=True)]
+    ended = [(text, reply) for text, reply in pairs if reply.finish_reason == "stop"]
+    records = [record_of(f"plain-{i:04d}", [(text, str(reply))]) for i, (text, reply) in enumerate(ended or pairs)]
     write_bytes(path, b"".join(map(json_line, records)))
     tell(f"{len(records)} answers of the decoder to {len(asked)} plain requests will remind it")
     return path
