@@ -323,6 +323,7 @@ class TrainConfig(Section):
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip what the step would change
     nonfinite_in_a_row: int = 10  # so many skipped steps one after another stop the stage, too
     tensorboard: bool = False
+    loss_by_source: bool = False  # a step that is printed also has the loss of each source and language
     wandb: str = ""  # project of Weights & Biases that gets the numbers, too; "": none
     profile: tuple[int, ...] = ()  # (first, last) step to profile into workdir/profile
     compile_cache: str = ""  # folder that keeps compiled programs between runs; "" is JAX's own default

@@ -12,7 +12,7 @@ from kangaroo_jax.conventions import Array
 from kangaroo_jax.sharding import fitting, gather, index_on, max_over, per_device, shards, sum_over, sum_scatter
 
 Scalar = Float32[Array, ""]
-Gradients = tuple[Array | None, Array | None]  # by the hidden states, by the head
+Gradients = tuple[Array | None, Array | None, Array | None]  # by the hidden states, by the head, by the weights
 
 
 def chunked_cross_entropy(
@@ -28,6 +28,7 @@ def chunked_cross_entropy(
     Logits exist for `chunk` tokens of each pack at a time. Tokens of weight 0 are sorted to the end of
     their pack and cost nothing. While logits are at hand their gradient is taken too (a scalar loss
     only scales it), so that nothing is computed twice; where the head is frozen its part is left out.
+    The gradient by a weight is its token's loss (0 where the weight is).
     On a mesh every device sorts and sums the tokens that it has; only the head is gathered.
     """
     total = _weighted_loss(hidden, head, targets, weights.astype(jnp.float32), chunk)
@@ -42,20 +43,19 @@ def _weighted_loss(
     weights: Float32[Array, "B T"],
     chunk: int,
 ) -> Scalar:
-    return _run(hidden, head, targets, weights, chunk, False, False)[0]
+    return _run(hidden, head, targets, weights, chunk, False, False, False)[0]
 
 
 def _forward(hidden: Any, head: Any, targets: Any, weights: Any, chunk: int) -> tuple[Scalar, Gradients]:
     """The arguments are CustomVJPPrimal, which say whether a gradient is asked for."""
-    total, d_hidden, d_head = _run(
-        hidden.value, head.value, targets.value, weights.value, chunk, hidden.perturbed, head.perturbed
-    )
-    return total, (d_hidden, d_head)
+    wanted = hidden.perturbed, head.perturbed, weights.perturbed
+    total, *gradients = _run(hidden.value, head.value, targets.value, weights.value, chunk, *wanted)
+    return total, (gradients[0], gradients[1], gradients[2])
 
 
 def _backward(_: int, gradients: Gradients, d_total: Any) -> tuple[Array | None, ...]:
-    d_hidden, d_head = (None if g is None else (g * d_total).astype(g.dtype) for g in gradients)
-    return d_hidden, d_head, None, None
+    d_hidden, d_head, d_weights = (None if g is None else (g * d_total).astype(g.dtype) for g in gradients)
+    return d_hidden, d_head, None, d_weights
 
 
 _weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -72,14 +72,16 @@ def _run(
     chunk: int,
     with_hidden: bool,
     with_head: bool,
-) -> tuple[Scalar, Array | None, Array | None]:
-    """(loss, its gradient by hidden or None, by head or None)."""
+    with_each: bool,
+) -> tuple[Scalar, Array | None, Array | None, Array | None]:
+    """(loss, its gradient by hidden or None, by head or None, by weights or None)."""
     axes = fitting(head.shape, HEAD)
-    local = functools.partial(_run_local, axes=axes, chunk=chunk, with_hidden=with_hidden, with_head=with_head)
-    gradients = (HIDDEN if with_hidden else None, axes if with_head else None)
+    wanted: dict[str, Any] = dict(with_hidden=with_hidden, with_head=with_head, with_each=with_each)
+    local = functools.partial(_run_local, axes=axes, chunk=chunk, **wanted)
+    gradients = (HIDDEN if with_hidden else None, axes if with_head else None, TOKENS if with_each else None)
     run = per_device(local, (HIDDEN, axes, TOKENS, TOKENS), ((), *gradients))
-    loss, d_hidden, d_head = run(hidden, head, targets, weights)
-    return loss, d_hidden, d_head
+    loss, d_hidden, d_head, each = run(hidden, head, targets, weights)
+    return loss, d_hidden, d_head, each
 
 
 def _run_local(
@@ -92,7 +94,8 @@ def _run_local(
     chunk: int,
     with_hidden: bool,
     with_head: bool,
-) -> tuple[Scalar, Array | None, Array | None]:
+    with_each: bool,
+) -> tuple[Scalar, Array | None, Array | None, Array | None]:
     """`_run` on what one device has: its tokens, and its part of the head, cut over `axes`."""
     batch, length, width = hidden.shape
     embed, vocab = axes
@@ -111,6 +114,8 @@ def _run_local(
         state["hidden"] = jnp.zeros((batch, parts * chunk, width), hidden.dtype)
     if with_head:
         state["head"] = jnp.zeros(kernel.shape, jnp.float32)
+    if with_each:
+        state["each"] = jnp.zeros((batch, parts * chunk), jnp.float32)
 
     def step(index: Array, state: dict[str, Array]) -> dict[str, Array]:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
@@ -119,6 +124,9 @@ def _run_local(
         logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
         normaliser, true = _normaliser_and_true(logits, target, vocab)
         new = {"loss": state["loss"] + jnp.sum((normaliser - true) * weight)}
+        if with_each:
+            losses = jnp.where(weight != 0, normaliser - true, 0.0)
+            new["each"] = jax.lax.dynamic_update_slice_in_dim(state["each"], losses, index * chunk, axis=1)
         if not (with_hidden or with_head):
             return new
         hit = jnp.arange(vocabulary) == target[..., None]
@@ -133,7 +141,9 @@ def _run_local(
 
     counted = max_over(max_over(jnp.max(jnp.sum(weights != 0, axis=1)), "batch"), "tokens")
     state = jax.lax.fori_loop(0, (counted + chunk - 1) // chunk, step, state)
-    d_hidden = d_head = None
+    d_hidden = d_head = each = None
+    if with_each:
+        each = jnp.take_along_axis(state["each"], jnp.argsort(order[:, :length], axis=1), axis=1)
     if with_hidden:
         place = jnp.argsort(order[:, :length], axis=1)
         d_hidden = jnp.take_along_axis(state["hidden"], place[..., None], axis=1)
@@ -143,7 +153,7 @@ def _run_local(
         else:
             d_head = sum_over(sum_over(state["head"], "batch"), "tokens")
         d_head = d_head.astype(head.dtype)
-    return sum_over(sum_over(state["loss"], "batch"), "tokens"), d_hidden, d_head
+    return sum_over(sum_over(state["loss"], "batch"), "tokens"), d_hidden, d_head, each
 
 
 def _normaliser_and_true(

@@ -35,6 +35,7 @@ from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_m
 from kangaroo_jax.training.finishing import finish_adapter, finished
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.initial import initial_state
+from kangaroo_jax.training.loss_by import LossBySource
 from kangaroo_jax.training.measuring import Evaluator, HeldOutLoss, MakeEvaluator, Measuring
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine, drop_after, number, read_metrics
 from kangaroo_jax.training.observe import Observer
@@ -44,7 +45,7 @@ from kangaroo_jax.training.reporting import Pending, Reporter, of_host
 from kangaroo_jax.training.resume import check_resume, check_tokenizer
 from kangaroo_jax.training.saving import Saver
 from kangaroo_jax.training.state import abstract_state, build_step
-from kangaroo_jax.training.step import TrainState, TrainStep, make_loss
+from kangaroo_jax.training.step import TokenLosses, TrainState, TrainStep, make_loss, make_token_losses
 from kangaroo_jax.training.stopping import Preemption, explained_disk, locked, unbroken
 
 
@@ -85,6 +86,7 @@ class StageRun:
     checkpoints: checkpoint.Checkpoints
     records: Records
     held_out: HeldOutLoss | None
+    token_losses: TokenLosses | None  # where losses by source are asked for
 
     def take_state(self) -> TrainState:
         """The state, which is not kept here any longer: the first step reuses its memory."""
@@ -192,7 +194,8 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
     records = open_records(given, workdir, int(state.step))
     barrier(f"{config.stage} is prepared")  # hosts take different times to make their state
     return StageRun(
-        *(config, given, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, records, held_out)
+        *(config, given, chip, mesh, tokenizer, ledger, rows, loader, step_fn, state, checkpoints, records, held_out),
+        make_token_losses(binding, config.train.accumulate) if config.train.loss_by_source else None,
     )
 
 
@@ -288,12 +291,16 @@ def run_steps(
             if step == records.first + 1 and is_main():
                 show_first_batch(host_batch, stage.tokenizer, workdir, tell)
             with jax.transfer_guard("disallow"):
-                state, metrics = stage.step_fn(state, stage.rows.put(host_batch))
+                batch, by_source = stage.rows.put(host_batch), None
+                if stage.token_losses is not None and step % config.train.log_every == 0:
+                    losses = stage.token_losses(state.params, state.frozen, batch)
+                    by_source = LossBySource(losses, host_batch, stats, stage.rows.numbers)
+                state, metrics = stage.step_fn(state, batch)
 
             observer.step(step, stage.step_fn, waiting + aside)
             aside = 0.0
             finish()  # the previous step, so that the device never waits for the host
-            reporter.begun(Pending(step, metrics, stats, waiting))
+            reporter.begun(Pending(step, metrics, stats, waiting, by_source))
             if saver.due(step) or measuring.due(step):
                 finish()
                 if reporter.finite:

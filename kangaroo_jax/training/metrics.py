@@ -167,8 +167,18 @@ class StepLine:
             "data_wait": round(self._sums["wait"] / seconds, 4),
         }
 
-    def tell(self, step: int, metrics: dict[str, float], skipped: int, use: Mapping[str, float] | None = None) -> None:
-        """Print the line of `step` and begin a new window. `use`: the values of `training.observe` for the chips."""
+    def tell(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        skipped: int,
+        use: Mapping[str, float] | None = None,
+        losses: Mapping[str, float] | None = None,
+    ) -> None:
+        """Print the line of `step` and begin a new window.
+
+        `use`: the values of `training.observe` for the chips. `losses`: the step's, by source and language.
+        """
         now = time.perf_counter()
         seconds = max(now - self._clock, 1e-9)
         s, use = self._sums, use or {}
@@ -184,7 +194,7 @@ class StepLine:
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.1e}  "
             f"{s['tokens'] / seconds:,.0f} tok/s  {s['frames'] / seconds:,.0f} frames/s  "
             f"useful {100 * s['tokens'] / max(s['capacity'], 1):.0f}%"
-            f"{_share(' frames', s['frames'], s['frame_capacity'])}  {self._mix()}"
+            f"{_share(' frames', s['frames'], s['frame_capacity'])}  {self._mix(losses or {})}"
             f"wait {100 * s['wait'] / seconds:.0f}%  {mfu}{self.note}"
             f"{''.join(f'{name} {count}  ' for name, count in passed.items() if count)}ETA {duration(left)}"
         )
@@ -192,11 +202,15 @@ class StepLine:
         self._sums = dict.fromkeys(s, 0)
         self._counts.clear()
 
-    def _mix(self) -> str:
+    def _mix(self, losses: Mapping[str, float]) -> str:
         if len(self._counts) < 2:
             return ""
         total = sum(self._counts.values())
-        return "  ".join(f"{printable(name)} {100 * n / total:.0f}%" for name, n in self._counts.most_common(6)) + "  "
+        parts = []
+        for name, count in self._counts.most_common(6):
+            loss = f" loss {losses[name]:.4f}" if name in losses else ""
+            parts.append(f"{printable(name)} {100 * count / total:.0f}%{loss}")
+        return "  ".join(parts) + "  "
 
 
 def _share(name: str, part: float, whole: float) -> str:

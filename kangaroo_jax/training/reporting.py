@@ -11,6 +11,7 @@ from kangaroo_jax.checkpoints.reading import NotFinite
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.batches.stream import LoaderStats
 from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.training.loss_by import LossBySource
 from kangaroo_jax.training.metrics import MetricLog, SampleLog, StepLine
 from kangaroo_jax.training.observe import Observer
 
@@ -25,6 +26,7 @@ class Pending:
     metrics: dict[str, jax.Array]
     stats: LoaderStats
     wait: float  # seconds of waiting for its batch
+    by_source: LossBySource | None = None
 
 
 class Reporter:
@@ -85,10 +87,11 @@ class Reporter:
             steps, seconds = self._line.window()
             use = {**self._line.rates(), **self._observer.values(steps, seconds)}
         counts = {**stats.to_json(), "skipped_steps": self._skipped, **self._observer.times()}
+        losses = {} if pending.by_source is None else pending.by_source.means()
         self._samples.write(step, stats.sample_ids)
-        self._log.write(step, {**values, **counts, **use})
+        self._log.write(step, {**values, **counts, **use, **({"losses": losses} if losses else {})})
         if use:
-            self._line.tell(step, values, stats.skipped, use)
+            self._line.tell(step, values, stats.skipped, use, losses)
         if not self.finite:
             self._not_finite(step, values, stats)
         if values.get("spikes", 0.0) > self._spikes:

@@ -29,6 +29,7 @@ Scalar = Float32[Array, ""]
 Metrics = dict[str, Scalar]
 Sums = tuple[Scalar, Scalar, Params]  # sums of losses, of weights, of gradients
 TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
+TokenLosses = Any  # a jitted (Params, Params, PackedBatch) -> float32[B, T]
 LossFunction = Any  # a jitted (Params, Params, PackedBatch) -> (Scalar, Scalar)
 
 # Options of the compiler, by platform. XLA for TPU would cut a product whose weight is gathered into as many products
@@ -101,6 +102,26 @@ def make_loss(binding: Binding, accumulate: int = 1) -> LossFunction:
         return jax.lax.scan(add, (zero, zero), _parts_of(batch, accumulate))[0]
 
     return jax.jit(loss)
+
+
+def make_token_losses(binding: Binding, accumulate: int = 1) -> TokenLosses:
+    """A jitted (trained weights, frozen weights, batch) -> each target's loss [B, T], 0 where its weight is."""
+
+    def losses(params: Params, frozen: Params, batch: PackedBatch) -> Float32[Array, "B T"]:
+        model = binding.bind({**params, **frozen})
+
+        def of_part(part: PackedBatch) -> jax.Array:
+            def loss(weights: jax.Array) -> jax.Array:
+                total: jax.Array = model.loss(dataclasses.replace(part, weights=weights))[0]
+                return total
+
+            losses: jax.Array = jax.grad(loss)(part.weights)
+            return losses
+
+        each = jax.lax.map(of_part, _parts_of(batch, accumulate))
+        return constrain(jnp.moveaxis(each, 0, 1).reshape(batch.weights.shape), ("batch", "tokens"))
+
+    return jax.jit(losses)
 
 
 def _like_weights(binding: Binding, grads: Params) -> Params:

@@ -50,6 +50,7 @@ class LoaderStats:
     sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
     languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
     by_both: Mapping[str, int] = dataclasses.field(default_factory=dict)  # "source/language"
+    rows: tuple[tuple[str, ...], ...] = ()  # "source/language" of each sample of each row, in order of segments
 
     def to_json(self) -> dict[str, Any]:
         """The fields that a line of the metrics has."""
@@ -225,6 +226,13 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
             sources=_summed(sources, 0),
             languages=_summed(sources, 1),
             by_both={f"{source}/{language}": count for (source, language), count in sources.items()},
+            rows=tuple(
+                tuple(
+                    f"{self._mixture.sources[index[0]].name}/{recipe.language}"
+                    for recipe, index in zip(row, indices, strict=True)
+                )
+                for row, indices in zip(begun.rows, begun.indices, strict=True)
+            ),
         )
         return assemble(begun.rows, clips, s.shape), stats
 
