@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.models import layers
 from kangaroo_jax.models.eva_clip import normalise, resize_matrix
 from kangaroo_jax.models.layers import (
     LayerNorm,
@@ -74,6 +75,28 @@ def test_pairs_turn_with_the_row_then_with_the_column():
         np.testing.assert_allclose(turned[patch, :2], [np.cos(angle), np.sin(angle)], atol=1e-6)
     with pytest.raises(ValueError, match="multiple of 4"):
         rotary_2d(3, 6, 10_000.0, 6)
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpu_turns_pairs_by_a_product_and_to_the_same_values(monkeypatch, dtype, heads):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(2, 9, heads, 64)), dtype)
+    weight = random.normal(size=x.shape)
+    grid = rotary_2d(3, 64, 10_000.0, 16)
+    row = rotary_1d(jnp.asarray(random.integers(0, 30_000, (2, 9))), 64, 10_000.0)
+
+    def results() -> list[np.ndarray]:
+        found = []
+        for turn, tables in ((rotate_pairs, grid), (rotate_half, row)):
+            turned = lambda x, turn=turn, tables=tables: turn(x, *tables)  # noqa: E731
+            found += [turned(x), jax.grad(lambda x, turned=turned: jnp.sum(turned(x) * weight))(x)]
+        return [np.asarray(one, np.float32) for one in found]
+
+    expected = results()
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    for found, value in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-6 if dtype == "float32" else 0.02)
 
 
 def test_norms():
