@@ -126,6 +126,7 @@ def main(
     `interrupted` is called after Ctrl-C, when open resources are closed; by default a line is printed. `pressed` says
     whether Ctrl-C was pressed: a library may raise another error instead of KeyboardInterrupt.
     """
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's backend, inherited, may not exist here
     with outputs():
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -524,3 +524,9 @@ def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch):
     monkeypatch.setattr(cli, "_run", run)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["curate"])
+
+
+def test_a_command_of_a_notebook_draws_without_the_notebooks_backend(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    assert cli.main(["--version"]) == 0
+    assert os.environ["MPLBACKEND"] == "agg"
