@@ -4,7 +4,6 @@ Between two steps of those that are being answered at most one piece of a prompt
 for the next token. A step's tokens stay on the device for the next one, and are read while that runs.
 """
 
-import dataclasses
 import functools
 import threading
 import time
@@ -21,8 +20,8 @@ from kangaroo_jax.inference.given import Given
 from kangaroo_jax.inference.memory import HostMemory, Identities
 from kangaroo_jax.inference.programs import Programs
 from kangaroo_jax.inference.requests import Answer, EngineError, Request, Ticket
-from kangaroo_jax.inference.running import Detokenizer, Run
-from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, seen_in_prompt
+from kangaroo_jax.inference.running import Detokenizer, Run, Step
+from kangaroo_jax.inference.sampling import Choices, Sampling, seen_in_prompt
 from kangaroo_jax.inference.scheduling import Queue
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.inference.slots import Slots
@@ -33,14 +32,6 @@ from kangaroo_jax.models.kangaroo import KangarooModel
 FAILURES = 2  # so many one after another end the engine
 AHEAD = 2  # pieces of prompts that may wait on the device
 BEGUN = 16  # last tokens of an answer that was begun which say how its text goes on
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """A step under way: whose tokens, in the order of its rows, some of which are nobody's."""
-
-    rows: tuple[Run | None, ...]
-    chosen: Chosen
 
 
 class _Ended(Exception):
@@ -95,7 +86,7 @@ class Engine:
         self._forgetting: threading.Event | None = None  # set when all is forgotten
         self._closing: float | None = None  # when what is under way is given up
         self._awake = threading.Event()
-        self._under_way: _Step | None = None
+        self._under_way: Step | None = None
         self._last = self.programs.no_tokens()
         self._choices: tuple[tuple[Run | None, ...], Choices] | None = None
         self._spares: list[tuple[Any, Any]] = []  # tails and what was seen, for rows that nobody has
@@ -348,7 +339,7 @@ class Engine:
             larges += [large.content for _, large in [*there, *there[:1] * nobody]]
         return tuple(rows), larges
 
-    def _dispatch(self, runs: tuple[Run, ...]) -> _Step:
+    def _dispatch(self, runs: tuple[Run, ...]) -> Step:
         programs = self.programs
         rows, larges = self._rows_of(runs)
         while len(self._spares) < rows.count(None):
@@ -384,7 +375,7 @@ class Engine:
         self._last = chosen.tokens
         chosen.tokens.copy_to_host_async()
         self._counts["steps"] += 1
-        return _Step(rows, chosen)
+        return Step(rows, chosen)
 
     def _choices_of(self, rows: tuple[Run | None, ...]) -> Choices:
         """The settings of a step's rows, sent to the device when the rows change."""
@@ -395,7 +386,7 @@ class Engine:
             self._choices = rows, choices
         return self._choices[1]
 
-    def _see(self, step: _Step) -> None:
+    def _see(self, step: Step) -> None:
         """Hand on the tokens that a step chose."""
         tokens = np.asarray(step.chosen.tokens)
         logprobs: Sequence[np.ndarray] | None = None

@@ -9,6 +9,7 @@ import numpy as np
 
 from kangaroo_jax.inference.given import GivenMedium
 from kangaroo_jax.inference.requests import Answer, Event, Logprob, Request, Ticket, Usage
+from kangaroo_jax.inference.sampling import Chosen
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.inference.slots import Slot
 from kangaroo_jax.inference.vision import Watched
@@ -178,3 +179,11 @@ class Run:
                 setattr(usage, name, getattr(usage, name) + value)
         usage.frame_times = tuple(watched.times for watched in self.watched)
         return Answer(self.text, tuple(self.answered), tuple(self.logprobs), reason, usage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step under way: whose tokens, in the order of its rows, some of which are nobody's."""
+
+    rows: tuple[Run | None, ...]
+    chosen: Chosen
