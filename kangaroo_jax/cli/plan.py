@@ -59,7 +59,7 @@ def plan(
     from kangaroo_jax.planning.compile import prepare_environment
 
     if table:
-        from kangaroo_jax.planning.plan import table_of_file
+        from kangaroo_jax.planning.report import table_of_file
 
         file = Path(table)
         if not file.exists() and (of_clone := config_folder().parent / file).is_file():

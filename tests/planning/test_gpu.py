@@ -13,7 +13,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.models import attention_tokamax
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.attention_triton import tiles_for, triton, visited_share
-from kangaroo_jax.planning import gpu, hlo, plan
+from kangaroo_jax.planning import gpu, hlo, plan, report
 from kangaroo_jax.sharding import make_mesh
 
 MISSING = gpu.why_not(CHIPS["H100"])
@@ -128,5 +128,5 @@ def test_a_step_is_compiled_for_gpus_that_are_not_here(make_micro_config, tmp_pa
     assert made.collectives_gib["all-gather"] > 0 and 0.9 < made.compiled_over_model_flops < 3
     (kept,) = tmp_path.iterdir()
     assert json.loads(kept.read_text())["kernels"] == made.kernels
-    assert "forward 64 " in plan.text(made) and " registers" in plan.text(made)
+    assert "forward 64 " in report.text(made) and " registers" in report.text(made)
     assert plan.make_plan(config, target, mfu=0.4, cache=tmp_path) == made

@@ -20,7 +20,7 @@ from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.models.layers import Linear
 from kangaroo_jax.planning import compile as plan_compile
 from kangaroo_jax.planning import formula as plan_formula
-from kangaroo_jax.planning import gpu, hlo, plan
+from kangaroo_jax.planning import gpu, hlo, plan, report
 from kangaroo_jax.planning.packing import packed
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training.flops import step_flops
@@ -230,10 +230,11 @@ def test_a_sum_has_what_every_stage_foretells(no_gpu_compiler):
     made = plan.make_plan(StageConfig.load("stage3_refine:kangaroo_8b"), parse_topology("H100:64"), mfu=0.4, price=2.0)
     known = dataclasses.replace(made, foretold_seconds=2.0, foretold_chip_hours=10.5, foretold_mfu_causal=0.375)
     assert (
-        plan.total([known, known])["foretold_chip_hours"] == 21 and plan.total([known, made])["cost"] == 2 * made.cost
+        report.total([known, known])["foretold_chip_hours"] == 21
+        and report.total([known, made])["cost"] == 2 * made.cost
     )
-    assert plan.total([known, made])["foretold_chip_hours"] is None
-    lines = plan.table([known, known], with_sum=True).splitlines()
+    assert report.total([known, made])["foretold_chip_hours"] is None
+    lines = report.table([known, known], with_sum=True).splitlines()
     assert "foretold MFU" in lines[0] and "| 38% |" in lines[2] and "| 21 |" in lines[-1]
 
 
