@@ -147,9 +147,8 @@ def make_corpus(
     if manifest.is_file():
         found = json.loads(manifest.read_text())
         if found["settings"] != settings:
-            raise UserError(
-                f"{folder}: a corpus of other settings (seed or counts); remove it or choose another folder"
-            )
+            other = [name for name in settings if found["settings"].get(name) != settings[name]]
+            raise UserError(f"{folder}: a corpus of another {' and '.join(other)}; remove it or choose another folder")
         return Corpus(folder, found)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: holds files that are no finished corpus; remove it or choose another folder")

@@ -300,7 +300,7 @@ def test_a_finished_corpus_is_reused_and_others_are_refused(corpus, tmp_path):
     before = corpus.stages[0].stat().st_mtime_ns
     again = make_corpus(corpus.folder, 3, mixture=TINY, processes=1, tell=lambda line: None)
     assert again == corpus and corpus.stages[0].stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="a corpus of another seed; remove"):
         make_corpus(corpus.folder, 4, mixture=TINY, tell=lambda line: None)
     (tmp_path / "mine.txt").write_text("not a corpus")
     with pytest.raises(UserError, match="holds files"):
