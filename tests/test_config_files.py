@@ -18,7 +18,7 @@ def test_every_stage_file_loads_with_every_preset():
         for preset in ("tiny", "base_100m", "kangaroo_8b"):
             config = load_config(f"{name}:{preset}")
             assert config.stage == name and config.model.preset == preset and config.is_locked
-        assert len([key for key in config_keys(config) if "." in key]) < 120
+        assert len([key for key in config_keys(config) if "." in key]) < 125
 
 
 def test_a_preset_has_stages_of_its_own_or_those_of_the_paper():

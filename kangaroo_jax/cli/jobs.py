@@ -17,7 +17,7 @@ class Job:
 
 
 JOBS = {
-    "quickstart": Job("train a tiny Kangaroo from nothing, in minutes on a CPU", huge_pages=True),
+    "quickstart": Job("train a small Kangaroo: a tiny one from nothing, in minutes on a CPU", huge_pages=True),
     "curriculum": Job("train all five stages, each from the last one's weights", huge_pages=True),
     "train": Job("train one stage from a config file; --config.KEY=VALUE changes it", huge_pages=True),
     "finetune": Job("teach a model your own videos: a table, a folder of labels, or JSON", huge_pages=True),

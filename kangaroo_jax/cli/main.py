@@ -30,6 +30,8 @@ jobs:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_THE_DISK = frozenset((*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
 
+_ENDING = threading.RLock()  # held by the thread that ends the process
+
 # The extra of setup.py whose packages a room imports at its top.
 _EXTRAS = {
     "conversion": "convert",
@@ -58,10 +60,11 @@ def _end() -> NoReturn:
 
     A normal exit would free the interrupted frames, and objects of an XLA compilation in them crash the process then.
     """
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            os.write(2, b"kangaroo: interrupted\n")
-    os._exit(130)
+    with _ENDING:  # and is not left: another thread that ends the process, too, says nothing and waits
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                os.write(2, b"kangaroo: interrupted\n")
+        os._exit(130)
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs this clone on a notebook's machine, with the packages that are locked for its accelerator and Python:
 #
-#   launch/colab/install.sh EXTRAS [--dry-run]
+#   ./launch/colab/install.sh EXTRAS [--dry-run]
 #
 # EXTRAS are those of setup.py, by commas. --dry-run prints pip's command. launch/colab/*.ipynb call this.
 set -euo pipefail

@@ -159,7 +159,12 @@ def test_what_hosts_of_before_wrote_after_the_step_is_dropped_too(tmp_path):
         (tmp_path / name).write_text("\n".join([*lines, last]) + "\n")
     log, samples = MetricLog(tmp_path), SampleLog(tmp_path)
     before = loop.rewind(tmp_path, log, samples, 2)
-    assert before == {"skipped_steps": 2, "stepping": 20.0, "elapsed": 50.0}  # time that has passed has passed
+    assert before == {
+        "skipped_steps": 2,
+        "spikes": 0,
+        "stepping": 20.0,
+        "elapsed": 50.0,
+    }  # time that has passed has passed
     log.close(), samples.close()
     for path in tmp_path.iterdir():
         assert [line["step"] for line in read_metrics(path)] == [1, 2], path

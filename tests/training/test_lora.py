@@ -372,7 +372,7 @@ def test_a_finished_run_keeps_its_best_factors_alone(corpus, base, tmp_path, mon
     stage = adapter_stage(corpus, base, **{"lora.keep_state": False})
     assert train(stage, run, tell=told.append).steps == STEPS and "is finished after step 6" in told[-1]
     stage.train.steps = STEPS + 1
-    with pytest.raises(UserError, match="is finished after 6 steps and keeps its factors alone, .* in another workdir"):
+    with pytest.raises(UserError, match="is finished after 6 steps and keeps its factors alone: .* in another workdir"):
         train(stage, run, tell=quiet)
 
 

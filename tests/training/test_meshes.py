@@ -15,7 +15,7 @@ from kangaroo_jax.models.kangaroo import KangarooModel, count_parameters
 from kangaroo_jax.models.llama import contracted_of
 from kangaroo_jax.models.lora import initial_factors
 from kangaroo_jax.models.parameters import abstract_model
-from kangaroo_jax.models.quantized import quantize
+from kangaroo_jax.models.quantized import quantize, quantize_rows
 from kangaroo_jax.planning import hlo
 from kangaroo_jax.planning.compile import lower_step
 from kangaroo_jax.sharding import make_mesh, mesh_scope
@@ -119,6 +119,7 @@ def test_factors_on_a_mesh_train_as_on_one_device(config, batch, params, shape, 
             layers = [quantize(x, contracted, form) for x in (weights[path] if lead else weights[path][None])]
             kernel, scale = (np.stack(parts) if lead else parts[0] for parts in zip(*layers, strict=True))
             weights |= {path: kernel, path.replace("kernel", "kernel_scale"): scale}
+        weights["llm/embedding"], weights["llm/embedding_scale"] = quantize_rows(weights["llm/embedding"])
     alone, cut = (losses(adapted, batch, weights, mesh) for mesh in ((1, 1, 1, 1), shape))
     assert alone[-1] < 0.9 * alone[0]
     np.testing.assert_allclose(cut, alone, rtol=2e-5)
