@@ -107,6 +107,7 @@ def lines(folder: Path) -> list[tuple]:
     return [(x["step"], x["loss"], x["grad_norm"], x["spikes"]) for x in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_spikes_are_in_the_log_and_a_run_that_goes_on_counts_on(run, corpus, tmp_path):
     logged = lines(run)
     assert logged[-1][3] >= 1 and [line[3] for line in logged[:LEAST_NORMS]] == [0.0] * LEAST_NORMS
@@ -122,6 +123,7 @@ def test_spikes_are_in_the_log_and_a_run_that_goes_on_counts_on(run, corpus, tmp
             np.testing.assert_array_equal(value, read(tmp_path / "run/checkpoints/14" / item)[name])
 
 
+@pytest.mark.slow
 def test_a_chat_takes_the_average_when_asked(run):
     step = run / "checkpoints/14"
     average, weights = read(step / "ema"), read(step / "params")
@@ -135,6 +137,7 @@ def test_a_chat_takes_the_average_when_asked(run):
     assert metadata["ema"].keys() == average.keys()
 
 
+@pytest.mark.slow
 def test_what_a_state_has_not_cannot_begin_within_a_run(run, corpus, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for keys in ({"optimizer.ema": 0.0}, {"optimizer.spike_factor": 0.0}, {"optimizer.spike_window": 9}):

@@ -24,6 +24,7 @@ def test_the_gradient_by_a_weight_is_its_tokens_loss():
     np.testing.assert_allclose(each, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sources_losses_are_parts_of_the_steps(corpus, tmp_path):
     (tmp_path / "other.jsonl").write_text((corpus / "stage4.jsonl").read_text())
     sources = (str(corpus / "stage4.jsonl"), str(tmp_path / "other.jsonl"))
