@@ -31,8 +31,8 @@ WHOLE = 1152
 # rows of at least so many of them, where that is at most a 16th of the row's scores.
 CAUSAL_BLOCKS = 16
 # The fused backward kernel computes the scores once instead of twice, but holds a query gradient for every block of
-# keys (of one causal row at a time). Where those take more than this share of the device's memory the two separate
-# kernels are used.
+# keys (of one causal row at a time). Where those take more than this share of the device's memory heads are computed in
+# groups, one after another, and where a group's still do the two separate kernels are used.
 FUSED_SHARE = 1 / 8
 DEVICE_GIB = 16.0  # of a device that is not known
 PADDING = -1  # segment of the padding
@@ -66,7 +66,9 @@ def splash(
     key, value = (x.swapaxes(1, 2) for x in (key, value))
     blocks_of_keys = padded_keys // _block(padded_keys, padded_keys, causal)
     at_a_time = query.size // batch if causal else query.size  # causal rows follow one another
-    fused = at_a_time * query.dtype.itemsize * blocks_of_keys <= _fused_bytes()
+    groups = _groups(kv_heads, at_a_time * query.dtype.itemsize * blocks_of_keys) if causal else 1
+    fused = at_a_time // groups * query.dtype.itemsize * blocks_of_keys <= _fused_bytes()
+    groups = groups if fused else 1
     sizes = block_sizes(padded, padded_keys, causal, fused)
     order = jnp.arange(padded, dtype=jnp.int32) if positions is None else positions
 
@@ -77,8 +79,10 @@ def splash(
             infos = _visits(visited_blocks(begins, order, sizes.block_q, sizes.block_kv), order, sizes)
         kernel = make_kernel(infos, sizes, causal, interpret)
         ids = None if segments is None else kernels.SegmentIds(*segments)
-        context: Any = jax.vmap(kernel, (0, 0, 0, None))(query, key, value, ids)
-        return context  # an array, as no residuals are asked for
+        some: Any = jax.vmap(kernel, (0, 0, 0, None))  # gives an array, as no residuals are asked for
+        parts = zip(*(jnp.split(x, groups) for x in (query, key, value)), strict=True)
+        done = [some(*part, ids) for part in parts]
+        return jnp.concatenate(done) if len(done) > 1 else done[0]
 
     with jax.named_scope("splash_causal" if causal else "splash_full"):
         run = _row_by_row if causal else jax.vmap
@@ -216,6 +220,15 @@ def visited_share(length: int, keys: int, causal: bool, pieces: int = 1) -> floa
 def _fused_bytes() -> float:
     chip = find_chip(device_kind())
     return FUSED_SHARE * (chip.gib if chip else DEVICE_GIB) * 2**30
+
+
+def _groups(kv_heads: int, gradients: int) -> int:
+    """In how many groups, one after another, key-value heads hold no more bytes of query gradients than they may.
+
+    `gradients` are those of all of them. A group has two heads at least, for the cores of a chip that has two.
+    """
+    sizes = [n for n in range(1, kv_heads // 2 + 1) if kv_heads % n == 0]
+    return next((n for n in sizes if gradients // n <= _fused_bytes()), 1)
 
 
 def _block(length: int, keys: int, causal: bool) -> int:

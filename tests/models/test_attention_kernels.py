@@ -91,6 +91,20 @@ def test_splash_skips_other_segments_and_changes_no_bit(monkeypatch, fused):
         np.testing.assert_array_equal(a, b)
 
 
+def test_heads_in_groups_change_no_bit(monkeypatch):
+    """Two of them, as where all query gradients of a row would take twice the bytes that they may."""
+    monkeypatch.setattr(attention_splash, "BLOCKS", (128,))
+    qkv = operands(256, heads=4, kv_heads=4)
+    ids = (jnp.asarray(np.arange(256) >= np.asarray([[100], [200]]), jnp.int32),) * 2
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+    run = lambda *x: KERNELS["splash"](*x, ids, causal=True)  # noqa: E731
+    together = value_and_gradients(run, qkv, weight)
+    gradients = qkv[0][:1].nbytes * 2
+    monkeypatch.setattr(attention_splash, "_fused_bytes", lambda: gradients / 2)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(value_and_gradients(run, qkv, weight)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("queries", "fused"),
     [(256, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((256, False), (128, True)))],

@@ -95,18 +95,22 @@ def test_the_share_that_is_visited_is_counted_by_blocks():
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("heads", "fused"), [(64, True), (65, False)])
+@pytest.mark.parametrize(("heads", "fused", "groups"), [(64, True, 1), (66, True, 2), (67, False, 1), (130, True, 5)])
 def test_the_backward_kernel_is_fused_while_a_rows_query_gradients_fit_an_eighth_of_the_memory(
-    rows, heads, fused, monkeypatch
+    rows, heads, fused, groups, monkeypatch
 ):
-    """Of 16 GiB, where the device is not known: 16 blocks of keys, 2 MiB of bfloat16 a head and block."""
-    chosen = []
+    """Of 16 GiB, where the device is not known: 16 blocks of keys, 2 MiB of bfloat16 a head and block.
+
+    Those of more heads are computed in groups, if their number divides.
+    """
+    chosen, runs = [], []
+    kernel = lambda q, *kv: runs.append(1) or q  # noqa: E731
     monkeypatch.setattr(
-        module, "make_kernel", lambda _, sizes, *rest: chosen.append(sizes.use_fused_bwd_kernel) or (lambda q, *kv: q)
+        module, "make_kernel", lambda _, sizes, *rest: chosen.append(sizes.use_fused_bwd_kernel) or kernel
     )
     query = jax.ShapeDtypeStruct((rows, 16_384, heads, 64), jnp.bfloat16)
     jax.eval_shape(functools.partial(splash, causal=True), query, query, query, None)
-    assert chosen == [fused] * rows
+    assert chosen == [fused] * rows and len(runs) == groups * rows
 
 
 def test_pieces_need_whole_blocks():
