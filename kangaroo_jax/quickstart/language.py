@@ -25,15 +25,15 @@ from kangaroo_jax.system.progress import Tell
 # Questions that SmolLM2-135M-Instruct answers right, and a word of the answer.
 PLAIN = (
     ("What is the capital of France?", "Paris"),
-    ("What is the capital of Italy?", "Rome"),
     ("What is the capital of Japan?", "Tokyo"),
     ("What is the capital of Germany?", "Berlin"),
-    ("What is the largest planet in our solar system?", "Jupiter"),
-    ("Which planet do we live on?", "Earth"),
-    ("What gas do plants take from the air?", "carbon dioxide"),
+    ("What is the capital of Egypt?", "Cairo"),
     ("How many days are there in a week?", "seven|7"),
-    ("What do bees make?", "honey"),
-    ("Who wrote Romeo and Juliet?", "Shakespeare"),
+    ("How many months are there in a year?", "twelve|12"),
+    ("What is the chemical symbol for water?", "H2O"),
+    ("What is the opposite of hot?", "cold"),
+    ("What star is at the centre of our solar system?", "Sun"),
+    ("What is the largest ocean on Earth?", "Pacific"),
 )
 _SUBJECTS = (
     *(
