@@ -1,8 +1,8 @@
 """Chooses mesh, remat policies and gradient accumulation for the available chips, where the config says "auto".
 
 A config may set each of them. Those that it leaves open ("auto", an empty mesh, 0 for `accumulate`) come from TABLE.
-Its rows are those that are foretold fastest among those that fit, by the compiled step or by formula with a margin of a
-fifth (docs/plan.md says which); `kangaroo plan --search` looks for others.
+Its rows are those that are foretold fastest among those that fit, by the compiled step or by formula (docs/plan.md says
+which); `kangaroo plan --search` looks for others.
 """
 
 import dataclasses
