@@ -141,6 +141,7 @@ def test_parts_that_make_no_model(parts, tmp_path):
         assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_an_assembled_model_is_verified_part_by_part(parts, tmp_path, capsys):
     """The encoder against our tower in PyTorch, which resizes by itself, the decoder against transformers."""
     pytest.importorskip("transformers")

@@ -26,6 +26,7 @@ def batch():
     return pack([sample(0, 2, 20), sample(1, 0, 13)], 64, 4)
 
 
+@pytest.mark.slow
 def test_logits_and_loss_are_those_of_a_head_that_is_a_copy():
     tied = small_model(llm__tied_head=True)
     paths = Binding(tied).shapes

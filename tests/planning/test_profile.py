@@ -51,6 +51,7 @@ def event(name, start, length):
     return SimpleNamespace(name=name, start_ns=start, duration_ns=length, stats=[])
 
 
+@pytest.mark.slow
 def test_a_tpus_operations_are_counted_once_and_by_run(profiled, monkeypatch):
     """A TPU names operations as the program's text does, loops around their bodies, and runs on a line of their own."""
     folder, text = profiled
@@ -78,6 +79,7 @@ def test_parts_stand_beside_what_was_foretold():
     assert rows["measured / foretold, s"] == "llm products 2 / 1.6, vision attention 1 / 0.4"
 
 
+@pytest.mark.slow
 def test_the_plan_prints_both(profiled, monkeypatch, capsys):
     monkeypatch.setattr(plan, "why_not", lambda chip: "no compiler")
     cli.main(["plan", "--config=stage3_refine:kangaroo_8b", "--topology=H100:64", f"--profile-of={profiled[0]}"])
