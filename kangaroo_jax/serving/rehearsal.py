@@ -28,6 +28,7 @@ _FRAMES = 16  # of the video
 _SIDE = 64  # pixels
 _TOKENS = 8  # of an answer
 _QUESTION = "What is there? "
+_LENGTHS = 4  # texts are this question 1, 2, 4 and 8 times
 
 
 def rehearse(engines: Sequence[Engine], prompts: Prompts, limits: Limits, context: int, rounds: int) -> None:
@@ -57,7 +58,7 @@ def _requests(prompts: Prompts, limits: Limits, context: int, folder: Path, numb
     frames[0].save(video, save_all=True, append_images=frames[1:], duration=500)
     for kind, path in ((None, ""), ("image", image), ("video", video)):
         shown = [{"type": f"{kind}_url", f"{kind}_url": {"url": "data:,"}}] if kind is not None else []
-        text = {"type": "text", "text": _QUESTION * (1 << number)}
+        text = {"type": "text", "text": _QUESTION * (1 << number % _LENGTHS)}
         prompt = chat_request({"messages": [{"role": "user", "content": [*shown, text]}]}, limits).prompt
         found: list[Found] = [(Media(kind, str(path)), ())] if kind is not None else []
         try:
