@@ -102,13 +102,14 @@ def run(
     with clock.part("tokenizer" if recipe is TINY else "decoder"):
         start = recipe.start(workdir, corpus, tell)
     knows = {}
+    spoken = OF_THE_PAPER[3:] if recipe.speaks else ()  # stages in which a decoder that knows something trains
     if recipe.speaks:
         with clock.part("language"):
             knows["before"] = language.measure(Path(start.init_from), workdir / "language_before.json", tell)
 
     def adjust(name: str, config: ConfigDict) -> None:
         shorten(config, scale)
-        if recipe.speaks and name in OF_THE_PAPER[3:]:
+        if name in spoken:
             with clock.part("language"):
                 reminders = language.remind(Path(start.init_from), workdir / "reminders.jsonl", scale, tell)
             config.data.train = (*config.data.train, str(reminders))
@@ -119,7 +120,7 @@ def run(
         if name != WARMUP:
             with clock.part(f"evaluate {name}"):
                 evaluate_stage(name, folder, corpus, recipe, tell)
-        if recipe.speaks and name in OF_THE_PAPER[3:]:
+        if name in spoken:
             with clock.part("language"):
                 knows[name] = language.measure(folder, folder / "language.json", tell)
 
