@@ -123,7 +123,7 @@ def _ran(plane: "jax.profiler.ProfilePlane") -> Iterator[_Ran]:
 
 
 def _within(spans: list[tuple[float, float]]) -> list[float]:
-    """Of spans (start, length) in order, what the spans directly within each take."""
+    """What the spans directly within each of `spans` (start, length), which are in order, take."""
     taken, around = [0.0] * len(spans), list[int]()
     for index, (start, length) in enumerate(spans):
         while around and start >= sum(spans[around[-1]]):

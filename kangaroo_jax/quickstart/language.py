@@ -121,7 +121,7 @@ def licence() -> str:
 
 
 def perplexity(model: Kangaroo, text: str) -> float:
-    """Of the first tokens of a text, read in parts that each begin anew."""
+    """The perplexity of the first tokens of a text, which are read in parts that each begin anew."""
     ids = np.asarray(model.tokenizer.encode(text), np.int32)[: _CHUNK * _CHUNKS]
     parts = [part for part in np.split(ids, range(_CHUNK, len(ids), _CHUNK)) if len(part) > 1]
     tickets = [

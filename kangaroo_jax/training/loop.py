@@ -142,7 +142,7 @@ def train(
 
 
 def result_of(config: StageConfig, workdir: Path, steps: int, start: float) -> Result:
-    """Of a stage that ended after `steps`, in a process that began it at `start`."""
+    """The result of a stage that ended after `steps`, in a process that began it at `start`."""
     used = sum(number(line, "tokens") for path in workdir.glob("metrics*.jsonl") for line in read_metrics(path))
     capacity = steps * config.data.packs_per_batch * config.data.tokens_per_pack
     return Result(workdir, steps, time.perf_counter() - start, used / capacity)
