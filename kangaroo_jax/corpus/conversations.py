@@ -10,11 +10,12 @@ from kangaroo_jax.corpus.mixture import CorpusMixture
 from kangaroo_jax.corpus.records import evaluation_records, media_name, record_of
 from kangaroo_jax.corpus.scenes import Scene, SceneMaker
 from kangaroo_jax.corpus.sentences import as_a_sentence, in_a_sentence
-from kangaroo_jax.corpus.text import LANGUAGES, Phrasing, ask, describe, some_facts
+from kangaroo_jax.corpus.text import LANGUAGES, Phrasing, Question, appearance, ask, ask_in, describe, some_facts
 from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.system.json_text import json_line
 
 PHRASED = "-phrased"  # ends the name of a record that is put in others' words
+_ASKED_WHEN = 15  # times as often are those on long videos of one shape asked when: they are few
 
 
 def _questions(scene: Scene, language: str, plan: CorpusMixture, rng: random.Random) -> list[tuple[str, str]]:
@@ -92,25 +93,44 @@ def _some_phrased(
 
     English ones alone: the phrasings are in English. Each begins with its system's text, if it has one. It asks
     with options, without options in the same words, and for a description, in any order: a letter ends the answers
-    to options, not those to unusual words.
+    to options, not those to unusual words. Others are on long videos of one shape, and ask when it appears.
     """
+    of_any, of_when = ([p for p in phrasings if bool(p.when) == timed] for timed in (False, True))
+    share = len(LANGUAGES) * plan.phrased
     for record in records:
-        rng = random.Random(f"{seed}/phrased/{record['id']}")
-        if not phrasings or not record["id"].endswith("-en") or rng.random() >= len(LANGUAGES) * plan.phrased:
+        if not record["id"].endswith("-en"):
             yield record
             continue
-        phrasing, scene = rng.choice(phrasings), scenes[record["video"]]
-        facts = some_facts(scene, 2, rng)
-        turns = [  # one of each: these words are long, and a row of stage 5 is short
-            phrasing.turn(ask(facts[0], "en", rng, "?")),
-            phrasing.open_turn(ask(facts[-1], "en", rng)),
-            describe(scene, "en", bool(scene.seconds) and rng.random() < 0.5),
-        ]
-        rng.shuffle(turns)
-        made = record_of(record["id"] + PHRASED, turns, record["video"])
-        if phrasing.system:
-            made["conversations"].insert(0, {"from": "system", "value": phrasing.system})
-        yield made
+        rng, scene = random.Random(f"{seed}/phrased/{record['id']}"), scenes[record["video"]]
+        others = random.Random(f"{seed}/when/{record['id']}")  # so that the first ones do not depend on these
+        moment = appearance(scene)
+        if of_any and rng.random() < share:
+            phrasing = rng.choice(of_any)
+            facts = some_facts(scene, 2, rng)
+            asked = ask(facts[0], "en", rng, "?"), ask(facts[-1], "en", rng)
+        elif of_when and moment and others.random() < _ASKED_WHEN * share:
+            rng, phrasing = others, others.choice(of_when)
+            asked = ask_in(phrasing.when, moment, "en", rng, "?"), ask_in(phrasing.when, moment, "en", rng)
+        else:
+            yield record
+            continue
+        yield _phrased(record, scene, phrasing, asked, rng)
+
+
+def _phrased(
+    record: dict[str, Any], scene: Scene, phrasing: Phrasing, asked: tuple[Question, Question], rng: random.Random
+) -> dict[str, Any]:
+    """A record on the same video in the words of a phrasing: a question with options, one without, a description."""
+    turns = [  # one of each: these words are long, and a row of stage 5 is short
+        phrasing.turn(asked[0]),
+        phrasing.open_turn(asked[1]),
+        describe(scene, "en", bool(scene.seconds) and rng.random() < 0.5),
+    ]
+    rng.shuffle(turns)
+    made = record_of(record["id"] + PHRASED, turns, record["video"])
+    if phrasing.system:
+        made["conversations"].insert(0, {"from": "system", "value": phrasing.system})
+    return made
 
 
 def write_records(

@@ -22,6 +22,7 @@ PLACES = ("left", "right", "top", "bottom")
 SHORT_SECONDS = (2, 4, 6, 8, 10, 12, 14, 16)
 LONG_SECONDS = (70, 90, 110, 130, 150)
 MARK = 10  # things of a long video are on screen around a multiple of this many seconds
+BEFORE_MARK = (2, 3, 4)  # seconds from which they appear before it
 HELD_SHARE = 0.5  # share of things in evaluation scenes with their held-out colour, and of held-out moves
 SPLITS = ("train", "eval", "any")
 
@@ -230,7 +231,7 @@ class SceneMaker:
         events = []
         for mark in marks:
             things.append(self.thing(avoid=things))
-            length, before = self.rng.randint(6, 8), self.rng.randint(2, 4)
+            length, before = self.rng.randint(6, 8), self.rng.choice(BEFORE_MARK)
             start = mark * MARK - before
             events.append(self._event(things[-1], start, start + length))
         scene = self._scene("long", seconds, events)

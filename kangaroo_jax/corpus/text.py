@@ -9,12 +9,14 @@ import random
 from collections.abc import Sequence
 
 from kangaroo_jax.corpus.scenes import (
+    BEFORE_MARK,
     CANVAS,
     COLOURS,
     DIRECTIONS,
     LONG_SECONDS,
     MARK,
     PLACES,
+    SHAPES,
     SHORT_SECONDS,
     THINGS,
     Event,
@@ -109,6 +111,7 @@ class Phrasing:
     option: str = "{letter}. {text}"
     system: str = ""
     prefill: str = ""  # how the answer begins
+    when: str = ""  # the only question that is put so: when the one shape of a video appears; "" puts any question so
 
     def turn(self, question: Question) -> tuple[str, str]:
         """(what the user says, what the assistant answers) for a question with options."""
@@ -206,6 +209,19 @@ def facts(scene: Scene) -> list[Fact]:
     return found
 
 
+def appearance(scene: Scene) -> Fact | None:
+    """When the one shape of a long video appears, in English; None of other scenes.
+
+    Others are seconds at which a thing may appear, too, so that the numbers alone give nothing away.
+    """
+    if scene.kind != "long" or len(scene.events) > 1 or scene.events[0].thing.name not in SHAPES:
+        return None
+    start = int(scene.events[0].start)
+    others = (mark - before for mark in range(MARK, scene.seconds, MARK) for before in BEFORE_MARK)
+    told = tuple(f"{second} seconds" for second in others if abs(second - start) >= MARK)
+    return Fact("when", "when", "", f"{start} seconds", told)
+
+
 # The share of these questions that is asked: they are learnt from few examples.
 EASY = dict(duration=0.35, what=0.8, colour=0.5, first=0.75, last=0.75, first_colour=0.4, last_colour=0.4)
 
@@ -223,7 +239,11 @@ def some_facts(scene: Scene, count: int, rng: random.Random, every: bool = False
 def ask(fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
     """Ask a fact by multiple choice with the answer `letter` (one of "ABCD", "?" for any), or openly for ""."""
     about = str(fact.about) if isinstance(fact.about, int) else word(fact.about, language)
-    text = QUESTIONS[fact.question][LANGUAGES.index(language)].format(about)
+    return ask_in(QUESTIONS[fact.question][LANGUAGES.index(language)].format(about), fact, language, rng, letter)
+
+
+def ask_in(text: str, fact: Fact, language: str, rng: random.Random, letter: str = "") -> Question:
+    """`ask` in words that the caller gives."""
     if not letter:
         return Question(fact.kind, language, text, word(fact.answer, language))
     near, far = fact.others[: fact.preferred][:3], fact.others[fact.preferred :]

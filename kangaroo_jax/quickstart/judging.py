@@ -26,7 +26,10 @@ _A_LENGTH, _LENGTHS = 24, 9  # questions of the needles about a length, and leng
 
 
 def phrasings() -> tuple[Phrasing, ...]:
-    """How benchmarks put a question with lettered options, each in its first style; no two are alike."""
+    """How benchmarks put a question with lettered options, each in its first style; no two are alike.
+
+    The last asks when a needle appears, which is all that its words ask.
+    """
     found = []
     for styles in WORDINGS.values():
         kinds = next(iter(styles.values()))
@@ -37,6 +40,9 @@ def phrasings() -> tuple[Phrasing, ...]:
             continue
         if "{question}" in wording.text and "{options}" in wording.text:
             found.append(Phrasing(wording.text, wording.option, wording.system, wording.prefill))
+    timed = next(iter(WORDINGS["needle-time"].values()))[""]
+    asked, options, rest = timed.text.partition("\n{options}")
+    found.append(Phrasing("{question}" + options + rest, timed.option, timed.system, timed.prefill, when=asked))
     return tuple(dict.fromkeys(found))
 
 

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 
+from kangaroo_jax.corpus.conversations import write_records
 from kangaroo_jax.corpus.draw import RGB, Painter, load_scans, split_scans
 from kangaroo_jax.corpus.make import CorpusMixture, make_corpus, read_records
 from kangaroo_jax.corpus.scenes import (
@@ -25,6 +26,8 @@ from kangaroo_jax.corpus.scenes import (
 from kangaroo_jax.corpus.text import Phrasing, ask, caption, chinese_words, dense_caption, facts, middle_second, note
 from kangaroo_jax.corpus.warmup import LESSONS
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.benchmarks.needle import NEEDLE_TIME
+from kangaroo_jax.evaluation.benchmarks.question import Question
 from kangaroo_jax.evaluation.extraction.strict import extract_letter
 from kangaroo_jax.quickstart.judging import phrasings
 from kangaroo_jax.quickstart.report import FRAMES_SHOWN, pictures
@@ -292,8 +295,45 @@ def test_a_share_of_stages_4_and_5_is_put_in_the_words_of_benchmarks_and_nothing
 
 def test_the_quickstart_speaks_as_benchmarks_do():
     words = phrasings()
-    assert len(words) == 7 and any("Respond with only the letter" in phrasing.text for phrasing in words)
+    assert len(words) == 8 and any("Respond with only the letter" in phrasing.text for phrasing in words)
     assert {phrasing.prefill for phrasing in words} == {"", "Best option:(", "Best Option: ("}
+    assert [bool(phrasing.when) for phrasing in words] == [False] * 7 + [True]
+
+
+def test_long_videos_of_one_shape_are_asked_when_it_appears_and_nothing_else_changes(tmp_path):
+    media = dict.fromkeys(("images", "short", *(f"held_out/{name}" for name in ("images", "short", "long"))), [])
+    media["long"] = scenes("train", "long")
+    none = dict.fromkeys(("eval_image", "eval_short", "eval_long"), (0, 0))
+    plan = dataclasses.replace(TINY, longs=60, phrased=0.01, **none)
+    for name, words in (("without", phrasings()[:-1]), ("with", phrasings())):
+        (tmp_path / name).mkdir()
+        write_records(plan, 0, media, words, tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "with").iterdir())
+    changed = [f for f in files if (tmp_path / "with" / f).read_bytes() != (tmp_path / "without" / f).read_bytes()]
+    assert changed == ["stage5.jsonl"]
+    before, after = (read_records(tmp_path / name / "stage5.jsonl") for name in ("without", "with"))
+    asked = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert 5 < len(asked) < 30
+    wording, orders = NEEDLE_TIME.wording("plain", "choice"), set()
+    for record in asked:
+        scene = media["long"][int(record["video"][-9:-4])]
+        (event,) = scene.events
+        assert record["id"].endswith("-en-phrased") and event.thing.name in SHAPES
+        turns = [turn["value"].removeprefix("<video>\n") for turn in record["conversations"]]
+        said = dict(zip(turns[::2], turns[1::2], strict=True))
+        (choice,) = (question for question in said if "\nB. " in question)
+        options = tuple(re.findall(r"^[A-D]\. (.*)$", choice, re.MULTILINE))
+        assert choice == wording.prompt(Question("1", (), "", options))  # as the benchmark puts it
+        answer = extract_letter(said.pop(choice), "ABCD", options)
+        assert options["ABCD".index(answer)] == f"{event.start} seconds"
+        others = [int(option.split()[0]) for option in options if option != f"{event.start} seconds"]
+        assert all(abs(other - event.start) >= 10 and other < scene.seconds for other in others)
+        assert {other % 10 for other in others} <= {6, 7, 8}  # as those at which things appear: no hint
+        assert said.pop(wording.text.partition("\n{options}")[0]) == f"{event.start} seconds"
+        ((request, described),) = said.items()
+        assert request.startswith("Describe the video") and not extract_letter(described)
+        orders.add(turns.index(choice))
+    assert orders == {0, 2, 4}
 
 
 def test_a_finished_corpus_is_reused_and_others_are_refused(corpus, tmp_path):
