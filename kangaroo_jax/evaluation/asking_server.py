@@ -146,15 +146,16 @@ class _Asking:
         return await asyncio.shield(self._frames[name])
 
     def _request(self, task: Task, refs: Sequence[MediaRef], text: str, frames: Sequence[list[bytes]]) -> Request:
-        flat = tuple(frame for some in frames for frame in some)
-        video = not self._server.as_images and any(ref.kind == "video" for ref in refs)
+        """The request of a task; an image of the question stands behind its video."""
+        shown = sorted(zip(refs, frames, strict=True), key=lambda pair: pair[0].kind == "image")
+        timed = [] if self._server.as_images else [ref for ref in refs if ref.kind == "video"]
         return Request(
             f"{task.benchmark.name}@{task.style}",
             text,
             task.wording.system,
             max_tokens=task.max_new_tokens,
-            frames=flat,
-            frame_times=tuple(time for ref in refs for time in ref.times) if video else (),
+            frames=tuple(frame for _, some in shown for frame in some),
+            frame_times=tuple(time for ref in timed for time in ref.times),
             prefill=task.wording.prefill,
         )
 

@@ -117,9 +117,8 @@ class Endpoint:
     def _body(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> dict[str, Any]:
         content: Any = request.text
         if images or request.frames:
-            pictures = images if request.frame_times else (*images, *request.frames)
-            content = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in pictures]
-            content += [_video_part(request)] if request.frame_times else []
+            content = [*map(_image_part, images), *([_video_part(request)] if request.frame_times else [])]
+            content += map(_image_part, request.frames[len(request.frame_times) :])
             content.append({"type": "text", "text": request.text})
         messages = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {"model": self.model, "messages": [*messages, {"role": "user", "content": content}]}
@@ -205,9 +204,14 @@ async def _read_body(response: Any) -> None:
     response._content = b"".join(parts)
 
 
+def _image_part(image: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
+
+
 def _video_part(request: Request) -> dict[str, Any]:
     """The frames of a video in the form of vLLM, and their seconds, which `kangaroo serve` reads."""
-    encoded = ",".join(base64.b64encode(frame).decode() for frame in request.frames)
+    frames = request.frames[: len(request.frame_times)]
+    encoded = ",".join(base64.b64encode(frame).decode() for frame in frames)
     address = {"url": f"data:video/jpeg;base64,{encoded}"}
     return {"type": "video_url", "video_url": address, "frame_times": list(request.frame_times)}
 

@@ -17,8 +17,8 @@ class Request:
     paths of JPEG or PNG files that stand before the text, `schema` is a JSON schema that the answer must obey
     (None: plain text). `task` has the contents of the text for a rule-based backend; it is not in the cache key.
 
-    For endpoints alone: `frames` are JPEG files before the text, of a video where `frame_times` has their seconds, else
-    images; `prefill` is how the answer begins.
+    For endpoints alone: `frames` are JPEG files before the text, first those of a video, whose seconds are
+    `frame_times`, then images; `prefill` is how the answer begins.
     """
 
     prompt: str

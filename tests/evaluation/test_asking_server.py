@@ -16,6 +16,7 @@ from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS
 from kangaroo_jax.evaluation.checking import questions_of
 from kangaroo_jax.evaluation.prompting import tasks_of
 from kangaroo_jax.evaluation.samples import Samples
+from tests.evaluation.layouts import LAYOUTS
 
 pytestmark = pytest.mark.alone
 
@@ -86,6 +87,23 @@ def test_a_server_is_sent_frames_with_their_times_and_nothing_twice(server, data
     run(server, folder, tmp_path, "longvideobench", "--model=other", "--frames=4", "--as-images", before)
     assert len(server.seen) == 4
     assert [part["type"] for part in server.seen[-1]["messages"][0]["content"]] == ["image_url"] * 4 + ["text"]
+
+
+@pytest.mark.parametrize("flag", ("", "--as-images"))
+def test_an_image_of_a_question_is_no_frame_of_its_video(server, maker, tmp_path, flag):
+    LAYOUTS["videovista"][0](maker)
+    Image.new("RGB", (40, 40), (250, 0, 0)).save(tmp_path / "who.png")
+    rows = json.loads((tmp_path / "VideoVista.json").read_text())
+    maker.write("VideoVista.json", [rows[1] | {"image_name": "who.png"}])
+    (tmp_path / "relation_images").mkdir()
+    (tmp_path / "who.png").rename(tmp_path / "relation_images" / "who.png")
+    flags = ("--frames=3", *([flag] if flag else []))
+    assert run(server, tmp_path, tmp_path / "eval", "videovista", *flags)["score"] == 1.0
+    *video, image, text = server.seen[0]["messages"][0]["content"]
+    assert [part["type"] for part in video] == (["image_url"] * 3 if flag else ["video_url"])
+    assert flag or len(video[0]["frame_times"]) == video[0]["video_url"]["url"].count(",") == 3
+    shown = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2])))
+    assert shown.getpixel((16, 16))[0] > 200 and text["type"] == "text"
 
 
 def test_failures_are_rows_and_an_answer_is_begun(server, data, tmp_path, capsys):
