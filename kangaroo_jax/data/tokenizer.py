@@ -31,6 +31,7 @@ from kangaroo_jax.data.chat_format import (
     template_format,
     writes_llama3,
 )
+from kangaroo_jax.data.token_bytes import of_piece
 from kangaroo_jax.data.tokenizer_gguf import is_gguf, tokenizer_of
 from kangaroo_jax.data.tokenizer_json import open_json
 from kangaroo_jax.data.tokenizer_ranks import open_ranks
@@ -123,6 +124,7 @@ class Tokenizer:
     vision: int
     _encode: Callable[[str], list[int]] = dataclasses.field(repr=False)
     _decode: Callable[[list[int]], str] = dataclasses.field(repr=False)
+    _as_bytes: Callable[[int], bytes] = dataclasses.field(repr=False)
     _special: Mapping[int, str] = dataclasses.field(repr=False)
 
     def encode(self, text: str) -> list[int]:
@@ -135,6 +137,10 @@ class Tokenizer:
         Special tokens are left out, and so are ids without a token (a model may have more rows than the tokenizer).
         """
         return self._decode([i for i in map(int, ids) if self.shows(i)])
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text in UTF-8, maybe a part of a character; nothing if `decode` leaves it out."""
+        return self._as_bytes(token) if self.shows(token) else b""
 
     def shows(self, token: int) -> bool:
         """Whether `decode` has text for a token: it has none for special and unknown tokens."""
@@ -204,6 +210,7 @@ class _Read:
     special: Mapping[int, str]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    as_bytes: Callable[[int], bytes]
     flags: Mapping[str, Special]
     spans: Spans | None = None
 
@@ -217,7 +224,8 @@ def _from_json(path: Path, data: bytes, settings: ChatSettings) -> Tokenizer:
     if all(role in ids for role in _LLAMA3_ROLES):
         reserved = {role: reader.ordinary + LLAMA3_OFFSETS[role] for role in MARKS if role not in ids}
         ids |= {role: token for role, token in reserved.items() if token in reader.special}
-    read = _Read("json", size, reader.special, reader.encode, reader.decode, reader.flags, reader.spans)
+    text = (reader.encode, reader.decode, reader.as_bytes)
+    read = _Read("json", size, reader.special, *text, reader.flags, reader.spans)
     return _finished(path, read, ids, settings)
 
 
@@ -270,6 +278,7 @@ def _finished(path: Path, read: _Read, ids: Mapping[str, int], settings: ChatSet
         spans=read.spans,
         _encode=read.encode,
         _decode=read.decode,
+        _as_bytes=read.as_bytes,
         _special=special,
     )
 
@@ -296,12 +305,14 @@ def _by_template(path: Path, read: _Read, settings: ChatSettings, names: Mapping
 
 def _from_ranks(path: Path, data: bytes) -> Tokenizer:
     """A tiktoken file: a line of base64 bytes and a rank for each ordinary token; the specials follow them."""
-    count, encode, decode = open_ranks(path, data)
+    reader = open_ranks(path, data)
+    count = reader.ordinary
     special = {count + i: f"<|special_{i}|>" for i in range(LLAMA3_SPECIALS)}
     ids = {role: count + offset for role, offset in LLAMA3_OFFSETS.items()}
     special.update({token: SPECIAL_NAMES[role] for role, token in ids.items()})
     flags = {name: Special(token) for token, name in special.items()}
-    read = _Read("llama3_tiktoken", count + LLAMA3_SPECIALS, special, encode, decode, flags)
+    size = count + LLAMA3_SPECIALS
+    read = _Read("llama3_tiktoken", size, special, reader.encode, reader.decode, reader.as_bytes, flags)
     return _finished(path, read, ids, settings_beside(path))
 
 
@@ -342,6 +353,7 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
         special=special,
         encode=encode,
         decode=model.DecodeIds,
+        as_bytes=lambda token: of_piece(model.IdToPiece(token)),
         flags={name: Special(token) for token, name in special.items()},
     )
     return _finished(path, read, SENTENCEPIECE_IDS, settings_beside(path))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.data.chat_format import Special
+from kangaroo_jax.data.token_bytes import of_json
 from kangaroo_jax.errors import UserError, one_line
 from kangaroo_jax.system.json_text import parse_json
 
@@ -56,6 +57,7 @@ class JsonReader:
         encode: text to ids; special tokens in it become ordinary pieces, other added tokens match.
         spans: (ids, the place in the text of each) of text after other text.
         decode: ids to text.
+        as_bytes: the bytes of a token.
     """
 
     ordinary: int
@@ -65,6 +67,7 @@ class JsonReader:
     encode: Callable[[str], list[int]]
     spans: Callable[[str], tuple[list[int], Sequence[tuple[int, int]]]]
     decode: Callable[[list[int]], str]
+    as_bytes: Callable[[int], bytes]
 
 
 def open_json(path: Path, data: bytes, marks: Iterable[str]) -> JsonReader:
@@ -98,6 +101,7 @@ def open_json(path: Path, data: bytes, marks: Iterable[str]) -> JsonReader:
         found = _read_by(path, inner.encode, text, add_special_tokens=False)
         return found.ids, found.offsets
 
+    as_bytes = of_json(_parts(spec.get("decoder")), added)
     return JsonReader(
         ordinary=reader.get_vocab_size(with_added_tokens=False),
         added=added,
@@ -106,6 +110,7 @@ def open_json(path: Path, data: bytes, marks: Iterable[str]) -> JsonReader:
         encode=lambda text: _read_by(path, reader.encode, text, add_special_tokens=False).ids,
         spans=spans,
         decode=lambda tokens: _read_by(path, reader.decode, tokens, skip_special_tokens=False),
+        as_bytes=lambda token: as_bytes(token, reader.id_to_token(token) or ""),
     )
 
 

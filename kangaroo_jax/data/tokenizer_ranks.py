@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,8 +15,18 @@ _LONGEST_TEXT = 400_000
 _LONGEST_RUN = 25_000
 
 
-def open_ranks(path: Path, data: bytes) -> tuple[int, Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """(the number of ordinary tokens, what encodes, what decodes). Raises UserError for a damaged file."""
+@dataclasses.dataclass(frozen=True)
+class RanksReader:
+    """A tiktoken file in use; `ordinary` is the number of its tokens."""
+
+    ordinary: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    as_bytes: Callable[[int], bytes]
+
+
+def open_ranks(path: Path, data: bytes) -> RanksReader:
+    """Read a tiktoken file. Raises UserError for a damaged one."""
     import tiktoken
 
     ranks: dict[bytes, int] = {}
@@ -37,7 +48,12 @@ def open_ranks(path: Path, data: bytes) -> tuple[int, Callable[[str], list[int]]
     def encode(text: str) -> list[int]:
         return [i for part in _short_parts(text) for i in coder.encode_ordinary(part)]
 
-    return len(ranks), encode, lambda tokens: coder.decode(tokens, errors="replace")
+    return RanksReader(
+        ordinary=len(ranks),
+        encode=encode,
+        decode=lambda tokens: coder.decode(tokens, errors="replace"),
+        as_bytes=coder.decode_single_token_bytes,
+    )
 
 
 _RUNS = re.compile(rf"(?:\S{{1,{_LONGEST_RUN}}}|\s{{1,{_LONGEST_RUN}}})")

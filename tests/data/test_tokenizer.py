@@ -263,5 +263,18 @@ def test_sentencepiece_of_others_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "other.model")
 
 
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("kind", ["llama3", "json", "piece"])
+def test_bytes_of_tokens_joined_are_those_of_the_text(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, name: str
+) -> None:
+    if kind == "json":
+        tokenizer = load_tokenizer(train_json(tmp_path / "tokenizer.json", list(SPECIAL_NAMES.values())))
+    else:
+        tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(TEXTS[name])
+    assert b"".join(map(tokenizer.bytes_of, [tokenizer.vision, *ids, tokenizer.eot, 10**6])) == TEXTS[name].encode()
+
+
 def test_lone_surrogates_do_not_stop_anything(piece: Tokenizer) -> None:
     assert piece.decode(piece.encode("a\ud800b")) == "a?b"
