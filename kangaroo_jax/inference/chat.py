@@ -28,6 +28,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.hub import local
 from kangaroo_jax.inference.adapters import load_adapted
 from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.grammars import Grammar, Grammars
 from kangaroo_jax.inference.history import History, ask, conversation
 from kangaroo_jax.inference.memories import check_kv_dtype
 from kangaroo_jax.inference.programs import Programs
@@ -118,6 +119,7 @@ class Kangaroo:
 
     Attributes:
         weights_id: names the numbers of the weights, their dtype and how they are quantised.
+        grammars: makes forms that `submit` gives an answer.
     """
 
     def __init__(
@@ -152,7 +154,8 @@ class Kangaroo:
             mesh=mesh,
             kv_dtype=kv_dtype,
         )
-        self._end = weakref.finalize(self, _close, self.engine, self._decoder, self._given)
+        self.grammars = Grammars(tokenizer, self.engine.programs.vocabulary)
+        self._end = weakref.finalize(self, _close, self.engine, self.grammars, self._decoder, self._given)
 
     @classmethod
     def load(
@@ -327,9 +330,10 @@ class Kangaroo:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Ticket:
         """The engine's ticket for the answer to a conversation that ends with the user's turn. Raises UserError."""
-        options: dict[str, Any] = dict(stop=tuple(stop), logprobs=logprobs)
+        options: dict[str, Any] = dict(stop=tuple(stop), logprobs=logprobs, grammar=grammar)
         options["stop_ids"] = tuple(stop_ids) or self.tokenizer.stop_ids
         return self._submit(self.recipe(conversation), max_new_tokens, sampling or Sampling(), **options)
 
@@ -425,8 +429,9 @@ class Kangaroo:
         return self.engine.submit(request)
 
 
-def _close(engine: Engine, decoder: ThreadDecoder, given: Spool) -> None:
+def _close(engine: Engine, grammars: Grammars, decoder: ThreadDecoder, given: Spool) -> None:
     engine.close()
+    grammars.close()
     decoder.close()
     given.close()
 

@@ -246,12 +246,13 @@ class Engine:
         self._counts.clear()
 
     def _drop(self) -> None:
-        """End requests that were cancelled, or whose media cannot be read."""
+        """End requests that were cancelled, whose media cannot be read, or whose grammar ends or cannot be followed."""
         for run in self._queue.everybody():
-            error = next((watched.error for watched in run.watched if watched.error is not None), None)
-            if run.ticket.cancelled:
-                self._end(run, "cancelled")
-            elif error is not None and run not in self._queue.running:
+            running = run in self._queue.running
+            error = run.follow(self._awake.set) if running else run.medium_error()
+            if run.ticket.cancelled or run.at_end:
+                self._end(run, "cancelled" if run.ticket.cancelled else "stop")
+            elif error is not None:
                 self._fail(run, error)
 
     # ------------------------------------------------------------------------------------- prompts
@@ -315,7 +316,7 @@ class Engine:
     def _step(self) -> bool:
         """Let every conversation read a token, then see what the step before chose."""
         before, self._under_way = self._under_way, None
-        wanted = tuple(run for run in self._queue.running if run.dispatched < run.limit)
+        wanted = tuple(run for run in self._queue.running if run.may_step())
         if wanted:
             self._under_way = self._guarded(wanted, lambda: self._dispatch(wanted))
         if before is not None:
@@ -347,7 +348,7 @@ class Engine:
         numbers = np.zeros((5, len(rows)), np.int32)
         numbers[0] = -1
         spares, self._spares = self._spares, []  # used up
-        held = []
+        held, allowed = [], {}
         for row, run in enumerate(rows):
             if run is None:
                 held.append(spares.pop())
@@ -358,11 +359,12 @@ class Engine:
                 penalised = run.request.sampling.penalises
                 text = run.request.tokens[~run.request.is_vision]
                 run.seen = programs.nothing_seen(seen_in_prompt(text, programs.vocabulary) if penalised else None)
-            source = -1 if not run.dispatched else run.row
-            numbers[:, row] = source, run.request.tokens[-1], slot.filled, slot.in_tail, run.dispatched
+            numbers[:, row] = *run.fed(), slot.filled, slot.in_tail, run.dispatched
             held.append((slot.tail, run.seen))
+            if run.allowed is not None:
+                allowed[row], run.allowed = run.allowed, None
         tails, seen = zip(*held, strict=True)
-        chosen, tails, seen = programs.decode(larges, tails, seen, self._last, numbers, self._choices_of(rows))
+        chosen, tails, seen = programs.decode(larges, tails, seen, self._last, numbers, self._choices_of(rows), allowed)
         for row, run in enumerate(rows):
             if run is None:
                 spares.append((tails[row], seen[row]))
@@ -382,7 +384,8 @@ class Engine:
         if self._choices is None or self._choices[0] != rows:
             samplings = [Sampling() if run is None else run.request.sampling for run in rows]
             wants = [run is not None and run.request.logprobs is not None for run in rows]
-            choices = self.programs.choices(Choices.of(samplings, wants, self.programs.vocabulary))
+            guided = [run is not None and run.guide is not None for run in rows]
+            choices = self.programs.choices(Choices.of(samplings, wants, guided, self.programs.vocabulary))
             self._choices = rows, choices
         return self._choices[1]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Int32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8, UInt32
 
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.inference.memories import Chunk, Layers, Part, Step, filled_up, write_tails
@@ -104,6 +104,7 @@ def _decode(
     previous: Int32[Array, " {most}"],
     numbers: Int32[Array, "5 B"],
     choices: Choices,
+    allowed: UInt32[Array, "B W"],
     *,
     most: int,
 ) -> tuple[Chosen, tuple[Tail, ...], tuple[Int32[Array, " V"], ...]]:
@@ -119,7 +120,7 @@ def _decode(
     hidden, steps = model.llm.read(embeddings, positions, steps)
     hidden, steps = jax.lax.optimization_barrier((hidden, steps))
     logits = _logits(model, hidden[:, 0])[: len(larges)]
-    chosen = choose(logits, seen, index, choices)
+    chosen = choose(logits, seen, index, choices, allowed)
     counted = [constrain(row.at[chosen.tokens[i]].add(1), (None,)) for i, row in enumerate(seen)]
     padded = constrain(jnp.pad(chosen.tokens, (0, most - len(larges))), (None,))
     return dataclasses.replace(chosen, tokens=padded), write_tails(tails, steps), tuple(counted)

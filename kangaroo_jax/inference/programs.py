@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.inference.functions import FUNCTIONS, Structure, Weights
 from kangaroo_jax.inference.memories import TAILS, Layers, Part, check_kv_dtype
-from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling
+from kangaroo_jax.inference.sampling import Choices, Chosen, Sampling, words
 from kangaroo_jax.inference.sizes import TAIL, Key, Rows, Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.sharding import mesh_scope, sharding
@@ -67,6 +67,7 @@ class Programs:
         self.frames_a_call = -(-sizes.frames // joined) * joined
         self._store = _store(self._structure)
         self._no_vision: dict[int, jax.Array] = {}
+        self._none_guided: dict[int, jax.Array] = {}
 
     # -------------------------------------------------------------------------------- what is compiled
 
@@ -113,11 +114,12 @@ class Programs:
     def _step_example(self, classes: Rows) -> tuple[Any, ...]:
         larges = tuple(self._shape_of_part(capacity) for capacity, count in classes for _ in range(count))
         rows = len(larges)
-        choices = Choices.of([Sampling()] * rows, [False] * rows, self.vocabulary)
+        choices = Choices.of([Sampling()] * rows, [False] * rows, [False] * rows, self.vocabulary)
         seen = self._shape((self.vocabulary,), (None,), np.int32)
         previous, numbers = self._shape((self.sizes.most_rows,), (None,), np.int32), np.zeros((5, rows), np.int32)
         tails = (self._shape_of_tail(),) * rows
-        return self._weights, larges, tails, (seen,) * rows, previous, numbers, self.choices_shape(choices)
+        allowed = self._shape((rows, words(self.vocabulary)), (None, None), np.uint32)
+        return self._weights, larges, tails, (seen,) * rows, previous, numbers, self.choices_shape(choices), allowed
 
     def _program(self, key: Key, arguments: Sequence[Any]) -> Any:
         program = self._store.programs.get(key)
@@ -197,15 +199,18 @@ class Programs:
         previous: jax.Array,
         numbers: np.ndarray,
         choices: Choices,
+        allowed: Mapping[int, np.ndarray],
     ) -> tuple[Chosen, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """One token of each row, which stand by classes, ascending. `tails` and `seen` are used up, and come back.
 
         numbers int32[5, B]: the row of `previous` in which a row's token is, or -1; the token itself in that case;
         tokens in the large part and in the tail; the place of the token to choose in its answer.
+        allowed: by rows that are `Choices.guided`, uint32[W] with a bit for each token that may come.
         """
         classes = itertools.groupby(large[0].tokens for large in larges)
         key = ("decode", *itertools.chain(*((capacity, len(list(rows))) for capacity, rows in classes)))
-        arguments = (self._weights, tuple(larges), tuple(tails), tuple(seen), previous, numbers, choices)
+        bits = self._allowed(len(larges), allowed)
+        arguments = (self._weights, tuple(larges), tuple(tails), tuple(seen), previous, numbers, choices, bits)
         chosen, tails, seen = self._run(key, *arguments)
         return chosen, tuple(tails), tuple(seen)
 
@@ -287,6 +292,17 @@ class Programs:
     def _put(self, array: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
         placed: jax.Array = jax.device_put(array, shape.sharding)
         return placed
+
+    def _allowed(self, rows: int, allowed: Mapping[int, np.ndarray]) -> jax.Array:
+        shape = self._shape((rows, words(self.vocabulary)), (None, None), np.uint32)
+        if not allowed:
+            if rows not in self._none_guided:
+                self._none_guided[rows] = self._zeros(shape)
+            return self._none_guided[rows]
+        bits = np.zeros(shape.shape, np.uint32)
+        for row, mine in allowed.items():
+            bits[row] = mine
+        return self._put(bits, shape)
 
     def _vision(self, size: int, rows: np.ndarray | None) -> jax.Array | np.ndarray:
         if rows is None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.inference.grammars import Grammar
 from kangaroo_jax.inference.sampling import MOST_LOGPROBS, Sampling
 
 
@@ -38,6 +39,7 @@ class Request:
     logprobs: int | None = None  # of the chosen tokens, and of so many likeliest ones
     begun: bool = False  # whether the prompt ends with the beginning of the answer
     continuation: np.ndarray | None = None  # int32[M]: score these tokens in place of answering
+    grammar: Grammar | None = None  # of the answer
 
     def __post_init__(self) -> None:
         count = len(self.tokens)

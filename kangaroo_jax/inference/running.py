@@ -2,13 +2,16 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.given import GivenMedium
-from kangaroo_jax.inference.requests import Answer, Event, Logprob, Request, Ticket, Usage
+from kangaroo_jax.inference.grammars import Guide
+from kangaroo_jax.inference.requests import Answer, EngineError, Event, Logprob, Request, Ticket, Usage
 from kangaroo_jax.inference.sampling import Chosen
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.inference.slots import Slot
@@ -44,10 +47,14 @@ class Run:
     dispatched: int = 0  # steps
     row: int = 0  # in the last step
     seen: Any = None
+    guide: Guide | None = None
+    following: Future[np.ndarray | None] | None = None  # what its grammar allows at its next step, once it is known
+    allowed: np.ndarray | None = None  # that, uint32[W]
     chosen: list[int] = dataclasses.field(default_factory=list)  # tokens, the one that ended the answer included
     answered: list[int] = dataclasses.field(default_factory=list)  # those that are part of the answer
     text: str = ""
     logprobs: list[Logprob] = dataclasses.field(default_factory=list)
+    at_end: bool = False  # nothing can follow by its grammar
     ended: bool = False
     usage: Usage = dataclasses.field(default_factory=Usage)
     begun: float = dataclasses.field(default_factory=time.perf_counter)
@@ -55,6 +62,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.usage.prompt_tokens = len(self.request.tokens)
+        if self.request.grammar is not None:
+            self.guide = self.request.grammar.begin()
 
     @property
     def limit(self) -> int:
@@ -92,6 +101,10 @@ class Run:
                 break
         return bool(ready >= wanted)
 
+    def medium_error(self) -> Exception | None:
+        """Why one of its media cannot be read."""
+        return next((watched.error for watched in self.watched if watched.error is not None), None)
+
     def piece(self, sizes: Sizes, width: int, dtype: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """The next tokens int32[n], -1 for a vision token, and these [n, D], None where there are none."""
         first, last = self._next(sizes)
@@ -121,6 +134,34 @@ class Run:
         self.usage.prefill = when - self.placed
 
     # ------------------------------------------------------------------------------------ the answer
+
+    def may_step(self) -> bool:
+        """Whether it can choose another token now: one with a grammar must know what may follow the one before."""
+        return self.dispatched < self.limit and (self.guide is None or self.allowed is not None)
+
+    def follow(self, wake: Callable[[], None]) -> Exception | None:
+        """Find out what may follow by its grammar; the error if that cannot be. `wake` is called when it is found."""
+        if self.guide is None or self.allowed is not None or self.dispatched > len(self.chosen):
+            return None
+        if self.following is None:
+            self.following = self.guide.after(self.chosen[-1] if self.chosen else None)
+            self.following.add_done_callback(lambda _: wake())
+        if not self.following.done():
+            return None
+        following, self.following = self.following, None
+        error = following.exception()
+        if error is None:
+            self.allowed = following.result()
+            self.at_end = self.allowed is None
+        if error is None or isinstance(error, UserError):
+            return error
+        return EngineError(f"{type(error).__name__}: {error}")
+
+    def fed(self) -> tuple[int, int]:
+        """(the row of the last step that chose the token it reads next, or -1; else that token)."""
+        if self.guide is not None and self.chosen:
+            return -1, self.chosen[-1]
+        return -1 if not self.dispatched else self.row, int(self.request.tokens[-1])
 
     def token(self, token: int, logprobs: Sequence[np.ndarray] | None) -> str | None:
         """Take in the next token; why the answer is over with it, None where it goes on.

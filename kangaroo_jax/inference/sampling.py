@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt32
 
 from kangaroo_jax.conventions import AnyArray, Array
 from kangaroo_jax.errors import UserError
@@ -75,9 +75,12 @@ class Choices:
     bias_ids: AnyArray  # int32[B, MOST_BIASES]; V where there is none
     biases: AnyArray  # float32[B, MOST_BIASES]
     wants_logprobs: AnyArray  # bool[B]
+    guided: AnyArray  # bool[B]; whether a grammar says what may come
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling], wants_logprobs: Sequence[bool], vocabulary: int) -> "Choices":
+    def of(
+        cls, rows: Sequence[Sampling], wants_logprobs: Sequence[bool], guided: Sequence[bool], vocabulary: int
+    ) -> "Choices":
         """The settings of rows; `vocabulary` is V."""
         ids = np.full((len(rows), MOST_BIASES), vocabulary, np.int32)
         biases = np.zeros((len(rows), MOST_BIASES), np.float32)
@@ -95,6 +98,7 @@ class Choices:
             bias_ids=ids,
             biases=biases,
             wants_logprobs=np.array(wants_logprobs, np.bool_),
+            guided=np.array(guided, np.bool_),
         )
 
 
@@ -119,15 +123,33 @@ def seen_in_prompt(tokens: np.ndarray, vocabulary: int) -> Int32[np.ndarray, " V
     return seen
 
 
+def words(vocabulary: int) -> int:
+    """W: words of 32 bits that have a bit for each token."""
+    return -(-vocabulary // 32)
+
+
 def choose(
-    logits: Float32[Array, "B V"], seen: Sequence[Int32[Array, " V"]], index: Int32[Array, " B"], choices: Choices
+    logits: Float32[Array, "B V"],
+    seen: Sequence[Int32[Array, " V"]],
+    index: Int32[Array, " B"],
+    choices: Choices,
+    allowed: UInt32[Array, "B W"],
 ) -> Chosen:
     """The next token of each row, by its own settings alone.
 
     `seen`: for each row what `seen_in_prompt` gave, and one more for each token of the answer. `index`: the place of
-    the token in the answer; the random key is of the seed and this alone.
+    the token in the answer; the random key is of the seed and this alone. `allowed`: a bit for each token, the lowest
+    first, 1 where it may come; of rows that are `guided`.
     """
+
+    def of_grammars(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+        token = np.arange(logits.shape[1])
+        bits = (allowed[:, token // 32] >> (token % 32).astype(np.uint32)) & 1
+        masked: jax.Array = jnp.where((bits == 1) | ~choices.guided[:, None], logits, -jnp.inf)
+        return masked
+
     changed = penalised(logits, seen, choices)
+    changed = jax.lax.cond(jnp.any(choices.guided), of_grammars, lambda logits: logits, changed)
     greedy = choices.temperature < GREEDY_BELOW
     likeliest = jnp.argmax(changed, axis=-1).astype(jnp.int32)
 

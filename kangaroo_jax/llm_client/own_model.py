@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,20 @@ _loading = threading.Lock()
 class OwnModel:
     """A model that training wrote. Its engine answers what is asked at the same time together.
 
-    It has no structured outputs: an answer to a request with a schema is only checked.
+    An answer to a request with a schema has its form, with `structured`; else it is only checked.
     """
 
     cached = True
 
-    def __init__(self, name: str, checkpoint: str, *, batch_size: int = 16, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        checkpoint: str,
+        *,
+        batch_size: int = 16,
+        structured: bool = True,
+        settings: Mapping[str, Any],
+    ) -> None:
         """`batch_size`: answers under way at a time; `settings`: temperature, top_p and seed.
 
         Raises UserError if there is no checkpoint.
@@ -30,6 +39,7 @@ class OwnModel:
         folder = _folder_of(checkpoint)
         self._path = str(folder)
         self.model = f"kangaroo:{folder.parent.name}/{folder.name}@{folder.stat().st_mtime_ns}"
+        self._structured = structured
         self._turns = asyncio.Semaphore(batch_size)
 
     async def complete(self, request: Request, images: tuple[bytes, ...], max_tokens: int, attempt: int) -> Completion:
@@ -41,13 +51,13 @@ class OwnModel:
         asked = Conversation(request.prompt, (Turn("user", text),), media)
         async with self._turns:
             try:
-                answer = await _answer(await asyncio.to_thread(self._ask, asked, max_tokens))
+                answer = await _answer(await asyncio.to_thread(self._ask, asked, request.schema, max_tokens))
             except UserError as error:
                 raise Failure("input", str(error), transient=False) from None
         reason = "length" if answer.finish_reason == "length" else "stop"
         return Completion(answer.text.strip(), reason, answer.usage.prompt_tokens, len(answer.ids))
 
-    def _ask(self, asked: Any, max_tokens: int) -> Any:
+    def _ask(self, asked: Any, schema: Mapping[str, Any] | None, max_tokens: int) -> Any:
         """The engine's ticket. Loads the model for the first one."""
         from kangaroo_jax.inference.sampling import Sampling
 
@@ -55,7 +65,10 @@ class OwnModel:
         sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_p", 0.9), settings.get("seed", 0))
         with _loading:  # of those who come at the same time one loads it
             model = _load(self._path)
-        return model.submit(asked, sampling, max_new_tokens=max_tokens)
+        grammar = None
+        if schema is not None and self._structured:
+            grammar = model.grammars.of("json_schema", json.dumps(schema))
+        return model.submit(asked, sampling, max_new_tokens=max_tokens, grammar=grammar)
 
     async def close(self) -> None:
         """See `Backend`."""

@@ -117,7 +117,8 @@ def make_backend(name: str, config: ConfigDict) -> Backend:
     if config.kind == "kangaroo":
         from kangaroo_jax.llm_client.own_model import OwnModel
 
-        return OwnModel(name, config.checkpoint, batch_size=config.batch_size, settings=sampling)
+        structured = config.structured
+        return OwnModel(name, config.checkpoint, batch_size=config.batch_size, structured=structured, settings=sampling)
     from kangaroo_jax.llm_client.corpus_rules import SceneRules
 
     return SceneRules(name, config.corpus, settings={"view": config.view})

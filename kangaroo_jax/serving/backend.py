@@ -14,6 +14,7 @@ from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.hub import local
 from kangaroo_jax.inference.engine import Engine
+from kangaroo_jax.inference.grammars import Grammars
 from kangaroo_jax.inference.memories import check_kv_dtype
 from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.serving.limits import MIB, Limits
@@ -32,6 +33,7 @@ class Backend:
     prompts: Prompts
     context: int  # tokens of a conversation
     decoder: ProcessDecoder
+    grammars: Grammars
     adapters: Mapping[str, Engine] = dataclasses.field(default_factory=dict)  # by the name of their model
 
     def engine_of(self, name: str) -> Engine:
@@ -54,6 +56,7 @@ class Backend:
         """End the engines and the processes."""
         for one in (self.engine, *self.adapters.values()):
             one.close()
+        self.grammars.close()
         self.decoder.close()
 
 
@@ -124,7 +127,8 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     step("rehearsing")
     rehearse((engine, *adapters.values()), prompts, limits, context, max(choices.slots, choices.workers))
     step(f"ready, {programs} programs")
-    return Backend(engine, loaded.tokenizer, prompts, context, decoder, adapters)
+    grammars = Grammars(loaded.tokenizer, engine.programs.vocabulary)
+    return Backend(engine, loaded.tokenizer, prompts, context, decoder, grammars, adapters)
 
 
 @dataclasses.dataclass(frozen=True)

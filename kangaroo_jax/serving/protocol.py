@@ -11,6 +11,7 @@ from typing import Any
 
 from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.serving.failures import ApiError
+from kangaroo_jax.serving.forms import Form, form_of
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.reading import Fields, as_numbers, as_text
 
@@ -34,9 +35,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("functions", (None, [])),
     ("tool_choice", (None, "none", "auto")),
     ("function_call", (None, "none", "auto")),
-    ("response_format", (None, {"type": "text"})),
-    ("structured_outputs", (None,)),
-    *((f"guided_{kind}", (None,)) for kind in ("json", "regex", "choice", "grammar")),
+    ("guided_grammar", (None,)),
     ("modalities", (None, [], ["text"])),
     ("audio", (None,)),
     ("prediction", (None,)),
@@ -128,6 +127,7 @@ class ChatRequest:
     stop_ids: tuple[int, ...]
     ignore_eos: bool
     logprobs: int | None  # likeliest tokens to tell beside each; None: no log-probabilities
+    form: Form | None  # of the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +185,7 @@ def chat_request(body: Any, limits: Limits) -> ChatRequest:
         stop_ids=_ids(fields, "stop_token_ids", MOST_STOP_IDS),
         ignore_eos=fields.flag("ignore_eos"),
         logprobs=(top or 0) if wants else None,
+        form=form_of(fields),
     )
     return dataclasses.replace(request, prompt=_prompt(fields, limits, (*options.unknown(),)))
 

@@ -5,6 +5,7 @@ What is refused or has no effect here is left out; fields that are not named are
 
 from typing import Any
 
+from kangaroo_jax.serving.forms import MOST_CHOICES
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.protocol import (
     LONGEST_NAME,
@@ -17,6 +18,28 @@ from kangaroo_jax.serving.protocol import (
 
 Schema = dict[str, Any]
 
+_SCHEMA: Schema = {"type": "object", "description": "a JSON schema"}
+_CHOICES: Schema = {
+    "type": "array",
+    "items": {"type": "string", "minLength": 1},
+    "minItems": 1,
+    "maxItems": MOST_CHOICES,
+}
+_FORMATS: list[Schema] = [
+    {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "json_object"]}}},
+    {
+        "type": "object",
+        "required": ["type", "json_schema"],
+        "properties": {
+            "type": {"const": "json_schema"},
+            "json_schema": {
+                "type": "object",
+                "required": ["schema"],
+                "properties": {"name": {"type": "string"}, "strict": {"type": "boolean"}, "schema": _SCHEMA},
+            },
+        },
+    },
+]
 _FLAG: Schema = {"type": ["boolean", "null"]}
 _ERROR: Schema = {
     "type": "object",
@@ -62,6 +85,8 @@ def chat(limits: Limits) -> Schema:
         "stop_token_ids": {"type": ["array", "null"], "items": _whole(0, 2**31 - 1), "maxItems": MOST_STOP_IDS},
         "ignore_eos": _FLAG,
         "logprobs": _FLAG,
+        "response_format": {"anyOf": [{"type": "null"}, *_FORMATS]},
+        "structured_outputs": _object({"json": _SCHEMA, "regex": {"type": "string"}, "choice": _CHOICES}),
         "top_logprobs": _whole(0, MOST_LOGPROBS),
         "stream_options": _object({"include_usage": _FLAG}),
     }

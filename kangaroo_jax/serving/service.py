@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.inference.grammars import Grammar
 from kangaroo_jax.inference.requests import Answer, EngineError, Event, Request, Ticket
 from kangaroo_jax.inference.sampling import Sampling
 from kangaroo_jax.serving.admission import Admission
 from kangaroo_jax.serving.answers import work_of
 from kangaroo_jax.serving.backend import Backend
 from kangaroo_jax.serving.failures import ApiError
+from kangaroo_jax.serving.forms import Form
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.media import RequestMedia
 from kangaroo_jax.serving.metrics import Metrics
@@ -190,6 +192,7 @@ class Service:
             owner=call.key,
             begun=prompt.continue_final_message,
             logprobs=request.logprobs,
+            grammar=None if request.form is None else await self._grammar(backend, request.form),
         )
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         running = Running(rendered, frames)
@@ -204,6 +207,12 @@ class Service:
             log.error("%s: %s", call.number, error)
             raise ApiError("the engine takes no requests", status=503, code="engine_failed") from None
         return running
+
+    async def _grammar(self, backend: Backend, form: Form) -> Grammar:
+        try:
+            return await self.in_thread(lambda: backend.grammars.of(form.kind, form.text))
+        except UserError as error:
+            raise ApiError(f"{form.field}: {error}", param=form.field) from None
 
     def answered(self, answers: list[Answer], rendered: Rendered, call: Call) -> dict[str, Any]:
         """Count finished answers; what their `kangaroo` field says."""

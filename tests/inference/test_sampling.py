@@ -9,7 +9,7 @@ import pytest
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import sampling
-from kangaroo_jax.inference.sampling import Choices, Sampling, seen_in_prompt
+from kangaroo_jax.inference.sampling import Choices, Sampling, seen_in_prompt, words
 
 V = 60
 choose, kept, penalised = jax.jit(sampling.choose), jax.jit(sampling.kept), jax.jit(sampling.penalised)
@@ -27,7 +27,12 @@ SETTINGS = [
 
 
 def choices(rows=SETTINGS, wants=False) -> Choices:
-    return Choices.of(rows, [wants] * len(rows), V)
+    return Choices.of(rows, [wants] * len(rows), [False] * len(rows), V)
+
+
+def anything(rows):
+    """No grammar says what may come."""
+    return jnp.zeros((rows, words(V)), jnp.uint32)
 
 
 def logits_of(seed: int, rows: int = len(SETTINGS)) -> np.ndarray:
@@ -93,12 +98,12 @@ def test_penalties_count_the_prompt_and_the_answer():
 def test_a_row_draws_the_same_alone_and_among_others_and_by_its_seed_and_place():
     logits, index = logits_of(1), np.arange(len(SETTINGS), dtype=np.int32) * 5
     seen = [jnp.zeros(V, jnp.int32)] * len(SETTINGS)
-    together = np.asarray(choose(logits, seen, index, choices()).tokens)
+    together = np.asarray(choose(logits, seen, index, choices(), anything(len(logits))).tokens)
     order = np.random.default_rng(0).permutation(len(SETTINGS))
-    turned = choose(logits[order], seen, index[order], choices([SETTINGS[i] for i in order]))
+    turned = choose(logits[order], seen, index[order], choices([SETTINGS[i] for i in order]), anything(len(order)))
     np.testing.assert_array_equal(turned.tokens, together[order])
     for row, setting in enumerate(SETTINGS):
-        alone = choose(logits[row : row + 1], seen[:1], index[row : row + 1], choices([setting]))
+        alone = choose(logits[row : row + 1], seen[:1], index[row : row + 1], choices([setting]), anything(1))
         assert int(alone.tokens[0]) == together[row]
         key = jax.random.fold_in(jax.random.key(setting.seed), int(index[row]))
         allowed = np.full(V, -np.inf)
@@ -114,12 +119,14 @@ def test_a_row_draws_the_same_alone_and_among_others_and_by_its_seed_and_place()
 def test_frequencies_are_those_of_the_softmax():
     count = 6000
     logits = jnp.log(jnp.array([[0.4, 0.05, 0.3, 0.2, 0.05]]))
-    row = Choices.of([Sampling(temperature=2.0, top_p=0.75, seed=5)], [False], 5)
+    row = Choices.of([Sampling(temperature=2.0, top_p=0.75, seed=5)], [False], [False], 5)
 
     @jax.jit
     @jax.vmap
     def draw(index):
-        return sampling.choose(logits, [jnp.zeros(5, jnp.int32)], index[None], row).tokens[0]
+        return sampling.choose(
+            logits, [jnp.zeros(5, jnp.int32)], index[None], row, jnp.zeros((1, 1), jnp.uint32)
+        ).tokens[0]
 
     want = np.sqrt([0.4, 0.0, 0.3, 0.2, 0.0])
     found = np.bincount(np.asarray(draw(np.arange(count, dtype=np.int32))), minlength=5)
@@ -129,7 +136,7 @@ def test_frequencies_are_those_of_the_softmax():
 def test_log_probabilities_are_the_models_own():
     logits = logits_of(3)
     seen = [jnp.zeros(V, jnp.int32)] * len(SETTINGS)
-    chosen = choose(logits, seen, np.zeros(len(SETTINGS), np.int32), choices(wants=True))
+    chosen = choose(logits, seen, np.zeros(len(SETTINGS), np.int32), choices(wants=True), anything(len(SETTINGS)))
     plain = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     tokens = np.asarray(chosen.tokens)
     np.testing.assert_allclose(chosen.logprobs, plain[np.arange(len(tokens)), tokens], atol=1e-5)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.llm_client import own_model
 from kangaroo_jax.llm_client.own_model import OwnModel
 from kangaroo_jax.llm_client.requests import Completion, Failure, Request
+from kangaroo_jax.llm_client.schemas import object_schema
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.training.checkpoint import Checkpoints
 from kangaroo_jax.training.step import TrainState
@@ -87,6 +89,22 @@ def test_a_bad_image_costs_its_own_request_alone(tmp_path, checkpoint):
     for answer in answers[1::2]:
         assert isinstance(answer, Failure) and answer.kind == "input" and "bad.png" in str(answer)
     assert all(isinstance(a, Completion) and 0 < a.completion_tokens <= 4 < a.prompt_tokens for a in answers[::2])
+
+
+def test_an_answer_has_the_form_of_its_schema(checkpoint):
+    pytest.importorskip("llguidance")
+    schema = object_schema(answer={"enum": ["left", "right"]}, sure={"type": "boolean"})
+    request = Request("v1", "Which way?", schema=schema)
+
+    async def ask(**options: bool) -> list[Completion]:
+        settings = {"temperature": 1.5}
+        backend = OwnModel("own", str(checkpoint), settings=settings, **options)
+        return await asyncio.gather(*(backend.complete(request, (), 40, attempt) for attempt in range(3)))
+
+    for completion in asyncio.run(ask()):
+        jsonschema.validate(json.loads(completion.text), schema)
+    with pytest.raises(ValueError):
+        json.loads(asyncio.run(ask(structured=False))[0].text)
 
 
 def test_who_stops_waiting_cancels_the_answer(checkpoint):

@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 from kangaroo_jax.data.media.video import probe_cached
+from kangaroo_jax.inference.grammars import Grammars
 from kangaroo_jax.inference.requests import Answer, Event, Logprob, Request, Ticket, Usage
 from kangaroo_jax.serving.backend import Backend
 from kangaroo_jax.serving.limits import Limits
@@ -74,4 +75,4 @@ def fake_backend(engine: FakeEngine, tokenizer, config, limits: Limits) -> Backe
     """A backend around it; `config` is `config.data`."""
     decoder = SimpleNamespace(replaced=2, close=lambda: None)
     prompts = Prompts(tokenizer, config, 2, 3, probe_cached, limits)
-    return Backend(engine, tokenizer, prompts, CONTEXT, decoder)  # type: ignore[arg-type]
+    return Backend(engine, tokenizer, prompts, CONTEXT, decoder, Grammars(tokenizer, tokenizer.vocab_size))  # type: ignore[arg-type]

@@ -206,6 +206,23 @@ def test_stop_strings_choices_and_logprobs(server: Server) -> None:
     assert tokens and all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in tokens)
 
 
+def test_answers_of_a_given_form(server: Server, films: Path) -> None:
+    schema = {"type": "object", "properties": {"moves": {"enum": ["left", "right"]}}, "required": ["moves"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    seen = about(f"file://{films}/a.mp4", "Which way?")
+    asked: dict[str, Any] = dict(max_tokens=60, response_format=form, temperature=1.0, seed=3)
+    whole = server.ask(seen, **asked)
+    assert json.loads(whole.choices[0].message.content)["moves"] in ("left", "right")
+    assert whole.choices[0].finish_reason == "stop"
+    assert text_of(server.ask(seen, stream=True, **asked)) == whole.choices[0].message.content
+    one = server.ask(seen, n=3, extra_body={"structured_outputs": {"choice": ["A", "B"]}})
+    assert {choice.message.content for choice in one.choices} <= {"A", "B"}
+    with pytest.raises(openai.BadRequestError) as error:
+        server.ask(seen, extra_body={"structured_outputs": {"regex": "(a"}})
+    assert error.value.param == "structured_outputs.regex" and "unclosed" in str(error.value)
+
+
 def test_a_mistake_in_a_medium_is_told_and_changes_nothing(server: Server, films: Path) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.ask(about(f"file://{films}/no.mp4"))

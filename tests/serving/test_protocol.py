@@ -161,8 +161,7 @@ def test_what_is_out_of_range_is_refused_by_name(fields: dict, param: str) -> No
     "fields",
     [
         {"tools": [{"type": "function"}]},
-        {"response_format": {"type": "json_object"}},
-        {"guided_json": {}},
+        {"guided_grammar": "start: /a/"},
         {"echo": True},
         {"use_beam_search": True},
         {"modalities": ["audio"]},
@@ -172,6 +171,45 @@ def test_what_is_out_of_range_is_refused_by_name(fields: dict, param: str) -> No
 def test_what_would_change_the_answer_is_refused_and_not_ignored(fields: dict) -> None:
     error = refused(**fields)
     assert error.code == "unsupported_parameter" and error.param in fields and "not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    "fields, kind, text",
+    [
+        ({"response_format": {"type": "text"}}, None, None),
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}},
+            "json_schema",
+            '{"type": "object"}',
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"choice": ["红", "b"]}}, "choice", '["红", "b"]'),
+        ({"guided_choice": ["a"]}, "choice", '["a"]'),
+        ({"guided_json": '{"type": "integer"}'}, "json_schema", '{"type": "integer"}'),
+    ],
+)
+def test_forms_of_answers(fields: dict, kind: str | None, text: str | None) -> None:
+    form = chat(**fields).form
+    assert (None, None) == (kind, text) if form is None else (form.kind, form.text) == (kind, text)
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": "json"}, "response_format"),
+        ({"structured_outputs": {"grammar": "a"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": {"a": "b" * 70_000}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "b"}, "guided_regex"),
+    ],
+)
+def test_forms_that_are_none_are_refused_by_name(fields: dict, param: str) -> None:
+    assert refused(**fields).param == param
 
 
 def test_what_asks_for_nothing_is_accepted_and_unknown_fields_are_dropped_by_name() -> None:

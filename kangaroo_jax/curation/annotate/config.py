@@ -21,7 +21,7 @@ def backend(kind: str = "endpoint", port: int = 8000) -> ConfigDict:
     c.base_url = f"http://127.0.0.1:{port}/v1"  # endpoint
     c.model = ""  # endpoint: the model's name on the server
     c.api_key_env = ""  # endpoint: the environment variable that holds the API key
-    c.structured = True  # endpoint: whether it supports response_format json_schema
+    c.structured = True  # endpoint, kangaroo: whether answers are given their schema's form, not only checked
     c.timeout = 120.0  # endpoint: seconds before a call fails
     c.checkpoint = ""  # kangaroo: a folder that training wrote
     c.batch_size = 16  # kangaroo: answers under way at a time
