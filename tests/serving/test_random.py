@@ -24,6 +24,7 @@ FIELDS = (
     "model messages max_tokens max_completion_tokens n stream stream_options temperature top_p top_k min_p seed stop "
     "presence_penalty frequency_penalty repetition_penalty logit_bias stop_token_ids ignore_eos logprobs top_logprobs "
     "media_io_kwargs mm_processor_kwargs add_generation_prompt continue_final_message cache_salt tools response_format "
+    "structured_outputs guided_json guided_regex guided_choice "
     "prompt add_special_tokens return_token_strs metadata colour"
 ).split()
 INNER = "role content type text image_url video_url video url uuid frame_times include_usage fps num_frames 5".split()
