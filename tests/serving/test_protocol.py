@@ -1,7 +1,12 @@
 """Requests as clients send them: what is understood, what is refused and in which words."""
 
+import base64
 import json
+import os
+import re
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,7 @@ from kangaroo_jax.serving.protocol import FrameWishes, MediaPart, chat_request, 
 from kangaroo_jax.serving.reading import parsed
 from kangaroo_jax.system.json_text import parse_json
 
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 LIMITS = Limits(max_media=4, max_listed_frames=8, max_choices=4)
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -39,6 +45,18 @@ def test_defaults_are_those_of_openai() -> None:
     assert (request.temperature, request.top_p, request.n, request.stream) == (1.0, 1.0, 1, False)
     assert (request.max_tokens, request.logprobs, request.seed, request.stop) == (None, None, None, ())
     assert request.prompt.add_generation_prompt and not request.prompt.continue_final_message
+
+
+def test_what_the_page_sends_by_curl_is_understood(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(bytes(range(256)) * 1000)  # more than the system takes as one argument
+    (tmp_path / "curl").write_text("#!/bin/sh\ncat\n")
+    (tmp_path / "curl").chmod(0o755)
+    [command] = re.findall(r"```bash\n(echo .*? curl .*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    sent = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    text, video = chat_request(parsed(sent.stdout), LIMITS).prompt.messages[0].parts
+    assert text == "What comes first?" and isinstance(video, MediaPart) and video.kind == "video"
+    assert base64.b64decode(video.addresses[0].partition(",")[2]) == (tmp_path / "clip.mp4").read_bytes()
 
 
 def test_what_lmms_eval_and_vlmevalkit_send() -> None:
