@@ -18,6 +18,7 @@ from jaxtyping import UInt32
 
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError, one_line
+from kangaroo_jax.inference.sampling import words
 from kangaroo_jax.system.installing import install_line
 
 KINDS = ("json_object", "json_schema", "regex", "choice")
@@ -33,8 +34,8 @@ _LIMITS = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000, "max_lexer_
 class Guide:
     """How far an answer has come in its grammar. For one thread at a time."""
 
-    def __init__(self, matcher: Any, pool: ThreadPoolExecutor) -> None:
-        self._matcher, self._pool = matcher, pool
+    def __init__(self, matcher: Any, words: int, pool: ThreadPoolExecutor) -> None:
+        self._matcher, self._words, self._pool = matcher, words, pool
 
     def after(self, token: int | None) -> Future[np.ndarray | None]:
         """What may come after the last token of the answer, None before the first: uint32[W] with a bit for each token.
@@ -48,7 +49,8 @@ class Guide:
             self._matcher.consume_token(token)
         allowed = None
         if not self._matcher.is_stopped():
-            allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            allowed = bits[: self._words]  # it has room for one token more
         if self._matcher.is_error():
             told = one_line(self._matcher.get_error().split("<state>")[0])[:160]
             raise UserError(f"the answer's grammar cannot be followed any further: {told}")
@@ -60,11 +62,12 @@ class Grammar:
     """A form of answers, compiled."""
 
     _matcher: Any
+    _words: int
     _pool: ThreadPoolExecutor
 
     def begin(self) -> Guide:
         """Follow it from its beginning."""
-        return Guide(self._matcher.deep_copy(), self._pool)
+        return Guide(self._matcher.deep_copy(), self._words, self._pool)
 
 
 class Grammars:
@@ -102,7 +105,7 @@ class Grammars:
             raise UserError(one_line(matcher.get_error().split("<state>")[0])[:300])
         for told in matcher.get_grammar_warnings():
             raise UserError(one_line(told)[:300])
-        return Grammar(matcher, self._pool)
+        return Grammar(matcher, words(self._vocabulary), self._pool)
 
     @functools.cached_property
     def _known(self) -> Any:

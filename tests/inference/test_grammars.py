@@ -16,7 +16,7 @@ from kangaroo_jax.data.tokenizer import load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference import sampling as sampling_module
 from kangaroo_jax.inference.grammars import LONGEST, Grammars
-from kangaroo_jax.inference.sampling import Choices, Sampling
+from kangaroo_jax.inference.sampling import Choices, Sampling, words
 
 SCHEMA = {
     "type": "object",
@@ -101,8 +101,15 @@ def test_a_grammar_that_is_too_hard_costs_its_own_request(kangaroo):
     assert len(plain.result(60).ids) == 20 and kangaroo.stats()["slots_busy"] == 0
 
 
+@pytest.mark.parametrize("vocabulary", [299, 300, 319, 320, 321])
+def test_every_vocabulary_has_a_bit_for_each_token(media, vocabulary):
+    grammars = Grammars(load_tokenizer(media / "tokenizer.model"), vocabulary)
+    assert grammars.of("regex", "a").begin().after(None).result(10).shape == (words(vocabulary),)
+    grammars.close()
+
+
 @pytest.mark.parametrize(
-    "kind, text, words",
+    "kind, text, told",
     [
         ("regex", "(a", "unclosed"),
         ("regex", "(?=a)b", "look-around"),
@@ -114,8 +121,8 @@ def test_a_grammar_that_is_too_hard_costs_its_own_request(kangaroo):
         ("regex", "a" * (LONGEST + 1), "characters"),
     ],
 )
-def test_what_is_no_grammar_is_told_in_a_line(grammars, kind, text, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_what_is_no_grammar_is_told_in_a_line(grammars, kind, text, told):
+    with pytest.raises(UserError, match=told) as error:
         grammars.of(kind, text)
     assert "\n" not in str(error.value)
 
