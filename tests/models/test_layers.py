@@ -109,6 +109,18 @@ def test_norms():
     assert RMSNorm(16, **options)(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_a_tpu_sums_for_a_norm_in_one_pass_and_to_the_same_values(monkeypatch):
+    norm = LayerNorm(16, eps=1e-6, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    x = np.random.default_rng(0).normal(20.0, 3.0, (5, 16)).astype(np.float32)
+    x[0] = 7.0  # without any variance
+    weight = np.random.default_rng(1).normal(size=x.shape)
+    results = lambda: (norm(x), jax.grad(lambda x: jnp.sum(norm(x) * weight[1:]))(x[1:]))  # noqa: E731
+    expected = results()
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    for found, value in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=2e-4)
+
+
 def test_resizing_a_grid():
     shrink, grow = resize_matrix(8, 4), resize_matrix(4, 8)
     for matrix in (shrink, grow):
