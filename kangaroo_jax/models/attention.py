@@ -96,6 +96,35 @@ def padding(implementation: str, length: int, head_dim: int) -> int:
     return -length % LANES
 
 
+def whole_frames(implementation: str, tokens: int, heads: tuple[int, ...]) -> bool:
+    """Whether `attention_of_frames` is for rows of so many tokens, of heads (N, H), here. Raises UserError."""
+    if choose(implementation, heads[1]) != "splash":
+        return False
+    from kangaroo_jax.models.attention_frames import fits
+
+    return fits(tokens, *heads)
+
+
+def attention_of_frames(
+    query: Array, key: Array, value: Array, cos: Any, sin: Any, tokens: int
+) -> Float[Array, "n T D"]:
+    """Full attention of a ViT's frames, [n, T, N * H] as products leave them; see `attention_frames.frames`.
+
+    Raises UserError where the frames do not divide by a mesh's devices.
+    """
+    from kangaroo_jax.models.attention_frames import frames
+
+    axes = (LAYOUTS["frames"][0], None, None)
+    if split_mesh() is not None and not divides(query.shape, axes):
+        raise UserError(f"attention 'splash': {len(query)} frames do not divide by {shards(axes[0])} devices")
+
+    def run(query: Array, key: Array, value: Array) -> Array:
+        return frames(query, key, value, cos, sin, tokens)
+
+    output: jax.Array = per_device(run, (axes,) * 3, axes)(query, key, value)
+    return output
+
+
 def choose(implementation: str, head_dim: int) -> str:
     """The implementation that a name (or `auto`) means on the platform compiled for. Raises UserError."""
     if implementation not in IMPLEMENTATIONS:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from kangaroo_jax.config import VisionConfig
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.models.attention import attention, padding
+from kangaroo_jax.models.attention import attention, attention_of_frames, padding, whole_frames
 from kangaroo_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -61,12 +61,17 @@ class Attention(nnx.Module):
             rotary = np.pad(cos, ((0, more), (0, 0)), constant_values=1.0), np.pad(sin, ((0, more), (0, 0)))
             ids = jnp.broadcast_to(jnp.arange(tokens + more) >= tokens, x.shape[:2]).astype(jnp.int32)
             segments = (ids, ids)
-        query = keep(rotate_pairs(self.query(x), *rotary), "query")
-        key = keep(rotate_pairs(self.key(x), *rotary), "key")
-        value = keep(self.value(x), "value")
-        how: dict[str, Any] = dict(implementation=self.implementation, layout="frames")
-        y = attention(query, key, value, segment_ids=segments, causal=False, **how)
-        return self.out(self.norm(y.reshape(x.shape)))[:, :tokens]
+        if whole_frames(self.implementation, x.shape[1], self.query.kernel.shape[-2:]):
+            query, key = keep(self.query.flat(x), "query"), keep(self.key.flat(x), "key")
+            y = attention_of_frames(query, key, keep(self.value.flat(x), "value"), *rotary, tokens)
+            y = keep(y, "context")
+        else:
+            query = keep(rotate_pairs(self.query(x), *rotary), "query")
+            key = keep(rotate_pairs(self.key(x), *rotary), "key")
+            value = keep(self.value(x), "value")
+            how: dict[str, Any] = dict(implementation=self.implementation, layout="frames")
+            y = attention(query, key, value, segment_ids=segments, causal=False, **how).reshape(x.shape)
+        return self.out(self.norm(y))[:, :tokens]
 
 
 class MLP(nnx.Module):

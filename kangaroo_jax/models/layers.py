@@ -105,6 +105,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
+        y = self._multiplied(x)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+    def flat(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x [..., inputs] -> [..., all outputs side by side], without a layout of their own on the way."""
+        y = self._multiplied(x).reshape(*x.shape[: x.ndim - self.contracted], -1)
+        return y + self.bias[...].reshape(-1).astype(x.dtype) if self.has_bias else y
+
+    def _multiplied(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Without the bias."""
         kernel = self.weight(x.dtype)
         # The smaller of the two moves: in generation, a token at a time, that is x.
         if shards("tokens") > 1 and x.size >= kernel.size:
@@ -116,7 +126,7 @@ class Linear(nnx.Module):
                 a = joined(a, (*self.axes[: self.contracted], None))
                 b = joined(b, (None, *self.axes[self.contracted :]))
             y += product(product(x, a, self.contracted), b, 1) * self.lora_scale
-        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+        return y
 
 
 def product(x: Array, kernel: Array, contracted: int) -> Array:

@@ -9,7 +9,7 @@ import re
 
 # Flags of libtpu that make it write the schedules of everything that it compiles into a folder.
 DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
-FILES = "*splash_*-final_bundles.txt"
+FILES = "*_*-final_bundles.txt"
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:L[BHE]|P[BF])?\s*:\s*((?:> ?)*)")
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")

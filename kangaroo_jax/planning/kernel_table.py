@@ -18,9 +18,10 @@ from kangaroo_jax.planning import bundles, hlo, kernels
 from kangaroo_jax.planning.kernels import Shape, Timed
 from kangaroo_jax.system.progress import Tell
 
-# (tokens, width of a head, causal, fused backward): the decoder's blocks of 512 and of 1,024, and the ViT's.
+# (tokens, width of a head, causal, fused backward): the decoder's blocks of 512 and of 1,024, and the ViT's kernels.
 CASES = ((4096, 128, True, True), (16384, 128, True, True), (1025, 64, False, True), (4096, 128, True, False))
 HEADS, KV_HEADS = 4, 2
+FRAMES = 64
 
 
 def run_kernels(topology: str, tell: Tell = print) -> None:
@@ -75,8 +76,9 @@ def _compile(arguments: argparse.Namespace) -> str:
     prepare_environment()
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
-    from kangaroo_jax.models import attention_splash
+    from kangaroo_jax.models import attention_frames, attention_splash
     from kangaroo_jax.sharding import make_mesh
 
     if not arguments.fused:
@@ -88,14 +90,27 @@ def _compile(arguments: argparse.Namespace) -> str:
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def loss(query: Any, key: Any, value: Any, weights: Any, segments: Any) -> Any:
-        found = attention_splash.splash(query, key, value, (segments, segments) if causal else None, causal=causal)
+    if causal:
+        query, key, ids = (
+            array(1, tokens, HEADS, width),
+            array(1, tokens, KV_HEADS, width),
+            array(1, tokens, dtype=jnp.int32),
+        )
+    else:
+        padded = -(-tokens // attention_frames.LANES) * attention_frames.LANES
+        query = key = array(FRAMES, padded, HEADS * width)
+        ids, table = None, np.zeros((padded, width // 2), np.float32)
+
+    def loss(query: Any, key: Any, value: Any, weights: Any, ids: Any) -> Any:
+        if causal:
+            found = attention_splash.splash(query, key, value, (ids, ids), causal=True)
+        else:
+            found = attention_frames.frames(query, key, value, table, table, tokens)
         return jnp.sum(found.astype(jnp.float32) * weights)
 
-    query, key = array(1, tokens, HEADS, width), array(1, tokens, KV_HEADS if causal else HEADS, width)
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     with jax.set_mesh(mesh):
-        traced = step.trace(query, key, key, query, array(1, tokens, dtype=jnp.int32))
+        traced = step.trace(query, key, key, query, ids)
         text: str = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     return text
 

@@ -12,12 +12,13 @@ import re
 from importlib import resources
 
 from kangaroo_jax.chips import Chip
+from kangaroo_jax.models.attention_frames import LANES, QUERIES
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.planning import hlo
 from kangaroo_jax.planning.bundles import Schedule
 
 # Matrix products of [T, S] with the head width in each kernel: forward, the two backward kernels, the fused one.
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5, "frames_fwd": 2, "frames_bwd": 5}  # the last two: a ViT's own
 TABLE = "kernels.jsonl"
 CLOCK_GHZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}  # peak over the products of a cycle
 CORES = {"v4": 2, "v5p": 2}  # of a chip; 1 for others
@@ -127,7 +128,13 @@ def call(visit: hlo.Visit) -> Call | None:
     """The attention kernel that an operation is, None for others."""
     operation, found = visit.operation, []
     scope = operation.scope
-    if operation.kind != "custom-call" or "splash_" not in scope or "tpu_custom_call" not in operation.text:
+    if operation.kind != "custom-call" or "tpu_custom_call" not in operation.text:
+        return None
+    if frames := next((kind for kind in ("frames_fwd", "frames_bwd") if kind in scope), ""):
+        n, length, width = visit.operand_shape(0)
+        pairs, blocks = n * width // LANES, (length, length, min(length, QUERIES))
+        return Call(frames, False, pairs, length, length, LANES, 1.0, blocks)  # of heads, as wide as one
+    if "splash_" not in scope:
         return None
     for name in operation.operands:
         dtype, shape = visit.computation[name].shapes[0]

@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+from kangaroo_jax.config import VisionConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models import attention as module
-from kangaroo_jax.models import attention_splash
+from kangaroo_jax.models import attention_frames, attention_splash
 from kangaroo_jax.models.attention import attention
 from kangaroo_jax.models.attention_context import halves_of
 from kangaroo_jax.models.attention_splash import splash, visited_share
+from kangaroo_jax.models.eva_clip import EvaClip
+from kangaroo_jax.models.layers import rotate_pairs
 from kangaroo_jax.sharding import make_mesh
 from tests.models.test_attention import operands, plain, segments_of
 
@@ -55,6 +59,47 @@ def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_bac
         monkeypatch.setattr(attention_splash, "FUSED_SHARE", share)
         for a, b in zip(jax.tree.leaves(value_and_gradients(run, qkv, weight)), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("tokens", [300, 384])
+def test_kernels_of_frames_equal_the_plain_formula_and_ignore_their_padding(monkeypatch, tokens):
+    monkeypatch.setattr(attention_frames, "QUERIES", 256)  # two parts, of which one is shorter
+    padded, heads = 384, 2
+    random = np.random.default_rng(0)
+    qkv = [jnp.asarray(random.normal(size=(2, padded, heads * 64)), jnp.float32) for _ in range(3)]
+    weight = random.normal(size=qkv[0].shape) * (np.arange(padded) < tokens)[:, None]
+    angles = random.normal(size=(padded, 32)).astype(np.float32)
+    tables = np.cos(angles), np.sin(angles)
+
+    def expected(*qkv):
+        query, key, value = (x.reshape(2, padded, heads, 64)[:, :tokens] for x in qkv)
+        query, key = (rotate_pairs(x, *(table[:tokens] for table in tables)) for x in (query, key))
+        y = plain(query, key, value, None).reshape(2, tokens, -1)
+        return jnp.pad(y, [(0, 0), (0, padded - tokens), (0, 0)])
+
+    run = lambda *x: attention_frames.frames(*x, *tables, tokens, interpret=True)  # noqa: E731
+    found, value = value_and_gradients(run, qkv, weight), value_and_gradients(expected, qkv, weight)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_an_encoder_of_heads_of_64_is_the_same_with_the_kernels_of_frames(monkeypatch):
+    config = VisionConfig(width=128, heads=2, depth=2, mlp_width=64, patch_size=14, pos_embed_grid=2)
+    frames = np.random.default_rng(0).integers(0, 255, (8, 28, 28, 3), np.uint8)
+
+    def run(attention):
+        encoder = EvaClip(config, rngs=nnx.Rngs(0), attention=attention)
+        return nnx.jit(lambda encoder: encoder(frames))(encoder)
+
+    expected = run("xla_chunked")
+    monkeypatch.setitem(module.PLATFORMS, "splash", ("cpu",))
+    calls = []
+    real = functools.partial(attention_frames.frames, interpret=True)
+    monkeypatch.setattr(attention_frames, "frames", lambda *x: calls.append(1) or real(*x))
+    with jax.set_mesh(make_mesh((1, 8, 1, 1))):
+        found = run("splash")
+    assert calls
+    np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("fused", [True, False])

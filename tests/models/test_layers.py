@@ -121,6 +121,15 @@ def test_a_tpu_sums_for_a_norm_in_one_pass_and_to_the_same_values(monkeypatch):
         np.testing.assert_allclose(found, value, atol=2e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_side_by_side_are_those_of_a_linear_map(bias):
+    linear = Linear((6,), (2, 4), ("embed", "heads", "head_dim"), bias=bias, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    if bias:
+        linear.bias[...] = jnp.arange(8.0).reshape(2, 4)
+    x = np.random.default_rng(0).normal(size=(3, 5, 6)).astype(np.float32)
+    np.testing.assert_array_equal(linear.flat(x), np.asarray(linear(x)).reshape(3, 5, 8))
+
+
 def test_resizing_a_grid():
     shrink, grow = resize_matrix(8, 4), resize_matrix(4, 8)
     for matrix in (shrink, grow):

@@ -144,6 +144,20 @@ metadata={op_name="jit(f)/splash_causal/splash_mqa_dq_segmented", x="\\"block_q_
     assert (found.items, found.length, found.keys, found.width, found.blocks) == (4, 2048, 2048, 128, (512, 512, 512))
 
 
+def test_the_kernels_of_frames_are_read_by_their_names_and_take_what_their_schedules_say():
+    text = """ENTRY %m (q: bf16[3,1152,1024]) -> bf16[3,1152,1024] {
+  %q = bf16[3,1152,1024] parameter(0)
+  %t = bf16[1152,128] parameter(1)
+  ROOT %o = bf16[3,1152,1024] custom-call(%q, %q, %q, %t, %t), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/vision/frames_fwd/pallas_call"}
+}"""
+    (found,) = filter(None, map(kernels.call, hlo.walk(text)))
+    assert found.flops == 2 * 2 * 3 * 16 * 1152 * 1152 * 64  # of sixteen heads of 64
+    timed = kernels.table()[found.shape("v6e")]
+    assert found.seconds(CHIPS["v6e"]) == pytest.approx(timed.schedule.cycles(24, 24, 24) / 1.75e9)
+    assert foretold(text, "v6e:1x1") == {"vision_attention": found.seconds(CHIPS["v6e"])}
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_the_table_of_kernels_is_what_the_compiler_makes_of_them(monkeypatch):
