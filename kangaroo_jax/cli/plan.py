@@ -21,6 +21,7 @@ def plan(
     cache: str = "",
     table: str = "",
     parts: bool = False,
+    before: str = "",
     profile_of: str = "",
     quantize: str | None = None,
     kv_dtype: str | None = None,
@@ -49,25 +50,24 @@ def plan(
         cache: folder for results, so that the same step is compiled only once
         table: only print a file of --json lines as a Markdown table
         parts: with --table, what the parts of a step are foretold to take
+        before: with --parts, a file of earlier lines: each stage and slice of both files that differ, before and after
         profile_of: an .xplane.pb, or its folder, of the stage: what it measured beside what is foretold
         quantize: with --mode=chat, int8 or int4: the decoder's weights
         kv_dtype: with --mode=chat, int8: keys and values
         slots: with --mode=chat, conversations at the same time; 1
         frames: with --mode=chat, frames of the video of a conversation; 0 or nothing: as many tokens as in training
     """
-    from kangaroo_jax.config_files import config_folder
     from kangaroo_jax.planning.compile import prepare_environment
 
     if table:
         from kangaroo_jax.planning.report import table_of_file
 
-        file = Path(table)
-        if not file.exists() and (of_clone := config_folder().parent / file).is_file():
-            file = of_clone
-        print(table_of_file(file, parts))
+        if before and not parts:
+            raise UserError("--before goes with --table=FILE --parts alone")
+        print(table_of_file(_here_or_in_clone(table), parts, _here_or_in_clone(before) if before else None))
         return
-    if parts:
-        raise UserError("--parts goes with --table=FILE alone")
+    if parts or before:
+        raise UserError(f"--{'parts' if parts else 'before'} goes with --table=FILE alone")
     require("plan", plan, topology=topology, config="all" if curriculum or mode == "kernels" else config)
     of_chat = {"quantize": quantize, "kv-dtype": kv_dtype, "slots": slots, "frames": frames}
     of_train = {"curriculum": curriculum, "search": search, "price-per-chip-hour": price_per_chip_hour}
@@ -110,6 +110,14 @@ def plan(
     )
     if code:
         raise SystemExit(code)
+
+
+def _here_or_in_clone(name: str) -> Path:
+    """A file, or the clone's where there is none of that name here."""
+    from kangaroo_jax.config_files import config_folder
+
+    of_clone = config_folder().parent / name
+    return of_clone if not Path(name).exists() and of_clone.is_file() else Path(name)
 
 
 def _check_mode(mode: str, of_chat: dict[str, Any], of_train: dict[str, Any]) -> None:

@@ -162,45 +162,59 @@ def table(plans: list[Plan], *, with_sum: bool) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def parts_table(plans: list[Plan]) -> str:
-    """Seconds of a step by part, foretold, as a Markdown table of the plans that have them."""
-    names = [
-        "stage",
-        "slice",
-        "mesh",
-        "remat",
-        *(part.replace("_", " ") for part in cycles.PARTS),
-        "step",
-        "MFU, causal",
-    ]
-    rows = [names, ["---"] * len(names)]
+def parts_table(plans: list[Plan], before: list[Plan] | None = None) -> str:
+    """Seconds of a step by part, foretold, as a Markdown table of the plans that have them.
+
+    With `before` only of those for whose stage and slice it has a plan that foretells another time, first that one.
+    """
+    names = ["stage", "slice", "mesh", "remat", *(part.replace("_", " ") for part in cycles.PARTS), "step"]
+    rows = [[*names, "MFU, causal"], ["---"] * (len(names) + 1)]
+    earlier = {(plan.stage, plan.topology): plan for plan in before or [] if plan.parts}
     for plan in plans:
-        if plan.foretold_seconds is not None and plan.foretold_mfu_causal is not None:
-            where = (plan.stage, plan.topology, "x".join(map(str, plan.mesh.values())), "/".join(plan.remat.values()))
-            parts = [f"{plan.parts[part]:.2f}" for part in cycles.PARTS]
-            rows.append([*where, *parts, f"{plan.foretold_seconds:.1f}", f"{100 * plan.foretold_mfu_causal:.1f}%"])
+        was = earlier.get((plan.stage, plan.topology))
+        if plan.parts and before is None:
+            rows.append(_parts_row(plan, plan.stage))
+        elif plan.parts and was is not None and was.parts != plan.parts:
+            rows += [_parts_row(was, f"{plan.stage}, before"), _parts_row(plan, "after")]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def table_of_file(path: Path, parts: bool = False) -> str:
+def _parts_row(plan: Plan, name: str) -> list[str]:
+    """The cells of a plan that has parts."""
+    where = [name, plan.topology, "x".join(map(str, plan.mesh.values())), "/".join(plan.remat.values())]
+    spent = [f"{plan.parts[part]:.2f}" for part in cycles.PARTS]
+    return [*where, *spent, f"{plan.foretold_seconds:.1f}", f"{100 * (plan.foretold_mfu_causal or 0):.1f}%"]
+
+
+def table_of_file(path: Path, parts: bool = False, before: Path | None = None) -> str:
     """The table of the plans in a file of `--json` lines, of one mode; with `parts`, that of a step's parts.
 
-    Raises UserError if it is no such file.
+    With `before`, a file of earlier plans, the parts of those that have changed.
+
+    Raises UserError if one is no such file.
     """
+    plans = _plans_of(path, "table")
+    if before is not None:
+        return parts_table(plans, _plans_of(before, "before"))
+    if plans and isinstance(plans[0], chat.ChatPlan):
+        return chat.table(plans)
+    return parts_table(plans) if parts else table(plans, with_sum=False)
+
+
+def _plans_of(path: Path, flag: str) -> list[Any]:
+    """The plans in a file that a flag names."""
     plans: list[Any] = []
     try:
         for kept in path.read_text(encoding="utf-8").splitlines():
             fields = json.loads(kept)
             plans.append(chat.ChatPlan(**fields) if fields.get("mode") == "chat" else Plan(**fields))
     except OSError as error:
-        raise UserError(f"--table={path}: {error.strerror}") from None
+        raise UserError(f"--{flag}={path}: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--table={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
+            f"--{flag}={path}, line {len(plans) + 1}: not a line of kangaroo plan --json ({error})"
         ) from None
     of_chat = [isinstance(plan, chat.ChatPlan) for plan in plans]
-    if any(of_chat) != all(of_chat):
-        raise UserError(f"--table={path}: lines of --mode=chat and of --mode=train; one table has one of them")
-    if any(of_chat):
-        return chat.table(plans)
-    return parts_table(plans) if parts else table(plans, with_sum=False)
+    if any(of_chat) != all(of_chat) or (flag == "before" and any(of_chat)):
+        raise UserError(f"--{flag}={path}: lines of --mode=chat and of --mode=train; one table has one of them")
+    return plans

@@ -205,6 +205,9 @@ def test_gpus_without_their_compiler_are_planned_by_formula(capsys, no_gpu_compi
         (["--config=stage3_refine", "--topology=v5e:4x8", "--mfu=2"], "--mfu=2"),
         (["--config=stage3_refine", "--topology=x:1"], "no chip 'x'"),
         (["--config=stage3_refine", "--topology=v5e:4x8", "--parts"], "--parts goes with --table=FILE"),
+        (["--config=stage3_refine", "--topology=v5e:4x8", "--before=x"], "--before goes with --table=FILE"),
+        (["--table=docs/plan_compiled.jsonl", "--before=docs/plan_before.jsonl"], "--table=FILE --parts"),
+        (["--table=docs/plan_compiled.jsonl", "--parts", "--before=docs/plan_chat.jsonl"], "--mode=chat and of"),
         (["--mode=kernels", "--topology=H100:8"], "schedules are read for v4, v5e, v5p, v6e, not H100"),
     ],
 )
@@ -246,6 +249,16 @@ def test_the_tables_of_the_docs_are_made_of_the_kept_plans(capsys, name):
     assert code == 0 and out.count("\n") > 4 and out in page
     code, out, error = run(capsys, f"--table={docs / name}", "--parts")
     assert code == 0 and (name != "plan_compiled.jsonl" or out in page)
+
+
+def test_what_has_changed_stands_before_and_after(capsys):
+    docs = Path(__file__).parents[2] / "docs"
+    where = f"--table={docs / 'plan_compiled.jsonl'}", "--parts"
+    code, out, _ = run(capsys, *where, f"--before={docs / 'plan_before.jsonl'}")
+    assert code == 0 and out in (docs / "plan.md").read_text(encoding="utf-8")
+    assert out.count(", before |") == out.count("| after |") == out.count("\n") // 2 - 1 > 4
+    code, out, _ = run(capsys, *where, f"--before={docs / 'plan_compiled.jsonl'}")
+    assert code == 0 and out.count("\n") == 2
 
 
 def test_a_file_that_is_no_table_is_told_by_its_line(capsys, tmp_path):
