@@ -247,6 +247,7 @@ class Kangaroo:
         top_p: float = 0.9,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
         do_sample: bool | None = None,
         video_path: Any = None,
         tokenizer: Any = None,
@@ -275,6 +276,7 @@ class Kangaroo:
             top_p: draw among the likeliest tokens that have this probability together.
             stop: strings that end the answer, and are no part of it.
             logprobs: also give the tokens' log-probabilities, and those of so many likeliest ones.
+            grammar: the answer's form, of `grammars`.
             do_sample: False is a temperature of 0; True without one is one of 0.6.
             video_path, tokenizer, eos_token_id: of the released model's call.
             sampling: seed, top_k, min_p, presence, frequency, repetition, bias; see `Sampling`.
@@ -304,6 +306,7 @@ class Kangaroo:
             stop=stop,
             stop_ids=ends,
             logprobs=logprobs,
+            grammar=grammar,
         )
         return answering if stream else (answering.reply, answering.history)
 
@@ -316,9 +319,10 @@ class Kangaroo:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Stream:
         """The answer to the last of `turns` (a history and what `ask` returns) as it comes. Raises UserError."""
-        options: dict[str, Any] = dict(stop=stop, stop_ids=stop_ids, logprobs=logprobs)
+        options: dict[str, Any] = dict(stop=stop, stop_ids=stop_ids, logprobs=logprobs, grammar=grammar)
         return Stream(self.submit(conversation(turns), sampling, max_new_tokens=max_new_tokens, **options), turns)
 
     def submit(

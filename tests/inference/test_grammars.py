@@ -87,6 +87,12 @@ def test_expressions_and_choices(kangaroo, kind, text, form):
     assert re.fullmatch(form, answer.text, re.S)
 
 
+def test_chat_takes_a_form(kangaroo, media):
+    form = kangaroo.grammars.of("choice", '["left", "right"]')
+    answer, history = kangaroo.chat(video=str(media / "a.mp4"), query="Which way?", grammar=form)
+    assert answer in ("left", "right") and history[-1]["text"] == answer
+
+
 def test_an_answer_that_is_cut_says_so(kangaroo):
     grammar = kangaroo.grammars.of("regex", "(ab){20}")
     answer = kangaroo.submit(ASKED, max_new_tokens=5, grammar=grammar).result(60)
