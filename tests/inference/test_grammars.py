@@ -62,6 +62,7 @@ def test_answers_have_the_form_of_a_schema_and_neighbours_say_what_they_say_alon
     schema = kangaroo.grammars.of("json_schema", json.dumps(SCHEMA))
     drawn = [Sampling(temperature=1.5, seed=seed) for seed in range(4)]
     alone = kangaroo.submit(ASKED, max_new_tokens=60).result(60)
+    formed = kangaroo.submit(ASKED, drawn[0], max_new_tokens=200, grammar=schema).result(60)
     plain = kangaroo.submit(ASKED, max_new_tokens=60)
     tickets = [kangaroo.submit(ASKED, sampling, max_new_tokens=200, grammar=schema) for sampling in drawn]
     texts = set()
@@ -70,7 +71,7 @@ def test_answers_have_the_form_of_a_schema_and_neighbours_say_what_they_say_alon
         assert answer.finish_reason == "stop"
         jsonschema.validate(json.loads(answer.text), SCHEMA)
         texts.add(answer.text)
-    assert len(texts) > 1 and plain.result(60).ids == alone.ids
+    assert plain.result(60).ids == alone.ids and tickets[0].result().ids == formed.ids and len(texts) > 1
 
 
 @pytest.mark.parametrize(
