@@ -110,9 +110,21 @@ def arranged(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np.nda
     return np.concatenate([_on_a_slice(inner, slices[index]) for index in sorted(slices)])
 
 
+def groups_of_rows(grid: np.ndarray) -> list[np.ndarray]:
+    """The devices of each group of rows, of a mesh's devices by its axes; they have its frames in their order."""
+    return list(grid.reshape(-1, *grid.shape[2:]))
+
+
 def hosts_of_rows(grid: np.ndarray) -> list[set[int]]:
     """The hosts (`process_index`) that have a device of each group of rows, of a mesh's devices by its axes."""
-    return [{device.process_index for device in group.flat} for group in grid.reshape(-1, *grid.shape[2:])]
+    return [{device.process_index for device in group.flat} for group in groups_of_rows(grid)]
+
+
+def frames_cut(sizes: Sequence[int], rows: int, frames: int) -> int:
+    """Into how many pieces the frames of a row are cut on a mesh of these sizes; neighbours may have the same piece."""
+    by_name = dict(zip(MESH_AXES, sizes, strict=True))
+    names = spec(FIELDS["frames"].axes[:2], (rows, frames), by_name)[1] or ()
+    return math.prod(by_name[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def _on_a_slice(sizes: tuple[int, int, int, int], devices: list[Any]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a host must decode, so that its chips do not wait: frames a second, CPUs, bytes to each device.
 
-Every host decodes the rows of which its devices hold a piece (`training.host_rows`), each medium in a thread of its
-own; `sharding.arranged` gives a row to as few hosts as can be.
+Every host decodes the frames that its devices hold (`training.host_rows`), of each medium in a thread of its own;
+`sharding.arranged` gives a row to as few hosts as can be.
 """
 
 import collections
@@ -13,7 +13,7 @@ from typing import Any
 from kangaroo_jax.chips import Slices
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.batches.stream import batches_ahead
-from kangaroo_jax.sharding import arranged, hosts_of_rows, mesh_sizes
+from kangaroo_jax.sharding import arranged, frames_cut, groups_of_rows, mesh_sizes
 
 # Frames of 480p H.264 that one CPU decodes in a second, by the slowest row of docs/data.md: 8 of a video of 20 minutes.
 FRAMES_A_CPU = 15.0
@@ -24,7 +24,7 @@ class Feeding:
     """What the neediest host decodes for a step, at a step's time."""
 
     hosts: int
-    hosts_of_a_row: int  # that all decode it
+    hosts_of_a_row: int  # each of which decodes a part of it
     frames_a_second: float  # of a host, where every row is full of frames
     frames_a_second_a_chip: float
     cpus_needed: float
@@ -34,7 +34,7 @@ class Feeding:
     advice: str = ""  # where the chips would wait
 
     def __str__(self) -> str:
-        again = f", each row by {self.hosts_of_a_row}" if self.hosts_of_a_row > 1 else ""
+        again = f", each row by {self.hosts_of_a_row} together" if self.hosts_of_a_row > 1 else ""
         line = (
             f"{self.frames_a_second:,.0f} frames a second on each of {self.hosts} hosts{again} "
             f"({self.frames_a_second_a_chip:.1f} a chip): {self.cpus_needed:.1f} of {self.cpus} CPUs at 480p, "
@@ -60,45 +60,57 @@ def feeding(
         return None
     groups = _groups(config, target, devices)
     rows = data.packs_per_batch // len(groups)
-    decoded = collections.Counter(host for hosts in groups for host in hosts)
-    most = rows * max(decoded.values())
-    chips = target.devices / len(decoded)
+    held: collections.Counter[int] = collections.Counter()  # frames of a batch, by host
+    share, shared = 0, max(map(len, groups))
+    for group in groups:
+        for host, frames in group.items():
+            held[host] += rows * frames
+            share = max(share, frames)
+    neediest, most = max(held.items(), key=lambda item: item[1])
+    mine = rows * sum(neediest in group for group in groups)
+    chips = target.devices / len(held)
     cpus = round(chips * target.chip.cpus)
-    frames = most * data.frames_per_pack / seconds
-    needed = frames / FRAMES_A_CPU
-    row_bytes = data.frames_per_pack * data.image_size**2 * 3
-    busy = max(1, min(cpus, math.floor(batches_ahead(cpus, most, row_bytes) * most * max(1.0, samples))))
-    pixels = data.packs_per_batch * row_bytes / target.devices
-    shared = max(map(len, groups))
+    needed = most / seconds / FRAMES_A_CPU
+    frame_bytes = data.image_size**2 * 3
+    media = max(1.0, samples * share / data.frames_per_pack)  # of a row, that this host has a part of
+    busy = max(1, min(cpus, math.floor(batches_ahead(cpus, mine, share * frame_bytes) * mine * media)))
+    pixels = data.packs_per_batch * data.frames_per_pack * frame_bytes / target.devices
     return Feeding(
-        hosts=len(decoded),
+        hosts=len(held),
         hosts_of_a_row=shared,
-        frames_a_second=round(frames, 1),
-        frames_a_second_a_chip=round(frames / chips, 2),
+        frames_a_second=round(most / seconds, 1),
+        frames_a_second_a_chip=round(most / seconds / chips, 2),
         cpus_needed=round(needed, 1),
         cpus=cpus,
         threads_busy=busy,
         gb_a_second_to_a_device=round(pixels / seconds / 1e9, 4),
-        advice=_advice(needed, busy, cpus, shared),
+        advice=_advice(needed, busy, cpus),
     )
 
 
-def _groups(config: StageConfig, target: Slices, devices: Sequence[Any]) -> list[set[int]]:
-    """The hosts of each group of rows."""
-    mesh = config.train.mesh
+def _groups(config: StageConfig, target: Slices, devices: Sequence[Any]) -> list[dict[int, int]]:
+    """For each group of rows the hosts that have it, and how many of a row's frames each of them holds."""
+    sizes, data = mesh_sizes(config.train.mesh, target.devices), config.data
+    pieces = frames_cut(sizes, data.packs_per_batch, data.frames_per_pack)
     if target.chip.platform == "tpu":
-        return hosts_of_rows(arranged(mesh_sizes(mesh, target.devices), devices))
-    size = mesh[2] * mesh[3]
-    return [set(range(first, first + size)) for first in range(0, target.devices, size)]
+        hosts = [[device.process_index for device in group.flat] for group in groups_of_rows(arranged(sizes, devices))]
+    else:
+        size = sizes[2] * sizes[3]
+        hosts = [list(range(first, first + size)) for first in range(0, target.devices, size)]
+    found = []
+    for group in hosts:
+        held: dict[int, set[int]] = collections.defaultdict(set)
+        for place, host in enumerate(group):
+            held[host].add(place * pieces // len(group))
+        found.append({host: len(mine) * data.frames_per_pack // pieces for host, mine in held.items()})
+    return found
 
 
-def _advice(needed: float, busy: int, cpus: int, shared: int) -> str:
+def _advice(needed: float, busy: int, cpus: int) -> str:
     """What to do where the CPUs that decode are too few, "" where they are enough."""
     if needed <= busy:
         return ""
     ways = []
-    if shared > 1:
-        ways.append(f"a mesh whose context and tensor axes give a row to fewer than {shared} hosts")
     if needed > cpus:
         ways.append("hosts with more CPUs, or more of them")
     else:

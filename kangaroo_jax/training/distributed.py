@@ -226,6 +226,24 @@ def key_value_set(key: str, value: str) -> None:
     _joined().client.key_value_set(f"kangaroo/{key}", value, allow_overwrite=True)
 
 
+def key_value_get(key: str, stopped: Callable[[], bool]) -> str | None:
+    """What any process stores under `key`, waited for; None once it is `stopped`, which is looked at twice a second."""
+    while not stopped():
+        try:
+            value: str = _joined().client.blocking_key_value_get(f"kangaroo/{key}", 500)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        else:
+            return value
+    return None
+
+
+def key_value_delete(key: str) -> None:
+    """Forget what is stored under `key`."""
+    _joined().client.key_value_delete(f"kangaroo/{key}")
+
+
 def said_by_main(key: str, value: Callable[[], str], timeout: float) -> str:
     """The main process's `value`, made once, for every process; a key can be used once in a run."""
     if jax.process_count() == 1:

@@ -19,6 +19,7 @@ from kangaroo_jax.data.batches.held_out import HeldOutBatches
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import Loader, make_loader
 from kangaroo_jax.data.batches.preview import batch_tree, save_picture
+from kangaroo_jax.data.batches.sharing import Sharing
 from kangaroo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.parameters import Binding, abstract_model
@@ -167,7 +168,7 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
     say(changes(given, saved, binding, tokenizer))
 
     ledger, rows = Ledger(of_host(workdir / "ledger.jsonl")), HostRows(mesh, config.data.packs_per_batch)
-    loader = open_loader(config, tokenizer, ledger, rows.numbers)
+    loader = open_loader(config, tokenizer, ledger, rows.numbers, rows.sharing(config.data.frames_per_pack))
     say(loader.describe())
     held_out = open_held_out(config, binding, tokenizer, ledger, rows)
     if held_out is not None:
@@ -372,8 +373,10 @@ def _preset_for(tokenizer: Tokenizer) -> str:
     return f"say {' or '.join(f':{preset}' for preset in fit)} after the config's name, or give its own tokenizer"
 
 
-def open_loader(config: StageConfig, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int]) -> Loader:
-    """The loader of the stage's batches, for the `rows` that this host needs. Raises UserError."""
+def open_loader(
+    config: StageConfig, tokenizer: Tokenizer, ledger: Ledger, rows: Sequence[int], sharing: Sharing | None = None
+) -> Loader:
+    """The loader of the stage's batches, for the `rows` that this host needs or is `sharing`. Raises UserError."""
     return make_loader(
         config.data,
         tokenizer,
@@ -382,6 +385,7 @@ def open_loader(config: StageConfig, tokenizer: Tokenizer, ledger: Ledger, rows:
         seed=config.seed,
         ledger=ledger,
         rows=rows,
+        sharing=sharing,
     )
 
 
@@ -399,6 +403,7 @@ def open_held_out(
         tokens_per_group=tokens_per_group(config.model, config.data.image_size),
         ledger=ledger,
         rows=rows.numbers,
+        sharing=rows.sharing(config.data.frames_per_pack),
     )
     return HeldOutLoss(make_loss(binding, config.train.accumulate), batches, rows)
 

@@ -12,7 +12,7 @@ import pytest
 
 from kangaroo_jax.data.audit import check as data_check
 from kangaroo_jax.data.media import picker, pixels
-from kangaroo_jax.data.media.picker import BestEffort
+from kangaroo_jax.data.media.stamps import BestEffort
 from kangaroo_jax.data.media.video import FramePolicy, load_video, probe
 from kangaroo_jax.errors import UserError
 from tests.data.media import numbered_frame, read_number, set_display_matrix, write_video

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,9 +41,15 @@ def free_port() -> int:
 
 
 def start(
-    corpus: Path, workdir: Path, count: int, steps: int = STEPS, every: int = 4, quiz: Path | None = None
+    corpus: Path,
+    workdir: Path,
+    count: int,
+    steps: int = STEPS,
+    every: int = 4,
+    quiz: Path | None = None,
+    context: int = 0,
 ) -> list[subprocess.Popen]:
-    """`count` processes of one training; their output goes to WORKDIR.N.log."""
+    """`count` processes of one training, that share its rows with `context`; their output goes to WORKDIR.N.log."""
     port, processes = free_port(), []
     workdir.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -51,7 +58,7 @@ def start(
         if count > 1:
             environment.update({ADDRESS: f"127.0.0.1:{port}", COUNT: str(count), INDEX: str(index)})
         command = [sys.executable, str(SCRIPT), str(corpus), str(workdir), str(steps), str(every)]
-        command += [str(quiz)] if quiz else []
+        command += [str(quiz)] if quiz else ["", str(context)] if context else []
         with open(f"{workdir}.{index}.log", "a") as log:
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     return processes
@@ -127,6 +134,51 @@ def test_a_killed_host_stops_all_and_two_hosts_go_on_where_four_were(corpus, alo
     (losses, samples), (expected, expected_samples) = history(workdir), history(alone)
     assert sorted(losses) == list(range(1, STEPS + 1)) and samples == expected_samples
     np.testing.assert_allclose(list(losses.values()), [expected[step] for step in losses], rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def damaged(corpus, tmp_path_factory) -> Path:
+    """The corpus with half of a video overwritten, and the end of another."""
+    folder = shutil.copytree(corpus, tmp_path_factory.mktemp("damaged") / "corpus")
+    for name, first, last in (("red_5s", 0.3, 0.8), ("blue_2s", 0.8, 1.0)):
+        path = folder / f"{name}.mp4"
+        data = bytearray(path.read_bytes())
+        place = data.index(b"mdat")
+        end = place + int.from_bytes(data[place - 4 : place], "big") - 4
+        a, b = (int(place + 4 + share * (end - place - 4)) for share in (first, last))
+        data[a:b] = bytes(b - a)
+        path.write_bytes(data)
+    return folder
+
+
+@pytest.mark.slow
+def test_hosts_of_the_same_rows_decode_a_part_each_and_train_as_one_alone(damaged, tmp_path):
+    steps, single, workdir = 8, tmp_path / "single", tmp_path / "run"
+    assert wait(start(damaged, single, 1, steps, 100, context=1), 600) == [0], output(single, 0)[-3000:]
+    processes = start(damaged, workdir, 2, steps, context=2)
+    wait_for_step(workdir, 5)
+    processes[1].send_signal(signal.SIGKILL)
+    assert wait(processes, STOP_SECONDS)[0] == LOST and "host 1" in output(workdir, 0).splitlines()[-1]
+    assert wait(start(damaged, workdir, 2, steps, context=2), 600) == [0, 0], output(workdir, 0)[-3000:]
+    for host in ("", ".1"):  # each has all rows
+        found, expected = (
+            read_metrics(folder / f"metrics{at}.jsonl") for folder, at in ((workdir, host), (single, ""))
+        )
+        assert [line["step"] for line in found] == [line["step"] for line in expected]
+        for line, other in zip(found, expected, strict=True):
+            assert line.get("samples") == other.get("samples") and line.get("frames") == other.get("frames")
+            assert line.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=2e-5), line["step"]
+            assert line.get("eval", {}) == pytest.approx(other.get("eval", {}), rel=2e-5)
+        assert read_samples(workdir / f"samples{host}.jsonl") == read_samples(single / "samples.jsonl")
+        lost = [
+            {json.loads(line)["id"] for line in (folder / f"ledger{at}.jsonl").open()}
+            for folder, at in ((workdir, host), (single, ""))
+        ]
+        assert lost[0] == lost[1] and "red_5s" in lost[1]
+    decoded = [int(output(workdir, host).rsplit("decoded ", 1)[1].split()[0]) for host in range(2)]
+    whole = int(output(single, 0).rsplit("decoded ", 1)[1].split()[0])
+    print(f"frames decoded: {whole} by one process, from where it was killed {decoded} by two")
+    assert max(decoded) < 0.75 * whole
 
 
 @pytest.mark.slow

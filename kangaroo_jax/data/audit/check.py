@@ -19,7 +19,6 @@ from kangaroo_jax.data.media.decode import media_pool
 from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
 from kangaroo_jax.data.media.picker import (
-    BestEffort,
     guesses_times,
     open_video,
     rate_of,
@@ -28,6 +27,7 @@ from kangaroo_jax.data.media.picker import (
     video_streams,
 )
 from kangaroo_jax.data.media.pixels import HDR, has_alpha
+from kangaroo_jax.data.media.stamps import BestEffort
 from kangaroo_jax.data.media.storage import current_cache, use_cache
 from kangaroo_jax.data.media.video import folder_of_frames, is_pictures, probe
 from kangaroo_jax.errors import UserError, one_line

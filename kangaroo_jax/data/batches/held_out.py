@@ -9,10 +9,11 @@ from kangaroo_jax.config import DataConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.feed import RecipeMaker, Unusable, path_in
 from kangaroo_jax.data.batches.ledger import Ledger
-from kangaroo_jax.data.batches.loader import decode_recipes
 from kangaroo_jax.data.batches.mixture import Mixture, open_sources
-from kangaroo_jax.data.batches.packing import PackItem, SampleIndex, Shape, assemble, fill_row
-from kangaroo_jax.data.media.decode import ThreadDecoder
+from kangaroo_jax.data.batches.packing import PackItem, SampleIndex, Shape, assemble, fill_row, first_frames
+from kangaroo_jax.data.batches.sharing import Sharing
+from kangaroo_jax.data.batches.stream import clips_of
+from kangaroo_jax.data.media.decode import Decoder, Outcome, ThreadDecoder
 from kangaroo_jax.data.media.video import Clip
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
@@ -36,8 +37,9 @@ class HeldOutBatches:
         tokens_per_group: int,
         ledger: Ledger,
         rows: Sequence[int],
+        sharing: Sharing | None = None,
     ) -> None:
-        """`files` as `config.data.train` names them; `rows` of every batch are this host's.
+        """`files` as `config.data.train` names them; `rows` of every batch are this host's, or it is `sharing` them.
 
         Raises UserError: a file is missing or has a mistake, or none of the samples can be used.
         """
@@ -45,6 +47,7 @@ class HeldOutBatches:
             config.tokens_per_pack, config.frames_per_pack, config.image_size, frames_per_group, tokens_per_group
         )
         self._rows, self._size, self._ledger = rows, config.packs_per_batch, ledger
+        self._sharing = sharing or Sharing()
         mixture = Mixture(open_sources(files, config.media_root, config.registry), 0, 1, shuffle=False)
         self._names = [source.name for source in mixture.sources]
         indices = [mixture.in_order(0, number) for number in range(mixture.epoch)]
@@ -78,16 +81,28 @@ class HeldOutBatches:
             for first in range(0, len(self._packed), self._size):
                 rows = self._packed[first : first + self._size]
                 rows = rows + [[] for _ in range(self._size - len(rows))]
-                mine = [rows[row] for row in self._rows]
-                recipes = [[item.recipe for item in row] for row in mine]
-                decoded = iter(decode_recipes([one for row in recipes for one in row], decoder, self._shape.image_size))
-                clips = [[self._clips(item, next(decoded)) for item in row] for row in mine]
-                yield assemble(recipes, clips, self._shape)
+                mine = {row: rows[row] for row in self._rows}
+                decoded = self._decoded(mine, decoder)
+                clips = [[self._clips(item, decoded[row]) for item in items] for row, items in mine.items()]
+                yield assemble([[item.recipe for item in items] for items in mine.values()], clips, self._shape)
         finally:
             decoder.close()
 
-    def _clips(self, item: PackItem, outcome: list[Clip] | UserError) -> list[Clip] | None:
+    def _decoded(self, rows: dict[int, list[PackItem]], decoder: Decoder) -> dict[int, Iterator[Outcome]]:
+        """What becomes of the media of each row, one after the other."""
+        side, asked = self._shape.image_size, {}
+        for row, items in rows.items():
+            recipes = [item.recipe for item in items]
+            media = [
+                self._sharing.ask(row, first, recipe.media, decoder, side)
+                for recipe, first in zip(recipes, first_frames(recipes), strict=True)
+            ]
+            asked[row] = repr([item.index for item in items]), [one for sample in media for one in sample]
+        return {row: iter(outcomes) for row, outcomes in self._sharing.settle(asked, decoder, side).items()}
+
+    def _clips(self, item: PackItem, outcomes: Iterator[Outcome]) -> list[Clip] | None:
         """The clips of a sample, None where they cannot be read."""
+        outcome = clips_of([next(outcomes) for _ in item.recipe.media])
         if isinstance(outcome, UserError):
             path = path_in(str(outcome), item.recipe.media)
             self._skip(item.index, item.recipe.id, path, str(outcome), "decode")

@@ -26,6 +26,7 @@ from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.mixture import Mixture, open_sources
 from kangaroo_jax.data.batches.packing import Shape, assemble
 from kangaroo_jax.data.batches.sample import Recipe
+from kangaroo_jax.data.batches.sharing import Sharing
 from kangaroo_jax.data.batches.stream import LoaderStats, PackedBatches
 from kangaroo_jax.data.media.decode import TIME_LIMIT, Decoder, ThreadDecoder, make_decoder
 from kangaroo_jax.data.media.download import Limits
@@ -47,6 +48,7 @@ def make_loader(
     seed: int,
     ledger: Ledger,
     rows: Sequence[int] | None = None,
+    sharing: Sharing | None = None,
     num_threads: int | None = None,
 ) -> "Loader":
     """An endless iterator over (PackedBatch of numpy arrays, LoaderStats); see `Loader`.
@@ -60,6 +62,8 @@ def make_loader(
         ledger: where samples that cannot be used are entered.
         rows: the rows of every batch that this host needs; None is all of them. Each row's samples are the same
             whichever host reads it, and two hosts may read the same row.
+        sharing: which of these rows other hosts have as well, and this host's frames of them; None where it decodes
+            all frames of all its rows.
         num_threads: threads that decode and make recipes; by default one for each CPU that this process may
             use. 0 does all of it in the prefetching thread.
 
@@ -81,6 +85,7 @@ def make_loader(
         media_cache=cache,
     )
     shape = Shape(config.tokens_per_pack, config.frames_per_pack, config.image_size, frames_per_group, tokens_per_group)
+    sharing = sharing or Sharing()
     batches = PackedBatches(
         mixture,
         RecipeMaker(mixture, tokenizer, config, frames_per_group, tokens_per_group, decoder),
@@ -88,6 +93,7 @@ def make_loader(
         shape=shape,
         bins=config.packing_bins,
         decoder=decoder,
+        sharing=sharing,
         ledger=ledger,
         strict=config.strict,
         threads=num_threads,
@@ -98,7 +104,7 @@ def make_loader(
         "row": [*dataclasses.astuple(shape), config.packing_bins, config.packs_per_batch],
     }
     content = {source.file.path: digest for source in sources if (digest := sampled_digest(Path(source.file.path)))}
-    return Loader(batches, identity, mixture, content)
+    return Loader(batches, identity, mixture, content, sharing)
 
 
 # The keys behind the numbers of a saved "row", in order.
@@ -147,14 +153,19 @@ class Loader:
     """Endless batches with a state that can be saved and restored exactly. Use from one thread."""
 
     def __init__(
-        self, batches: "PackedBatches", identity: dict[str, Any], mixture: Mixture, content: Mapping[str, str]
+        self,
+        batches: "PackedBatches",
+        identity: dict[str, Any],
+        mixture: Mixture,
+        content: Mapping[str, str],
+        sharing: Sharing,
     ) -> None:
         """A saved state must have the same `identity`; a different `content` is only reported."""
-        self._identity, self._mixture = identity, mixture
+        self._identity, self._mixture, self._sharing = identity, mixture, sharing
         self._content, self._changed = dict(content), list[str]()
         prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED_BATCHES)
         self._open = [iter(prefetched)]
-        weakref.finalize(self, _close_all, self._open)  # at exit too, before grain's modules are torn down
+        weakref.finalize(self, _close_all, self._open, sharing)  # at exit too, before grain's modules are torn down
 
     def __iter__(self) -> "Loader":
         return self
@@ -220,11 +231,12 @@ class Loader:
             for source in self._mixture.sources
             if before.get(source.name) and source.name in now and before[source.name] != now[source.name]
         ]
+        self._sharing.stop()  # what is read ahead is of no use any more, and other hosts may not come to it
         self._open[0].set_state({"snapshot": values})
 
     def close(self) -> None:
         """Stop threads and processes; the loader cannot be used afterwards."""
-        _close_all(self._open)
+        _close_all(self._open, self._sharing)
 
 
 def _difference(key: str, saved: Any, mine: Any) -> str:
@@ -252,8 +264,9 @@ def merge_states(states: Sequence[bytes]) -> bytes:
     return json.dumps(merged).encode()
 
 
-def _close_all(iterators: list[grain.DatasetIterator]) -> None:
-    """Close and forget."""
+def _close_all(iterators: list[grain.DatasetIterator], sharing: Sharing) -> None:
+    """Close and forget, without waiting for other hosts."""
+    sharing.stop()
     while iterators:
         iterators.pop().close()
 

@@ -12,6 +12,7 @@ tokens (V) a frame; the first sample has one frame, the second none:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -193,6 +194,11 @@ def empty_batch(rows: int, shape: Shape) -> PackedBatch:
     return PackedBatch(**arrays)
 
 
+def first_frames(row: Sequence[Recipe]) -> list[int]:
+    """The frame of the row with which each of its samples begins."""
+    return [0, *itertools.accumulate(recipe.frames for recipe in row)][: len(row)]
+
+
 def write_sample(
     batch: PackedBatch,
     row: int,
@@ -209,7 +215,7 @@ def write_sample(
         UserError: frames decoded, frames promised and vision rows referenced are not the same number, or
             the sample begins inside a group of frames; the message names the sample.
     """
-    decoded = sum(len(clip.pixels) for clip in clips)
+    decoded = sum(len(clip.times) - int(np.isnan(clip.times).sum()) for clip in clips)
     groups, odd = divmod(recipe.frames, shape.frames_per_group)
     referenced = int(recipe.is_vision.sum())
     if decoded != recipe.frames or odd or referenced != groups * shape.tokens_per_group:
@@ -231,8 +237,11 @@ def write_sample(
     batch.vision_index[row, at][recipe.is_vision] = np.arange(first_row, first_row + referenced)
     frame = first_frame
     for clip in clips:
-        end = frame + len(clip.pixels)
-        batch.frames[row, frame:end] = clip.pixels
+        end = frame + len(clip.times)
+        if clip.moments is None:
+            batch.frames[row, frame:end] = clip.pixels
+        else:
+            batch.frames[row, frame + np.array(clip.moments, np.int64)] = clip.pixels
         batch.frame_times[row, frame:end] = clip.times
         frame = end
     batch.frame_groups[row, first_frame:frame] = 1 + np.arange(first_frame, frame) // shape.frames_per_group
@@ -241,7 +250,7 @@ def write_sample(
 def assemble(
     rows: Sequence[Sequence[Recipe]], clips: Sequence[Sequence[Sequence[Clip] | None]], shape: Shape
 ) -> PackedBatch:
-    """Rows of recipes and their decoded clips to arrays.
+    """Rows of recipes and their decoded clips to arrays; frames whose pixels other hosts have stay black.
 
     Args:
         rows: the samples of each row, in order.

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -12,8 +12,9 @@ from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.batches.feed import LaneFeed, Made, RecipeMaker, Unusable, path_in
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.mixture import Lane, Mixture, Source
-from kangaroo_jax.data.batches.packing import Packer, PackItem, SampleIndex, Shape, assemble
+from kangaroo_jax.data.batches.packing import Packer, PackItem, SampleIndex, Shape, assemble, first_frames
 from kangaroo_jax.data.batches.sample import Recipe
+from kangaroo_jax.data.batches.sharing import Asked, Sharing
 from kangaroo_jax.data.media.decode import Decoder, Outcome
 from kangaroo_jax.data.media.video import Clip
 from kangaroo_jax.errors import UserError
@@ -72,6 +73,7 @@ class _Settings:
     shape: Shape
     bins: int
     decoder: Decoder
+    sharing: Sharing
     ledger: Ledger
     strict: bool
     threads: int
@@ -89,14 +91,15 @@ class PackedBatches(grain.IterDataset):  # type: ignore[misc]  # grain has no ty
         shape: Shape,
         bins: int,
         decoder: Decoder,
+        sharing: Sharing,
         ledger: Ledger,
         strict: bool,
         threads: int,
     ) -> None:
-        """`lanes` are the rows of this host; `threads` make recipes."""
+        """`lanes` are the rows of this host, some of which it may be `sharing` with others; `threads` make recipes."""
         super().__init__()
         self._mixture, self._maker = mixture, maker
-        self._settings = _Settings(lanes, shape, bins, decoder, ledger, strict, threads)
+        self._settings = _Settings(lanes, shape, bins, decoder, sharing, ledger, strict, threads)
 
     def __iter__(self) -> "_PackedBatchIterator":
         return _PackedBatchIterator(self._mixture, self._maker, self._settings)
@@ -134,7 +137,7 @@ class _Begun:
 
     rows: list[list[Recipe]]
     indices: list[list[SampleIndex]]
-    decoded: list[list[list["Future[Outcome]"]]]  # indexed by row, sample, medium
+    asked: list[list[list[Asked]]]  # indexed by row, sample, medium
     snapshot: _Snapshot
 
 
@@ -145,7 +148,8 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
         super().__init__()
         self._mixture, self._maker, self._settings = mixture, maker, settings
         self._pool = ThreadPoolExecutor(min(settings.threads, 4), "recipe") if settings.threads else None
-        row_bytes = settings.shape.frames * settings.shape.image_size**2 * 3
+        frames = max((settings.sharing.frames_here(row, settings.shape.frames) for row in settings.lanes), default=0)
+        row_bytes = frames * settings.shape.image_size**2 * 3
         self._ahead = batches_ahead(settings.threads, len(settings.lanes), row_bytes) if settings.threads else 1
         self._begin_anew({v: Lane(mixture, v) for v in settings.lanes}, {}, dict.fromkeys(settings.lanes, 0))
 
@@ -163,6 +167,7 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
         self._skipped = skipped  # by lane, up to the batch packed last
         self._lost = dict.fromkeys(lanes, 0)  # samples of batches handed out that could not be decoded
         self._in_vain = {"recipe": 0, "decode": 0}  # samples skipped since the last one that passed the stage
+        s.sharing.begin_anew()
         self._state = self._snapshot()
 
     # ------------------------------------------------------------------------------ batches
@@ -176,11 +181,15 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
         """Fill a row of each lane and ask for its media."""
         s = self._settings
         rows = [self._next_row(v, feed) for v, feed in self._feeds.items()]
-        decoded = [
-            [[s.decoder.submit(ref, s.shape.image_size) for ref in item.recipe.media] for item in row] for row in rows
-        ]
         recipes = [[item.recipe for item in row] for row in rows]
-        return _Begun(recipes, [[item.index for item in row] for row in rows], decoded, self._snapshot())
+        asked = [
+            [
+                s.sharing.ask(v, first, recipe.media, s.decoder, s.shape.image_size)
+                for recipe, first in zip(row, first_frames(row), strict=True)
+            ]
+            for v, row in zip(s.lanes, recipes, strict=True)
+        ]
+        return _Begun(recipes, [[item.index for item in row] for row in rows], asked, self._snapshot())
 
     def _next_row(self, lane: int, feed: LaneFeed) -> list[PackItem]:
         while True:
@@ -200,10 +209,12 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
         clips: list[list[list[Clip] | None]] = []
         used: list[Recipe] = []
         sources: collections.Counter[tuple[str, str]] = collections.Counter()
-        for v, row, indices, media in zip(s.lanes, begun.rows, begun.indices, begun.decoded, strict=True):
+        decoded = self._decoded(begun)
+        for v, row, indices in zip(s.lanes, begun.rows, begun.indices, strict=True):
             clips.append([])
-            for recipe, index, futures in zip(row, indices, media, strict=True):
-                outcome = _clips_of([future.result() for future in futures])
+            outcomes = iter(decoded[v])
+            for recipe, index in zip(row, indices, strict=True):
+                outcome = clips_of([next(outcomes) for _ in recipe.media])
                 if isinstance(outcome, UserError):
                     self._lost[v] += 1
                     self._skip(index, recipe.id, path_in(str(outcome), recipe.media), str(outcome), "decode")
@@ -235,6 +246,15 @@ class _PackedBatchIterator(grain.DatasetIterator):  # type: ignore[misc]
             ),
         )
         return assemble(begun.rows, clips, s.shape), stats
+
+    def _decoded(self, begun: _Begun) -> dict[int, list[Outcome]]:
+        """What was decoded of the media of each lane's row, as all hosts that have the row say."""
+        s, sources = self._settings, self._mixture.sources
+        rows = {
+            v: (repr([(sources[i].name, number) for i, number in indices]), [one for sample in asked for one in sample])
+            for v, indices, asked in zip(s.lanes, begun.indices, begun.asked, strict=True)
+        }
+        return s.sharing.settle(rows, s.decoder, s.shape.image_size)
 
     def _skip(self, index: SampleIndex, sample_id: str, path: str, reason: str, stage: str) -> None:
         s = self._settings
@@ -327,7 +347,7 @@ def _summed(counts: Mapping[tuple[str, str], int], which: int) -> dict[str, int]
     return dict(sums)
 
 
-def _clips_of(outcomes: Sequence[Outcome]) -> list[Clip] | UserError:
+def clips_of(outcomes: Sequence[Outcome]) -> list[Clip] | UserError:
     """All clips of a sample, or its first error."""
     for outcome in outcomes:
         if isinstance(outcome, UserError):

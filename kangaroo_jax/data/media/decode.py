@@ -63,17 +63,23 @@ def decode_one(ref: MediaRef, image_size: int, seconds: float | None = None) -> 
     name = short(ref.path)
     try:
         if ref.frames:
-            clip = load_frames(ref.frames, ref.times, image_size)
+            clip = load_frames(ref.frames, ref.times, image_size, ref.moments)
         else:
             clip = load_media(
-                ref.path, ref.kind, image_size=image_size, times=ref.times, start=ref.start, seconds=seconds
+                ref.path,
+                ref.kind,
+                image_size=image_size,
+                times=ref.times,
+                start=ref.start,
+                seconds=seconds,
+                moments=ref.moments,
             )
     except UserError as error:
         return error
     except Exception as error:  # a file that breaks a library must not stop training
         return UserError(f"{name}: cannot be decoded ({type(error).__name__}: {one_line(error)})")
-    if len(clip.pixels) != len(ref.times):
-        return UserError(f"{name}: {len(clip.pixels)} frames decoded, {len(ref.times)} promised")
+    if len(clip.pixels) != ref.wanted:
+        return UserError(f"{name}: {len(clip.pixels)} frames decoded, {ref.wanted} promised")
     return clip
 
 
@@ -129,11 +135,11 @@ class CachedDecoder(Decoder):
             self._clips.move_to_end(key)
             return future
         if future is None:
-            self._bytes += len(ref.times) * image_size * image_size * 3
+            self._bytes += ref.wanted * image_size * image_size * 3
         future = self._clips[key] = self._decoder.submit(ref, image_size)
         while self._bytes > self._limit and len(self._clips) > 1:
             (old, side), _ = self._clips.popitem(last=False)
-            self._bytes -= len(old.times) * side * side * 3
+            self._bytes -= old.wanted * side * side * 3
         return future
 
     def probe(self, path: str, kind: str) -> MediaInfo:

@@ -22,6 +22,7 @@ import numpy as np
 from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_of
 from kangaroo_jax.data.media.pixels import FrameScaler
+from kangaroo_jax.data.media.stamps import BestEffort
 from kangaroo_jax.data.media.storage import check_file, local
 from kangaroo_jax.errors import UserError
 
@@ -35,7 +36,7 @@ _SEEK_SECONDS = 2e-3
 _SEEK_FRAMES = 6
 _SECONDS_PER_PIXEL = 2.5e-9
 _BLIND_GAIN = 300  # frames to jump over that are worth a seek in a file without an index
-_MISSED_SHARE = 0.1  # the share of the moments that may lack their own frame because of damage
+MISSED_SHARE = 0.1  # the share of the moments that may lack their own frame because of damage
 _HOLE = 1.0  # a gap of more seconds in a damaged file counts as damage, not as a still picture
 SKIPPABLE = ("h264", "hevc", "mpeg4", "mpeg2video")  # codecs that mark frames that no other refers to
 _READ_AHEAD = 8  # packets, in which to find what is on display next
@@ -182,30 +183,6 @@ def guesses_times(container: Any, stream: Any) -> bool:
     return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
 
-class BestEffort:
-    """FFmpeg's best-effort times: presentation times, or decoding times where those go back less often."""
-
-    def __init__(self) -> None:
-        self._faults = [0, 0]  # steps back in presentation and decoding times
-        self.flush()
-
-    def flush(self) -> None:
-        """Forget the last times; call it after a seek."""
-        self._last: list[float] = [-math.inf, -math.inf]
-
-    def of(self, pts: int | None, dts: int | None) -> int | None:
-        """The time of the decoder's next frame, in its own ticks."""
-        for i, (stamp, other) in enumerate(((pts, dts), (dts, pts))):
-            if stamp is not None:
-                self._faults[i] += stamp <= self._last[i]
-                self._last[i] = stamp
-            elif other is not None:
-                self._last[i] = other
-        if pts is not None and (dts is None or self._faults[0] <= self._faults[1]):
-            return pts
-        return dts
-
-
 class FramePicker:
     """Decodes forward through one file and keeps the frames on display at ascending times.
 
@@ -239,6 +216,7 @@ class FramePicker:
         self._limit_time = -math.inf  # seconds; only the last frame up to here is wanted
         self._skipping = False
         self._errors = 0
+        self._jumped = False
         self._indexed = 0  # number of index entries that `_keys` was made from
         self._before = -self._interval  # time of the previous frame, by the file's own clock
         self._frames = self._decode()
@@ -254,23 +232,47 @@ class FramePicker:
         """Whether something read so far could not be decoded."""
         return self._errors > 0
 
-    def pick(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Frames on display at `times` (ascending seconds of the file): uint8[n, S, S, 3], float64[n].
+    @property
+    def divisible(self) -> bool:
+        """Whether a seek may be relied on to lead to the frames that decoding from the start would."""
+        return not self._guessed and not self._run_up
 
-        Raises UserError: too many of them are damaged or missing.
+    @property
+    def certain(self) -> bool:
+        """Whether the frames so far follow from the file alone: a picker of other moments of it would agree."""
+        return self.divisible and not self._errors and (self._stamps.plain or not self._jumped)
+
+    def pick(
+        self, times: np.ndarray, kept: np.ndarray | None = None, part_of: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Frames on display at `times` (ascending seconds of the file): uint8[k, S, S, 3], float64[n].
+
+        Args:
+            times: seconds, float64[n].
+            kept: bool[n], the k moments whose pixels are wanted, and that count as missed; all of them where None.
+            part_of: where these are a part, which must be `certain`: how many moments there are in all.
+
+        Raises UserError: too many of them are damaged or missing, or a part is not certain.
         """
-        pixels = np.zeros((len(times), self._side, self._side, 3), np.uint8)
-        seen = np.empty(len(times))
+        kept = np.ones(len(times), bool) if kept is None else kept
+        pixels = np.zeros((int(kept.sum()), self._side, self._side, 3), np.uint8)
+        seen, k, missed, before = np.empty(len(times)), 0, 0, 0
         last: Any = None
-        for i, (frame, shown_at) in enumerate(self.frames(times)):
-            if last is frame:
-                pixels[i] = pixels[i - 1]
-            else:
-                self._write_pixels(frame, pixels[i])
-            last, seen[i] = frame, shown_at
+        for i, (frame, shown_at) in enumerate(self.frames(times, part_of)):
+            if part_of and not self.certain:
+                raise UserError(f"{self._path}: some frames of it depend on others")
+            seen[i] = shown_at
+            if kept[i]:
+                if last is frame:
+                    pixels[k] = pixels[k - 1]
+                else:
+                    self._write_pixels(frame, pixels[k])
+                last, k, missed = frame, k + 1, missed + self.missed - before
+            before = self.missed
+        self.missed = missed
         return pixels, seen
 
-    def frames(self, times: np.ndarray) -> Iterator[tuple[Any, float]]:
+    def frames(self, times: np.ndarray, part_of: int | None = None) -> Iterator[tuple[Any, float]]:
         """The decoder's own frame at each of `times` (ascending seconds of the file), and its time. See `pick`."""
         slack = min(_ROUNDING, self._interval / 4)
         self._limit_time = times[0] + slack
@@ -281,7 +283,7 @@ class FramePicker:
             if ahead is not None and self._should_seek(time, ahead[1]):
                 shown, shown_at, ahead = self._jump(time, slack)
             shown, shown_at, ahead = self._forward(time + slack, shown, shown_at, ahead)
-            self._judge(time, slack, shown, shown_at, ahead, len(times))
+            self._judge(time, slack, shown, shown_at, ahead, part_of or len(times))
             yield shown, max(shown_at, 0.0)
 
     def _forward(
@@ -302,7 +304,7 @@ class FramePicker:
         hole = self._errors and abs(time - shown_at) > max(_HOLE, 4 * self._interval)
         if over or hole:
             self.missed += 1
-            if self.missed > int(_MISSED_SHARE * count):
+            if self.missed > int(MISSED_SHARE * count):
                 if shown_at > time:
                     what = f"no frame can be decoded before {shown_at:.2f} s, for {time:.2f} s"
                 else:
@@ -412,7 +414,7 @@ class FramePicker:
 
     def _jump(self, time: float, slack: float) -> tuple[Any, float, tuple[Any, float] | None]:
         """Seek to the last key frame not after `time`; further back if frames come out too late."""
-        back = self._run_up
+        self._jumped, back = True, self._run_up
         while True:
             target = max(time - back, 0.0) + self.zero
             self._container.seek(math.floor(target / self._tick), stream=self._stream)

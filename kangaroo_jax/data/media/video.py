@@ -5,6 +5,7 @@ start of a clip. The frame at time t is the one on display then: the last whose 
 after t. Frames keep their own presentation time, not the requested one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -83,7 +84,8 @@ class MediaInfo:
 class Clip:
     """Decoded frames: pixels uint8[n, S, S, 3] (RGB, letterboxed), times float64[n] (seconds, clip clock).
 
-    The frame that is already on display when a clip starts has time 0.
+    The frame that is already on display when a clip starts has time 0. Where some moments alone were asked for, there
+    are pixels of those alone, and times are NaN at moments that were not decoded.
     """
 
     pixels: np.ndarray
@@ -91,6 +93,8 @@ class Clip:
     zero: float = 0.0  # time 0 on the file's own clock, which `ffprobe` uses
     missed: int = 0  # moments whose own frame was damaged; they get an earlier one, with its own time
     damaged: bool = False  # whether a packet up to the last frame could not be decoded
+    certain: bool = True  # whether these frames are the same for all who decode them with other moments of the file
+    moments: tuple[int, ...] | None = None  # those that the pixels are of; None is all
 
 
 # --------------------------------------------------------------------------------- sampling
@@ -213,7 +217,48 @@ def load_video(
         wanted = _wanted(path, length, policy, times, start, end)
         picker = FramePicker(path, container, stream, image_size, seconds)
         pixels, seen = picker.pick(wanted + offset)
-        return Clip(pixels, np.maximum(seen - offset, 0.0), picker.zero + offset, picker.missed, picker.damaged)
+        return _clip(picker, pixels, np.maximum(seen - offset, 0.0), offset)
+
+
+def load_moments(
+    path: str | Path,
+    moments: tuple[int, ...],
+    *,
+    image_size: int,
+    times: Sequence[float] | np.ndarray,
+    start: float | None = None,
+    seconds: float | None = None,
+) -> Clip:
+    """The pixels of some `moments` (numbers of `times`, ascending), the very ones that `load_video` gives them.
+
+    The others are decoded only where the whole video decides what these get: where something is damaged, or where a
+    seek does not lead to the same frames. Otherwise as `load_video`.
+    """
+    offset = start or 0.0
+    wanted = _wanted(path, math.inf, None, times, start, None)
+    kept = np.isin(np.arange(len(wanted)), moments)
+    seen = np.full(len(wanted), np.nan)
+    if is_pictures(path, read_head(path)):
+        pixels, seen[kept] = animation.pick(path, wanted[kept] + offset, image_size, seconds)
+        return Clip(pixels, np.maximum(seen - offset, 0.0), offset, moments=moments)
+    with contextlib.suppress(Exception), open_video(path) as (container, stream):
+        picker = FramePicker(path, container, stream, image_size, seconds)
+        if picker.divisible and not kept.all():
+            # Each moment is reached from the one before it, so that what lies between is seen as in the whole video.
+            visited = kept | np.append(kept[1:], False)
+            pixels, seen[visited] = picker.pick(wanted[visited] + offset, kept[visited], len(wanted))
+            seen[~kept] = np.nan
+            return _clip(picker, pixels, np.maximum(seen - offset, 0.0), offset, moments)
+    with open_video(path) as (container, stream):
+        picker = FramePicker(path, container, stream, image_size, seconds)
+        pixels, seen = picker.pick(wanted + offset, kept)
+        return _clip(picker, pixels, np.maximum(seen - offset, 0.0), offset, moments)
+
+
+def _clip(
+    picker: FramePicker, pixels: np.ndarray, times: np.ndarray, offset: float, moments: tuple[int, ...] | None = None
+) -> Clip:
+    return Clip(pixels, times, picker.zero + offset, picker.missed, picker.damaged, picker.certain, moments)
 
 
 def _wanted(
@@ -234,12 +279,15 @@ def _wanted(
     return wanted
 
 
-def load_frames(frames: Sequence[str], times: Sequence[float], image_size: int) -> Clip:
-    """Images as the frames of a video, one time for each. Raises UserError."""
+def load_frames(
+    frames: Sequence[str], times: Sequence[float], image_size: int, moments: tuple[int, ...] | None = None
+) -> Clip:
+    """Images as the frames of a video, one time for each; `moments` as of `Clip`. Raises UserError."""
+    frames = frames if moments is None else [frames[moment] for moment in moments]
     pixels = np.empty((len(frames), image_size, image_size, 3), np.uint8)
     for i, path in enumerate(frames):
         pixels[i] = pixels[i - 1] if i and path == frames[i - 1] else load_image(path, image_size)
-    return Clip(pixels, np.array(times, np.float64))
+    return Clip(pixels, np.array(times, np.float64), moments=moments)
 
 
 def load_media(
@@ -250,12 +298,18 @@ def load_media(
     times: Sequence[float],
     start: float | None,
     seconds: float | None = None,
+    moments: tuple[int, ...] | None = None,
 ) -> Clip:
-    """An image repeated for every time asked for, or the video frames at those times (see `load_video`)."""
+    """An image repeated for every time asked for, or the video frames at those times (see `load_video`).
+
+    Where `moments` are given, the pixels are of those alone (see `load_moments`).
+    """
     if kind == "image":
-        pixels = load_image(path, image_size)
-        return Clip(np.repeat(pixels[None], len(times), axis=0), np.zeros(len(times)))
-    return load_video(path, image_size=image_size, times=times, start=start, seconds=seconds)
+        pixels = np.repeat(load_image(path, image_size)[None], len(times if moments is None else moments), axis=0)
+        return Clip(pixels, np.zeros(len(times)), moments=moments)
+    if moments is None:
+        return load_video(path, image_size=image_size, times=times, start=start, seconds=seconds)
+    return load_moments(path, moments, image_size=image_size, times=times, start=start, seconds=seconds)
 
 
 def folder_of_frames(path: str | Path) -> tuple[str, ...]:
@@ -279,6 +333,12 @@ class MediaRef:
     times: tuple[float, ...]  # seconds; their number is a multiple of the frames a group
     start: float | None = None  # seconds
     frames: tuple[str, ...] = ()
+    moments: tuple[int, ...] | None = None  # numbers of the times whose pixels are wanted; None is all
+
+    @property
+    def wanted(self) -> int:
+        """How many frames' pixels are wanted."""
+        return len(self.times if self.moments is None else self.moments)
 
 
 def probe_cached(path: str, kind: str | None = None, seconds: float | None = None) -> MediaInfo:
