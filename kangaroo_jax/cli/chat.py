@@ -51,6 +51,9 @@ def chat(
         lora: folder of an adapter, to use beside the checkpoint; a run that trained one needs no word
         ema: take the average of the weights, where training kept one
     """
+    from kangaroo_jax.inference.compiled import keep_programs
+
+    keep_programs()
     media = {"video": video[0] if video and len(video) == 1 else video, "image": image, "start": start, "end": end}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, forgiving=query is None and sys.stdin.isatty())

@@ -80,11 +80,13 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     """Load and compile all, and rehearse. `step` is told what is being done. Raises UserError."""
     from kangaroo_jax.checkpoints.adapters import open_adapter
     from kangaroo_jax.inference.adapters import adapted, load_adapted
+    from kangaroo_jax.inference.compiled import keep_programs
     from kangaroo_jax.inference.text import Detokenizer
     from kangaroo_jax.inference.vision import Vision
     from kangaroo_jax.inference.weights import Loaded
 
     check_kv_dtype(choices.kv_dtype)
+    keep_programs()
     step(f"loading {Path(choices.checkpoint)}")
     opened = {name: open_adapter(folder) for name, folder in choices.loras}
     loaded = load_adapted(local(choices.checkpoint), dtype=choices.dtype, quantize=choices.quantize)
