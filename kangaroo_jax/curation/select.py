@@ -224,4 +224,10 @@ def table(result: Mapping[str, Any]) -> str:
     """The funnel for a terminal."""
     lines = [f"{result['items']:,} items, {result['clips']:,} clips"]
     lines += [f"  {step['rule']:10}{-step['dropped']:>10,}{step['left']:>12,}" for step in result["rules"]]
-    return "\n".join([*lines, f"kept {result['kept']:,} clips, {result['kept_seconds'] / 3600:.2f} h of video"])
+    lines.append(f"kept {result['kept']:,} clips, {result['kept_seconds'] / 3600:.2f} h of video")
+    if result["clips"] and not result["kept"]:
+        most = max(result["rules"], key=lambda step: step["dropped"])["rule"]
+        lines.append(
+            f"most were dropped by the rule {most}: dropped.jsonl has the reason of each, config.select the limits"
+        )
+    return "\n".join(lines)

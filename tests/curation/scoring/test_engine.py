@@ -77,10 +77,11 @@ def test_a_finished_run_computes_nothing_and_thresholds_recompute_no_score(clips
     stamps = {file: file.stat().st_mtime_ns for file in (whole / "stages").rglob("*.jsonl")}
     monkeypatch.setattr(ShardPlan, "guard", lambda self: pytest.fail("a process was started"))
     curate(Options(str(whole), (str(clips),)), config)
-    assert "kept 6 clips" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kept 6 clips" in said and "most were dropped" not in said
     config.select.min_motion = 50.0
     select_again(Options(str(whole)), config)
-    assert "kept 0 clips" in capsys.readouterr().out
+    assert "kept 0 clips, 0.00 h of video\nmost were dropped by the rule motion: " in capsys.readouterr().out
     dropped = rows_of(whole / "dropped.jsonl")
     assert [row["rule"] for row in dropped] == ["motion"] * 6
     config.select.min_motion = 0.015
