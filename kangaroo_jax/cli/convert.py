@@ -17,6 +17,7 @@ def convert(
     format: str = "",
     verify: bool = False,
     lora: str | None = None,
+    ema: bool = False,
     vision: str | None = None,
     llm: str | None = None,
     base: str | None = None,
@@ -42,6 +43,7 @@ def convert(
         format: orbax, hf, llama, meta, eva, timm or, for an adapter, peft; by default hf from ours, else orbax
         verify: compare each source with the result, one run in JAX, one in PyTorch; converts first if necessary
         lora: LoRA adapter (a PEFT folder, or one of ours), added to the weights
+        ema: take the average of the weights, or of the adapter's factors, where training kept one
         vision: EVA02-CLIP encoder (EVA's, OpenCLIP's or timm's file), with --llm; by default a new one of --preset
         llm: decoder of Llama's architecture (a Hugging Face folder, a GGUF file, or Meta's folder)
         base: the model that a PEFT adapter in --from adapts, by default that of --preset; or where a run's base is now
@@ -64,6 +66,8 @@ def convert(
         )
     if verify and quantize:
         raise UserError("convert: --verify compares models that are the same, which --quantize does not leave them")
+    if verify and ema:
+        raise UserError("convert: --verify reads no average: convert with --ema first, then --from=THAT --verify")
     if bool(source) == bool(vision or llm):
         raise UserError("convert: give --from, or --llm, perhaps with --vision")
     if vision and not llm:
@@ -77,7 +81,7 @@ def convert(
         "lora": str(local(lora)) if lora else None,
         "base": str(local(base)) if base else None,
     }
-    options |= {"quantize": quantize, "parts_alone": bool(llm)}
+    options |= {"quantize": quantize, "ema": ema, "parts_alone": bool(llm)}
     model = {"preset": preset, "overrides": changes}
     sources = [path for path in (vision, llm) if path]
     if source:  # a file's name may have a comma

@@ -16,6 +16,7 @@ def serve(
     port_file: str = "",
     served_model_name: list[str] | None = None,
     lora: list[str] | None = None,
+    ema: bool = False,
     api_key: list[str] | None = None,
     api_key_file: str = "",
     allowed_media_root: str = "",
@@ -64,6 +65,7 @@ def serve(
         port_file: file to write the port to, once the server listens
         served_model_name: name of the model in requests, several times for several; "kangaroo"
         lora: NAME=FOLDER of an adapter beside the checkpoint, which answers as model NAME; several times for several
+        ema: take the average of the weights, or of the adapters of --lora, where training kept one
         api_key: key that clients must send, several times for several; without one everybody may ask
         api_key_file: file with a key a line, which no list of processes shows
         allowed_media_root: folder below which file:// addresses of requests may lie; none may

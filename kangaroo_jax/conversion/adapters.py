@@ -29,6 +29,7 @@ def convert_adapter(
     *,
     format: str = "",
     dtype: str = "keep",
+    ema: bool = False,
     tell: Tell = print,
 ) -> Path:
     """Convert an adapter.
@@ -39,6 +40,7 @@ def convert_adapter(
         model: config.model of the model that it adapts; None takes it from an adapter of ours.
         format: `orbax` or `peft`; by default the other one.
         dtype: `keep`, or the type that every factor is rounded to.
+        ema: take the average of the factors that a run of ours kept.
         tell: prints a line.
 
     Returns:
@@ -47,7 +49,7 @@ def convert_adapter(
     Raises:
         UserError: see `open_adapter`; or the target exists, a number is NaN, the disk is full. Nothing is kept.
     """
-    adapter = open_adapter(source, model)
+    adapter = open_adapter(source, model, ema)
     maps = sum(map(len, adapter.adapted.values()))
     tell(f"{source}: a LoRA adapter ({adapter.layout}) of rank {adapter.settings['r']} of {maps} linear maps")
     format = format or ("orbax" if adapter.layout == "peft" else "peft")

@@ -59,6 +59,7 @@ def convert(
     tokenizer: str | Path | None = None,
     quantize: str | None = None,
     lora: str | Path | None = None,
+    ema: bool = False,
     base: str | Path | None = None,
     parts_alone: bool = False,
     seed: int = 0,
@@ -80,6 +81,7 @@ def convert(
         tokenizer: the model's tokenizer file; by default the one beside the source.
         quantize: `int8` or `int4`, which the decoder's linear maps are rounded to, for talking (`orbax`).
         lora: folder of a LoRA adapter (PEFT's, or ours), which is added to the weights.
+        ema: take the average that training kept of what was trained last: of the adapter, where there is one.
         base: the model that a PEFT adapter as source adapts, by default that of `preset`; where the base of a run is.
         parts_alone: whether a decoder alone makes a model: it gets a new encoder, that of `preset`.
         seed: determines the new weights of an assembled model.
@@ -93,10 +95,15 @@ def convert(
     if not run and any(layout_of(source) for source in sources):
         if quantize is not None:
             raise UserError(f"--quantize={quantize}: a LoRA adapter is not quantised; leave it out")
-        return _adapter_alone(sources, target, base, preset, overrides, lora, format=format, dtype=dtype, tell=tell)
+        options: dict[str, Any] = dict(format=format, dtype=dtype, ema=ema, tell=tell)
+        return _adapter_alone(sources, target, base, preset, overrides, lora, **options)
     if base is not None and not run:
         raise UserError(f"--base={base}: is only for a source that is a LoRA adapter; leave it out")
-    opened = [open_run(sources[0], base)] if run else [open_source(source, preset, overrides) for source in sources]
+    own = ema and lora is None
+    if run:
+        opened = [open_run(sources[0], base, own)]
+    else:
+        opened = [open_source(source, preset, overrides, own) for source in sources]
     beside = next((s.tokenizer for s in reversed(opened) if s.tokenizer), None)
     file = Path(tokenizer) if tokenizer else beside
     weights, config = _joined(opened, preset, overrides or {}, seed, file, parts_alone, tell)
@@ -105,7 +112,7 @@ def convert(
         raise UserError(f"--format={format}: use one of {', '.join(FORMATS)}")
     read_from = [fingerprint(source.path, source.files) for source in opened]
     if lora is not None:
-        adapter = open_adapter(lora, config.model)
+        adapter = open_adapter(lora, config.model, ema)
         read_from.append(fingerprint(adapter.path, adapter.files))
         weights = Merged(weights, adapter)
         tell(f"{lora}: added to {sum(map(len, adapter.adapted.values()))} linear maps")

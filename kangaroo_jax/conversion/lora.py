@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
+from kangaroo_jax.checkpoints.frozen import weight_folders
 from kangaroo_jax.checkpoints.stored import Box, Spec, Stored, check_finite
 from kangaroo_jax.conversion import names
 from kangaroo_jax.conversion.files import Tensor, files_of, open_tensors
@@ -86,23 +87,26 @@ def layout_of(path: str | Path) -> str:
         return ""
 
 
-def open_adapter(path: str | Path, model: ConfigDict | None) -> Adapter:
+def open_adapter(path: str | Path, model: ConfigDict | None, ema: bool = False) -> Adapter:
     """Open an adapter and check it against the table, without reading weights.
 
     Args:
         path: a PEFT folder, or one of ours.
         model: config.model of the model to adapt; None takes it from an adapter of ours.
+        ema: take the average of the factors that a run of ours kept.
 
     Raises:
-        UserError: it is no adapter, needs an unsupported feature, or does not fit the model; every tensor that is
-            missing, unknown or of another shape is named.
+        UserError: it is no adapter, has no average, needs an unsupported feature, or does not fit the model; every
+            tensor that is missing, unknown or of another shape is named.
     """
     folder = Path(path)
     kind = layout_of(folder)
     if kind == "orbax":
-        return _open_ours(folder, model)
+        return _open_ours(folder, model, ema)
     if kind != "peft":
         raise UserError(f"{folder / SETTINGS}: cannot be read; give the folder of a LoRA adapter (PEFT's, or ours)")
+    if ema:
+        raise UserError(f"{folder}: PEFT keeps no average of its factors; drop --ema")
     if model is None:
         raise ValueError("a PEFT folder does not say what it adapts")
     return _open_peft(folder, model)
@@ -272,11 +276,12 @@ class _Sparse:
 # ----------------------------------------------------------------------------------------- ours
 
 
-def _open_ours(folder: Path, model: ConfigDict | None) -> Adapter:
+def _open_ours(folder: Path, model: ConfigDict | None, ema: bool) -> Adapter:
     folder = reading.find(folder)
+    (factors,) = weight_folders(folder, ema)
     config = _lists(reading.kept_config(folder))
     if "rank" in config.get("lora", {}):
-        config |= _as_converted(config["lora"], Stored(folder / "params").specs)
+        config |= _as_converted(config["lora"], Stored(factors).specs)
     if not {"lora", "model", "adapted"} <= set(config):
         raise UserError(f"{folder / 'config'}: is not the config of an adapter (lora, model, adapted)")
     model = ConfigDict(reading.load_config(folder).model.to_dict()) if model is None else model
@@ -286,9 +291,9 @@ def _open_ours(folder: Path, model: ConfigDict | None) -> Adapter:
     strange = [f"{p} ({n})" for p, layers in adapted.items() for n in layers if (p, n) not in known]
     if strange:
         raise UserError(f"{folder}: adapts {', '.join(strange)} (layer), which the model does not have")
-    weights = Stored(folder / "params")
+    weights = Stored(factors)
     _check_shapes(weights.specs, factor_shapes(model, adapted, settings["r"]), folder)
-    files = tuple(sorted(f for f in (folder / "params").rglob("*") if f.is_file()))
+    files = tuple(sorted(f for f in factors.rglob("*") if f.is_file()))
     return Adapter(folder, "orbax", weights, adapted, settings, model, files)
 
 

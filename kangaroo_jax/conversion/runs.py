@@ -29,13 +29,14 @@ def run_base(source: str | Path) -> Base | None:
     return kept_base(folder) if reading.is_adapter(folder) else None
 
 
-def open_run(source: str | Path, base: str | Path | None) -> WeightSource:
+def open_run(source: str | Path, base: str | Path | None, ema: bool = False) -> WeightSource:
     """The merged model of a run, with the run's config and tokenizer.
 
     Where the decoder was quantised in training, the factors are added to the numbers that it was rounded to. `base` is
-    where the base is now, by default where it was. Raises UserError if the base is gone or another.
+    where the base is now, by default where it was; `ema` takes the average of the factors. Raises UserError if the base
+    is gone or another, or no average was kept.
     """
-    kept = open_kept(source)
+    kept = open_kept(source, ema)
     assert kept.base is not None
     folder = reading.refuse_adapter(reading.find(base)) if base else find_base(kept.folder, kept.base)
     check_base(folder, kept)
@@ -47,7 +48,7 @@ def open_run(source: str | Path, base: str | Path | None) -> WeightSource:
     if rounded:
         model = ModelConfig.from_config(opened.config.model)
         weights = Dequantized(weights if form else Quantized(weights, model, rounded), model, rounded)
-    adapter = open_adapter(kept.folder, opened.config.model)
+    adapter = open_adapter(kept.folder, opened.config.model, ema)
     config = ConfigDict(stage.to_dict())
     config.model = opened.config.model
     config.lora = ConfigDict(dataclasses.asdict(LoraConfig()))

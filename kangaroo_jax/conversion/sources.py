@@ -68,7 +68,10 @@ class WeightSource:
 
 
 def open_source(
-    path: str | Path, preset: str = "kangaroo_8b", overrides: Mapping[str, Any] | None = None
+    path: str | Path,
+    preset: str = "kangaroo_8b",
+    overrides: Mapping[str, Any] | None = None,
+    ema: bool = False,
 ) -> WeightSource:
     """Detect what `path` holds and open it, without reading weights.
 
@@ -76,15 +79,18 @@ def open_source(
         path: a folder or file.
         preset: the model, if the files do not state it.
         overrides: keys of a stage's config that take precedence over both.
+        ema: take the average of the weights that a run of ours kept.
 
     Raises:
-        UserError: the path holds nothing known, or its tensors are not those of the table.
+        UserError: the path holds nothing known or no average, or its tensors are not those of the table.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if is_ours(path):
-        return open_ours(path)
+        return open_ours(path, ema=ema)
+    if ema:
+        raise UserError(f"{path}: holds no average of its weights; only a run of kangaroo train keeps one; drop --ema")
     metadata: dict[str, Any] = {}
     if (file := gguf_files.gguf_in(path)) is not None:
         path = file
@@ -173,14 +179,17 @@ def is_ours(path: Path) -> bool:
     return True
 
 
-def open_ours(path: Path, *, quantized: bool = False) -> WeightSource:
-    """One of our checkpoints; its decoder may be quantised where the caller knows what to do with it."""
+def open_ours(path: Path, *, quantized: bool = False, ema: bool = False) -> WeightSource:
+    """One of our checkpoints, or with `ema` the average of its weights.
+
+    Its decoder may be quantised where the caller knows what to do with it.
+    """
     from kangaroo_jax.checkpoints import reading
     from kangaroo_jax.checkpoints.frozen import weight_folders
 
     folder = reading.refuse_adapter(reading.find(path))
     config = ConfigDict(reading.load_config(folder).to_dict())
-    folders = weight_folders(folder)
+    folders = weight_folders(folder, ema)
     weights = Stored(*folders)
     if not quantized:
         reading.check_not_quantized(weights.specs, folder)

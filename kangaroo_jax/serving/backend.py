@@ -68,6 +68,7 @@ class Choices:
     dtype: str | None = None
     quantize: str | None = None
     kv_dtype: str | None = None
+    ema: bool = False  # the average of what was trained last: of the adapters, where there are some
     context: int = 0  # tokens of a conversation; 0: of the longest sample in training
     slots: int = 4  # conversations of that length at the same time
     host_cache_gib: float = 4.0  # conversations that lost their slot
@@ -88,8 +89,9 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     check_kv_dtype(choices.kv_dtype)
     keep_programs()
     step(f"loading {Path(choices.checkpoint)}")
-    opened = {name: open_adapter(folder) for name, folder in choices.loras}
-    loaded = load_adapted(local(choices.checkpoint), dtype=choices.dtype, quantize=choices.quantize)
+    opened = {name: open_adapter(folder, choices.ema) for name, folder in choices.loras}
+    ema = choices.ema and not opened
+    loaded = load_adapted(local(choices.checkpoint), dtype=choices.dtype, quantize=choices.quantize, ema=ema)
     several = {name: adapted(loaded, one) for name, one in opened.items()}  # they share the arrays of `loaded`
     config, model = loaded.config, loaded.config.model
     decoder = ProcessDecoder(

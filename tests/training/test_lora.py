@@ -19,9 +19,12 @@ from flax import nnx
 
 from kangaroo_jax.checkpoints.adapters import kept_base, open_adapter
 from kangaroo_jax.checkpoints.stored import Stored, whole
+from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import LoraConfig, ModelConfig, StageConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.conversion.convert import convert
+from kangaroo_jax.conversion.lora import open_adapter as open_factors
+from kangaroo_jax.conversion.runs import open_run
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.adapters import load_adapted
 from kangaroo_jax.inference.chat import Kangaroo
@@ -346,7 +349,7 @@ def test_a_finished_run_keeps_its_best_factors_alone(corpus, base, tmp_path, mon
     link = finishing.link_best
 
     def look(workdir: Path, target: str) -> None:
-        kept["best"] = arrays(workdir / "checkpoints/3/params")
+        kept.update({item: arrays(workdir / "checkpoints/3" / item) for item in ("params", "ema")})
         kept["answers"] = answers(workdir / "checkpoints/3")
         link(workdir, target)
 
@@ -356,17 +359,20 @@ def test_a_finished_run_keeps_its_best_factors_alone(corpus, base, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(finishing, "link_best", look)
-        run = finished(tmp_path / "run", corpus, base)
+        run = finished(tmp_path / "run", corpus, base, **{"optimizer.ema": 0.5})
     assert not (run / "checkpoints").exists() and sorted(p.name for p in (run / "adapter").iterdir() if p.is_dir()) == [
         "base",
         "config",
         "digests",
+        "ema",
         "params",
     ]
-    factors = arrays(run / "adapter/params")
-    assert factors.keys() == kept["best"].keys()
-    for name, value in factors.items():
-        np.testing.assert_array_equal(value, kept["best"][name])
+    for item in ("params", "ema"):
+        factors = arrays(run / "adapter" / item)
+        assert factors.keys() == kept[item].keys()
+        for name, value in factors.items():
+            np.testing.assert_array_equal(value, kept[item][name])
+    check_average(run, kept["params"], kept["ema"])
     assert answers(run) == kept["answers"]
     told: list[str] = []
     stage = adapter_stage(corpus, base, **{"lora.keep_state": False})
@@ -374,6 +380,46 @@ def test_a_finished_run_keeps_its_best_factors_alone(corpus, base, tmp_path, mon
     stage.train.steps = STEPS + 1
     with pytest.raises(UserError, match="is finished after 6 steps and keeps its factors alone: .* in another workdir"):
         train(stage, run, tell=quiet)
+
+
+def check_average(run: Path, last: dict[str, np.ndarray], average: dict[str, np.ndarray]) -> None:
+    """Every reader takes the average of the factors where it is asked to, and the factors where it is not."""
+    kernel, (a, b) = "llm/layers/mlp/up/kernel", ("llm/layers/mlp/up/lora_a", "llm/layers/mlp/up/lora_b")
+    assert np.abs(last[b] - average[b]).max() > 0
+    for ema, factors in ((False, last), (True, average)):
+        found = load_adapted(run, ema=ema).model.llm.layers[0].mlp.up.lora_b[...]
+        np.testing.assert_array_equal(found, factors[b][0])
+        alone = open_factors(run, None, ema).weights
+        np.testing.assert_array_equal(alone.read(b, whole(alone.specs[b].shape)), factors[b])
+        merged = open_run(run, None, ema).weights
+        added = merged.read(kernel, whole(merged.specs[kernel].shape))[0] - merged_base(run, kernel)
+        np.testing.assert_allclose(added, 32 / RANK * factors[a][0] @ factors[b][0], atol=1e-5)
+
+
+def merged_base(run: Path, kernel: str) -> np.ndarray:
+    """A kernel of the first layer of a run's base."""
+    return arrays(kept_base(run / "adapter").path / "params")[kernel][0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("chat", "--query=?"),
+        ("serve",),
+        ("convert", "--to=x"),
+        ("eval", "--benchmark=x.jsonl", "--data=.", "--workdir=x"),
+    ],
+)
+def test_a_checkpoint_without_an_average_is_one_line(words, base, tmp_path, monkeypatch, capsys):
+    if words[0] == "serve":
+        pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importorskip("prometheus_client")
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a", "conversations": turns, "answer": "a"}) + "\n")
+    which = "--from" if words[0] == "convert" else "--checkpoint"
+    assert cli.main([words[0], f"{which}={base}", "--ema", *words[1:]]) == 2
+    error = capsys.readouterr().err
+    assert "holds no average of its weights; train with --config.optimizer.ema" in error and error.count("\n") == 1
 
 
 def test_a_run_that_is_killed_while_it_finishes_goes_on(run, base, corpus, tmp_path, monkeypatch):
