@@ -315,6 +315,7 @@ class TrainConfig(Section):
     PATH = "config.train"
 
     steps: int = 1000
+    epochs: float = 0.0  # passes over all samples, which then say how many steps there are; 0: `steps` says it
     log_every: int = 10
     checkpoint_every: int = 500  # steps; the last step is always saved
     checkpoint_minutes: float = 20.0  # and whenever the last save is so long ago; 0: by steps alone

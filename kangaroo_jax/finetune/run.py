@@ -24,10 +24,10 @@ from kangaroo_jax.planning.here import explained_memory
 from kangaroo_jax.system.files import make_folder, write_text
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.check import check_config, check_trainable
+from kangaroo_jax.training.epochs import draws_a_step
 from kangaroo_jax.training.loop import open_loader, open_tokenizer, show_first_batch, train
 from kangaroo_jax.training.metrics import read_metrics
 
-_BATCHES = 3  # looked at before the start
 _LONGEST = 60  # characters of an answer that is scored by its text
 Override = Mapping[str, Any]
 
@@ -83,6 +83,8 @@ def finetune(
     questions = files["questions"] if scored else None
     config = make_stage(Path(base), files["train"], files["held_out"], questions, replay, wishes)
     if overrides:
+        if "train.epochs" in overrides:
+            raise UserError("finetune: --epochs counts passes over your examples; leave --config.train.epochs out")
         config.update_from_flattened_dict(dict(overrides))
     ready = _foreseen(config, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
     if dry_run:
@@ -116,10 +118,10 @@ def _foreseen(
     check_trainable(stage, abstract_model(stage.model, stage.lora).shapes)
     tokenizer = open_tokenizer(stage)
     loader = open_loader(stage, tokenizer, Ledger(None), range(stage.data.packs_per_batch))
-    batches = [next(loader) for _ in range(_BATCHES)]
+    batch, _ = next(loader)
     loader.close()
-    show_first_batch(batches[0][0], tokenizer, workdir, tell)
-    mine = sum(stats.samples for _, stats in batches) / _BATCHES * (0.5 if replay else 1.0)
+    show_first_batch(batch, tokenizer, workdir, tell)
+    mine = draws_a_step(stage, tokenizer)[0] * (0.5 if replay else 1.0)
     epochs = with_steps(config, len(learnt), mine, wishes.epochs)
     config.update_from_flattened_dict(dict(overrides))
     stage = StageConfig.from_config(config)

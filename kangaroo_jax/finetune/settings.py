@@ -88,7 +88,7 @@ def make_stage(
     devices = jax.device_count()
     packs = wishes.packs or (2 if preset == "tiny" else _PACKS)
     data.packs_per_batch = -(-packs // devices) * devices
-    config.train.update(mesh=(), accumulate=0, profile=(), log_every=10, keep_checkpoints=1, keep_period=0)
+    config.train.update(epochs=0.0, mesh=(), accumulate=0, profile=(), log_every=10, keep_checkpoints=1, keep_period=0)
     config.train.update(tensorboard=importlib.util.find_spec("tensorboard") is not None)
     config.eval.update(held_out=(str(held_out),), best="loss", patience=wishes.patience, share=1.0, data="", prompt="")
     config.eval.benchmarks = (str(questions),) if questions is not None else ()

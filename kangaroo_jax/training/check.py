@@ -35,7 +35,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("train.steps", "train.log_every", "train.checkpoint_every", "train.nonfinite_in_a_row"), 1),
     **dict.fromkeys(("train.keep_checkpoints", "train.keep_period", "train.accumulate"), 0),
-    "train.checkpoint_minutes": 0.0,
+    **dict.fromkeys(("train.checkpoint_minutes", "train.epochs"), 0.0),
     **dict.fromkeys(("data.tokens_per_pack", "data.packs_per_batch", "data.image_size"), 1),
     **dict.fromkeys(("data.min_frames", "data.max_frames", "data.long_min_frames", "data.long_max_frames"), 0),
     "data.frames_per_pack": 0,

@@ -33,6 +33,7 @@ from kangaroo_jax.training.base import adapter_state, load_base
 from kangaroo_jax.training.boards import open_boards
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.distributed import Watchdog, barrier, explained, is_main
+from kangaroo_jax.training.epochs import with_epochs
 from kangaroo_jax.training.finishing import finish_adapter, finished
 from kangaroo_jax.training.host_rows import HostRows
 from kangaroo_jax.training.initial import initial_state
@@ -99,7 +100,7 @@ class StageRun:
 def train(
     config: ConfigDict, workdir: str | Path, *, evaluator: MakeEvaluator | None = None, tell: Tell = print
 ) -> Result:
-    """Run one stage in `workdir`, from its last checkpoint if there is one, to `config.train.steps`.
+    """Run one stage in `workdir`, from its last checkpoint if there is one, to the end of its steps or epochs.
 
     Args:
         config: a stage's config (`config.stage_config`).
@@ -123,6 +124,8 @@ def train(
         stack.enter_context(explained_disk(workdir))
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(workdir, tell))
+        if given.train.epochs:
+            given = with_epochs(given, open_tokenizer(given), tell)
         if config.lora.rank and (last := finished(given, workdir)) is not None:
             tell(f"{config.stage}: is finished after step {last}")
             finish_adapter(place(given)[0], workdir, tell)  # what a kill left to do

@@ -75,6 +75,10 @@ def test_a_dry_run_says_what_it_needs_and_draws_the_first_batch(base, mine, tmp_
         (("--freeze=vision/.*",), "finetune: --freeze is for --full"),
         (("--columns=question=frage",), "--columns=question=frage means nothing here; there are video, question"),
         (("--columns=question",), "finetune: --columns=question: give WHAT=NAME"),
+        (
+            ("--config.train.epochs=2",),
+            "finetune: --epochs counts passes over your examples; leave --config.train.epochs",
+        ),
         (("--held-out=none.csv",), "none.csv: no such file or folder"),
     ],
 )

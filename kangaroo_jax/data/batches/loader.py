@@ -73,10 +73,7 @@ def make_loader(
     _check(config, frames_per_group)
     if num_threads is None:
         num_threads = usable_cpus()
-    cache = _media_cache(config)
-    use_cache(cache)  # before the sources are opened: annotations may be remote, too
-    sources = open_sources(config.train, config.media_root, config.registry, config.weights)
-    mixture = Mixture(sources, seed, config.packs_per_batch, shuffle=config.shuffle)
+    mixture, cache = open_mixture(config, seed)
     decoder = make_decoder(
         num_workers=config.num_workers,
         num_threads=num_threads,
@@ -103,8 +100,18 @@ def make_loader(
         "order": mixture.order(),
         "row": [*dataclasses.astuple(shape), config.packing_bins, config.packs_per_batch],
     }
-    content = {source.file.path: digest for source in sources if (digest := sampled_digest(Path(source.file.path)))}
+    content = {
+        source.file.path: digest for source in mixture.sources if (digest := sampled_digest(Path(source.file.path)))
+    }
     return Loader(batches, identity, mixture, content, sharing)
+
+
+def open_mixture(config: DataConfig, seed: int) -> tuple[Mixture, MediaCache]:
+    """The sources of `config.data` and their order, and where media are fetched to. Raises UserError."""
+    cache = _media_cache(config)
+    use_cache(cache)  # before the sources are opened: annotations may be remote, too
+    sources = open_sources(config.train, config.media_root, config.registry, config.weights)
+    return Mixture(sources, seed, config.packs_per_batch, shuffle=config.shuffle), cache
 
 
 # The keys behind the numbers of a saved "row", in order.
