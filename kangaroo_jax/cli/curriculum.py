@@ -1,6 +1,7 @@
 """`kangaroo curriculum`."""
 
 from pathlib import Path
+from typing import Any
 
 from kangaroo_jax.cli.arguments import Overrides
 
@@ -32,9 +33,11 @@ def curriculum(*, workdir: str, data: str, tokenizer: str, preset: str = "tiny",
 
     initialize()
 
+    from kangaroo_jax.planning.here import explained_memory
     from kangaroo_jax.training import curriculum
 
-    curriculum.run(preset, folder, data=data, tokenizer=tokenizer, overrides=changes, evaluator=evaluator)
+    options: dict[str, Any] = dict(overrides=changes, evaluator=evaluator, explained=explained_memory)
+    curriculum.run(preset, folder, data=data, tokenizer=tokenizer, **options)
 
 
 COMMANDS = {"": curriculum}

@@ -1,5 +1,6 @@
 """Runs the stages one after another, each from the last one's weights; restartable at any point in any stage."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kangaroo_jax.config import STAGES
+from kangaroo_jax.config import STAGES, StageConfig
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.files import write_json
@@ -18,6 +19,7 @@ from kangaroo_jax.training.measuring import MakeEvaluator
 
 AfterStage = Callable[[str, ConfigDict, Path], None]
 Adjust = Callable[[str, ConfigDict], None]
+Explained = Callable[[StageConfig], contextlib.AbstractContextManager[Any]]
 
 
 def run(
@@ -32,6 +34,7 @@ def run(
     adjust: Adjust | None = None,
     after_stage: AfterStage | None = None,
     evaluator: MakeEvaluator | None = None,
+    explained: Explained = contextlib.nullcontext,
     tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """Run `stages` in order; a finished stage is not run again, an interrupted one goes on from its last checkpoint.
@@ -47,6 +50,7 @@ def run(
         adjust: called with a stage's name and config before it runs, to change what an override cannot.
         after_stage: called after each finished stage: (name, config, stage folder).
         evaluator: see `train`.
+        explained: entered around each stage, given its config; says what an error means.
         tell: prints a line.
 
     Returns:
@@ -62,7 +66,8 @@ def run(
         if adjust is not None:
             adjust(name, config)
         if not (folder / "done.json").exists():
-            result = train(config, folder, evaluator=evaluator, tell=tell)
+            with explained(StageConfig.from_config(config)):
+                result = train(config, folder, evaluator=evaluator, tell=tell)
             record = {
                 "name": name,
                 "steps": result.steps,

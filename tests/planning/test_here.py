@@ -92,14 +92,24 @@ def test_what_to_change_is_the_mildest_that_fits(chip, keys, expected):
     assert "frames_per_pack=0" not in advice
 
 
-def test_out_of_memory_in_a_stage_says_what_to_change(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        (("train", "--config=stage4_instruct:kangaroo_8b"), "stage4_instruct"),
+        (("curriculum", "--preset=kangaroo_8b", "--data=.", "--tokenizer=t.model"), "stage1_image_pretrain"),
+    ],
+)
+def test_out_of_memory_in_a_stage_says_what_to_change(words, stage, tmp_path, monkeypatch, capsys):
     def train(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr("kangaroo_jax.training.loop.train", train)
+    for room in ("loop", "curriculum"):
+        monkeypatch.setattr(f"kangaroo_jax.training.{room}.train", train)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stage1.jsonl").write_text("{}\n")
     monkeypatch.setattr(here, "host_memory", lambda: (16 << 30, 8 << 30))
     keys = ["--config.data.packs_per_batch=8", "--config.lora.rank=16", "--config.init_from=base"]
-    assert cli.main(["train", "--config=stage4_instruct:kangaroo_8b", f"--workdir={tmp_path}", *keys]) == 2
+    assert cli.main([*words, f"--workdir={tmp_path / 'run'}", *keys]) == 2
     error = capsys.readouterr().err
-    assert "stage4_instruct: out of memory: a cpu has 16.0 GiB; --config." in error and error.count("\n") == 1
+    assert f"{stage}: out of memory: a cpu has 16.0 GiB; --config." in error and error.count("\n") == 1
     assert "lora.quantize=int8" in error
