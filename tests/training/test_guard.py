@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kangaroo_jax.checkpoints.stored import Stored, whole
 from kangaroo_jax.config import OptimizerConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.adapters import load_adapted
+from kangaroo_jax.sharding import make_mesh
 from kangaroo_jax.training.guard import LEAST_NORMS, Guarded, guarded
 from kangaroo_jax.training.loop import train
 from kangaroo_jax.training.metrics import read_metrics
@@ -80,6 +82,30 @@ def test_an_update_without_a_spike_is_the_plain_one_bit_for_bit():
         optimizer = make_optimizer(config, 10, params)
         found.append(jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0])
     np.testing.assert_array_equal(*(next(iter(updates.values())) for updates in found))
+
+
+def test_a_spike_on_one_of_eight_devices_passes_the_step_over_on_all():
+    """A gradient of which one device's rows alone are huge, as where one host reads a bad sample."""
+    mesh = make_mesh((1, 8, 1, 1), jax.devices())
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    optimizer = guarded(optax.sgd(0.1, momentum=0.9), OptimizerConfig(spike_factor=3.0, spike_window=10, ema=0.5))
+    params = jax.device_put({"w": jnp.ones((8, 4))}, rows)
+    state = jax.jit(optimizer.init)(params)
+
+    @jax.jit
+    def step(params: dict, state: Guarded, batch: jax.Array) -> tuple[dict, Guarded]:
+        gradient = jax.grad(lambda params: jnp.mean(jnp.sum(params["w"] * batch[:, None], 1)))(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(LEAST_NORMS):
+        before = params, state = step(params, state, jax.device_put(jnp.ones(8), rows))
+    params, state = step(params, state, jax.device_put(jnp.ones(8).at[3].set(100.0), rows))
+    assert int(state.spikes) == 1 and len(params["w"].sharding.device_set) == 8
+    for tree in (lambda pair: pair[0], lambda pair: pair[1].inner, lambda pair: pair[1].ema):
+        jax.tree.map(np.testing.assert_array_equal, tree(before), tree((params, state)))
+    calm, _ = step(params, state, jax.device_put(jnp.ones(8), rows))
+    assert (np.asarray(calm["w"]) != np.asarray(params["w"])).all()
 
 
 # --------------------------------------------------------------------------------------- in a run
