@@ -74,7 +74,10 @@ def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:
     """path of a video -> the number of its group; videos that look the same are one group."""
     paths = sorted({example.video for example in examples})
     kinds = {example.video: example.conversation.media[0].kind for example in examples if example.conversation.media}
-    prints = _fingerprints(paths, kinds)
+    prints, unread = _fingerprints(paths, kinds)
+    if unread:
+        first = next(iter(unread.values()))
+        tell(f"warning: {len(unread)} of {len(paths)} videos cannot be read, and teach nothing; the first: {first}")
     parent = {path: path for path in paths}
 
     def root(path: str) -> str:
@@ -83,8 +86,8 @@ def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:
         return path
 
     seen = [path for path in paths if path in prints]
-    bits = np.array([prints[path][0] for path in seen]).reshape(len(seen), -1)
-    levels = np.array([prints[path][1] for path in seen], np.float32).reshape(len(seen), -1)
+    bits = np.array([prints[path][0].ravel() for path in seen])
+    levels = np.array([prints[path][1].ravel() for path in seen], np.float32)
     joined = 0
     for i in range(len(seen)):
         near = (bits[i + 1 :] != bits[i]).sum(1) <= _BITS * 3
@@ -99,20 +102,25 @@ def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:
     return {path: numbers[root(path)] for path in paths}
 
 
-def _fingerprints(paths: Sequence[str], kinds: Mapping[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """path -> (bits, mean colours) of three frames; a medium that cannot be read has none."""
-    decoder, found = ThreadDecoder(usable_cpus()), {}
+def _fingerprints(
+    paths: Sequence[str], kinds: Mapping[str, str]
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, str]]:
+    """(path -> bits and mean colours of three frames, path -> why a medium cannot be read)."""
+    decoder, found, unread = ThreadDecoder(usable_cpus()), {}, {}
     try:
         refs: dict[str, MediaRef] = {}
         for path in filter(None, paths):
             try:
                 seconds = decoder.probe(path, kinds[path]).seconds if kinds[path] == "video" else 0.0
-            except UserError:
+            except UserError as error:
+                unread[path] = str(error)
                 continue
             times = tuple(seconds * share for share in (0.1, 0.5, 0.9)) if kinds[path] == "video" else (0.0,)
             refs[path] = MediaRef(kinds[path], path, times)
         for path, outcome in zip(refs, decoder.decode(list(refs.values()), _SIDE), strict=True):
-            if not isinstance(outcome, UserError):
+            if isinstance(outcome, UserError):
+                unread[path] = str(outcome)
+            else:
                 cells = outcome.pixels.astype(np.float32)
                 cells = cells.reshape(len(cells), _ROWS, _SIDE // _ROWS, _COLUMNS, _SIDE // _COLUMNS, 3).mean((2, 4))
                 cells = np.repeat(cells, 3 // len(cells), axis=0)
@@ -120,4 +128,4 @@ def _fingerprints(paths: Sequence[str], kinds: Mapping[str, str]) -> dict[str, t
                 found[path] = (grey[:, :, 1:] > grey[:, :, :-1] + 1, cells)
     finally:
         decoder.close()
-    return found
+    return found, unread

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import difflib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -144,6 +145,8 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as UTF-8") from None
     reader = csv.DictReader(io.StringIO(text), delimiter=_delimiter(path, text))
+    if not (reader.fieldnames or ()):
+        raise UserError(f"{path}: is empty; kangaroo data init writes a table to fill in")
     names = _columns_of(path, reader.fieldnames or (), columns, question)
     tell(f"{path}: " + ", ".join(f"{what} is column {name!r}" for what, name in names.items()))
     root = Path(media_root or path.parent).absolute()  # the run writes the paths into files of its own
@@ -153,6 +156,8 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise UserError(f"{where}: has {'more' if None in row else 'fewer'} fields than the header")
+            if not any(map(str.strip, row.values())):  # as a spreadsheet leaves them at its end
+                continue
             fields = {what: row[name].strip() for what, name in names.items()}
             fields.setdefault("question", question)
             examples.append(_example(fields, where, root, len(examples)))
@@ -209,6 +214,10 @@ def _example(fields: Mapping[str, str], where: str, root: Path, number: int) -> 
             ends[what] = float(fields[what]) if fields.get(what) else None
         except ValueError:
             raise UserError(f"{where}: its {what} is {fields[what]!r}, no number of seconds") from None
+        if (seconds := ends[what]) is not None and not 0 <= seconds < math.inf:
+            raise UserError(f"{where}: its {what} is {fields[what]!r}, no second of a video")
+    if ends["end"] is not None and ends["end"] <= (ends["start"] or 0.0):
+        raise UserError(f"{where}: its end, {ends['end']:g}, is not after its start, {ends['start'] or 0.0:g}")
     split = fields.get("split", "").lower()
     held_out = None if not split else split in HELD_OUT_NAMES
     path = fields["video"] if "://" in fields["video"] else str(file)

@@ -106,12 +106,21 @@ def test_other_tables_and_folders_of_labels(clips, tmp_path):
         ("video,question,answer", [("none.mp4", "?", "a")], "line 2: .*none.mp4: no such file; paths are seen from"),
         ("video,question,answer", [("c0.mp4", "?")], "line 2: has fewer fields than the header"),
         ("video,question,answer,start", [("c0.mp4", "?", "a", "x")], "line 2: its start is 'x', no number of seconds"),
+        ("video,question,answer,start", [("c0.mp4", "?", "a", "nan")], "line 2: its start is 'nan', no second of a"),
+        ("video,question,answer,end", [("c0.mp4", "?", "a", "-1")], "line 2: its end is '-1', no second of a video"),
+        (
+            "video,question,answer,start,end",
+            [("c0.mp4", "?", "a", "5", "2")],
+            "line 2: its end, 2, is not after its start, 5",
+        ),
         (
             "video,question,answer",
             [("c0.mp4", "?", "a"), ("c0.mp4", "?", "b")],
             "line 3: c0.mp4 is listed twice with other answers: 'b' here, 'a' in line 2; keep one",
         ),
         ("video,question,answer", [], "holds no examples"),
+        ("video,question,answer", [("", " ", "")], "holds no examples"),  # as a spreadsheet leaves a row
+        ("", [], "mine.csv: is empty; kangaroo data init writes a table"),
     ],
 )
 def test_a_wrong_table_is_one_line(clips, header, rows, message):
@@ -132,6 +141,18 @@ def test_near_duplicates_stay_on_one_side(clips, tmp_path):
         assert {e.answer for e in asked} == {"left", "right"} and len(asked) < len(learnt)
         assert missing_labels(learnt, asked) == []
     assert split(examples, 1, quiet) == split(examples, 1, quiet)
+
+
+def test_videos_that_cannot_be_read_are_told_and_split_all_the_same(tmp_path):
+    for label in ("cat", "dog"):
+        for number in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{label}{number}.mp4").write_bytes(b"no video" * 50)
+    told: list[str] = []
+    learnt, asked = split(read_examples(tmp_path, quiet), 0, told.append)
+    assert len(learnt) == len(asked) == 2
+    (line,) = told
+    assert line.startswith("warning: 4 of 4 videos cannot be read, and teach nothing; the first: ") and "cat0" in line
 
 
 def test_a_splits_column_is_kept_and_labels_of_one_side_are_said(clips, tmp_path):
