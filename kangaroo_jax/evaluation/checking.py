@@ -51,6 +51,9 @@ def questions_of(benchmark: Benchmark, data: Path, limit: int = 0) -> list[Quest
     questions = list(benchmark.read(data_of(benchmark, data)))
     if not questions:
         raise UserError(f"{data}: there is no question of {benchmark.name} in its files")
+    for question in questions:
+        if question.kind not in ("exact", "open") and not question.options:
+            raise UserError(f"{data}: question {question.id} of {benchmark.name} has no options")
     return questions[:limit] if limit else questions
 
 

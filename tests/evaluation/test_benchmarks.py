@@ -1,6 +1,8 @@
 """Each benchmark from its official files: what is asked, about which file, with which words, and what is refused."""
 
+import contextlib
 import csv
+import itertools
 import json
 import pickle
 
@@ -12,6 +14,7 @@ from kangaroo_jax.evaluation.benchmarks.question import PROTOCOLS
 from kangaroo_jax.evaluation.benchmarks.subtitles import NONE, on_display
 from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS, benchmark_named
 from kangaroo_jax.evaluation.checking import check, describe, questions_of, report
+from kangaroo_jax.evaluation.marking import mark
 from tests.evaluation.layouts import COLOURS, LAYOUTS
 
 WITH_FAULTS = {"mlvu": 2}  # the answer is none of the options; an option stands there twice
@@ -213,6 +216,34 @@ def test_bad_files_are_one_line(name, spoil, message, maker):
     with pytest.raises(UserError) as raised:
         questions_of(BENCHMARKS[name], maker.folder)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def first_row(value):
+    """The first question of a JSON file, or the object that holds all."""
+    while not isinstance(value, dict) or (
+        inner := [v for v in value.values() if isinstance(v, list) and len(value) == 1]
+    ):
+        value = value[0] if isinstance(value, list) else inner[0]
+    return value
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.startswith("needle")])
+def test_a_field_of_another_kind_is_read_or_one_line(name, maker):
+    LAYOUTS[name][0](maker)
+    benchmark, by_keys = BENCHMARKS[name], {}
+    for path in [*maker.folder.rglob("*.json"), *maker.folder.rglob("*.jsonl")]:
+        head, *rest = path.read_text(encoding="utf-8").splitlines()  # of JSON all stands in the first line
+        by_keys[tuple(first_row(json.loads(head)))] = path, head, rest  # one of each kind of file
+    for keys, (path, head, rest) in by_keys.items():
+        for key, bad in itertools.product(keys, (None, 7, "x", [], [None], {"a": 1}, True)):
+            value = json.loads(head)
+            first_row(value)[key] = bad
+            path.write_text("\n".join([json.dumps(value), *rest]), encoding="utf-8")
+            with contextlib.suppress(UserError):
+                for question in questions_of(benchmark, maker.folder):
+                    for protocol in PROTOCOLS:
+                        mark(benchmark, question, {"text": "A"}, protocol)
+        path.write_text("\n".join([head, *rest]), encoding="utf-8")
 
 
 def test_a_table_with_a_line_break_in_a_field(maker):

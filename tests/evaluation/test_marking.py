@@ -131,6 +131,9 @@ def test_needles_are_found_only_in_all_orders_and_shown_apart(data):
     assert maps[:2] == ("frame", [f"{count} frames" for count in (16, 32, 64, 128, 160)]) and len(maps[2]) == 6
 
 
+FIRST_NEEDLES = ["yellow", "yellow", "white", "green", "purple"]
+
+
 def test_needles_are_asked_when_they_appear_with_four_moments(data):
     benchmark = BENCHMARKS["needle-time"]
     questions = questions_of(benchmark, data("needle-time"))
@@ -141,6 +144,13 @@ def test_needles_are_asked_when_they_appear_with_four_moments(data):
         assert len(told) == 1 and (not some[0].row["needle"] or abs(told.pop() - some[0].row["needle"][0]) <= 0.5)
     colours = questions_of(BENCHMARKS["needle"], data("needle"))
     assert [(q.id, q.media[0].times, q.row) for q in questions] == [(q.id, q.media[0].times, q.row) for q in colours]
+    assert [q.options[0] for q in colours[:20:4]] == FIRST_NEEDLES  # scores of other days are of the same questions
+    by_mode = {
+        mode: [some[0] for some in by_unit.values() if f"/{mode}/" in some[0].unit] for mode in ("frame", "none")
+    }
+    assert len({one.options[0] for one in by_mode["none"]}) == 6  # no habit of one moment is right there
+    others = {option for one in by_mode["frame"] if "/160/" in one.unit for option in one.options[1:]}
+    assert len(others) == 6  # every moment is an option where it is not the answer
     found = result_of(benchmark, questions, Planted("needle-time", {q.id: q.answer for q in questions}), {})
     none = [c for c in found["needles"] if c["mode"] == "none"]
     assert len(found["needles"]) == 5 * 6 + 4 * 6 + 1 and [c["needles"] for c in none] == [24]

@@ -4,6 +4,7 @@ Nothing is fetched and no pickle is ever loaded.
 """
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,26 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     plain = tuple(leaf for leaf in table.leaves if not leaf.endswith(".bytes"))
     for number in range(len(table)):
         yield f"{path}, row {number + 1}", table.row(number, plain)
+
+
+def texts(where: str, row: Row, name: str) -> tuple[str, ...]:
+    """The texts or numbers of a list with at least one. Raises UserError: that is not what the row has there."""
+    value = row[name]
+    if not isinstance(value, list) or not value or not all(isinstance(one, str | int | float) for one in value):
+        raise UserError(f"{where}: its {name} are no list of texts: {repr(value)[:60]}")
+    return tuple(map(str, value))
+
+
+def number(where: str, row: Row, name: str) -> float:
+    """A number of a row, 0 where it has none. Raises UserError: something else stands there."""
+    value = row.get(name)
+    try:
+        found = float(value or 0)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{where}: its {name} is no number: {repr(value)[:60]}")
+    return found
 
 
 def video(folder: Path, names: Iterable[str]) -> str:

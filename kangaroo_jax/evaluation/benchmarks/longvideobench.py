@@ -19,29 +19,29 @@ _COLUMNS = ("id", "video_path", "question", "candidates", "duration_group", "que
 def read_val(folder: Path) -> Iterator[Question]:
     """The questions of `lvb_val.json`."""
     for where, row in files.rows(files.found(folder, "lvb_val.json"), (*_COLUMNS, "correct_choice")):
-        place, count = row["correct_choice"], len(row["candidates"])
+        place, count = row["correct_choice"], len(files.texts(where, row, "candidates"))
         if not isinstance(place, int) or not 0 <= place < count:
             raise UserError(f"{where}: correct_choice is {place!r}, but there are {count} candidates")
-        yield _question(folder, row, LETTERS[place])
+        yield _question(folder, where, row, LETTERS[place])
 
 
 def read_test(folder: Path) -> Iterator[Question]:
     """The questions of `lvb_test_wo_gt.json`, whose answers are not public."""
-    for _, row in files.rows(files.found(folder, "lvb_test_wo_gt.json"), _COLUMNS):
-        yield _question(folder, row, None)
+    for where, row in files.rows(files.found(folder, "lvb_test_wo_gt.json"), _COLUMNS):
+        yield _question(folder, where, row, None)
 
 
-def _question(folder: Path, row: files.Row, letter: str | None) -> Question:
+def _question(folder: Path, where: str, row: files.Row, letter: str | None) -> Question:
     video = files.video(folder, [f"{base}{row['video_path']}" for base in ("videos/", "")])
     return Question(
         str(row["id"]),
         (Media("video", video),),
         str(row["question"]),
-        tuple(map(str, row["candidates"])),
+        files.texts(where, row, "candidates"),
         letter,
         groups={"duration": (str(row["duration_group"]),), "category": (str(row["question_category"]),)},
         subtitles=files.video(folder, [f"{base}{row['subtitle_path']}" for base in ("subtitles/", "")]),
-        subtitles_from=float(row.get("starting_timestamp_for_subtitles") or 0.0),
+        subtitles_from=files.number(where, row, "starting_timestamp_for_subtitles"),
     )
 
 

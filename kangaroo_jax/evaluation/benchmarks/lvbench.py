@@ -21,6 +21,8 @@ def read(folder: Path) -> Iterator[Question]:
     for where, row in files.rows(path, ("key", "qa")):
         name = str(row["key"])
         media = (Media("video", files.video(folder, _places(name))),)
+        if not isinstance(row["qa"], list):
+            raise UserError(f"{where}: its 'qa' is no list of questions")
         for asked in row["qa"]:
             try:
                 uid, text, letter = str(asked["uid"]), str(asked["question"]), str(asked["answer"])

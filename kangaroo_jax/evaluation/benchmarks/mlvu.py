@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo_jax.data.annotations.conversation import Media
+from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks import files
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question, Reading
+from kangaroo_jax.evaluation.benchmarks.rubrics import RUBRICS
 from kangaroo_jax.evaluation.benchmarks.wording import WORDINGS
 from kangaroo_jax.evaluation.extraction import harnesses
 
@@ -21,7 +23,9 @@ def read_dev(folder: Path) -> Iterator[Question]:
         path = files.found(folder, *(f"{base}json/{name}.json" for base in _WHERE))
         for index, (where, row) in enumerate(files.rows(path, ("video", "question", "answer"))):
             video = files.video(folder, [f"{base}video/{name}/{row['video']}" for base in _WHERE])
-            options = tuple(map(str, row.get("candidates") or ()))
+            options = files.texts(where, row, "candidates") if row.get("candidates") else ()
+            if not options and task not in RUBRICS:
+                raise UserError(f"{where}: has no candidates")
             letter, fault = files.letter_of(str(row["answer"]), options) if options else (str(row["answer"]), "")
             yield Question(
                 f"{name}-{index}",
@@ -40,8 +44,8 @@ def read_dev(folder: Path) -> Iterator[Question]:
 def read_test(folder: Path) -> Iterator[Question]:
     """The questions of `test_question.json`, whose answers are not public (a column `answer` is read where it is)."""
     path = files.found(folder, "test_question.json", "MLVU_Test/test_question.json", "*/test_question.json")
-    for _, row in files.rows(path, ("question_id", "question_type", "video", "question", "candidates")):
-        options = tuple(map(str, row["candidates"]))
+    for where, row in files.rows(path, ("question_id", "question_type", "video", "question", "candidates")):
+        options = files.texts(where, row, "candidates")
         letter = files.letter_of(str(row["answer"]), options)[0] if "answer" in row else None
         video = files.video(path.parent, [f"{base}{row['video']}" for base in ("video/", "test_video/", "videos/", "")])
         yield Question(

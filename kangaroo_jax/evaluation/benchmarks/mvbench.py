@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kangaroo_jax.data.annotations.conversation import Media
 from kangaroo_jax.evaluation.benchmarks import files
@@ -44,7 +45,7 @@ def read(folder: Path) -> Iterator[Question]:
     for task, (cut, whole) in TASKS.items():
         path = files.found(folder, f"json/{task}.json", f"{task}.json")
         for number, (where, row) in enumerate(files.rows(path, ("video", "question", "candidates", "answer"))):
-            options = tuple(map(str, row["candidates"]))
+            options = files.texts(where, row, "candidates")
             letter, fault = files.letter_of(str(row["answer"]), options)
             media = _medium(folder, str(row["video"]), row.get("start"), row.get("end"), cut, whole)
             yield Question(
@@ -58,12 +59,12 @@ def read(folder: Path) -> Iterator[Question]:
             )
 
 
-def _medium(folder: Path, name: str, start: object, end: object, cut: tuple, whole: tuple) -> Media:
+def _medium(folder: Path, name: str, start: Any, end: Any, cut: tuple, whole: tuple) -> Media:
     found = files.video(folder, [f"{base}/{sub}/{name}" for sub in (*cut, *whole) for base in _BASES])
-    bounded = isinstance(start, int | float) and isinstance(end, int | float)
+    bounded = all(isinstance(second, int | float) for second in (start, end))
     if bounded and any(f"/{sub}/" in found for sub in whole):
         rate = _FRAMES_A_SECOND if Path(found).is_dir() else None
-        return Media("video", found, start=float(str(start)), end=float(str(end)), sample_fps=rate)
+        return Media("video", found, start=start, end=end, sample_fps=rate)
     return Media("video", found, sample_fps=_FRAMES_A_SECOND if Path(found).is_dir() else None)
 
 

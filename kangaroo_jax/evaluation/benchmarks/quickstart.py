@@ -34,7 +34,7 @@ def read_file(path: Path, groups: dict[str, tuple[str, ...]] | None = None) -> I
         text = turns[0].text
         for medium in asked.media:
             text = text.replace(f"<{medium.kind}>", "", 1)
-        options = tuple(map(str, row.get("options") or ()))
+        options = files.texts(where, row, "options") if row.get("options") else ()
         found = {name: (str(row[key]),) for key, name in _GROUPS.items() if key in row}
         yield Question(
             f"{path.stem}/{conversation.id or number}",

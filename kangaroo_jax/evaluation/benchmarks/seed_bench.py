@@ -21,7 +21,7 @@ def read_2(folder: Path) -> Iterator[Question]:
     """Dimensions 19 to 22 of `SEED-Bench_v2_level1_2_3.json`: eight stills each."""
     path = files.found(folder, "SEED-Bench_v2_level1_2_3.json", "SEED-Bench_v2*.json")
     for where, row in files.rows(path, _COLUMNS, inside="questions"):
-        if row["question_type_id"] not in DIMENSIONS_2:
+        if row["question_type_id"] not in tuple(DIMENSIONS_2):
             continue
         if not isinstance(row["data_id"], list) or not row["data_id"]:
             raise UserError(f"{where}: its data_id is no list of stills")
@@ -37,13 +37,21 @@ def read_1(folder: Path) -> Iterator[Question]:
     """The video questions of `SEED-Bench.json`: Something-Something V2, Epic-Kitchens and Breakfast."""
     path = files.found(folder, "SEED-Bench.json")
     for where, row in files.rows(path, _COLUMNS, inside="questions"):
-        if row["question_type_id"] not in DIMENSIONS_1:
+        if row["question_type_id"] not in tuple(DIMENSIONS_1):
             continue
         video = files.video(folder, [f"{base}/{row['data_id']}" for base in ("video", "v1_video", "videos", ".")])
-        start, end = row.get("segment") or (None, None)
-        if start is not None and end is not None and row["question_type_id"] == 12:
-            start, end = start / FRAMES_A_SECOND, end / FRAMES_A_SECOND
+        start, end = _segment(where, row)
         yield _question(where, row, Media("video", video, start=start, end=end), DIMENSIONS_1)
+
+
+def _segment(where: str, row: files.Row) -> tuple[float | None, float | None]:
+    """The seconds at which a question's part of the video begins and ends. Raises UserError."""
+    found = row.get("segment") or [None, None]
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(x, int | float | None) for x in found)):
+        raise UserError(f"{where}: its segment is no start and end: {repr(found)[:60]}")
+    if None not in found and row["question_type_id"] == 12:
+        return found[0] / FRAMES_A_SECOND, found[1] / FRAMES_A_SECOND
+    return found[0], found[1]
 
 
 def _question(where: str, row: files.Row, media: Media, dimensions: dict[int, str]) -> Question:

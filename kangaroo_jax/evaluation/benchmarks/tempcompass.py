@@ -22,10 +22,12 @@ def read(folder: Path) -> Iterator[Question]:
             raise UserError(f"{path}: expected an object of videos, found {type(value).__name__}")
         for name, aspects in value.items():
             media = (Media("video", files.video(folder, files.spellings(name, ("videos", "video", "")))),)
+            if not isinstance(aspects, dict) or not all(isinstance(asked, list) for asked in aspects.values()):
+                raise UserError(f"{path}, {name}: expected lists of questions by their aspect")
             for aspect, asked in aspects.items():
                 for number, row in enumerate(asked):
                     where = f"{path}, {name}, {aspect}, question {number + 1}"
-                    if "question" not in row or "answer" not in row and kind != "open":
+                    if not isinstance(row, dict) or "question" not in row or "answer" not in row and kind != "open":
                         raise UserError(f"{where}: has no question or no answer")
                     groups = {"format": (form,), "aspect": (aspect,)}
                     yield _question(f"{form}/{name}/{aspect}/{number}", where, row, kind, media, groups)

@@ -19,8 +19,8 @@ def read(folder: Path, subtitles: bool = False) -> Iterator[Question]:
     """The questions of the Parquet file."""
     path = files.found(folder, "videomme/test-*.parquet", "test-*.parquet", "data/test-*.parquet", "*.parquet")
     for where, row in files.rows(path, (*_COLUMNS, "options", "answer")):
-        options = files.plain_options(row["options"])
-        fault = files.fault_of(row["answer"], options)
+        options = files.plain_options(files.texts(where, row, "options"))
+        fault = files.fault_of(str(row["answer"]), options)
         name = str(row["videoID"])
         said = files.video(folder, files.spellings(name, ("subtitle", "subtitles"), (".srt",)))
         yield Question(

@@ -20,7 +20,7 @@ _COLUMNS = ("question_id", "video_name", "category", "Type", "Question", "Answer
 def read(folder: Path) -> Iterator[Question]:
     """The questions of `VideoVista.json`."""
     for where, row in files.rows(files.found(folder, "VideoVista.json"), (*_COLUMNS, "Answer")):
-        options = files.plain_options(map(str, row["Answer_Choices"]))
+        options = files.plain_options(files.texts(where, row, "Answer_Choices"))
         place = row["Answer"]
         if not isinstance(place, int) or not 0 <= place < len(options):
             raise UserError(f"{where}: Answer is {place!r}, but there are {len(options)} choices")
@@ -32,7 +32,7 @@ def read(folder: Path) -> Iterator[Question]:
             media.append(Media("image", files.video(folder, [f"{base}/{row['image_name']}" for base in _IMAGES])))
         elif kind == "Relation Reasoning-Image":
             fault = f"{where}: asks about an image, but has no image_name; it is asked without"
-        minutes = float(row.get("time") or 0) / 60
+        minutes = max(files.number(where, row, "time"), 0.0) / 60
         yield Question(
             str(row["question_id"]),
             tuple(media),

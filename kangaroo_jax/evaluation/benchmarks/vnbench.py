@@ -15,7 +15,7 @@ def read(folder: Path) -> Iterator[Question]:
     """The questions of `VNBench-main-4try.json`."""
     path = files.found(folder, "VNBench-main-4try.json", "VNBench*.json*", "anno.jsonl")
     for where, row in files.rows(path, ("video", "question", "options", "question_id", "gt", "type")):
-        options = files.plain_options(map(str, row["options"]))
+        options = files.plain_options(files.texts(where, row, "options"))
         letter = LETTERS[row["gt"]] if isinstance(row["gt"], int) and row["gt"] in range(10) else str(row["gt"])
         fault = files.fault_of(letter, options)
         name = str(row["question_id"])
