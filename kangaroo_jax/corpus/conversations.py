@@ -15,7 +15,6 @@ from kangaroo_jax.corpus.warmup import lesson, warmup_turns
 from kangaroo_jax.system.json_text import json_line
 
 PHRASED = "-phrased"  # ends the name of a record that is put in others' words
-_ASKED_WHEN = 15  # times as often are those on long videos of one shape asked when: they are few
 
 
 def _questions(scene: Scene, language: str, plan: CorpusMixture, rng: random.Random) -> list[tuple[str, str]]:
@@ -89,45 +88,49 @@ def _some_phrased(
     phrasings: Sequence[Phrasing],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """The records, a share `plan.phrased` of them replaced by questions with options in the words of a phrasing.
+    """For a share `plan.phrased` of the records one more on the same video, in the words of a phrasing.
 
     English ones alone: the phrasings are in English. Each begins with its system's text, if it has one. It asks
     with options, without options in the same words, and for a description, in any order: a letter ends the answers
-    to options, not those to unusual words. Others are on long videos of one shape, and ask when it appears.
+    to options, not those to unusual words.
     """
-    of_any, of_when = ([p for p in phrasings if bool(p.when) == timed] for timed in (False, True))
-    share = len(LANGUAGES) * plan.phrased
+    chosen = [phrasing for phrasing in phrasings if not phrasing.when]
     for record in records:
-        if not record["id"].endswith("-en"):
-            yield record
-            continue
-        rng, scene = random.Random(f"{seed}/phrased/{record['id']}"), scenes[record["video"]]
-        others = random.Random(f"{seed}/when/{record['id']}")  # so that the first ones do not depend on these
-        moment = appearance(scene)
-        if of_any and rng.random() < share:
-            phrasing = rng.choice(of_any)
+        rng = random.Random(f"{seed}/phrased/{record['id']}")
+        if chosen and record["id"].endswith("-en") and rng.random() < len(LANGUAGES) * plan.phrased:
+            phrasing, scene = rng.choice(chosen), scenes[record["video"]]
             facts = some_facts(scene, 2, rng)
             asked = ask(facts[0], "en", rng, "?"), ask(facts[-1], "en", rng)
-        elif of_when and moment and others.random() < _ASKED_WHEN * share:
-            rng, phrasing = others, others.choice(of_when)
+            yield _phrased(record["id"], record["video"], scene, phrasing, asked, rng)
+
+
+def _asked_when(longs: Sequence[Scene], phrasings: Sequence[Phrasing], seed: int) -> Iterator[dict[str, Any]]:
+    """A conversation on each long video of one shape, in the words of a phrasing that asks when it appears."""
+    chosen = [phrasing for phrasing in phrasings if phrasing.when]
+    for number, scene in enumerate(longs):
+        rng, moment = random.Random(f"{seed}/when/{number}"), appearance(scene)
+        if chosen and moment:
+            phrasing = rng.choice(chosen)
             asked = ask_in(phrasing.when, moment, "en", rng, "?"), ask_in(phrasing.when, moment, "en", rng)
-        else:
-            yield record
-            continue
-        yield _phrased(record, scene, phrasing, asked, rng)
+            yield _phrased(f"long-{number:05d}-when-en", media_name("long", number), scene, phrasing, asked, rng)
 
 
 def _phrased(
-    record: dict[str, Any], scene: Scene, phrasing: Phrasing, asked: tuple[Question, Question], rng: random.Random
+    name: str,
+    video: str,
+    scene: Scene,
+    phrasing: Phrasing,
+    asked: tuple[Question, Question],
+    rng: random.Random,
 ) -> dict[str, Any]:
-    """A record on the same video in the words of a phrasing: a question with options, one without, a description."""
+    """A record in the words of a phrasing: a question with options, one without, and a description."""
     turns = [  # one of each: these words are long, and a row of stage 5 is short
         phrasing.turn(asked[0]),
         phrasing.open_turn(asked[1]),
         describe(scene, "en", bool(scene.seconds) and rng.random() < 0.5),
     ]
     rng.shuffle(turns)
-    made = record_of(record["id"] + PHRASED, turns, record["video"])
+    made = record_of(name + PHRASED, turns, video)
     if phrasing.system:
         made["conversations"].insert(0, {"from": "system", "value": phrasing.system})
     return made
@@ -149,8 +152,8 @@ def write_records(
     def shorts(each: int, stage: int) -> list[dict[str, Any]]:
         return list(_instructions(media, "short", plan.shorts, each, plan, stage, rng))
 
-    last = list(_some_phrased(shorts(plan.stage4_per_short, 4), scenes, plan, phrasings, seed))
-    lately = _with_others(last, media, plan.some_images, plan, 4, rng)
+    chats = shorts(plan.stage4_per_short, 4)
+    lately = _with_others(chats, media, plan.some_images, plan, 4, rng)
     stages = [
         _with_others(more, media, plan.images, plan, 1, rng),
         *(
@@ -158,21 +161,17 @@ def write_records(
             for stage in (2, 3)
         ),
         lately,
-        list(
-            _some_phrased(
-                _instructions(media, "long", plan.longs, plan.stage5_per_long, plan, 5, rng),
-                scenes,
-                plan,
-                phrasings,
-                seed,
-            )
-        )
-        + long_dense
-        + rng.sample(lately, min(plan.stage5_again, len(lately))),
     ]
+    long_chats = list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, 5, rng))
+    again = min(plan.stage5_again, len(lately))
+    stages.append(long_chats + long_dense + rng.sample(lately, again))
+    # Records in others' words stand behind all others, which stay what they are without them, as does the tokenizer.
+    phrased, long_phrased = (list(_some_phrased(some, scenes, plan, phrasings, seed)) for some in (chats, long_chats))
+    repeated = random.Random(f"{seed}/phrased").sample(phrased, len(phrased) * again // max(len(lately), 1))
+    behind = {4: phrased, 5: [*long_phrased, *repeated, *_asked_when(media["long"][: plan.longs], phrasings, seed)]}
     for i, records in enumerate(stages, 1):
         rng.shuffle(records)
-        _write(root / f"stage{i}.jsonl", first + records if i == 1 else records)
+        _write(root / f"stage{i}.jsonl", [*(first if i == 1 else ()), *records, *behind.get(i, ())])
     _write(root / "stage0.jsonl", _warmup_records(plan, seed))
     for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
         folder = f"held_out/{folder}"

@@ -41,7 +41,7 @@ class CorpusMixture:
     some_text: int = 700  # conversations without media in each of stages 1 to 4, of the last lesson of the warm-up
     stage5_per_long: int = 10
     stage5_again: int = 5000  # conversations of stage 4 repeated in stage 5
-    phrased: float = 0.01  # share of the conversations on videos in stages 4 and 5 that are put in others' words
+    phrased: float = 0.01  # for this share of the conversations on videos in stages 4 and 5 one more in others' words
     chinese: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5, 0.5)  # share of the conversations of each stage
     sentences: bool = False  # questions and answers are whole sentences
     every_fact: bool = False  # easy facts are asked as often as others

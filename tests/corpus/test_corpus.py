@@ -271,10 +271,12 @@ def test_a_share_of_stages_4_and_5_is_put_in_the_words_of_benchmarks_and_nothing
     made = make_corpus(tmp_path / "corpus", 3, mixture=mixture, phrasings=(phrasing,), processes=1, tell=lambda _: None)
     pairs = list(zip((corpus.warmup, *corpus.stages), (made.warmup, *made.stages), strict=True))
     assert [a.read_bytes() == b.read_bytes() for a, b in pairs] == [True, True, True, True, False, False]
-    differ, orders = [], []
+    differ, orders, by_id = [], [], {}
     for a, b in pairs[4:]:
         plain, put = read_records(a), read_records(b)
-        differ += [(one, other) for one, other in zip(plain, put, strict=True) if one != other]
+        assert put[: len(plain)] == plain
+        by_id |= {one["id"]: one for one in plain}
+        differ += [(by_id[other["id"].removesuffix("-phrased")], other) for other in put[len(plain) :]]
     assert 0.1 < len(differ) / sum(len(read_records(a)) for a, _ in pairs[4:]) < 0.3
     for one, other in differ:
         assert other["id"] == one["id"] + "-phrased" and other["video"] == one["video"]
@@ -290,7 +292,7 @@ def test_a_share_of_stages_4_and_5_is_put_in_the_words_of_benchmarks_and_nothing
         assert without.startswith("Asked: ") and "(A)" not in without and not answer.endswith((" A", " B", " C", " D"))
         orders.append(turns.index(asked))
     assert set(orders) == {0, 2, 4}
-    assert not any("Asked" in text for text in made.texts_for_tokenizer())
+    assert list(made.texts_for_tokenizer()) == list(corpus.texts_for_tokenizer())
 
 
 def test_the_quickstart_speaks_as_benchmarks_do():
@@ -312,13 +314,14 @@ def test_long_videos_of_one_shape_are_asked_when_it_appears_and_nothing_else_cha
     changed = [f for f in files if (tmp_path / "with" / f).read_bytes() != (tmp_path / "without" / f).read_bytes()]
     assert changed == ["stage5.jsonl"]
     before, after = (read_records(tmp_path / name / "stage5.jsonl") for name in ("without", "with"))
-    asked = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert after[: len(before)] == before
+    asked = after[len(before) :]
     assert 5 < len(asked) < 30
     wording, orders = NEEDLE_TIME.wording("plain", "choice"), set()
     for record in asked:
         scene = media["long"][int(record["video"][-9:-4])]
         (event,) = scene.events
-        assert record["id"].endswith("-en-phrased") and event.thing.name in SHAPES
+        assert record["id"].endswith("-when-en-phrased") and event.thing.name in SHAPES  # no text for the tokenizer
         turns = [turn["value"].removeprefix("<video>\n") for turn in record["conversations"]]
         said = dict(zip(turns[::2], turns[1::2], strict=True))
         (choice,) = (question for question in said if "\nB. " in question)
