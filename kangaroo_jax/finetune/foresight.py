@@ -2,12 +2,10 @@
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import StageConfig
@@ -20,13 +18,11 @@ from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.planning.formula import peak_gib
 from kangaroo_jax.system.memory import host_memory
-from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.optimizer import count
 from kangaroo_jax.training.placement import resolve
 
 FEW, MANY_ANSWERS, IMBALANCE = 50, 50, 3.0
 _GIB = 1 << 30
-_MFU = 0.35
 _READ = 3000  # conversations of the replay whose tokens count as known
 
 
@@ -36,7 +32,6 @@ class Needs:
 
     memory_gib: float
     memory_there: float
-    minutes: float
     disk_gib: float
     disk_there: float
     device: str
@@ -45,8 +40,7 @@ class Needs:
         """In words."""
         return [
             f"needs about {self.memory_gib:.1f} GiB of memory of {self.memory_there:.1f} free on {self.device}",
-            f"needs about {max(1, round(self.minutes))} minutes, and {self.disk_gib:.2f} GiB of disk of "
-            f"{self.disk_there:.0f} free",
+            f"needs about {self.disk_gib:.2f} GiB of disk of {self.disk_there:.0f} free",
         ]
 
     def check(self) -> None:
@@ -73,24 +67,10 @@ def needs_of(config: StageConfig, workdir: Path) -> Needs:
     memory = peak_gib(resolved, count_parameters(config.model))
     stats = device.memory_stats() or {}
     there = stats.get("bytes_limit", host_memory()[1]) - stats.get("bytes_in_use", 0)
-    rate = chip.tflops * 1e12 * _MFU * jax.device_count() if chip else _rate()
-    minutes = step_flops(resolved).causal / rate * config.train.steps / 60
     kept = 3 * (config.train.keep_checkpoints + 2) * 4 * trained  # the best, the last, and one that is written
     existing = next(folder for folder in (workdir, *workdir.resolve().parents) if folder.exists())
     name = chip.name if chip else "this CPU"
-    return Needs(memory, there / _GIB, minutes, kept / _GIB + 0.05, shutil.disk_usage(existing).free / _GIB, name)
-
-
-def _rate() -> float:
-    """FLOPs a second that a step reaches on this CPU: a quarter of what one product of matrices does just now."""
-    x = jnp.ones((768, 768), jnp.float32)
-    multiply = jax.jit(lambda x: x @ x)
-    multiply(x).block_until_ready()
-    start = time.perf_counter()
-    for _ in range(4):
-        x = multiply(x) * 1e-3
-    x.block_until_ready()
-    return 0.25 * 4 * 2 * 768.0**3 / (time.perf_counter() - start)
+    return Needs(memory, there / _GIB, kept / _GIB + 0.05, shutil.disk_usage(existing).free / _GIB, name)
 
 
 def warnings(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.config import StageConfig
+from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.annotations.format_writing import to_record
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.errors import UserError
@@ -22,11 +23,14 @@ from kangaroo_jax.finetune.table import Example, read_examples
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.planning.here import explained_memory
 from kangaroo_jax.system.files import make_folder, write_text
-from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.epochs import draws_a_step
+from kangaroo_jax.training.finishing import ADAPTER
 from kangaroo_jax.training.loop import open_loader, open_tokenizer, show_first_batch, train
 from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.training.rehearsal import rehearse
+from kangaroo_jax.training.step import TrainStep
 
 _LONGEST = 60  # characters of an answer that is scored by its text
 Override = Mapping[str, Any]
@@ -86,12 +90,13 @@ def finetune(
         if "train.epochs" in overrides:
             raise UserError("finetune: --epochs counts passes over your examples; leave --config.train.epochs out")
         config.update_from_flattened_dict(dict(overrides))
-    ready = _foreseen(config, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
-    if dry_run:
-        tell(f"--dry-run: nothing is trained; look at {workdir / 'first_batch.png'}")
-        return workdir
+    ready, batch = _foreseen(config, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
     with explained_memory(StageConfig.from_config(ready)):
-        train(ready, workdir, evaluator=BenchmarkEvaluator, tell=tell)
+        step_fn = None if _begun(workdir) else _timed(StageConfig.from_config(ready), batch, tell)
+        if dry_run:
+            tell(f"--dry-run: nothing is trained; look at {workdir / 'first_batch.png'}")
+            return workdir
+        train(ready, workdir, evaluator=BenchmarkEvaluator, step_fn=step_fn, tell=tell)
     write_curves(workdir, tell)
     if scored:
         settings = Settings((str(files["questions"]),), "")
@@ -111,8 +116,8 @@ def _foreseen(
     wishes: Wishes,
     overrides: Override,
     tell: Tell,
-) -> ConfigDict:
-    """The config with its steps, after the first batch, the needs and warnings were shown. Raises UserError."""
+) -> tuple[ConfigDict, PackedBatch]:
+    """(the config with its steps, the first batch), after what is needed and warnings were said. Raises UserError."""
     stage = StageConfig.from_config(config)
     check_config(stage)
     check_trainable(stage, abstract_model(stage.model, stage.lora).shapes)
@@ -122,9 +127,10 @@ def _foreseen(
     loader.close()
     show_first_batch(batch, tokenizer, workdir, tell)
     mine = draws_a_step(stage, tokenizer)[0] * (0.5 if replay else 1.0)
-    epochs = with_steps(config, len(learnt), mine, wishes.epochs)
+    with_steps(config, len(learnt), mine, wishes.epochs)
     config.update_from_flattened_dict(dict(overrides))
     stage = StageConfig.from_config(config)
+    epochs = stage.train.steps * mine / len(learnt)
     tell(f"{stage.train.steps} steps: {epochs:.1f} epochs over {len(learnt)} examples, {mine:.1f} of them a step")
     tell(f"half of the samples are replayed from {', '.join(replay)}" if replay else "no replay")
     for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0):
@@ -133,7 +139,19 @@ def _foreseen(
     for line in needs.lines():
         tell(line)
     needs.check()
-    return config
+    return config, batch
+
+
+def _begun(workdir: Path) -> bool:
+    """Whether an earlier call trained here, so that its progress says how long a step takes."""
+    return any((workdir / name).is_dir() for name in ("checkpoints", ADAPTER))
+
+
+def _timed(stage: StageConfig, batch: PackedBatch, tell: Tell) -> TrainStep:
+    """The compiled step, after it was said how long all of them will take on the devices that are here."""
+    step_fn, seconds = rehearse(stage, batch)
+    tell(f"a step takes {seconds:.2f} s here: {stage.train.steps} take about {duration(seconds * stage.train.steps)}")
+    return step_fn
 
 
 def _own_data(base: Path) -> tuple[str, ...]:

@@ -95,8 +95,8 @@ def make_stage(
     return config
 
 
-def with_steps(config: ConfigDict, own: int, own_in_a_step: float, epochs: float) -> float:
-    """Set the number of steps, and when the held-out part is measured; returns the epochs over the user's examples."""
+def with_steps(config: ConfigDict, own: int, own_in_a_step: float, epochs: float) -> None:
+    """Set the number of steps for `epochs` over the user's `own` examples, and when the held-out part is measured."""
     an_epoch = own / max(own_in_a_step, 1e-9)
     steps = math.ceil((epochs or 3.0) * an_epoch)
     if not epochs and config.model.preset == "tiny":
@@ -104,4 +104,3 @@ def with_steps(config: ConfigDict, own: int, own_in_a_step: float, epochs: float
     every = math.ceil(steps / MEASUREMENTS)
     config.train.update(steps=steps, checkpoint_every=every)
     config.eval.every = every
-    return steps / an_epoch

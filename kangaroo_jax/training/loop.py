@@ -98,7 +98,12 @@ class StageRun:
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, evaluator: MakeEvaluator | None = None, tell: Tell = print
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    evaluator: MakeEvaluator | None = None,
+    step_fn: TrainStep | None = None,
+    tell: Tell = print,
 ) -> Result:
     """Run one stage in `workdir`, from its last checkpoint if there is one, to the end of its steps or epochs.
 
@@ -107,6 +112,7 @@ def train(
         workdir: receives checkpoints, metrics.jsonl, samples.jsonl, ledger.jsonl, config.json, machine.jsonl and
             first_batch.{txt,png}.
         evaluator: makes what scores `config.eval.benchmarks`, if there are some.
+        step_fn: the compiled step of this config, where there is one (`rehearsal.rehearse`).
         tell: prints a progress line.
 
     Raises:
@@ -133,7 +139,7 @@ def train(
         preemption = Preemption(tell)
         stack.callback(preemption.close)
         scoring = evaluator(given) if evaluator is not None and given.eval.every and given.eval.benchmarks else None
-        stage = prepare(given, workdir, tell)
+        stage = prepare(given, workdir, tell, step_fn)
         steps = run_steps(stage, workdir, tell, preemption, start, scoring)
         if config.lora.rank and not config.lora.keep_state:
             finish_adapter(stage.config, workdir, tell)
@@ -152,7 +158,7 @@ def result_of(config: StageConfig, workdir: Path, steps: int, start: float) -> R
     return Result(workdir, steps, time.perf_counter() - start, used / capacity)
 
 
-def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
+def prepare(given: StageConfig, workdir: Path, tell: Tell, step_fn: TrainStep | None = None) -> StageRun:
     """Everything that a stage's steps need, restored from its last checkpoint if there is one. Raises UserError."""
     config, chip, mesh = place(given)
 
@@ -191,7 +197,7 @@ def prepare(given: StageConfig, workdir: Path, tell: Tell) -> StageRun:
         say([*loader.changed(), f"goes on after step {int(state.step)}"])
     if not config.lora.rank:
         checkpoints.keep_frozen(state)  # written while the step compiles
-    step_fn = build_step(config, binding, state)
+    step_fn = step_fn or build_step(config, binding, state)
     trained, frozen = count(state.params), count(state.frozen)
     say([f"{trained:,} parameters train, {frozen:,} are frozen; {mesh_text(mesh)}"])
 

@@ -14,8 +14,10 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.data.tokenizer import train_sentencepiece
+from kangaroo_jax.finetune import run as finetuning
 from kangaroo_jax.inference.adapters import load_adapted
 from kangaroo_jax.models.parameters import abstract_model
+from kangaroo_jax.training.rehearsal import rehearse
 from tests.finetune.test_finetune import clips, table, write_clip  # noqa: F401 - a fixture
 
 
@@ -50,7 +52,8 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
 
 
-def test_a_dry_run_says_what_it_needs_and_draws_the_first_batch(base, mine, tmp_path, capsys, one_device):
+def test_a_dry_run_says_what_it_needs_and_draws_the_first_batch(base, mine, tmp_path, capsys, one_device, monkeypatch):
+    monkeypatch.setattr(finetuning, "rehearse", lambda stage, batch: (None, 6.0))
     run(f"--base={base}", f"--data={mine}", f"--workdir={tmp_path / 'run'}", "--dry-run", "--rank=4")
     told = capsys.readouterr().out
     for words in (
@@ -60,6 +63,7 @@ def test_a_dry_run_says_what_it_needs_and_draws_the_first_batch(base, mine, tmp_
         "warning: 8 videos to learn from",
         "GiB of memory of",
         "GiB of disk of",
+        "a step takes 6.00 s here: 250 take about 0:25:00",
         "--dry-run: nothing is trained",
     ):
         assert words in told, words
@@ -95,12 +99,15 @@ def test_a_full_disk_is_foreseen(base, mine, tmp_path, capsys, one_device, monke
 
 
 @pytest.mark.slow
-def test_a_run_learns_answers_and_is_no_base(base, mine, tmp_path, capsys, one_device):
+def test_a_run_learns_answers_and_is_no_base(base, mine, tmp_path, capsys, one_device, monkeypatch):
+    steps = []
+    monkeypatch.setattr(finetuning, "rehearse", lambda *args: steps.append(rehearse(*args)) or steps[0])
     workdir = tmp_path / "run"
     words = (f"--base={base}", f"--data={mine}", f"--workdir={workdir}", "--rank=4", "--config.train.steps=6")
     run(*words, "--config.eval.every=3", f"--replay={mine}")
     told = capsys.readouterr().out
     assert "half of the samples are replayed from" in told and "held-out loss" in told
+    assert f"a step takes {steps[0][1]:.2f} s here" in told and steps[0][0]._cache_size() == 1  # compiled once
     for name in ("curves.png", "held_out/report.html", "held_out/results.json", "best", "data/train.jsonl"):
         assert (workdir / name).exists(), name
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
