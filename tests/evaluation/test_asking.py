@@ -13,6 +13,7 @@ from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.evaluation.benchmarks.question import Question
 from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS
 from kangaroo_jax.evaluation.prompting import Task, parts_of
+from kangaroo_jax.inference import compiled
 from kangaroo_jax.inference.engine import Engine
 from tests.evaluation.layouts import LAYOUTS, Maker
 
@@ -65,11 +66,14 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_video_is_read_once_for_all_its_questions(checkpoint, data, asked, tickets, tmp_path):
+def test_a_video_is_read_once_for_all_its_questions(checkpoint, data, asked, tickets, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(compiled, "keep_programs", lambda: kept.append(True))
     requests, counts = asked
     found = run(checkpoint, data("lvbench"), tmp_path, "lvbench", "--max-new-tokens=4")
     rows = lines(tmp_path)
     assert len(requests) == len(rows) == 6 and found["protocols"]["strict"]["unread"] <= 6
+    assert kept == [True], "the next run need not compile"
     frames, tokens = len(requests[0].media[0].times), int(requests[0].is_vision.sum())
     assert counts["frames_decoded"] == counts["frames_encoded"] == 2 * frames
     read = [int(r.is_vision[t.result().usage.cached_tokens :].sum()) for r, t in zip(requests, tickets, strict=True)]

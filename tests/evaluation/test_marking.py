@@ -290,4 +290,10 @@ def test_a_whole_benchmark_has_a_file_for_a_models_page_and_a_part_of_one_has_no
     partly = result("video-mme", data, ["B", "D", "B", "D", "A", None])
     partly["questions"] = 2700
     assert write_model_page(tmp_path, benchmark, partly) is None and not path.exists()
+    none = {"unasked": 0, "counted": 0, "score": None}
+    for other in ({"settings": {"limit": 6}}, {"protocols": {"strict": none}}):  # cut by hand; no answer is public
+        assert (
+            write_model_page(tmp_path, benchmark, found)
+            and write_model_page(tmp_path, benchmark, found | other) is None
+        )
     assert write_model_page(tmp_path, BENCHMARKS["quickstart"], found) is None
