@@ -75,7 +75,7 @@ print(data.read_text()[:200] if data.is_file() else sorted(data.iterdir())[:5])
 # %% [markdown]
 # ## What it will need
 #
-# Nothing is trained yet: memory, minutes and disk by formula, warnings about the data, and the first batch.
+# Nothing is trained yet: memory and disk by formula, minutes by a step on this device, warnings about the data, and the first batch.
 
 # %%
 RUN = WORK / "run"
