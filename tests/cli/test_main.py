@@ -23,6 +23,7 @@ from kangaroo_jax.config import StageConfig, stage_config
 from kangaroo_jax.data.tokenizer import train_sentencepiece
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.inference.chat import Kangaroo
+from kangaroo_jax.planning.here import explained_memory
 from kangaroo_jax.training import curriculum, loop
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +206,8 @@ def test_curriculum_passes_its_arguments_on(capsys, tmp_path, monkeypatch):
     command = ["curriculum", "--preset=base_100m", f"--workdir={tmp_path}", "--data=D", "--tokenizer=T"]
     assert run(capsys, *command, "--config.train.steps=7", "--config.seed=3")[0] == 0
     overrides = {"train.steps": 7, "seed": 3}
-    given = {"data": "D", "tokenizer": "T", "overrides": overrides, "evaluator": evaluator}
+    given = {"data": "D", "tokenizer": "T", "overrides": overrides}
+    given |= {"evaluator": evaluator, "explained": explained_memory}
     assert calls == [(("base_100m", tmp_path), given)]
 
 
