@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-_SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
+SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -22,7 +22,7 @@ def byte_of_character() -> dict[str, int]:
 def of_piece(piece: str) -> bytes:
     """The bytes of a piece of SentencePiece: U+2581 is a space, `<0x0A>` is a byte."""
     byte = _BYTE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE_MARK, " ").encode()
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
 
 
 def of_json(parts: Iterable[Mapping[str, Any]], added: Mapping[int, str]) -> Callable[[int, str], bytes]:

@@ -31,7 +31,7 @@ from kangaroo_jax.data.chat_format import (
     template_format,
     writes_llama3,
 )
-from kangaroo_jax.data.token_bytes import of_piece
+from kangaroo_jax.data.token_bytes import SPACE_MARK, of_piece
 from kangaroo_jax.data.tokenizer_gguf import is_gguf, tokenizer_of
 from kangaroo_jax.data.tokenizer_json import open_json
 from kangaroo_jax.data.tokenizer_ranks import open_ranks
@@ -82,7 +82,6 @@ LLAMA3_OFFSETS = {
     "vision": 11,
 }
 LLAMA3_SPECIALS = 256
-_SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
 
 
 Spans = Callable[[str], tuple[list[int], Sequence[tuple[int, int]]]]  # text -> ids and the place of each in the text
@@ -335,12 +334,12 @@ def _from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
             raise UserError(
                 f"{path}: token {token} is not {SPECIAL_NAMES[role]}; make the model with train_sentencepiece"
             )
-    mark = model.PieceToId([f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()])
+    mark = model.PieceToId([f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()])
     if model.unk_id() in mark:
         raise UserError(f"{path}: no byte fallback; make the model with train_sentencepiece")
 
     def encode(text: str) -> list[int]:
-        head, *rest = text.split(_SPACE_MARK)  # the sign itself is encoded by its bytes, or it would become a space
+        head, *rest = text.split(SPACE_MARK)  # the sign itself is encoded by its bytes, or it would become a space
         ids: list[int] = model.EncodeAsIds(head)
         for part in rest:
             ids += mark + model.EncodeAsIds(part)

@@ -119,7 +119,7 @@ class Kangaroo:
 
     Attributes:
         weights_id: names the numbers of the weights, their dtype and how they are quantised.
-        grammars: makes forms that `submit` gives an answer.
+        grammars: makes the forms that `chat`, `stream` and `submit` can give an answer.
     """
 
     def __init__(
