@@ -34,7 +34,7 @@ from kangaroo_jax.system.json_text import read_objects
 from kangaroo_jax.system.processes import Lost, WorkerPool
 from kangaroo_jax.system.progress import Tell
 
-FORMAT = 6  # of the files; raise it when the same settings begin to give other records
+FORMAT = 7  # of the files; raise it when the same settings begin to give other records
 
 
 @dataclasses.dataclass(frozen=True)
