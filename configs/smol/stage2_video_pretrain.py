@@ -14,4 +14,5 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.optimizer.learning_rate = 6e-4
     c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
     c.train.steps = 500
+    c.model.scan = False  # in bfloat16 XLA turns all that a loop keeps to float32 and back, each time round, on a CPU
     return lock(c)

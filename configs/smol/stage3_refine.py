@@ -15,4 +15,5 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.optimizer.learning_rate = 6e-4
     c.optimizer.trainable = (("(projector|vision|patchify)/.*|special_embedding", 1.0), (".*", None))
     c.train.steps = 150
+    c.model.scan = False  # in bfloat16 XLA turns all that a loop keeps to float32 and back, each time round, on a CPU
     return lock(c)

@@ -13,6 +13,7 @@ def quickstart(
     scale: Scale = 1.0,
     seed: Natural = 0,
     ablate: bool = False,
+    dtype: Literal["", "float32", "bfloat16"] = "",
 ) -> None:
     """Train a small Kangaroo: a tiny one from nothing, in minutes on a CPU, or one with SmolLM2, in hours.
 
@@ -24,6 +25,7 @@ def quickstart(
         scale: share of the corpus and of the steps
         seed: seed of the corpus, the weights and the order of samples
         ablate: also train without each part of the design, and compare
+        dtype: what training computes in; bfloat16 is faster on a CPU that multiplies it (avx512_bf16, amx_bf16)
     """
     from kangaroo_jax.system.files import make_folder
 
@@ -32,7 +34,7 @@ def quickstart(
     from kangaroo_jax.quickstart import run
     from kangaroo_jax.quickstart.recipe import RECIPES
 
-    run.run(folder, recipe=RECIPES[recipe], seed=seed, scale=scale, ablate=ablate)
+    run.run(folder, recipe=RECIPES[recipe], seed=seed, scale=scale, ablate=ablate, dtype=dtype)
 
 
 COMMANDS = {"": quickstart}

@@ -66,19 +66,21 @@ def evaluate(
     *,
     max_new_tokens: int = 16,
     at_a_time: int = 16,
+    dtype: str | None = None,
     tell: Tell = print,
 ) -> Answers:
     """Answer the questions of `files` (split -> JSONL) with a checkpoint, greedily, and mark the answers.
 
     Each record is a LLaVA conversation that ends with the true answer, and has `answer`, `options`,
     `format`, `question_kind` and `language`. Frames are sampled as in the stage that wrote the checkpoint. Answers are
-    kept in `workdir/samples.jsonl`, and a question that has one there is not asked again (`samples`).
+    kept in `workdir/samples.jsonl`, and a question that has one there is not asked again (`samples`). `dtype` is what
+    the model computes in; None is the checkpoint's.
 
     Raises:
         UserError: the checkpoint or a medium cannot be read.
     """
     marked = []
-    with Samples(make_folder(workdir)) as samples, Kangaroo.load(checkpoint) as model:
+    with Samples(make_folder(workdir)) as samples, Kangaroo.load(checkpoint, dtype=dtype) as model:
         for split, path in files.items():
             benchmark = dataclasses.replace(QUICKSTART, name=split)
             questions = list(read_file(path))

@@ -132,7 +132,8 @@ def _run_local(
         hit = jnp.arange(vocabulary) == target[..., None]
         d_logits = ((jnp.exp(logits - normaliser[..., None]) - hit) * weight[..., None]).astype(hidden.dtype)
         if with_hidden:
-            d_x = sum_over(jnp.einsum("btv,dv->btd", d_logits, kernel), vocab)
+            d_x = jnp.einsum("btv,dv->btd", d_logits, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
+            d_x = sum_over(d_x, vocab)
             new["hidden"] = jax.lax.dynamic_update_slice_in_dim(state["hidden"], d_x, index * chunk, axis=1)
         if with_head:
             d_head = jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)

@@ -112,7 +112,9 @@ def run(
         )
         last = folder / variant.stages[-1]
         if not (last / "eval.json").exists():
-            answers = evaluate(last, corpus.eval_files, last / "eval", max_new_tokens=recipe.answer_tokens, tell=tell)
+            answers = evaluate(
+                last, corpus.eval_files, last / "eval", max_new_tokens=recipe.answer_tokens, dtype="float32", tell=tell
+            )
             write_json(last / "eval.json", answers.to_json())
         rows.append(row(variant.name, last, total))
         tell(f"{variant.name}: {rows[-1]['metrics']}")

@@ -77,7 +77,7 @@ def remind(checkpoint: Path, path: Path, scale: float, tell: Tell) -> Path:
         return path
     asked = [request.format(subject) for subject in _SUBJECTS for request in _REQUESTS]
     asked = asked[:: max(1, round(1 / max(scale, 1 / len(asked))))]
-    with Kangaroo.load(checkpoint) as model:
+    with Kangaroo.load(checkpoint, dtype="float32") as model:
         replies = model.generate([conversation([ask(text)]) for text in asked], max_new_tokens=_LONGEST)
     pairs = [(text, reply) for text, (reply,) in zip(asked, replies, strict=True)]
     ended = [(text, reply) for text, reply in pairs if reply.finish_reason == "stop"]
@@ -95,7 +95,7 @@ def measure(checkpoint: Path, path: Path, tell: Tell) -> dict[str, Any]:
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    with Kangaroo.load(checkpoint) as model:
+    with Kangaroo.load(checkpoint, dtype="float32") as model:
         answers = model.answer_many([conversation([ask(text)]) for text, _ in PLAIN], max_new_tokens=32)
         text = licence()
         value = perplexity(model, text) if text else None

@@ -70,6 +70,7 @@ def run(
     seed: int = 0,
     scale: float = 1.0,
     ablate: bool = False,
+    dtype: str = "",
     tell: Tell = print,
 ) -> dict[str, Any]:
     """Run the whole pipeline of a recipe in `workdir`; returns the contents of `results.json`.
@@ -81,6 +82,7 @@ def run(
         seed: determines the corpus, the weights and the order of samples.
         scale: size of the corpus and number of steps as a share of the usual ones; small for tests.
         ablate: afterwards train and evaluate the model without each part of the design.
+        dtype: what training computes in, float32 or bfloat16; "" is the preset's. Answers are computed in float32.
         tell: prints a line.
 
     Raises:
@@ -89,7 +91,12 @@ def run(
     jax.devices()  # fails early if there are no devices
     workdir = Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
-    claim(workdir, {"seed": seed, "scale": scale} | ({} if recipe is TINY else {"recipe": recipe.name}))
+    claim(
+        workdir,
+        {"seed": seed, "scale": scale}
+        | ({} if recipe is TINY else {"recipe": recipe.name})
+        | ({"dtype": dtype} if dtype else {}),
+    )
     clock = Clock(workdir / "seconds.json")
 
     with clock.part("corpus"):
@@ -132,7 +139,7 @@ def run(
         tokenizer=start.tokenizer,
         stages=recipe.stages,
         init_from=start.init_from,
-        overrides={"seed": seed},
+        overrides={"seed": seed} | ({"model.dtype": dtype} if dtype else {}),
         adjust=adjust,
         after_stage=after_stage,
         tell=tell,
@@ -198,7 +205,9 @@ def evaluate_stage(name: str, folder: Path, corpus: Corpus, recipe: Recipe, tell
     path = folder / "eval.json"
     if path.exists():
         return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
-    answers = evaluate(folder, corpus.eval_files, folder / "eval", max_new_tokens=recipe.answer_tokens, tell=tell)
+    answers = evaluate(
+        folder, corpus.eval_files, folder / "eval", max_new_tokens=recipe.answer_tokens, dtype="float32", tell=tell
+    )
     write_json(path, answers.to_json())
     tell(f"{name}: " + ", ".join(f"{key} {value:.0%}" for key, value in answers.metrics().items()))
     return answers
@@ -209,7 +218,7 @@ def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]
     path = workdir / "chat.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    model = Kangaroo.load(workdir / OF_THE_PAPER[-1])
+    model = Kangaroo.load(workdir / OF_THE_PAPER[-1], dtype="float32")
     chats = []
     for title, video, questions in corpus.chat_examples():
         history, turns = None, []

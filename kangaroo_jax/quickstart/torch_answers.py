@@ -39,7 +39,7 @@ def compare_chats(
     with tempfile.TemporaryDirectory() as scratch:
         exported = convert([checkpoint], Path(scratch) / "export", format="hf", tell=lambda line: None)
         theirs = InTorch(open_source(exported), Path(scratch))
-        kangaroo = Kangaroo.load(checkpoint)
+        kangaroo = Kangaroo.load(checkpoint, dtype="float32")
         asked = [(Path(media), question) for media, question in videos_and_questions]
         conversations = [conversation([turn(media, question)]) for media, question in asked]
         jax_answers = kangaroo.answer_many(conversations, max_new_tokens=max_new_tokens)
