@@ -50,6 +50,7 @@ def write_video(
     codec: str = "libx264",
     audio: bool = False,
     options: dict[str, str] | None = None,
+    codec_options: dict[str, str] | None = None,
 ) -> Path:
     """Write a numbered video: `frames` at `rate` a second, or one at each of `stamps` (seconds)."""
     rate = Fraction(rate)
@@ -62,6 +63,7 @@ def write_video(
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = tick
         stream.codec_context.gop_size = gop
+        stream.options = codec_options or {}
         if audio:
             _add_silence(container, seconds=stamps[-1] + 2.0)
         for number, stamp in enumerate(stamps):

@@ -269,3 +269,33 @@ def test_moments_of_pictures_are_decoded_alone(media: Path, tmp_path: Path) -> N
     assert isinstance(decode_one(replace(listed, moments=(1,)), 48), UserError)
     image = decode_one(MediaRef("image", str(media / "photo.jpg"), (0.0, 0.0), moments=(1,)), 48)
     assert len(image.pixels) == 1 and image.times.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "length", "count", "moments"),
+    [  # found among 3,600 parts of damaged files
+        ("b.mkv", 6504, 400, 20, (3, 9, 14)),  # reached from the moment before, and not by a seek of its own
+        ("e.ts", 75112, 2000, 20, (15, 16, 17, 18, 19)),
+        ("g.mkv", 4926, 60, 40, (20, 21)),  # Matroska's reader passes over the damage without an error
+    ],
+)
+def test_moments_of_a_damaged_video_have_the_frames_that_the_whole_gives_them(
+    tmp_path: Path,
+    name: str,
+    first: int,
+    length: int,
+    count: int,
+    moments: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(picker, "_SEEK_SECONDS", 0.0)
+    monkeypatch.setattr(picker, "_SEEK_FRAMES", 1)
+    open_gop = {"x264-params": "open-gop=1:bframes=3:b-adapt=0"} if name == "g.mkv" else {}
+    path = write_video(tmp_path / name, 160, 8, gop=8, codec_options=open_gop)
+    times, data = (np.arange(count) + 0.5) * probe(path).seconds / count, bytearray(path.read_bytes())
+    data[first : first + length] = bytes(length)
+    path.write_bytes(data)
+    whole = load_video(path, image_size=16, times=times)
+    part = load_moments(path, moments, image_size=16, times=times)
+    np.testing.assert_array_equal(part.pixels, whole.pixels[list(moments)])
+    np.testing.assert_array_equal(part.times[list(moments)], whole.times[list(moments)])

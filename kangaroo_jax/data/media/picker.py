@@ -216,7 +216,7 @@ class FramePicker:
         self._limit_time = -math.inf  # seconds; only the last frame up to here is wanted
         self._skipping = False
         self._errors = 0
-        self._jumped = False
+        self._jumped = self._doubtful = False
         self._indexed = 0  # number of index entries that `_keys` was made from
         self._before = -self._interval  # time of the previous frame, by the file's own clock
         self._frames = self._decode()
@@ -240,7 +240,7 @@ class FramePicker:
     @property
     def certain(self) -> bool:
         """Whether the frames so far follow from the file alone: a picker of other moments of it would agree."""
-        return self.divisible and not self._errors and (self._stamps.plain or not self._jumped)
+        return self.divisible and not self._errors and not self._doubtful and (self._stamps.plain or not self._jumped)
 
     def pick(
         self, times: np.ndarray, kept: np.ndarray | None = None, part_of: int | None = None
@@ -301,7 +301,9 @@ class FramePicker:
         if shown is None:
             raise UserError(f"{self._path}: no frame can be decoded; the file is damaged or cut short")
         over = ahead is None and time > self._on_display_until(shown, shown_at) + slack
-        hole = self._errors and abs(time - shown_at) > max(_HOLE, 4 * self._interval)
+        gap = abs(time - shown_at) > max(_HOLE, 4 * self._interval)
+        self._doubtful |= gap and self._jumped  # Matroska's reader passes over damage without an error
+        hole = self._errors and gap
         if over or hole:
             self.missed += 1
             if self.missed > int(MISSED_SHARE * count):
