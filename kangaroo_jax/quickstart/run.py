@@ -116,6 +116,7 @@ def run(
 
     def adjust(name: str, config: ConfigDict) -> None:
         shorten(config, scale)
+        config.model.dtype = dtype or config.model.dtype
         if name in spoken:
             with clock.part("language"):
                 reminders = language.remind(Path(start.init_from), workdir / "reminders.jsonl", scale, tell)
@@ -139,7 +140,7 @@ def run(
         tokenizer=start.tokenizer,
         stages=recipe.stages,
         init_from=start.init_from,
-        overrides={"seed": seed} | ({"model.dtype": dtype} if dtype else {}),
+        overrides={"seed": seed},
         adjust=adjust,
         after_stage=after_stage,
         tell=tell,

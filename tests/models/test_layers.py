@@ -14,6 +14,7 @@ from kangaroo_jax.models.layers import (
     RMSNorm,
     RopeScaling,
     lookup,
+    product,
     rotary_1d,
     rotary_2d,
     rotary_frequencies,
@@ -233,3 +234,22 @@ def test_rows_of_a_table_cut_over_devices_are_found_and_get_their_gradients(shap
         found, gradient = jax.jit(lambda table: (lookup(table, tokens, jnp.float32), jax.grad(loss)(table)))(table)
     np.testing.assert_array_equal(found, np.asarray(table)[tokens])
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs, outputs", [((24,), (4, 8)), ((4, 6), (16,))])
+def test_products_of_bfloat16_are_summed_in_float32_on_a_cpu(inputs, outputs):
+    """XLA uses the CPU's own products of bfloat16 only where float32 is asked for."""
+    keys, contracted = jax.random.split(jax.random.key(0), 3), len(inputs)
+    x, kernel, weight = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, [(3, 5, *inputs), (*inputs, *outputs), (3, 5, *outputs)], strict=True)
+    )
+
+    def total(x, kernel):
+        return jnp.sum(product(x, kernel, contracted).astype(jnp.float32) * weight.astype(jnp.float32))
+
+    assert str(jax.make_jaxpr(jax.grad(total, (0, 1)))(x, kernel)).count("preferred_element_type=float32") == 3
+    exact = [array.astype(jnp.float32) for array in (x, kernel)]
+    for found, wanted in zip(jax.grad(total, (0, 1))(x, kernel), jax.grad(total, (0, 1))(*exact), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2**-8, atol=2**-8)
