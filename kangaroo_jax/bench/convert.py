@@ -75,7 +75,7 @@ def make_checkpoint(folder: Path, config: ConfigDict, tell: Tell = print) -> int
     with Building(folder, {"made": total}) as building:
         building.need(int(4.1 * total))  # this checkpoint, ours, the one converted back, and a copy
         write_json(building.folder / "config.json", formats.write_hf(config, "bfloat16"))
-        write_safetensors(weights, rows, building, Progress("made", total, "GB", tell))
+        write_safetensors(weights, rows, building, Progress("made", total, "bytes", tell))
     return total
 
 

@@ -69,7 +69,7 @@ def convert_adapter(
 def _write_ours(adapter: Adapter, weights: Weights, building: Building, tell: Tell) -> None:
     total = sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in weights.specs.values())
     building.need(total)
-    progress = Progress("orbax", total, "GB", tell)
+    progress = Progress("orbax", total, "bytes", tell)
     write_params(weights, building, progress)
     adapted = {path: None if layers == (None,) else list(layers) for path, layers in adapter.adapted.items()}
     config = dict(lora=dict(adapter.settings), adapted=adapted, model=adapter.model.to_dict())
@@ -82,7 +82,7 @@ def _write_peft(adapter: Adapter, weights: Weights, building: Building, tell: Te
     _check_zeros(adapter, rows)
     total = sum(nbytes_there(row, weights) for row in rows)
     building.need(total)
-    progress = Progress("peft", total, "GB", tell)
+    progress = Progress("peft", total, "bytes", tell)
     export.write_json(building.folder / SETTINGS, dict(sorted(_settings(adapter).items())))
     write_safetensors(weights, rows, building, progress, limit=total + 1, stem="adapter_model")
     progress.finish()

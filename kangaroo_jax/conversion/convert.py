@@ -200,7 +200,7 @@ def _write(
 def _write_ours(model: Model, building: Building, tell: Tell) -> None:
     total = sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in model.weights.specs.values())
     building.need(total)
-    progress = Progress("orbax", total, "GB", tell)
+    progress = Progress("orbax", total, "bytes", tell)
     write_params(model.weights, building, progress)
     write_config(model.config.to_dict(), building.folder)
     if model.tokenizer is not None:
@@ -224,7 +224,7 @@ def _write_theirs(model: Model, format: str, building: Building, shard_bytes: in
     building.need(total)
     if left := sorted({path.split("/")[0] for path in weights.specs if not path.startswith(LAYOUTS[layout])}):
         tell(f"format {format} has no place for {', '.join(left)}: left out")
-    progress = Progress(format, total, "GB", tell)
+    progress = Progress(format, total, "bytes", tell)
     _write_config_there(format, model, weights, rows, building, tell)
     if format == "meta":
         write_torch(weights, rows, building, progress, "consolidated.00.pth")

@@ -10,6 +10,7 @@ from kangaroo_jax.system.terminal import rewrite
 
 Tell = Callable[[str], None]  # shows a line
 _EVERY, _ON_A_TERMINAL = 5.0, 0.2  # seconds between lines
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}  # bytes
 
 
 def duration(seconds: float) -> str:
@@ -33,7 +34,10 @@ class Progress:
         *,
         more: Callable[[], str] = str,
     ) -> None:
-        """`unit` says what is counted (GB where it is bytes), `more` gives the end of each line; `name` may be ""."""
+        """`unit` says what is counted, `more` gives the end of each line; `name` may be "".
+
+        `bytes` are shown as kB, MB or GB, by the size of the total.
+        """
         self._name, self._total, self._unit, self._tell, self._more = name and f"{name}: ", total, unit, tell, more
         self._done = self._skipped = 0
         self._start = self._shown = time.monotonic()
@@ -73,9 +77,13 @@ class Progress:
         left = self._total - self._done
         eta = f", ETA {duration(left / rate)}" if left > 0 and rate else ""
         more = self._more()
-        if self._unit == "GB":
+        if self._unit == "bytes":
+            unit = next((name for name, size in _UNITS.items() if self._total >= size), "kB")
+            a_second = "kB" if unit == "kB" else "MB"
             share = f" ({self._done / max(self._total, 1):.0%})"
-            done, total, speed = f"{self._done / 1e9:.2f}", f"{self._total / 1e9:.2f}", f"{rate / 1e6:.0f} MB/s"
+            done, total = (f"{count / _UNITS[unit]:.2f}" for count in (self._done, self._total))
+            speed = f"{rate / _UNITS[a_second]:.0f} {a_second}/s"
         else:
-            share, done, total, speed = "", f"{self._done:,}", f"{self._total:,}", f"{rate:.1f}/s"
-        return f"{self._name}{done} of {total} {self._unit}{share}, {speed}{eta}{'; ' if more else ''}{more}"
+            unit, share = self._unit, ""
+            done, total, speed = f"{self._done:,}", f"{self._total:,}", f"{rate:.1f}/s"
+        return f"{self._name}{done} of {total} {unit}{share}, {speed}{eta}{'; ' if more else ''}{more}"

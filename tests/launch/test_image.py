@@ -48,18 +48,31 @@ def declared(monkeypatch) -> tuple[list[str], dict[str, list[str]]]:
 def test_the_image_copies_what_is_there_and_what_its_context_lets_in():
     kept = [line[1:] for line in (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
     sources = [name for word, rest in instructions() if word == "COPY" for name in rest.split()[:-1]]
-    assert sorted(sources) == sorted(kept) and len(sources) == 7
+    assert sorted(sources) == sorted(kept) and len(sources) == 9
     assert not [name for name in sources if not (ROOT / name).exists()]
 
 
 def test_the_image_copies_before_it_installs_all_that_setup_reads():
     order = [rest for word, rest in instructions() if word in ("COPY", "RUN")]
-    (install,) = [i for i, rest in enumerate(order) if rest.startswith("pip install")]
+    (install,) = [i for i, rest in enumerate(order) if "pip install" in rest]
     copied = {name for rest in order[:install] for name in rest.split()[:-1]}
     assert copied >= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "kangaroo_jax", "configs"}
-    (lock,) = re.findall(r"--constraint (\S+)", order[install])
+
+
+@pytest.mark.parametrize(
+    ("extras", "kind"), [("tpu", "tpu"), ("curation,ray", "cpu"), ("serve,cuda,web", "cuda"), ("serve,tpu", "tpu")]
+)
+def test_the_image_installs_from_the_lock_of_its_accelerator(extras, kind, tmp_path):
+    (line,) = [rest for word, rest in instructions() if word == "RUN" and "pip install" in rest]
+    script = tmp_path / "run.sh"
+    script.write_text('set -eu\npip() { printf "%s\\n" "$@"; }\nrm() { :; }\n' + line)
+    environment = {"PATH": os.environ["PATH"], "EXTRAS": extras}
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, env=environment, check=True)
+    words = done.stdout.splitlines()
     (version,) = re.findall(r"^FROM python:(3\.\d+)-slim$", DOCKERFILE.read_text(), re.M)
-    assert ROOT / lock == LOCKS[version] and lock in copied
+    lock = words[words.index("--constraint") + 1]
+    assert ROOT / lock == LOCKS[version].with_name(LOCKS[version].name.replace("cpu", kind))
+    assert words[-1] == f".[{extras}]" and any(lock in rest.split() for word, rest in instructions() if word == "COPY")
 
 
 def test_the_shell_lines_of_the_image_are_shell(tmp_path):
@@ -128,7 +141,8 @@ def test_the_packages_of_an_image_go_together(extras):
     if not shutil.which("uv"):
         pytest.skip("uv is not installed")
     flags = [flag for extra in extras.split(",") for flag in ("--extra", extra)]
-    for_image = ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_31", f"--constraint={LOCKS['3.11']}"]
+    lock = LOCKS["3.11"].with_name("tpu-py311.txt") if extras == "tpu" else LOCKS["3.11"]
+    for_image = ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_31", f"--constraint={lock}"]
     command = ["uv", "pip", "compile", "setup.py", "--quiet", *flags, *for_image]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if re.search("fetch|connect|dns", done.stderr, re.I):

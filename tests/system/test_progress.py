@@ -49,11 +49,20 @@ def test_what_an_earlier_run_did_is_done_and_no_part_of_the_rate(clock):
     assert Progress("", 0, "clips", lines.append).line() == "0 of 0 clips, 0.0/s"
 
 
-def test_bytes_are_gigabytes(clock):
-    progress = Progress("orbax", 16_700_000_000, "GB", print)
+@pytest.mark.parametrize(
+    ("total", "line"),
+    [
+        (16_700_000_000, "4.17 of 16.70 GB (25%), 2088 MB/s, ETA 0:00:06"),
+        (5_000_000, "1.25 of 5.00 MB (25%), 1 MB/s, ETA 0:00:06"),
+        (20_000, "5.00 of 20.00 kB (25%), 2 kB/s, ETA 0:00:06"),
+        (40, "0.01 of 0.04 kB (25%), 0 kB/s, ETA 0:00:06"),
+    ],
+)
+def test_bytes_have_the_unit_that_their_total_fills(clock, total, line):
+    progress = Progress("orbax", total, "bytes", print)
     clock.now = 2.0
-    progress.add(4_175_000_000)
-    assert progress.line() == "orbax: 4.17 of 16.70 GB (25%), 2088 MB/s, ETA 0:00:06"
+    progress.add(total // 4)
+    assert progress.line() == f"orbax: {line}"
 
 
 def test_on_a_terminal_a_line_takes_the_place_of_the_one_before(clock, monkeypatch):
