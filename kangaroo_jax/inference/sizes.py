@@ -101,7 +101,8 @@ class Sizes:
         keys: list[Key] = [("encode", image_size)]
         keys += [("decode", *itertools.chain(*rows)) for rows in self.steps()]
         for capacity, _ in self.classes:
-            keys += [("extend", capacity, size, far) for size in self.chunks for far in self.lookbacks(capacity)]
+            fitting = [size for size in self.chunks if size <= capacity]  # `chunk` gives no other
+            keys += [("extend", capacity, size, far) for size in fitting for far in self.lookbacks(capacity)]
             keys += [("flush", capacity), ("score", capacity)]
             keys += [("copy", capacity, other) for other, _ in self.classes]
         return keys

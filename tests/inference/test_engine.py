@@ -105,6 +105,20 @@ def test_conversations_of_all_classes_are_in_one_step(model, engine, monkeypatch
     assert {tuple(step) for step in steps} <= {tuple(c for c, n in rows for _ in range(n)) for rows in SIZES.steps()}
 
 
+@pytest.mark.parametrize("context", [64, 256, 384, 22_656])
+def test_programs_are_compiled_for_the_chunks_that_a_slot_holds(context):
+    sizes = Sizes.for_context(context)
+    compiled = {key[1:3] for key in sizes.keys(16) if key[0] == "extend"}
+    assert all(size <= capacity for capacity, size in compiled)
+    reached = {
+        (capacity, sizes.chunk(rest, start, capacity))
+        for capacity, _ in sizes.classes
+        for start in (0, 100, capacity - sizes.spare - 1)
+        for rest in range(1, capacity - sizes.spare - start)
+    }
+    assert reached <= compiled
+
+
 def test_the_programs_of_a_step_are_few_and_fit_any_conversations():
     sizes = Sizes(((256, 4), (512, 16), (1024, 3)))
     steps = sizes.steps()
