@@ -18,15 +18,17 @@ CODE = re.compile(r"```(?:bash|sh)?\n(.*?)```|```\w+\n.*?```|`([^`]+)`", re.S)
 
 
 def commands() -> list[tuple[str, str, bool]]:
-    """(file, command, whether it is shown in a block, whole) of each, without comments; a backslash joins lines."""
+    """(file, command, whether it is shown whole: in a block or a table's cell) of each; a backslash joins lines."""
     found = []
     for file in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))):
-        for block, inline in CODE.findall(file.read_text(encoding="utf-8")):
+        source = file.read_text(encoding="utf-8")
+        for block, inline in CODE.findall(source):
+            cell = f"| `{inline}` |" in source and not block  # of a table: what to type
             text = (block or inline.replace("\n", " ")).replace("\\\n", " ")
             for line in text.splitlines():
                 line = re.sub(r"^\s*(?:\$ )?", "", line.partition(" #")[0]).strip()
                 if line.startswith("kangaroo ") and line.split()[1:]:
-                    found.append((file.name, line, bool(block)))
+                    found.append((file.name, line, bool(block) or cell))
     return sorted(set(found))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.chips import Slices, parse_topology
+from kangaroo_jax.chips import CHIPS, Slices, parse_topology
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.models.kangaroo import count_parameters
@@ -172,7 +172,7 @@ def _changes(config: StageConfig, target: Slices) -> Iterable[tuple[str, StageCo
         least = {"model.llm.remat": "full", "model.vision.remat": "full", "train.accumulate": 0}
         trial = config.changed({**least, **change})
         yield " ".join(f"--config.{key}={_flag(value)}" for key, value in change.items()), trial, target
-    for size in _larger(target.topology):
+    for size in _larger(target.topology) if target.chip.name in CHIPS else ():  # of a machine's CPU there is one size
         larger = parse_topology(f"{target.chip.name}:{size}", slices)
         yield f"--topology={target.chip.name}:{size}", config, larger
 
@@ -245,7 +245,8 @@ def run(
             plan = make_plan(config, target, **options)
         if not plan.fits:
             change = nearest_change(config, target, plan, cache=cache, tell=note)
-            plan = dataclasses.replace(plan, nearest_change=change or "none found: choose a larger slice")
+            larger = "slice" if target.chip.name in CHIPS else "machine"
+            plan = dataclasses.replace(plan, nearest_change=change or f"none found: choose a larger {larger}")
         plan = dataclasses.replace(plan, measured=found_by)
         plans.append(plan)
         note(report.text(plan) if len(configs) == 1 else f"  {report.line(plan)}")

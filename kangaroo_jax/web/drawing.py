@@ -47,7 +47,7 @@ def _card(session: Session, shown: Shown) -> str:
         player = f'<video controls preload="metadata" src="{address}"></video>'
         seen, times = "…", shown.seconds
         if times:
-            seen = words.watched.format(frames=len(times), first=clock(times[0]), last=clock(times[-1]))
+            seen = words.watched.format(**_frames(len(times)), first=clock(times[0]), last=clock(times[-1]))
     else:
         player, seen = f'<img src="{address}" alt="">', words.watched_image
     name = html.escape(medium.name)
@@ -85,13 +85,17 @@ def watching(session: Session, shown: Sequence[Shown], seen: Sequence[float] | N
     return f'<div class="k-watch">{told}<span>{counted}</span>{bar}<style>{pale}</style></div>'
 
 
+def _frames(count: int) -> dict[str, str]:
+    return {"frames": str(count), "s": "" if count == 1 else "s"}
+
+
 def note(words: Texts, told: Told) -> str:
     """What an answer took, small."""
     parts = [words.note.format(first=seconds(told.first_token))]
     if told.frames_encoded:
-        parts.append(words.note_encoded.format(frames=told.frames_encoded))
+        parts.append(words.note_encoded.format(**_frames(told.frames_encoded)))
     elif told.frames_reused:
-        parts.append(words.note_reused.format(frames=told.frames_reused))
+        parts.append(words.note_reused.format(**_frames(told.frames_reused)))
     return f'<p class="k-note">{html.escape(" · ".join(parts))}</p>'
 
 

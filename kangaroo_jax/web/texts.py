@@ -7,7 +7,7 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The page's words in one language; braces are filled in."""
+    """The page's words in one language; braces are filled in, {s} where there are several frames."""
 
     tagline: str
     drop: str
@@ -58,7 +58,7 @@ EN = Texts(
     example_names={"order": "One after another", "count": "How many?", "move": "Moving", "long": "A long film"},
     nothing_shown="The frames that the model has seen will stand here, each with its time.",
     watching="Watching {name}",
-    watched="{frames} frames seen, {first} – {last}",
+    watched="{frames} frame{s} seen, {first} – {last}",
     watched_image="an image",
     shown_frames="{seen} of {frames} frames",
     settings="Settings",
@@ -77,8 +77,8 @@ EN = Texts(
     stopped="[stopped]",
     cut_short="[cut short: the answer had no more room]",
     note="first word after {first}",
-    note_reused="{frames} frames remembered, none watched again",
-    note_encoded="{frames} frames watched for this answer",
+    note_reused="{frames} frame{s} remembered, none watched again",
+    note_encoded="{frames} frame{s} watched for this answer",
     no_answer="(no answer)",
     still_answering="the last answer is still coming: wait, or stop it",
     too_many_files="{name}: a conversation has at most {limit} files; begin a new one",

@@ -74,6 +74,13 @@ def test_a_plan_for_this_cpu_is_by_formula(monkeypatch, capsys):
     assert "stage4_instruct on CPU:1" in told and "by formula: a stage on a CPU is measured" in told
 
 
+def test_a_stage_that_is_too_large_for_this_cpu_is_planned_too(monkeypatch, capsys):
+    monkeypatch.setattr("kangaroo_jax.planning.plan.devices_here", here.cpu_here)
+    monkeypatch.setattr(here, "host_memory", lambda: (24 << 30, 8 << 30))
+    assert cli.main(["plan", "--config=stage5_long_video:kangaroo_8b", "--topology=here"]) == 3
+    assert "choose a larger machine" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("chip", "keys", "expected"),
     [

@@ -286,6 +286,8 @@ def test_names_and_times_for_eyes(begin, films):
     list(talk.watch(session, *GIVEN))
     assert "<img src=x" not in drawing.stage(session) and "&lt;img src=x" in drawing.stage(session)
     assert drawing.note(EN, Told(first_token=2.31, new_tokens=4, frames_encoded=9)).count("9 frames watched") == 1
+    assert "1 frame watched" in drawing.note(EN, Told(first_token=2.31, new_tokens=4, frames_encoded=1))
+    assert "1 frame remembered" in drawing.note(EN, Told(first_token=2.31, new_tokens=4, frames_reused=1))
 
 
 def test_frames_are_shown_without_the_bars_that_made_them_square(films):
