@@ -77,7 +77,8 @@ def test_a_plan_for_this_cpu_is_by_formula(monkeypatch, capsys):
 def test_a_stage_that_is_too_large_for_this_cpu_is_planned_too(monkeypatch, capsys):
     monkeypatch.setattr("kangaroo_jax.planning.plan.devices_here", here.cpu_here)
     monkeypatch.setattr(here, "host_memory", lambda: (24 << 30, 8 << 30))
-    assert cli.main(["plan", "--config=stage5_long_video:kangaroo_8b", "--topology=here"]) == 3
+    with pytest.raises(SystemExit, match="3"):
+        cli.main(["plan", "--config=stage5_long_video:kangaroo_8b", "--topology=here"])
     assert "choose a larger machine" in capsys.readouterr().out
 
 
