@@ -260,7 +260,8 @@ def test_the_page_speaks_two_languages(begin, films):
     assert talk.speak(session, "xx").stage == drawing.stage(session) and session.language == "en"
     for name in vars(EN):
         ours, theirs = getattr(EN, name), getattr(ZH, name)
-        assert sorted(re.findall(r"\{\w+\}", str(ours))) == sorted(re.findall(r"\{\w+\}", str(theirs))), name
+        filled = re.findall(r"\{\w+\}", str(ours).replace("{s}", ""))  # Chinese has no plural
+        assert sorted(filled) == sorted(re.findall(r"\{\w+\}", str(theirs))), name
         assert type(ours) is type(theirs) and len(ours) > 0 < len(theirs)
     assert len({len(words.suggestions) for words in TEXTS.values()}) == 1
 
