@@ -70,7 +70,6 @@ def finetune(
 
     from kangaroo_jax.cli.overrides import override
     from kangaroo_jax.config import stage_config
-    from kangaroo_jax.system.files import make_folder
 
     if freeze and not full:
         raise UserError("finetune: --freeze is for --full; an adapter's base is frozen, and --targets says what adapts")
@@ -78,8 +77,6 @@ def finetune(
     if any(not (equals and name) for _, equals, name in pairs):
         raise UserError(f"finetune: --columns={columns}: give WHAT=NAME by commas, such as question=Frage")
     changes = override("finetune", stage_config("tiny").lock(), overrides)
-    folder = make_folder(Path(workdir))
-
     from kangaroo_jax.finetune.run import finetune as run
     from kangaroo_jax.finetune.settings import Wishes
 
@@ -100,7 +97,7 @@ def finetune(
     )
     options: dict[str, Any] = dict(question=question, media_root=media_root, dry_run=dry_run, overrides=changes)
     named = {what: name for what, _, name in pairs}
-    run(base, data, folder, wishes=wishes, replay=replay or (), held_out=held_out, columns=named, **options)
+    run(base, data, Path(workdir), wishes=wishes, replay=replay or (), held_out=held_out, columns=named, **options)
 
 
 COMMANDS = {"": finetune}

@@ -74,9 +74,14 @@ def needs_of(config: StageConfig, workdir: Path) -> Needs:
 
 
 def warnings(
-    train: Sequence[Example], test: Sequence[Example], replay: Sequence[str], tokenizer: Tokenizer, adapter: bool
+    train: Sequence[Example],
+    test: Sequence[Example],
+    replay: Sequence[str],
+    tokenizer: Tokenizer,
+    adapter: bool,
+    room: int = 0,
 ) -> list[str]:
-    """Lines about what is likely to go wrong."""
+    """Lines about what is likely to go wrong. `room`: most tokens of a sample, 0 where that is unknown."""
     lines = []
     if not replay:
         lines.append(
@@ -94,12 +99,25 @@ def warnings(
                 f"{most[0]!r} is the answer {most[1]} times, {least[0]!r} {least[1]} times: the model will prefer the "
                 "former; balance them"
             )
+    long = [example for example in (*train, *test) if room and _tokens(example, tokenizer) > room]
+    if long:
+        lines.append(
+            f"{len(long)} examples are longer than the {room} tokens that a sample may have, and are passed over; the "
+            f"first: {long[0].where}"
+        )
     if adapter and (strange := _untrained(train, replay, tokenizer)):
         lines.append(
             f"{len(strange)} answers have tokens that the base was never seen to write ({', '.join(strange[:4])}): an "
             "adapter leaves the head as it is, so such words may never come; say it in words that it knows, or --full"
         )
     return lines
+
+
+def _tokens(example: Example, tokenizer: Tokenizer) -> int:
+    """Of its text until the first answer's end, without its frames: what comes later may be cut off."""
+    turns = example.conversation.turns
+    first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
+    return sum(len(tokenizer.encode(turn.text)) for turn in turns[: first + 1])
 
 
 def _untrained(train: Sequence[Example], replay: Sequence[str], tokenizer: Tokenizer) -> list[str]:

@@ -13,12 +13,13 @@ from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.annotations.format_writing import to_record
 from kangaroo_jax.data.batches.ledger import Ledger
+from kangaroo_jax.data.media.addresses import is_remote
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint
 from kangaroo_jax.evaluation.while_training import BenchmarkEvaluator
-from kangaroo_jax.finetune import foresight
+from kangaroo_jax.finetune import foresight, workdirs
 from kangaroo_jax.finetune.settings import Wishes, make_stage, with_steps
-from kangaroo_jax.finetune.split import missing_labels, split
+from kangaroo_jax.finetune.split import missing_labels, refuse_shared, split
 from kangaroo_jax.finetune.table import Example, read_examples
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.planning.here import explained_memory
@@ -26,7 +27,6 @@ from kangaroo_jax.system.files import make_folder, write_text
 from kangaroo_jax.system.progress import Tell, duration
 from kangaroo_jax.training.check import check_config, check_trainable
 from kangaroo_jax.training.epochs import draws_a_step
-from kangaroo_jax.training.finishing import ADAPTER
 from kangaroo_jax.training.loop import open_loader, open_tokenizer, show_first_batch, train
 from kangaroo_jax.training.metrics import read_metrics
 from kangaroo_jax.training.rehearsal import rehearse
@@ -69,20 +69,26 @@ def finetune(
         UserError: the data, the base or a setting is wrong, or the run needs more than there is.
     """
     options: dict[str, Any] = dict(columns=columns, question=question, media_root=media_root)
-    reading.refuse_adapter(reading.find(base))
+    workdirs.check_place(workdir, Path(base), (data, held_out), replay)
     examples = read_examples(data, tell, **options)
     if held_out:
         learnt, asked = examples, read_examples(held_out, tell, **options)
+        refuse_shared(learnt, asked)
     else:
         learnt, asked = split(examples, wishes.seed, tell)
     tell(f"{len(learnt)} examples to learn from, {len(asked)} held out")
     for line in missing_labels(learnt, asked):
         tell(f"warning: {line}")
-    folder = make_folder(make_folder(workdir) / "data")
-    files = {name: folder / f"{name}.jsonl" for name in ("train", "held_out", "questions")}
     scored = [e for e in asked if len(e.conversation.turns) == 2 and len(e.answer) <= _LONGEST]
-    for name, some in (("train", learnt), ("held_out", asked), ("questions", scored)):
-        write_examples(files[name], some)
+    if remote := [e for e in scored if is_remote(e.video)]:
+        tell(f"{len(remote)} of the held-out videos are addresses: the loss is measured, but nothing is asked of them")
+        scored = [e for e in scored if not is_remote(e.video)]
+    files = workdirs.files_of(workdir)
+    texts = {name: text_of(e) for name, e in zip(files, (learnt, asked, scored), strict=True)}
+    workdirs.check_run(workdir, texts)
+    make_folder(make_folder(workdir) / "data")
+    for name, text in texts.items():
+        write_text(files[name], text)
     replay = tuple(replay) or _own_data(Path(base))
     questions = files["questions"] if scored else None
     config = make_stage(Path(base), files["train"], files["held_out"], questions, replay, wishes)
@@ -92,7 +98,7 @@ def finetune(
         config.update_from_flattened_dict(dict(overrides))
     ready, batch = _foreseen(config, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
     with explained_memory(StageConfig.from_config(ready)):
-        step_fn = None if _begun(workdir) else _timed(StageConfig.from_config(ready), batch, tell)
+        step_fn = None if workdirs.begun(workdir) else _timed(StageConfig.from_config(ready), batch, tell)
         if dry_run:
             tell(f"--dry-run: nothing is trained; look at {workdir / 'first_batch.png'}")
             return workdir
@@ -133,18 +139,13 @@ def _foreseen(
     epochs = stage.train.steps * mine / len(learnt)
     tell(f"{stage.train.steps} steps: {epochs:.1f} epochs over {len(learnt)} examples, {mine:.1f} of them a step")
     tell(f"half of the samples are replayed from {', '.join(replay)}" if replay else "no replay")
-    for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0):
+    for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0, stage.data.max_sample_tokens):
         tell(f"warning: {line}")
     needs = foresight.needs_of(stage, workdir)
     for line in needs.lines():
         tell(line)
     needs.check()
     return config, batch
-
-
-def _begun(workdir: Path) -> bool:
-    """Whether an earlier call trained here, so that its progress says how long a step takes."""
-    return any((workdir / name).is_dir() for name in ("checkpoints", ADAPTER))
 
 
 def _timed(stage: StageConfig, batch: PackedBatch, tell: Tell) -> TrainStep:
@@ -160,8 +161,8 @@ def _own_data(base: Path) -> tuple[str, ...]:
     return tuple(files) if files and all(os.path.isfile(str(path)) for path in files) else ()
 
 
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """The examples as conversations of LLaVA's format, with the key that an evaluation reads."""
+def text_of(examples: Sequence[Example]) -> str:
+    """Lines of the examples as conversations of LLaVA's format, with the key that an evaluation reads."""
     lines = []
     for example in examples:
         try:
@@ -171,7 +172,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
         scored: dict[str, Any] = {"options": list(example.options)} if example.options else {}
         scored["answer"] = example.letter if example.options else example.answer
         lines.append(json.dumps({**record, **scored}, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def write_curves(workdir: Path, tell: Tell) -> None:
@@ -188,7 +189,8 @@ def write_curves(workdir: Path, tell: Tell) -> None:
     measured = [(line["step"], line["eval"]) for line in lines if isinstance(line.get("eval"), dict)]
     figure, left = plt.subplots(figsize=(8, 4))
     left.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="loss, training")
-    left.plot([s for s, _ in measured], [e["loss"] for _, e in measured], "o-", label="loss, held out")
+    losses = [(step, found["loss"]) for step, found in measured if "loss" in found]
+    left.plot([step for step, _ in losses], [loss for _, loss in losses], "o-", label="loss, held out")
     left.set_xlabel("step")
     left.set_yscale("log")
     if any("questions" in found for _, found in measured):

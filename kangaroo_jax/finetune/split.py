@@ -2,6 +2,8 @@
 
 import collections
 import hashlib
+import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,6 +34,8 @@ def split(examples: Sequence[Example], seed: int, tell: Tell) -> tuple[list[Exam
             tell(f"{len(both)} videos are (nearly) the same on both sides of the split column: they are held out")
     else:
         held = _drawn(examples, groups, seed)
+    for line in contradictions(examples, groups):
+        tell(f"warning: {line}")
     train = [example for example in examples if groups[example.video] not in held]
     test = [example for example in examples if groups[example.video] in held]
     if not train or not test:
@@ -55,9 +59,48 @@ def missing_labels(train: Sequence[Example], test: Sequence[Example]) -> list[st
     return lines
 
 
+def refuse_shared(train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Raise UserError where a part of a file is both trained on and held out."""
+    spans: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for medium in (medium for example in train for medium in example.conversation.media):
+        spans[os.path.realpath(medium.path)].append((medium.start or 0.0, medium.end or math.inf))
+    shared = {
+        medium.path
+        for example in test
+        for medium in example.conversation.media
+        for start, end in spans.get(os.path.realpath(medium.path), ())
+        if start < (medium.end or math.inf) and end > (medium.start or 0.0)
+    }
+    if shared:
+        raise UserError(
+            f"{len(shared)} files of --held-out are in --data, too, the first {min(shared)}: what is trained on is not "
+            "held out; take them out of one"
+        )
+
+
+def contradictions(examples: Sequence[Example], groups: Mapping[str, int]) -> list[str]:
+    """A line where videos that look the same have other answers to the same question, where answers are labels."""
+    if not _are_labels(examples):
+        return []
+    asked: dict[tuple[int, str], Example] = {}
+    pairs = []
+    for example in examples:
+        before = asked.setdefault((groups[example.video], example.question), example)
+        if before.video != example.video and before.answer != example.answer:
+            pairs.append(f"{before.video} is {before.answer!r}, {example.video} is {example.answer!r}")
+    if not pairs:
+        return []
+    return [f"{len(pairs)} videos look the same as another, but have another answer; the first: {pairs[0]}"]
+
+
+def _are_labels(examples: Sequence[Example]) -> bool:
+    """Whether answers are few, and so labels."""
+    return len(answers_of(examples)) <= min(_MANY_ANSWERS, len(examples) // 2)
+
+
 def _drawn(examples: Sequence[Example], groups: Mapping[str, int], seed: int) -> set[int]:
     """A fifth of the groups of each answer, by a hash, so that more data moves none to the other side."""
-    labels = len(answers_of(examples)) <= min(_MANY_ANSWERS, len(examples) // 2)
+    labels = _are_labels(examples)
     members: dict[str, list[int]] = collections.defaultdict(list)
     for example in examples:
         members[example.answer if labels else ""].append(groups[example.video])

@@ -6,12 +6,15 @@ import dataclasses
 import difflib
 import io
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn, escaped
 from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.audit.check import media_in
+from kangaroo_jax.data.media.addresses import is_remote
 from kangaroo_jax.errors import UserError, printable
 from kangaroo_jax.system.json_text import json_lines
 from kangaroo_jax.system.progress import Tell
@@ -29,6 +32,8 @@ NEEDED = ("video", "question", "answer")
 HELD_OUT_NAMES = ("test", "val", "valid", "validation", "dev", "eval", "held_out", "held-out")
 _OURS = ("conversations", "messages")  # columns of an annotation format in a table
 TABLES = (".csv", ".tsv")
+_SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+_LEAD = re.compile(r"(?:sep=.\n|[\s,;|]*\n)*", re.IGNORECASE)  # before the header, as spreadsheets leave it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,8 @@ def read_examples(
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; --data is a table (CSV, TSV), a folder of labels, or JSON")
+    if path.suffix.lower() in _SPREADSHEETS:
+        raise UserError(f"{path}: is a spreadsheet; save it as CSV (UTF-8)")
     if path.is_dir():
         found = _labels(path, question, tell)
     elif path.suffix.lower() in TABLES and not _is_format(path):
@@ -144,7 +151,9 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text), delimiter=_delimiter(path, text))
+    lead = _LEAD.match(text).end()  # type: ignore[union-attr]  # matches everywhere
+    before, text = text.count("\n", 0, lead), text[lead:]
+    reader = csv.DictReader(io.StringIO(text), delimiter=_delimiter(path, text), skipinitialspace=True)
     if not (reader.fieldnames or ()):
         raise UserError(f"{path}: is empty; kangaroo data init writes a table to fill in")
     names = _columns_of(path, reader.fieldnames or (), columns, question)
@@ -153,7 +162,7 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
     examples: list[Example] = []
     try:
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {before + reader.line_num}"
             if None in row or None in row.values():
                 raise UserError(f"{where}: has {'more' if None in row else 'fewer'} fields than the header")
             if not any(map(str.strip, row.values())):  # as a spreadsheet leaves them at its end
@@ -162,7 +171,7 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
             fields.setdefault("question", question)
             examples.append(_example(fields, where, root, len(examples)))
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not a readable table ({error})") from None
+        raise UserError(f"{path}, line {before + reader.reader.line_num}: not a readable table ({error})") from None
     return examples
 
 
@@ -170,13 +179,13 @@ def _delimiter(path: Path, text: str) -> str:
     if path.suffix.lower() == ".tsv":
         return "\t"
     header = text.partition("\n")[0]
-    return ";" if header.count(";") > header.count(",") else ","
+    return max(",;\t|", key=header.count)
 
 
 def _columns_of(path: Path, header: Sequence[str], given: Mapping[str, str], question: str) -> dict[str, str]:
     """What -> the column's name. Raises UserError that names the nearest column for one that is missing."""
     found: dict[str, str] = {}
-    plain = {name.strip().lower().replace(" ", "_"): name for name in header}
+    plain = {_plain(name): name for name in header}
     for what, name in given.items():
         if what not in COLUMNS or name not in header:
             known = ", ".join(COLUMNS) if what not in COLUMNS else ", ".join(header)
@@ -186,6 +195,14 @@ def _columns_of(path: Path, header: Sequence[str], given: Mapping[str, str], que
         match = next((plain[one] for one in names if one in plain), None)
         if what not in found and match is not None:
             found[what] = match
+            alike = [name for name in header if _plain(name) == _plain(match)]
+            if len(alike) > 1:
+                raise UserError(
+                    f"{path}: its columns {' and '.join(map(repr, alike))} may both be the {what}; rename one"
+                )
+    for name in found.values():
+        if header.count(name) > 1:
+            raise UserError(f"{path}: {header.count(name)} columns are called {name!r}; rename all but one")
     for what in NEEDED:
         if what in found or (what == "question" and question):
             continue
@@ -200,14 +217,18 @@ def _columns_of(path: Path, header: Sequence[str], given: Mapping[str, str], que
     return found
 
 
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_")
+
+
 def _example(fields: Mapping[str, str], where: str, root: Path, number: int) -> Example:
     for what in NEEDED:
         if not fields[what]:
             raise UserError(f"{where}: its {what} is empty")
-    file = Path(fields["video"])
-    file = file if file.is_absolute() or "://" in fields["video"] else root / file
-    if "://" not in fields["video"] and not file.exists():
-        raise UserError(f"{where}: {file}: no such file; paths are seen from {root} (--media-root=FOLDER)")
+    remote, file = is_remote(fields["video"]), root / fields["video"]
+    if not remote and not file.is_file():
+        what = "is no file" if file.exists() else "no such file"
+        raise UserError(f"{where}: {file}: {what}; paths are seen from {root} (--media-root=FOLDER)")
     ends: dict[str, float | None] = {}
     for what in ("start", "end"):
         try:
@@ -220,13 +241,13 @@ def _example(fields: Mapping[str, str], where: str, root: Path, number: int) -> 
         raise UserError(f"{where}: its end, {ends['end']:g}, is not after its start, {ends['start'] or 0.0:g}")
     split = fields.get("split", "").lower()
     held_out = None if not split else split in HELD_OUT_NAMES
-    path = fields["video"] if "://" in fields["video"] else str(file)
+    path = fields["video"] if remote else str(file)
     return Example(_asked(path, fields["question"], fields["answer"], f"{number}", **ends), where, held_out)
 
 
 def _asked(path: str, question: str, answer: str, name: str, **ends: float | None) -> Conversation:
     kind = "image" if Path(path).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif") else "video"
-    if "://" not in path and Path(path).is_file():
+    if not is_remote(path) and Path(path).is_file():
         kind = next((kind for (_, kind) in media_in([path])), kind)
     turns = (Turn("user", f"<{kind}>\n{escaped(question)}"), Turn("assistant", answer))
     start, end = (ends.get(key) if kind == "video" else None for key in ("start", "end"))
@@ -234,10 +255,12 @@ def _asked(path: str, question: str, answer: str, name: str, **ends: float | Non
 
 
 def _labels(folder: Path, question: str, tell: Tell) -> list[Example]:
-    labels = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    passed = (".", "__MACOSX")  # the latter is what a zip file of macOS leaves
+    labels = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(passed))
     if len(labels) < 2:
         raise UserError(f"{folder}: needs a sub-folder for each label, at least two, with videos in it")
-    names = [label.name.replace("_", " ") for label in labels]
+    names = [label.name.replace("_", " ").strip() for label in labels]
+    _check_labels(labels, names)
     question = question or f"Which of these is it: {', '.join(names)}?"
     examples: list[Example] = []
     for label, name in zip(labels, names, strict=True):
@@ -250,11 +273,32 @@ def _labels(folder: Path, question: str, tell: Tell) -> list[Example]:
     return examples
 
 
+def _check_labels(labels: Sequence[Path], names: Sequence[str]) -> None:
+    """Raise UserError for names that are no answers, that are the same answer, or that are the parts of a split."""
+    before: dict[str, Path] = {}
+    for label, name in zip(labels, names, strict=True):
+        if not name:
+            raise UserError(f"{label}: its name is the answer to learn; give it letters")
+        other = before.setdefault(name.lower(), label)
+        if other is not label:
+            raise UserError(f"{label}: is the same label as {other.name!r}; put their videos in one folder")
+    parts = {"train", "training", *(name.replace("_", " ") for name in HELD_OUT_NAMES)}
+    if before.keys() <= parts:
+        train, test = (
+            [p for key, p in before.items() if key.startswith("train") == wanted] for wanted in (True, False)
+        )
+        advice = f"--data={train[0]} --held-out={test[0]}" if train and test else "--data=FOLDER with labels in it"
+        raise UserError(
+            f"{labels[0].parent}: its sub-folders ({', '.join(names)}) are parts of a split, no labels; give {advice}"
+        )
+
+
 def _once(examples: Sequence[Example], tell: Tell) -> list[Example]:
     """The examples without repetitions. Raises UserError for a question about a video with two answers."""
     kept: dict[tuple[object, ...], Example] = {}
     for example in examples:
-        asked = (example.conversation.media, example.conversation.turns[:-1])
+        media = tuple(dataclasses.replace(m, path=os.path.realpath(m.path)) for m in example.conversation.media)
+        asked = (media, example.conversation.turns[:-1])
         before = kept.setdefault(asked, example)
         if before.answer != example.answer:
             raise UserError(

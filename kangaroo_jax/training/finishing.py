@@ -27,6 +27,8 @@ from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training.distributed import barrier, is_main
 from kangaroo_jax.training.measuring import link_best
+from kangaroo_jax.training.metrics import read_metrics
+from kangaroo_jax.training.resume import check_resume
 
 ADAPTER = "adapter"
 
@@ -73,10 +75,11 @@ def _write(config: StageConfig, best: Path, kept: Path, mesh: Mesh) -> None:
         writer.save(kept, args=ocp.args.Composite(**items))
 
 
-def finished(config: StageConfig, workdir: Path) -> int | None:
+def finished(config: StageConfig, workdir: Path, tell: Tell) -> int | None:
     """The last step of a stage that `finish_adapter` finished, None of one that it did not.
 
-    Raises UserError if more steps are asked for than it made: nothing is left to go on from.
+    `tell` is told which settings are others than it was trained with. Raises UserError if more steps are asked for
+    than it made (nothing is left to go on from), or another adapter.
     """
     kept = workdir / ADAPTER
     if not (kept / "params").is_dir():
@@ -87,4 +90,11 @@ def finished(config: StageConfig, workdir: Path) -> int | None:
             f"{workdir}: is finished after {steps} steps and keeps its factors alone: it cannot go on to "
             f"{config.train.steps}; begin in another workdir, with --config.lora.keep_state=True to go on later"
         )
-    return steps
+    differences = check_resume(kept, config, abstract_model(config.model, config.lora).shapes)
+    for line in differences:
+        tell(f"{config.stage}: {line}")
+    # One that no longer got better ended before the last of its steps.
+    last = max((line["step"] for line in read_metrics(workdir / "metrics.jsonl")), default=steps)
+    stays = ", and stays as it was trained: other settings need another workdir" * bool(differences)
+    tell(f"{config.stage}: is finished after step {min(last, steps)}{stays}")
+    return min(last, steps)

@@ -132,8 +132,7 @@ def train(
         stack.enter_context(locked(workdir, tell))
         if given.train.epochs:
             given = with_epochs(given, open_tokenizer(given), tell)
-        if config.lora.rank and (last := finished(given, workdir)) is not None:
-            tell(f"{config.stage}: is finished after step {last}")
+        if config.lora.rank and (last := finished(given, workdir, tell)) is not None:
             finish_adapter(place(given)[0], workdir, tell)  # what a kill left to do
             return result_of(given, workdir, last, start)
         preemption = Preemption(tell)

@@ -12,7 +12,7 @@ from kangaroo_jax.data.media.writing import write_h264
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.quickstart import read_file
 from kangaroo_jax.finetune.foresight import warnings
-from kangaroo_jax.finetune.run import write_examples
+from kangaroo_jax.finetune.run import text_of
 from kangaroo_jax.finetune.split import missing_labels, split, video_groups
 from kangaroo_jax.finetune.table import read_examples
 
@@ -199,7 +199,7 @@ def test_options_of_a_record_are_kept_for_scoring(clips, tmp_path):
     record = {"id": "x", "video": str(clips / "c1.mp4"), "conversations": turns}
     lines = [{**record, "options": ["a bolt", "a hole"], "answer": "B"}, {**record, "video": str(clips / "c2.mp4")}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_examples(tmp_path / "out.jsonl", read_examples(tmp_path / "mine.jsonl", quiet))
+    (tmp_path / "out.jsonl").write_text(text_of(read_examples(tmp_path / "mine.jsonl", quiet)))
     first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
     assert (first["options"], first["answer"]) == (["a bolt", "a hole"], "B")
     assert "options" not in second and second["answer"] == "a hole B"

@@ -375,8 +375,13 @@ def test_a_finished_run_keeps_its_best_factors_alone(corpus, base, tmp_path, mon
     check_average(run, kept["params"], kept["ema"])
     assert answers(run) == kept["answers"]
     told: list[str] = []
-    stage = adapter_stage(corpus, base, **{"lora.keep_state": False})
-    assert train(stage, run, tell=told.append).steps == STEPS and "is finished after step 6" in told[-1]
+    stage = adapter_stage(corpus, base, **{"lora.keep_state": False, "optimizer.ema": 0.5})
+    stage.optimizer.learning_rate = 0.5
+    assert train(stage, run, tell=told.append).steps == STEPS
+    assert "finetune" not in told[-1] and told[-1].endswith(
+        "is finished after step 6, and stays as it was trained: other settings need another workdir"
+    )
+    assert any("config.optimizer.learning_rate was 0.02, is now 0.5" in line for line in told)
     stage.train.steps = STEPS + 1
     with pytest.raises(UserError, match="is finished after 6 steps and keeps its factors alone: .* in another workdir"):
         train(stage, run, tell=quiet)
