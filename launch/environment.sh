@@ -22,7 +22,7 @@ enter_environment() {
   stamp="$VIRTUAL_ENV/.kangaroo-$extras"
   digest="$(cat setup.py pyproject.toml <(echo "$PWD" "$@") | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
   if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$digest" ]]; then
-    echo "Installing kangaroo-jax[$extras] $* (minutes, the first time)"
+    echo "Installing kangaroo-jax[$extras]${*:+ $*} (minutes, the first time)"
     python -m pip install --quiet --disable-pip-version-check -e ".[$extras]" "$@"
     echo "$digest" >"$stamp"
   fi
