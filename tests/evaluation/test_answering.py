@@ -60,7 +60,7 @@ class Scripted:
 def evaluated(tmp_path, monkeypatch):
     """(answers, model, lines told) of an evaluation of two files."""
     model, told, loaded = Scripted(), [], []
-    monkeypatch.setattr(answering.Kangaroo, "load", lambda path: loaded.append(path) or model)
+    monkeypatch.setattr(answering.Kangaroo, "load", lambda path, dtype: loaded.append(path) or model)
     monkeypatch.setattr(answering, "ask_model", lambda model, *given, **options: model.ask(*given, **options))
     files = {}
     for split, records in (("short", SHORT), ("long", LONG)):

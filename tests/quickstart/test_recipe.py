@@ -116,7 +116,7 @@ class Knowing:
     """Stands in for a model: it knows Paris, and never comes to an end about ice."""
 
     @classmethod
-    def load(cls, checkpoint):
+    def load(cls, checkpoint, dtype=None):
         return cls()
 
     def __enter__(self):
