@@ -77,6 +77,7 @@ def finetune(
     if any(not (equals and name) for _, equals, name in pairs):
         raise UserError(f"finetune: --columns={columns}: give WHAT=NAME by commas, such as question=Frage")
     changes = override("finetune", stage_config("tiny").lock(), overrides)
+
     from kangaroo_jax.finetune.run import finetune as run
     from kangaroo_jax.finetune.settings import Wishes
 

@@ -114,7 +114,7 @@ def warnings(
 
 
 def _tokens(example: Example, tokenizer: Tokenizer) -> int:
-    """Of its text until the first answer's end, without its frames: what comes later may be cut off."""
+    """How many tokens its text has until the first answer ends, without frames: what comes later may be cut off."""
     turns = example.conversation.turns
     first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
     return sum(len(tokenizer.encode(turn.text)) for turn in turns[: first + 1])

@@ -17,6 +17,7 @@ from kangaroo_jax.corpus.records import record_of
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.history import ask, conversation
 from kangaroo_jax.inference.requests import Request
+from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE
 from kangaroo_jax.report.page import render
 from kangaroo_jax.system.files import write_bytes, write_json
 from kangaroo_jax.system.json_text import json_line
@@ -77,7 +78,7 @@ def remind(checkpoint: Path, path: Path, scale: float, tell: Tell) -> Path:
         return path
     asked = [request.format(subject) for subject in _SUBJECTS for request in _REQUESTS]
     asked = asked[:: max(1, round(1 / max(scale, 1 / len(asked))))]
-    with Kangaroo.load(checkpoint, dtype="float32") as model:
+    with Kangaroo.load(checkpoint, dtype=ANSWERS_DTYPE) as model:
         replies = model.generate([conversation([ask(text)]) for text in asked], max_new_tokens=_LONGEST)
     pairs = [(text, reply) for text, (reply,) in zip(asked, replies, strict=True)]
     ended = [(text, reply) for text, reply in pairs if reply.finish_reason == "stop"]
@@ -95,7 +96,7 @@ def measure(checkpoint: Path, path: Path, tell: Tell) -> dict[str, Any]:
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    with Kangaroo.load(checkpoint, dtype="float32") as model:
+    with Kangaroo.load(checkpoint, dtype=ANSWERS_DTYPE) as model:
         answers = model.answer_many([conversation([ask(text)]) for text, _ in PLAIN], max_new_tokens=32)
         text = licence()
         value = perplexity(model, text) if text else None

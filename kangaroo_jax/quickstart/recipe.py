@@ -14,6 +14,7 @@ from kangaroo_jax.system.installing import install_line
 from kangaroo_jax.system.progress import Tell
 
 WARMUP = "stage0_text_warmup"
+ANSWERS_DTYPE = "float32"  # what answers are computed in, whatever training computes in
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
 from kangaroo_jax.quickstart import judging, language
-from kangaroo_jax.quickstart.recipe import TINY, WARMUP, Recipe
+from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE, TINY, WARMUP, Recipe
 from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
@@ -207,7 +207,7 @@ def evaluate_stage(name: str, folder: Path, corpus: Corpus, recipe: Recipe, tell
     if path.exists():
         return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
     answers = evaluate(
-        folder, corpus.eval_files, folder / "eval", max_new_tokens=recipe.answer_tokens, dtype="float32", tell=tell
+        folder, corpus.eval_files, folder / "eval", max_new_tokens=recipe.answer_tokens, dtype=ANSWERS_DTYPE, tell=tell
     )
     write_json(path, answers.to_json())
     tell(f"{name}: " + ", ".join(f"{key} {value:.0%}" for key, value in answers.metrics().items()))
@@ -219,7 +219,7 @@ def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]
     path = workdir / "chat.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    model = Kangaroo.load(workdir / OF_THE_PAPER[-1], dtype="float32")
+    model = Kangaroo.load(workdir / OF_THE_PAPER[-1], dtype=ANSWERS_DTYPE)
     chats = []
     for title, video, questions in corpus.chat_examples():
         history, turns = None, []

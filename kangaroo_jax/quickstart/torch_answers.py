@@ -9,6 +9,7 @@ from kangaroo_jax.conversion.runners import InTorch, turn
 from kangaroo_jax.conversion.sources import open_source
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.history import conversation
+from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE
 from kangaroo_jax.system.progress import Tell
 
 
@@ -39,7 +40,7 @@ def compare_chats(
     with tempfile.TemporaryDirectory() as scratch:
         exported = convert([checkpoint], Path(scratch) / "export", format="hf", tell=lambda line: None)
         theirs = InTorch(open_source(exported), Path(scratch))
-        kangaroo = Kangaroo.load(checkpoint, dtype="float32")
+        kangaroo = Kangaroo.load(checkpoint, dtype=ANSWERS_DTYPE)
         asked = [(Path(media), question) for media, question in videos_and_questions]
         conversations = [conversation([turn(media, question)]) for media, question in asked]
         jax_answers = kangaroo.answer_many(conversations, max_new_tokens=max_new_tokens)
