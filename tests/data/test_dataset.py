@@ -77,6 +77,15 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
         write_dataset(plan, conversations, "y", tell=lambda _: None)
 
 
+def test_a_record_has_its_features_in_the_order_of_their_names(conversations: list[Conversation]) -> None:
+    """A map of Protocol Buffers has another order in each process."""
+    features = ["id", "language", "media/data", "media/frames", "media/kind", "media/options", "media/path"]
+    features += ["turns/loss", "turns/role", "turns/text"]
+    record = dataset.encode(dataset.features(), conversations[0], False)
+    places = [record.index(bytes([10, len(name), *name.encode()])) for name in features]
+    assert places == sorted(places)
+
+
 SCRIPT = """
 import sys
 import tensorflow_datasets as tfds

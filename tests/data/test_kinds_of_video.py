@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from kangaroo_jax.data.audit import check as data_check
 from kangaroo_jax.data.media import picker, pixels
@@ -195,6 +196,26 @@ def test_transparent_videos_lie_on_white(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     shown = load_video(path, image_size=64, times=[0.0]).pixels[0]
     assert (shown[:, :30] == (255, 0, 0)).all() and (shown[:, 34:] == 255).all()
+
+
+def test_a_note_says_that_a_medium_is_transparent(tmp_path: Path) -> None:
+    clear, full = np.full((16, 16, 4), 100, np.uint8), np.full((16, 16, 3), 100, np.uint8)
+    (tmp_path / "frames").mkdir()
+    for path in ("a.png", "frames/0.png"):
+        Image.fromarray(clear).save(tmp_path / path)
+    Image.fromarray(clear).save(tmp_path / "a.webp", save_all=True, append_images=[Image.fromarray(clear // 2)])
+    Image.fromarray(full).save(tmp_path / "full.png")
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuva420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 4), np.uint8), format="rgba")
+        container.mux(stream.encode(frame.reformat(format="yuva420p")))
+        container.mux(stream.encode(None))
+    kinds = {"a.png": "image", "frames": "video", "a.webp": "video", "a.webm": "video", "full.png": "image"}
+    found = {name: data_check.check_one(str(tmp_path / name), kind) for name, kind in kinds.items()}
+    assert not any(report.problems for report in found.values())
+    said = {name: [note.split(":")[0].split(",")[0] for note in report.notes] for name, report in found.items()}
+    assert said == {name: [] if name == "full.png" else ["transparent"] for name in kinds}
 
 
 @needs_ffmpeg

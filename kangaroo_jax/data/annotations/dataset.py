@@ -99,8 +99,14 @@ def encode(encoder: Any, conversation: Conversation, embed: bool) -> bytes:
     turns = [{"role": turn.role, "text": turn.text, "loss": turn.loss} for turn in conversation.turns]
     example = {"id": conversation.id, "language": conversation.language, "turns": turns, "media": media}
     example = _encodable(example)
-    serialized: bytes = encoder.serialize_example(encoder.encode_example(example))
-    return serialized
+    return _ordered(encoder.serialize_example(encoder.encode_example(example)))
+
+
+def _ordered(serialized: bytes) -> bytes:
+    """A tf.train.Example with its features in the order of their names, which else differs from process to process."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return bytes(tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True))
 
 
 def _encodable(value: Any) -> Any:

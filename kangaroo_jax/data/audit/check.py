@@ -16,7 +16,7 @@ from kangaroo_jax.data.annotations.conversation import Conversation
 from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.data.media.containers import member_suffix
 from kangaroo_jax.data.media.decode import media_pool
-from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image
+from kangaroo_jax.data.media.image import IMAGE_SUFFIXES, load_image, opened_image
 from kangaroo_jax.data.media.kinds import kind_of, read_head
 from kangaroo_jax.data.media.picker import (
     guesses_times,
@@ -37,6 +37,7 @@ from kangaroo_jax.system.progress import Progress, Tell
 Media = dict[tuple[str, str], str]  # (path, kind) -> a sample that uses it
 _GLITCHES = 0.01  # the share of a video's frames that may step back a little
 _STEP = 0.5  # a longer step back, in seconds, is more than a glitch: two files joined
+_TRANSPARENT = "transparent: laid on white"
 _ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".m2ts", ".3gp")
 
 
@@ -173,15 +174,19 @@ def check_one(path: str, kind: str) -> MediumReport:
             info = probe(path, "image")
             report.codec, report.width, report.height, report.frames = info.codec, info.width, info.height, 1
             load_image(path, 64)
+            _note_alpha([path], report)
         elif os.path.isdir(path):
-            for frame in folder_of_frames(path):
+            frames = folder_of_frames(path)
+            for frame in frames:
                 load_image(frame, 64)
                 report.frames += 1
+            _note_alpha(frames, report)
         elif is_pictures(path, read_head(path)):
             info = probe(path, "video")
             report.codec, report.width, report.height, report.fps = info.codec, info.width, info.height, info.fps
             report.seconds = report.stated_seconds = info.seconds
             report.frames = round(info.fps * info.seconds)
+            _note_alpha([path], report)
         else:
             _check_video(path, report)
     except UserError as error:
@@ -201,6 +206,8 @@ def _check_video(path: str, report: MediumReport) -> None:
         streams = len(video_streams(container))
         if streams > 1:
             report.notes.append(f"{streams} video streams: number {stream.index} is used, as by FFmpeg's players")
+        if stream.metadata.get("alpha_mode") == "1" and codec.name in ("vp8", "vp9"):
+            report.notes.append("transparent, which FFmpeg's decoder leaves out: shown without it")
         stamps, errors, seen = [], 0, set()
         best, guesses = BestEffort(), guesses_times(container, stream)
         packets: Any = container.demux(stream)
@@ -227,6 +234,14 @@ def _check_video(path: str, report: MediumReport) -> None:
     _judge(report, np.array(stamps), errors)
 
 
+def _note_alpha(pictures: Sequence[str | Path], report: MediumReport) -> None:
+    for path in pictures:
+        with opened_image(path) as image:
+            if image.has_transparency_data:
+                report.notes.append(_TRANSPARENT)
+                return
+
+
 def _kinds_of_picture(frame: Any) -> Iterable[str]:
     """Notes on unusual kinds of pictures and how they are treated."""
     if name := HDR.get(int(frame.color_trc)):
@@ -234,7 +249,7 @@ def _kinds_of_picture(frame: Any) -> Iterable[str]:
     if frame.interlaced_frame:
         yield "interlaced: frames hold the lines of two moments, and are not deinterlaced"
     if has_alpha(frame.format):
-        yield "transparent: laid on white"
+        yield _TRANSPARENT
 
 
 def _judge(report: MediumReport, stamps: np.ndarray, errors: int) -> None:
