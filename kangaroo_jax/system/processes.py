@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from multiprocessing import reduction
@@ -28,6 +29,7 @@ import numpy as np
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.children import end_with_parent, uninterrupted
+from kangaroo_jax.system.terminal import warner
 
 _START_SECONDS = 300.0
 _POLL = 0.05  # seconds between looks at the memory of processes
@@ -285,6 +287,7 @@ def _resident_mib(pid: int) -> float:
 def serve(connection: Connection, parent: int) -> None:
     """The loop of a process."""
     end_with_parent(parent)
+    warnings.showwarning = warner()
     with contextlib.suppress(EOFError, OSError):  # the other end is gone: its process was killed
         job, prepare = connection.recv()
         if prepare is not None:

@@ -7,10 +7,11 @@ move the cursor or set the window's title, an override of the direction of writi
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from kangaroo_jax.errors import STEERS, UserError, escaped, printable
+from kangaroo_jax.errors import STEERS, UserError, escaped, one_line, printable
 
 _ERASE = "\r\x1b[K"  # to the beginning of the line, and nothing after it
 
@@ -65,12 +66,13 @@ class Output:
 
 @contextlib.contextmanager
 def outputs() -> Iterator[None]:
-    """Inside, standard output and standard error are `Output`s."""
-    before = sys.stdout, sys.stderr
+    """Inside, standard output and standard error are `Output`s, and a warning is a line (`warner`)."""
+    before, shown = (sys.stdout, sys.stderr), warnings.showwarning
     for stream in before:
         if hasattr(stream, "reconfigure"):  # lines appear at once in a pipe; no terminal's encoding is an error
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.stdout, sys.stderr = (stream and Output(stream) for stream in before)
+    warnings.showwarning = warner()
     try:
         yield
     finally:
@@ -78,6 +80,25 @@ def outputs() -> Iterator[None]:
             if stream is not None:  # as it is where the process was started without one
                 stream.flush()
         sys.stdout, sys.stderr = before
+        warnings.showwarning = shown
+
+
+def warner() -> Callable[..., None]:
+    """What shows warnings: each text once, as a line without the place in the code, which helps no user.
+
+    Which warnings are shown is left to Python. With its `-W` or PYTHONWARNINGS they have Python's own form.
+    """
+    if sys.warnoptions:
+        return warnings.showwarning
+    told: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        text = one_line(message)
+        if text not in told and sys.stderr is not None:
+            told.add(text)
+            print(f"kangaroo: warning: {text}", file=sys.stderr)
+
+    return show
 
 
 def rewrite(line: str) -> None:

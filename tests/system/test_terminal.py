@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from kangaroo_jax.data.audit import check as data_check
 from kangaroo_jax.data.media.addresses import short
 from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.system.processes import WorkerPool
 from kangaroo_jax.system.terminal import Output, outputs, rewrite
 
 ROOT = Path(__file__).parents[2]
@@ -109,3 +111,44 @@ def test_standard_output_may_be_closed_or_full(tmp_path):
     assert help_to(">&- 2>&-") == (0, "")
     if Path("/dev/full").exists():
         assert help_to("> /dev/full") == (2, "kangaroo: <stdout>: cannot be written (No space left on device)\n")
+
+
+WARNED = """
+import sys, warnings
+from kangaroo_jax.cli import main
+
+def job(words):
+    for _ in range(2):
+        warnings.warn("all samples\\nwere used")
+        warnings.warn("all samples\\nwere used", RuntimeWarning)
+        warnings.warn("to come", PendingDeprecationWarning)
+
+main._run = job
+main.main([])
+warnings.warn("to come", PendingDeprecationWarning)
+warnings.warn("after it")
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-W", "default"]])
+def test_a_warning_is_a_line_without_a_place_in_the_code(flags):
+    ran = subprocess.run([sys.executable, *flags, "-c", WARNED], capture_output=True, text=True, cwd=ROOT, check=True)
+    said, *rest = ran.stderr.splitlines()
+    if flags:
+        assert said.startswith("<string>:7: UserWarning") and "<string>:9: PendingDeprecationWarning" in ran.stderr
+    else:
+        assert said == "kangaroo: warning: all samples were used"
+        assert rest == ["<string>:14: UserWarning: after it"]
+
+
+def warn(text: str) -> None:
+    """In a process of a pool."""
+    warnings.warn(text, stacklevel=2)
+
+
+def test_a_warning_of_a_process_is_such_a_line_too(capfd):
+    pool = WorkerPool(warn, 1, 60)
+    for _ in range(2):
+        pool.submit("damaged").result()
+    pool.close()
+    assert capfd.readouterr().err == "kangaroo: warning: damaged\n"
