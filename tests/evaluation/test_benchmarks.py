@@ -8,6 +8,7 @@ import pickle
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.question import PROTOCOLS
@@ -308,3 +309,18 @@ def test_names():
     with pytest.raises(UserError, match=r"no benchmark 'mvbensh' \(did you mean 'mvbench'\?\); there are mvbench, "):
         benchmark_named("mvbensh")
     assert benchmark_named("mine/held_out.jsonl").name == "held_out"
+
+
+@pytest.mark.parametrize("there", ["data", "mine", "data mine", ""])
+def test_a_file_of_ones_own_has_its_media_in_the_folder_given_or_beside_it(tmp_path, monkeypatch, there):
+    row = {"id": "a", "image": "media/a.png", "answer": "red"}
+    row["conversations"] = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    for folder in ("data", "mine"):
+        (tmp_path / folder / "media").mkdir(parents=True)
+        if folder in there:
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / "media" / "a.png")
+    (tmp_path / "mine" / "own.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    (question,) = questions_of(benchmark_named("own.jsonl"), tmp_path / "data")
+    where = "mine" if there == "mine" else "data"
+    assert question.media[0].path == str(tmp_path / where / "media" / "a.png")

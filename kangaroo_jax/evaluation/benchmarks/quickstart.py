@@ -8,6 +8,7 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks import files
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.evaluation.benchmarks.wording import WORDINGS
+from kangaroo_jax.evaluation.checking import is_there
 from kangaroo_jax.system.json_text import read_lines
 
 _GROUPS = {"format": "format", "question_kind": "kind", "language": "language"}
@@ -18,13 +19,20 @@ def read(folder: Path) -> Iterator[Question]:
     base = folder / "corpus" if (folder / "corpus").is_dir() else folder
     files.found(base, "eval_*.jsonl")
     for path in sorted(base.glob("eval_*.jsonl")):
-        yield from read_file(path, {"split": (path.stem.removeprefix("eval_"),)})
+        yield from read_file(path, groups={"split": (path.stem.removeprefix("eval_"),)})
 
 
-def read_file(path: Path, groups: dict[str, tuple[str, ...]] | None = None) -> Iterator[Question]:
-    """The questions of a file of LLaVA's conversations, each ending with its true answer, with the key `answer`."""
+def read_file(
+    path: Path, folder: Path | None = None, *, groups: dict[str, tuple[str, ...]] | None = None
+) -> Iterator[Question]:
+    """The questions of a file of LLaVA's conversations, each ending with its true answer, with the key `answer`.
+
+    Its media are in `folder`, or beside the file where the first of them is there alone.
+    """
     rows = list(read_lines(path))
-    for number, (conversation, (where, row)) in enumerate(zip(read_conversations([path]), rows, strict=True)):
+    beside = path.resolve().parent
+    root = beside if folder is None or (_has_media(beside, path) and not _has_media(folder, path)) else folder
+    for number, (conversation, (where, row)) in enumerate(zip(read_conversations([path], root), rows, strict=True)):
         if "answer" not in row:
             raise UserError(f"{where}: has no answer, only {', '.join(list(row)[:12])}")
         asked, _ = conversation.split_answer()
@@ -46,6 +54,12 @@ def read_file(path: Path, groups: dict[str, tuple[str, ...]] | None = None) -> I
             groups={**(groups or {}), **found},
             prompt=text.strip(),
         )
+
+
+def _has_media(folder: Path, path: Path) -> bool:
+    """Whether the first media that the file names are in the folder."""
+    named = next((c.media for c in read_conversations([path], folder) if c.media), ())
+    return all(is_there(medium) for medium in named)
 
 
 QUICKSTART = Benchmark(

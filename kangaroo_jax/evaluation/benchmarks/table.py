@@ -31,13 +31,20 @@ BENCHMARKS = {
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """The benchmark of a name, or the one that a file of JSON lines is. Raises UserError."""
+    """The benchmark of a name, or the one that a file of JSON lines is; its media are in `--data`, or beside the file.
+
+    Raises UserError.
+    """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     if name.endswith(".jsonl"):
         path = Path(name)
         return dataclasses.replace(
-            quickstart.QUICKSTART, name=path.stem, title=path.stem, read=lambda _: quickstart.read_file(path), note=""
+            quickstart.QUICKSTART,
+            name=path.stem,
+            title=path.stem,
+            read=lambda folder: quickstart.read_file(path, folder),
+            note="",
         )
     known = ", ".join(BENCHMARKS)
     raise UserError(f"no benchmark {name!r}{nearest(name, BENCHMARKS)}; there are {known}, or give a file FILE.jsonl")
