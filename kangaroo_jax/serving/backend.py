@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.prompts import Prompts
 from kangaroo_jax.serving.rehearsal import rehearse
+from kangaroo_jax.system.memory import Bounded
 
 _NO_FILE = "/nowhere/at all"
 
@@ -122,7 +122,7 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
         )
 
     engine, adapters = engine_of(loaded), {name: engine_of(one) for name, one in several.items()}
-    step("starting processes that decode")
+    step(f"starting {choices.workers} processes that decode")
     with contextlib.suppress(UserError):  # there is no such file, but the first request will not wait for a process
         decoder.probe(_NO_FILE, "image")
     decoder.submit(MediaRef("image", _NO_FILE, (0.0,)), config.data.image_size).result()
@@ -133,18 +133,3 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
     step(f"ready, {programs} programs")
     grammars = Grammars(loaded.tokenizer, engine.programs.vocabulary)
     return Backend(engine, loaded.tokenizer, prompts, context, decoder, grammars, adapters)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounded:
-    """What a decoding process may take."""
-
-    memory: int  # bytes beyond what it begins with; 0: no bound
-
-    def begin(self) -> None:
-        """Bound this process."""
-        if self.memory:
-            pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-            most = pages * resource.getpagesize() + self.memory
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

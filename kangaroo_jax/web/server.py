@@ -13,12 +13,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from kangaroo_jax.data.media.decode import Decoder, ProcessDecoder
-from kangaroo_jax.serving.backend import Bounded
 from kangaroo_jax.serving.connections import config_of
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import MIB
 from kangaroo_jax.serving.listening import Quiet, announced, listening
 from kangaroo_jax.serving.store import MediaStore
+from kangaroo_jax.system.memory import Bounded
 from kangaroo_jax.web.asking import Model
 from kangaroo_jax.web.gate import Gate
 from kangaroo_jax.web.page import mounted

@@ -6,7 +6,8 @@ from PIL import Image
 from kangaroo_jax.data.media.decode import ProcessDecoder, decode_one
 from kangaroo_jax.data.media.video import Clip, MediaRef
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.serving.backend import Bounded
+from kangaroo_jax.system.memory import Bounded
+from kangaroo_jax.system.processes import WorkerPool
 
 
 def test_a_picture_that_needs_more_than_the_bound_costs_its_own_request(tmp_path):
@@ -22,3 +23,9 @@ def test_a_picture_that_needs_more_than_the_bound_costs_its_own_request(tmp_path
     finally:
         decoder.close()
     assert isinstance(decode_one(large, 16), Clip)  # without a bound there is nothing wrong with it
+
+
+def test_a_process_that_decodes_does_not_wait_for_jax():
+    pool = WorkerPool(eval, 1, 60.0, prepare=Bounded(1 << 30).begin)
+    assert pool.submit("[name for name in ('jax', 'flax') if name in __import__('sys').modules]").result() == []
+    pool.close()

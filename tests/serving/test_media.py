@@ -19,13 +19,13 @@ from kangaroo_jax.data.media import addresses
 from kangaroo_jax.data.media.decode import ProcessDecoder
 from kangaroo_jax.data.media.video import MediaRef, probe
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.serving.backend import Bounded
 from kangaroo_jax.serving.failures import ApiError
 from kangaroo_jax.serving.folder import WorkFolder
 from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.media import Cancelled, Hops, RequestMedia
 from kangaroo_jax.serving.protocol import MediaPart
 from kangaroo_jax.serving.store import MediaStore
+from kangaroo_jax.system.memory import Bounded
 from tests.data.media import write_video
 
 LIMITS = Limits(max_media_mb=1, max_folder_mb=3, max_named_mb=1, max_listed_frames=4, max_fetch_seconds=2.0)
