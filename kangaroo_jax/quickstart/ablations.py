@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax.config import STAGES, ModelConfig, tokens_per_group
 from kangaroo_jax.corpus.make import Corpus
-from kangaroo_jax.evaluation.answering import Answers, evaluate
-from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE, WARMUP, Recipe, Start
-from kangaroo_jax.system.files import write_json
+from kangaroo_jax.evaluation.answering import Answers
+from kangaroo_jax.quickstart.evaluating import evaluate_stage
+from kangaroo_jax.quickstart.recipe import WARMUP, Recipe, Start
 from kangaroo_jax.system.progress import Tell
 from kangaroo_jax.training import curriculum
 from kangaroo_jax.training.loop import train
@@ -111,16 +111,7 @@ def run(
             tell=tell,
         )
         last = folder / variant.stages[-1]
-        if not (last / "eval.json").exists():
-            answers = evaluate(
-                last,
-                corpus.eval_files,
-                last / "eval",
-                max_new_tokens=recipe.answer_tokens,
-                dtype=ANSWERS_DTYPE,
-                tell=tell,
-            )
-            write_json(last / "eval.json", answers.to_json())
+        evaluate_stage(last.name, last, corpus, recipe, tell)
         rows.append(row(variant.name, last, total))
         tell(f"{variant.name}: {rows[-1]['metrics']}")
     rows += packing_rows(workdir, recipe, data, start.tokenizer, tell)

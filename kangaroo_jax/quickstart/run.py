@@ -25,11 +25,12 @@ from kangaroo_jax import machine
 from kangaroo_jax.config import STAGES as OF_THE_PAPER
 from kangaroo_jax.corpus.make import Corpus, make_corpus
 from kangaroo_jax.errors import UserError
-from kangaroo_jax.evaluation.answering import Answers, evaluate
+from kangaroo_jax.evaluation.answering import Answers
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
 from kangaroo_jax.quickstart import judging, language
+from kangaroo_jax.quickstart.evaluating import evaluate_stage
 from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE, TINY, WARMUP, Recipe
 from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.files import write_json
@@ -201,19 +202,6 @@ def clock_stage(clock: Clock, name: str, folder: Path) -> None:
     clock.seconds[name] = json.loads((folder / "done.json").read_text())["seconds"]
 
 
-def evaluate_stage(name: str, folder: Path, corpus: Corpus, recipe: Recipe, tell: Tell) -> Answers:
-    """Answer the held-out questions with a stage's model; the result is kept in `eval.json`."""
-    path = folder / "eval.json"
-    if path.exists():
-        return Answers.from_json(json.loads(path.read_text(encoding="utf-8")))
-    answers = evaluate(
-        folder, corpus.eval_files, folder / "eval", max_new_tokens=recipe.answer_tokens, dtype=ANSWERS_DTYPE, tell=tell
-    )
-    write_json(path, answers.to_json())
-    tell(f"{name}: " + ", ".join(f"{key} {value:.0%}" for key, value in answers.metrics().items()))
-    return answers
-
-
 def chat_once(workdir: Path, corpus: Corpus, tell: Tell) -> list[dict[str, Any]]:
     """A chat of several rounds about a short and about a long held-out video."""
     path = workdir / "chat.json"
@@ -283,7 +271,9 @@ def summary(results: dict[str, Any]) -> str:
     """The table of stages, for the terminal."""
     keys = ("short_mcq", "long_mcq", "open_exact", "en_mcq", "zh_mcq")
     lines = [f"{'stage':24}" + "".join(f"{key:>12}" for key in keys)]
-    lines += [f"{s['name']:24}" + "".join(f"{s[key]:>12.1%}" for key in keys) for s in results["stages"]]
+    for stage in results["stages"]:
+        shares = [f"{stage[key]:.1%}" if key in stage else "not asked" for key in keys]
+        lines.append(f"{stage['name']:24}" + "".join(f"{share:>12}" for share in shares))
     lines.append(
         f"chance {results['chance']:.0%}; {results['seconds'] / 60:.1f} minutes, {results['peak_rss_gib']} GiB"
     )

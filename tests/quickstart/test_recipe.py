@@ -10,15 +10,16 @@ from kangaroo_jax.cli.main import main
 from kangaroo_jax.config import STAGES, StageConfig
 from kangaroo_jax.config_files import load_config
 from kangaroo_jax.corpus.draw import split_scans
-from kangaroo_jax.corpus.make import make_corpus, read_records
+from kangaroo_jax.corpus.make import Corpus, make_corpus, read_records
 from kangaroo_jax.corpus.scenes import SceneMaker
 from kangaroo_jax.corpus.sentences import in_a_sentence
 from kangaroo_jax.corpus.text import ask, facts
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.answering import Answers
 from kangaroo_jax.evaluation.scoring import is_correct
 from kangaroo_jax.inference.chat import Reply
 from kangaroo_jax.models.parameters import multiplier
-from kangaroo_jax.quickstart import language
+from kangaroo_jax.quickstart import evaluating, language
 from kangaroo_jax.quickstart import run as quickstart
 from kangaroo_jax.quickstart.ablations import VARIANTS
 from kangaroo_jax.quickstart.recipe import RECIPES, SMOL, TINY
@@ -39,6 +40,16 @@ def test_the_parts_that_train_with_smollm2_are_those_of_the_paper(stage, expecte
     assert trained(config) == expected == trained(paper)
     assert config.model.patchify.enabled == paper.model.patchify.enabled
     assert (config.data.max_frames, config.data.long_max_frames) == (paper.data.max_frames, paper.data.long_max_frames)
+
+
+def test_questions_are_asked_in_the_languages_that_were_taught(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, languages, **__: asked.append(languages) or Answers(()))
+    for recipe, stage in [*((SMOL, stage) for stage in STAGES), (TINY, STAGES[0])]:
+        folder = tmp_path / recipe.name / stage
+        folder.mkdir(parents=True)
+        evaluating.evaluate_stage(stage, folder, Corpus(tmp_path, {}), recipe, lambda line: None)
+    assert asked == [("en",)] * 3 + [("en", "zh")] * 3
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
