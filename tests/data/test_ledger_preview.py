@@ -11,6 +11,7 @@ from PIL import Image
 from kangaroo_jax.config import DataConfig
 from kangaroo_jax.conventions import FIELDS
 from kangaroo_jax.data.annotations.conversation import Conversation, Media, Turn
+from kangaroo_jax.data.batches import preview
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.batches.loader import decode_recipes
 from kangaroo_jax.data.batches.packing import Shape, assemble
@@ -87,3 +88,12 @@ def test_tree_and_picture(tokenizer: Tokenizer, data_config: DataConfig, media: 
     no_frames = assemble([[recipes[2]]], [[[]]], Shape(900, 0, 48, 2, 3))
     assert "0 of 0 frames (none)" in batch_tree(no_frames)
     save_picture(no_frames, tokenizer, tmp_path / "text.png")
+
+
+def test_what_a_font_lacks_is_written_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib brings a font with Cyrillic and Arabic, which has no Chinese."""
+    fonts = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts" / "ttf"
+    monkeypatch.setattr(preview, "_CJK_FONTS", (str(fonts / "DejaVuSans.ttf"),))
+    assert preview._font(14).shown("a é кот م 红🦘\x07\u200d") == r"a é кот م \u7ea2\U0001f998\x07\u200d"
+    monkeypatch.setattr(preview, "_CJK_FONTS", ())
+    assert preview._font(14).shown("a 红\n") == r"a \u7ea2\n"

@@ -54,7 +54,7 @@ def test_a_part_whose_tokens_are_cut_has_one_devices_gradients_and_moves_no_whol
         compiled = gradients(graph).lower(weights, x).compile()
         found = compiled(weights, x)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-5)  # they reach 100, in float32
     data, fsdp, context, tensor = shape
     a_device = ROWS // (data * fsdp) * TOKENS // context  # tokens, as its products take them
     moved = [(*hlo.collective(v.operation), v.operation) for v in hlo.walk(compiled.as_text())

@@ -1,6 +1,7 @@
 """Looking at a batch before training on it: as a tree of arrays, and as a picture."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _CJK_FONTS = (
     "PingFang.ttc",
     "msyh.ttc",
 )
+_NO_CHARACTER = "\U0010fffe"  # Unicode gives it no meaning: a font draws what it has for characters that it lacks
 
 
 def batch_tree(batch: PackedBatch) -> str:
@@ -214,25 +216,30 @@ def _pieces(row: _Row, tokenizer: Tokenizer) -> Iterator[tuple[int, str, bool, b
 
 @dataclasses.dataclass(frozen=True)
 class _Font:
-    """A font, and whether it has more than Latin letters."""
+    """A font that knows what it cannot show."""
 
     face: ImageFont.FreeTypeFont | ImageFont.ImageFont
-    wide: bool
 
     def shown(self, text: str) -> str:
         """`text` with what the font cannot show written as escapes."""
-        if self.wide:
-            return text
-        return "".join(c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return "".join(c if _shows(self.face, c) else c.encode("unicode_escape").decode() for c in text)
+
+
+@functools.cache
+def _shows(face: ImageFont.FreeTypeFont | ImageFont.ImageFont, char: str) -> bool:
+    if char.isascii() or not isinstance(face, ImageFont.FreeTypeFont):
+        return char.isascii() and char.isprintable()
+    drawn, missing = (face.getmask(one) for one in (char, _NO_CHARACTER))
+    return char.isprintable() and (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
 
 
 def _font(size: int) -> _Font:
     for name in _CJK_FONTS:
         try:
-            return _Font(ImageFont.truetype(name, size), wide=True)
+            return _Font(ImageFont.truetype(name, size))
         except OSError:
             continue
-    return _Font(ImageFont.load_default(size), wide=False)
+    return _Font(ImageFont.load_default(size))
 
 
 def _colour(segment: int) -> str:
