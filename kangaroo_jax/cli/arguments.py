@@ -21,25 +21,29 @@ CONFIG_KEY = "--config."
 Command = Callable[..., None]
 
 
-def _number(kind: type[int] | type[float], least: float) -> Parameter:
-    """The parameter of a flag whose value is a finite number of `least` or more."""
+def _number(kind: type[int] | type[float], least: float, *, above: bool = False) -> Parameter:
+    """The parameter of a flag whose value is a finite number of `least` or more, or `above` it."""
 
     def convert(_: Any, tokens: Sequence[Any]) -> float:
         try:
             value = kind(tokens[0].value)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
-            raise ValueError(f"is no {'whole ' if kind is int else ''}number of {least:g} or more")
+        if not least <= value < math.inf or (above and value == least):
+            wanted = f"above {least:g}" if above else f"of {least:g} or more"
+            raise ValueError(f"is no {'whole ' if kind is int else ''}number {wanted}")
         return value
 
     return Parameter(converter=convert)
 
 
 Count = Annotated[int, _number(int, 1)]
+CountOrNone = Annotated[int | None, _number(int, 1)]
 Natural = Annotated[int, _number(int, 0)]
 Number = Annotated[float, _number(float, 0)]
 NumberOrNone = Annotated[float | None, _number(float, 0)]
+Positive = Annotated[float, _number(float, 0, above=True)]
+PositiveOrNone = Annotated[float | None, _number(float, 0, above=True)]
 Scale = Annotated[float, _number(float, 1e-4)]
 Several = Annotated[list[str] | None, Parameter(consume_multiple=True)]  # --name A B C, or --name A --name B
 Overrides = Annotated[Sequence[str], Parameter(parse=False)]  # the words of --config.KEY=VALUE, see `cli.overrides`

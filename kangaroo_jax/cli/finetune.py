@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kangaroo_jax.cli.arguments import Natural, Number, Overrides, listed
+from kangaroo_jax.cli.arguments import CountOrNone, Natural, Overrides, Positive, PositiveOrNone, listed
 from kangaroo_jax.errors import UserError
 
 
@@ -14,17 +14,17 @@ def finetune(
     replay: list[str] | None = None,
     held_out: str = "",
     dry_run: bool = False,
-    epochs: Number = 0.0,
+    epochs: PositiveOrNone = None,
     rank: Natural = 16,
-    alpha: Number = 32.0,
+    alpha: Positive = 32.0,
     targets: str = "",
     quantize: str = "",
     full: bool = False,
     keep_state: bool = False,
     freeze: list[str] | None = None,
-    learning_rate: Number = 0.0,
-    packs: Natural = 0,
-    frames: Natural = 0,
+    learning_rate: PositiveOrNone = None,
+    packs: CountOrNone = None,
+    frames: CountOrNone = None,
     patience: Natural = 3,
     columns: str = "",
     question: str = "",
@@ -58,8 +58,8 @@ def finetune(
         keep_state: keep the last checkpoint of a finished run, too, to go on from with more --epochs
         freeze: with --full, regular expression of parameters that stay as they are, several times for several
         learning_rate: at the peak; by default by the model's size
-        packs: rows of a batch
-        frames: most frames of a video
+        packs: rows of a batch; by default 4, of a tiny model 2
+        frames: most frames of a video; by default the base's, and at most 64
         patience: measurements without a better one before it stops; 0 never stops
         columns: names of the table's columns, such as question=Frage,answer=Antwort
         question: what is asked where the data has no question
@@ -89,10 +89,10 @@ def finetune(
         full=full,
         keep_state=keep_state,
         freeze=tuple(freeze or ()),
-        epochs=epochs,
-        learning_rate=learning_rate,
-        packs=packs,
-        frames=frames,
+        epochs=epochs or 0.0,
+        learning_rate=learning_rate or 0.0,
+        packs=packs or 0,
+        frames=frames or 0,
         patience=patience,
         seed=seed,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from kangaroo_jax.chips import find_chip
 from kangaroo_jax.config import StageConfig
@@ -111,6 +112,18 @@ def warnings(
             "adapter leaves the head as it is, so such words may never come; say it in words that it knows, or --full"
         )
     return lines
+
+
+def of_base(base: ConfigDict, config: ConfigDict, train: Sequence[Example]) -> list[str]:
+    """A line where the base never saw more than one frame of a video, and videos are to be learnt."""
+    if not any(medium.kind == "video" for example in train for medium in example.conversation.media):
+        return []
+    if base.stage == "assembled":
+        return ["the base was put together from other models and not trained since: it has not learnt to see a video"]
+    if max(base.data.max_frames, base.data.long_max_frames) > 1:
+        return []
+    here = "a video is one frame here, too; " * (max(config.data.max_frames, config.data.long_max_frames) <= 1)
+    return [f"the base was trained with at most one frame ({base.stage}): {here}give a base that was trained on videos"]
 
 
 def _tokens(example: Example, tokenizer: Tokenizer) -> int:

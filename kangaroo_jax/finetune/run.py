@@ -12,9 +12,11 @@ from kangaroo_jax.checkpoints import reading
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.conventions import PackedBatch
 from kangaroo_jax.data.annotations.format_writing import to_record
+from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.batches.ledger import Ledger
 from kangaroo_jax.data.media.addresses import is_remote
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.marking import MEDIA
 from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_checkpoint
 from kangaroo_jax.evaluation.while_training import BenchmarkEvaluator
 from kangaroo_jax.finetune import foresight, workdirs
@@ -86,9 +88,6 @@ def finetune(
     files = workdirs.files_of(workdir)
     texts = {name: text_of(e) for name, e in zip(files, (learnt, asked, scored), strict=True)}
     workdirs.check_run(workdir, texts)
-    make_folder(make_folder(workdir) / "data")
-    for name, text in texts.items():
-        write_text(files[name], text)
     replay = tuple(replay) or _own_data(Path(base))
     questions = files["questions"] if scored else None
     config = make_stage(Path(base), files["train"], files["held_out"], questions, replay, wishes)
@@ -96,7 +95,13 @@ def finetune(
         if "train.epochs" in overrides:
             raise UserError("finetune: --epochs counts passes over your examples; leave --config.train.epochs out")
         config.update_from_flattened_dict(dict(overrides))
-    ready, batch = _foreseen(config, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
+    needs = _checked(config, replay, workdir)
+    make_folder(make_folder(workdir) / "data")
+    for name, text in texts.items():
+        write_text(files[name], text)
+    for line in foresight.of_base(reading.load_config(base), config, learnt):
+        tell(f"warning: {line}")
+    ready, batch = _foreseen(config, needs, learnt, asked, replay, workdir, wishes, overrides or {}, tell)
     with explained_memory(StageConfig.from_config(ready)):
         step_fn = None if workdirs.begun(workdir) else _timed(StageConfig.from_config(ready), batch, tell)
         if dry_run:
@@ -106,15 +111,31 @@ def finetune(
     write_curves(workdir, tell)
     if scored:
         settings = Settings((str(files["questions"]),), "")
-        evaluate_checkpoint(
+        (result,) = evaluate_checkpoint(
             str(workdir), settings, make_folder(workdir / "held_out"), Loading(), Share(1, 1), tell=tell
         )
+        if lost := result["protocols"]["strict"][MEDIA]:
+            lead = f"warning: {lost} of {len(scored)} held-out questions"
+            tell(f"{lead} are about clips that cannot be read: they count as wrong")
     tell(f"done: kangaroo chat --checkpoint={workdir}, kangaroo convert --from={workdir} --to=EXPORT")
     return workdir
 
 
+def _checked(config: ConfigDict, replay: Sequence[str], workdir: Path) -> foresight.Needs:
+    """What the run needs. Raises UserError for settings and replay that cannot be, before anything is written."""
+    stage = StageConfig.from_config(config)
+    check_config(stage)
+    check_trainable(stage, abstract_model(stage.model, stage.lora).shapes)
+    for path in replay:
+        AnnotationFile(path)
+    needs = foresight.needs_of(stage, workdir)
+    needs.check()
+    return needs
+
+
 def _foreseen(
     config: ConfigDict,
+    needs: foresight.Needs,
     learnt: Sequence[Example],
     asked: Sequence[Example],
     replay: Sequence[str],
@@ -125,8 +146,6 @@ def _foreseen(
 ) -> tuple[ConfigDict, PackedBatch]:
     """(the config with its steps, the first batch), after what is needed and warnings were said. Raises UserError."""
     stage = StageConfig.from_config(config)
-    check_config(stage)
-    check_trainable(stage, abstract_model(stage.model, stage.lora).shapes)
     tokenizer = open_tokenizer(stage)
     loader = open_loader(stage, tokenizer, Ledger(None), range(stage.data.packs_per_batch))
     batch, _ = next(loader)
@@ -141,10 +160,8 @@ def _foreseen(
     tell(f"half of the samples are replayed from {', '.join(replay)}" if replay else "no replay")
     for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0, stage.data.max_sample_tokens):
         tell(f"warning: {line}")
-    needs = foresight.needs_of(stage, workdir)
     for line in needs.lines():
         tell(line)
-    needs.check()
     return config, batch
 
 

@@ -150,7 +150,9 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as UTF-8") from None
+        wide = path.open("rb").read(2) in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of Excel
+        found = "is UTF-16 text" if wide else f"not UTF-8 text (byte {error.start})"
+        raise UserError(f"{path}: {found}; save the table as UTF-8 (a spreadsheet's CSV UTF-8)") from None
     lead = _LEAD.match(text).end()  # type: ignore[union-attr]  # matches everywhere
     before, text = text.count("\n", 0, lead), text[lead:]
     reader = csv.DictReader(io.StringIO(text), delimiter=_delimiter(path, text), skipinitialspace=True)

@@ -76,7 +76,8 @@ def test_a_wrong_table_names_its_line(text, message, clips, tmp_path):  # noqa: 
     ("name", "content", "message"),
     [
         ("mine.xlsx", b"PK\3\4", "mine.xlsx: is a spreadsheet; save it as CSV"),
-        ("mine.csv", "video,answer\n".encode("utf-16"), "mine.csv: not UTF-8 text .*; save the table as UTF-8"),
+        ("mine.csv", "video,answer\n".encode("utf-16"), "mine.csv: is UTF-16 text; save the table as UTF-8"),
+        ("mine.csv", "video,größe\n".encode("latin-1"), r"not UTF-8 text \(byte 8\); save the table as UTF-8"),
         ("mine.csv", b"\n \n", "mine.csv: is empty; kangaroo data init writes a table"),
     ],
 )

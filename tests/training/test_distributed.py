@@ -48,8 +48,12 @@ def start(
     every: int = 4,
     quiz: Path | None = None,
     context: int = 0,
+    spike: int = 0,
 ) -> list[subprocess.Popen]:
-    """`count` processes of one training, that share its rows with `context`; their output goes to WORKDIR.N.log."""
+    """`count` processes of one training; their output goes to WORKDIR.N.log.
+
+    With `context` they share its rows; with `spike` the last host's rows are spoilt in that step.
+    """
     port, processes = free_port(), []
     workdir.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -58,7 +62,7 @@ def start(
         if count > 1:
             environment.update({ADDRESS: f"127.0.0.1:{port}", COUNT: str(count), INDEX: str(index)})
         command = [sys.executable, str(SCRIPT), str(corpus), str(workdir), str(steps), str(every)]
-        command += [str(quiz)] if quiz else ["", str(context)] if context else []
+        command += [str(quiz or ""), str(context or ""), str(spike or "")]
         with open(f"{workdir}.{index}.log", "a") as log:
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     return processes
@@ -179,6 +183,32 @@ def test_hosts_of_the_same_rows_decode_a_part_each_and_train_as_one_alone(damage
     whole = int(output(single, 0).rsplit("decoded ", 1)[1].split()[0])
     print(f"frames decoded: {whole} by one process, from where it was killed {decoded} by two")
     assert max(decoded) < 0.75 * whole
+
+
+@pytest.mark.slow
+def test_a_spike_of_one_hosts_rows_is_passed_over_by_both(corpus, tmp_path):
+    steps, spike, single, workdir = 12, 10, tmp_path / "single", tmp_path / "run"
+    for folder, count in ((single, 1), (workdir, 2)):
+        assert wait(start(corpus, folder, count, steps, 1, spike=spike), 600) == [0] * count, output(folder, 0)[-3000:]
+    spoilt, held = [], []
+    for host in range(2):
+        lines = output(workdir, host).splitlines()
+        spoilt += [line for line in lines if line.startswith("spoilt rows")]
+        held.append([line.split()[1:] for line in lines if line.startswith("holds ")])
+    assert spoilt == ["spoilt rows []", "spoilt rows [2, 3]"]
+    assert held[0] == held[1], "both hosts have the same weights, moments and counts after every step"
+    assert [(int(step), int(spikes)) for step, _, _, spikes in held[0]] == [
+        (step, int(step >= spike)) for step in range(1, steps + 1)
+    ]
+    weights = {int(step): digest for step, digest, *_ in held[0]}
+    assert weights[spike] == weights[spike - 1] and len({*weights.values()}) == steps - 1
+    expected = read_metrics(single / "metrics.jsonl")
+    for name in ("metrics.jsonl", "metrics.1.jsonl"):
+        found = read_metrics(workdir / name)
+        assert [line.get("spikes", 0) for line in found] == [line.get("spikes", 0) for line in expected]
+        for key in ("loss", "grad_norm"):
+            assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-3), key
+    assert "is a spike: passed over" in output(workdir, 0)
 
 
 @pytest.mark.slow
