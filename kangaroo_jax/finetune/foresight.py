@@ -122,7 +122,11 @@ def of_base(base: ConfigDict, config: ConfigDict, train: Sequence[Example]) -> l
         return ["the base was put together from other models and not trained since: it has not learnt to see a video"]
     if max(base.data.max_frames, base.data.long_max_frames) > 1:
         return []
-    here = "a video is one frame here, too; " * (max(config.data.max_frames, config.data.long_max_frames) <= 1)
+    data, here = config.data, ""
+    if not data.frames_per_pack:
+        here = "no pack has room for a frame, so videos teach nothing; "
+    elif max(data.max_frames, data.long_max_frames) <= 1:
+        here = "a video is one frame here, too; "
     return [f"the base was trained with at most one frame ({base.stage}): {here}give a base that was trained on videos"]
 
 

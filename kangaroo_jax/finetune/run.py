@@ -158,7 +158,8 @@ def _foreseen(
     epochs = stage.train.steps * mine / len(learnt)
     tell(f"{stage.train.steps} steps: {epochs:.1f} epochs over {len(learnt)} examples, {mine:.1f} of them a step")
     tell(f"half of the samples are replayed from {', '.join(replay)}" if replay else "no replay")
-    for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0, stage.data.max_sample_tokens):
+    room = min(stage.data.max_sample_tokens, stage.data.tokens_per_pack)
+    for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0, room):
         tell(f"warning: {line}")
     for line in needs.lines():
         tell(line)

@@ -160,11 +160,15 @@ def test_a_base_that_never_saw_a_video_is_said(base, mine, tmp_path, monkeypatch
     Run(monkeypatch)
     one = {f"data.{key}": 1 for key in ("min_frames", "max_frames", "long_min_frames", "long_max_frames")}
     said = {}
-    for name, keys in {"stage1": one, "assembled": {}, "stage4": {}}.items():
+    text, (replay,) = one | {"data.frames_per_pack": 0}, conversations(tmp_path, "a")
+    for name, keys in {"stage0": text, "stage1": one, "assembled": {}, "stage4": {}}.items():
         own = base_with(tmp_path / name, base, {"stage": name, **keys})
-        run(f"--base={own}", f"--data={mine}", f"--workdir={tmp_path / 'run' / name}", "--rank=4", "--dry-run")
+        words = ("--rank=4", "--dry-run", f"--replay={replay}")
+        run(f"--base={own}", f"--data={mine}", f"--workdir={tmp_path / 'run' / name}", *words)
         said[name] = [line for line in capsys.readouterr().out.splitlines() if "warning: the base was" in line]
     assert said["stage4"] == []
+    (line,) = said["stage0"]
+    assert "with at most one frame (stage0): no pack has room for a frame, so videos teach nothing; give a" in line
     (line,) = said["stage1"]
     assert "trained with at most one frame (stage1): a video is one frame here, too; give a base that was" in line
     (line,) = said["assembled"]
@@ -228,6 +232,9 @@ def test_only_short_answers_about_files_that_are_here_are_asked(base, clips, tmp
     table(tmp_path, (held[1][0], "Which?", held[1][1]), name="held.csv")
     run(*words, f"--workdir={tmp_path / 'none'}")
     assert stood.stages[-1][0].eval.benchmarks == () and len(stood.asked) == 1
+    table(tmp_path, (str(clips / "c1.mp4"), "Which?", "left"), name="held.csv")
+    run(*words, f"--workdir={tmp_path / 'shared'}", code=2)
+    assert "1 files of --held-out are in --data, too" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_run_stays_as_it_is(base, mine, clips, tmp_path, monkeypatch, capsys):  # noqa: F811
