@@ -14,6 +14,7 @@ from kangaroo_jax.data.annotations.sources import AnnotationFile, evenly
 from kangaroo_jax.data.tokenizer import Tokenizer
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.finetune.table import Example, answers_of
+from kangaroo_jax.finetune.wording import counted, quoted
 from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.models.lora import is_factor
 from kangaroo_jax.models.parameters import abstract_model
@@ -91,25 +92,27 @@ def warnings(
         )
     clips = len({example.video for example in train})
     if clips < FEW:
-        lines.append(f"{clips} videos to learn from: 20 gave 72 to 88% on a new concept where 120 gave 89 to 95%")
+        videos = counted(clips, "video")
+        lines.append(f"{videos} to learn from: 20 gave 72 to 88% on a new concept where 120 gave 89 to 95%")
     counts = answers_of(train)
     if len(counts) <= MANY_ANSWERS and len(counts) > 1:
         most, least = next(iter(counts.items())), list(counts.items())[-1]
         if most[1] > IMBALANCE * least[1]:
             lines.append(
-                f"{most[0]!r} is the answer {most[1]} times, {least[0]!r} {least[1]} times: the model will prefer the "
-                "former; balance them"
+                f"{quoted(most[0])} is the answer of {counted(most[1], 'example')}, {quoted(least[0])} of {least[1]}: "
+                "the model will prefer the former; balance them"
             )
     long = [example for example in (*train, *test) if room and _tokens(example, tokenizer) > room]
     if long:
         lines.append(
-            f"{len(long)} examples are longer than the {room} tokens that a sample may have, and are passed over; the "
+            f"examples longer than the {room} tokens that a sample may have, which are passed over: {len(long)}; the "
             f"first: {long[0].where}"
         )
     if adapter and (strange := _untrained(train, replay, tokenizer)):
         lines.append(
-            f"{len(strange)} answers have tokens that the base was never seen to write ({', '.join(strange[:4])}): an "
-            "adapter leaves the head as it is, so such words may never come; say it in words that it knows, or --full"
+            f"answers with tokens that the base was never seen to write: {len(strange)} "
+            f"({', '.join(map(quoted, strange[:4]))}); an adapter leaves the head as it is, so such words may never "
+            "come; say it in words that it knows, or --full"
         )
     return lines
 

@@ -23,6 +23,7 @@ from kangaroo_jax.finetune import foresight, workdirs
 from kangaroo_jax.finetune.settings import Wishes, make_stage, with_steps
 from kangaroo_jax.finetune.split import missing_labels, refuse_shared, split
 from kangaroo_jax.finetune.table import Example, read_examples
+from kangaroo_jax.finetune.wording import counted
 from kangaroo_jax.models.parameters import abstract_model
 from kangaroo_jax.planning.here import explained_memory
 from kangaroo_jax.system.files import make_folder, write_text
@@ -78,12 +79,12 @@ def finetune(
         refuse_shared(learnt, asked)
     else:
         learnt, asked = split(examples, wishes.seed, tell)
-    tell(f"{len(learnt)} examples to learn from, {len(asked)} held out")
+    tell(f"{counted(len(learnt), 'example')} to learn from, {len(asked)} held out")
     for line in missing_labels(learnt, asked):
         tell(f"warning: {line}")
     scored = [e for e in asked if len(e.conversation.turns) == 2 and len(e.answer) <= _LONGEST]
     if remote := [e for e in scored if is_remote(e.video)]:
-        tell(f"{len(remote)} of the held-out videos are addresses: the loss is measured, but nothing is asked of them")
+        tell(f"held-out videos that are addresses: {len(remote)}; the loss is measured, but nothing is asked of them")
         scored = [e for e in scored if not is_remote(e.video)]
     files = workdirs.files_of(workdir)
     texts = {name: text_of(e) for name, e in zip(files, (learnt, asked, scored), strict=True)}
@@ -115,8 +116,8 @@ def finetune(
             str(workdir), settings, make_folder(workdir / "held_out"), Loading(), Share(1, 1), tell=tell
         )
         if lost := result["protocols"]["strict"][MEDIA]:
-            lead = f"warning: {lost} of {len(scored)} held-out questions"
-            tell(f"{lead} are about clips that cannot be read: they count as wrong")
+            lead = "warning: held-out questions about clips that cannot be read, which count as wrong"
+            tell(f"{lead}: {lost} of {len(scored)}")
     tell(f"done: kangaroo chat --checkpoint={workdir}, kangaroo convert --from={workdir} --to=EXPORT")
     return workdir
 
@@ -156,7 +157,8 @@ def _foreseen(
     config.update_from_flattened_dict(dict(overrides))
     stage = StageConfig.from_config(config)
     epochs = stage.train.steps * mine / len(learnt)
-    tell(f"{stage.train.steps} steps: {epochs:.1f} epochs over {len(learnt)} examples, {mine:.1f} of them a step")
+    steps, own = counted(stage.train.steps, "step"), counted(len(learnt), "example")
+    tell(f"{steps}: {epochs:.1f} epochs over {own}, {mine:.1f} of them a step")
     tell(f"half of the samples are replayed from {', '.join(replay)}" if replay else "no replay")
     room = min(stage.data.max_sample_tokens, stage.data.tokens_per_pack)
     for line in foresight.warnings(learnt, asked, replay, tokenizer, stage.lora.rank > 0, room):

@@ -12,6 +12,7 @@ from kangaroo_jax.data.media.decode import ThreadDecoder
 from kangaroo_jax.data.media.video import MediaRef
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.finetune.table import Example, answers_of
+from kangaroo_jax.finetune.wording import counted, quoted
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.progress import Tell
 
@@ -31,7 +32,7 @@ def split(examples: Sequence[Example], seed: int, tell: Tell) -> tuple[list[Exam
         held = {groups[example.video] for example in examples if example.held_out}
         both = {groups[e.video] for e in examples if not e.held_out} & held
         if both:
-            tell(f"{len(both)} videos are (nearly) the same on both sides of the split column: they are held out")
+            tell(f"videos (nearly) the same on both sides of the split column, which are held out: {len(both)}")
     else:
         held = _drawn(examples, groups, seed)
     for line in contradictions(examples, groups):
@@ -39,9 +40,10 @@ def split(examples: Sequence[Example], seed: int, tell: Tell) -> tuple[list[Exam
     train = [example for example in examples if groups[example.video] not in held]
     test = [example for example in examples if groups[example.video] in held]
     if not train or not test:
+        there = counted(len(set(groups.values())), "different video")
         raise UserError(
-            f"{len(set(groups.values()))} different videos: none would be {'held out' if train else 'trained on'}; "
-            "give more, or a file of others with --held-out=FILE"
+            f"{there}: none would be {'held out' if train else 'trained on'}; give more, or a file of "
+            "others with --held-out=FILE"
         )
     return train, test
 
@@ -53,9 +55,9 @@ def missing_labels(train: Sequence[Example], test: Sequence[Example]) -> list[st
         return []
     lines = []
     if never := [answer for answer in learnt if answer not in asked]:
-        lines.append(f"never in the held-out part, so not measured: {', '.join(map(repr, never[:8]))}")
+        lines.append(f"never in the held-out part, so not measured: {', '.join(map(quoted, never[:8]))}")
     if unlearnt := [answer for answer in asked if answer not in learnt]:
-        lines.append(f"in the held-out part, but never trained: {', '.join(map(repr, unlearnt[:8]))}")
+        lines.append(f"in the held-out part, but never trained: {', '.join(map(quoted, unlearnt[:8]))}")
     return lines
 
 
@@ -73,8 +75,8 @@ def refuse_shared(train: Sequence[Example], test: Sequence[Example]) -> None:
     }
     if shared:
         raise UserError(
-            f"{len(shared)} files of --held-out are in --data, too, the first {min(shared)}: what is trained on is not "
-            "held out; take them out of one"
+            f"files of --held-out that are in --data, too: {len(shared)}, the first {min(shared)}; what is trained on "
+            "is not held out: take them out of one"
         )
 
 
@@ -87,10 +89,10 @@ def contradictions(examples: Sequence[Example], groups: Mapping[str, int]) -> li
     for example in examples:
         before = asked.setdefault((groups[example.video], example.question), example)
         if before.video != example.video and before.answer != example.answer:
-            pairs.append(f"{before.video} is {before.answer!r}, {example.video} is {example.answer!r}")
+            pairs.append(f"{before.video} is {quoted(before.answer)}, {example.video} is {quoted(example.answer)}")
     if not pairs:
         return []
-    return [f"{len(pairs)} videos look the same as another, but have another answer; the first: {pairs[0]}"]
+    return [f"videos that look the same as another, but have another answer: {len(pairs)}; the first: {pairs[0]}"]
 
 
 def _are_labels(examples: Sequence[Example]) -> bool:
@@ -140,7 +142,7 @@ def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:
             joined += a != b
             parent[max(a, b)] = min(a, b)
     if joined:
-        tell(f"{joined} videos look the same as another: they stay on one side of the split")
+        tell(f"videos that look the same as another, and stay on its side of the split: {joined}")
     numbers = {path: number for number, path in enumerate(paths)}
     return {path: numbers[root(path)] for path in paths}
 

@@ -16,6 +16,7 @@ from kangaroo_jax.data.annotations.sources import AnnotationFile
 from kangaroo_jax.data.audit.check import media_in
 from kangaroo_jax.data.media.addresses import is_remote
 from kangaroo_jax.errors import UserError, printable
+from kangaroo_jax.finetune.wording import quoted
 from kangaroo_jax.system.json_text import json_lines
 from kangaroo_jax.system.progress import Tell
 
@@ -150,7 +151,7 @@ def _table(path: Path, columns: Mapping[str, str], question: str, media_root: st
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        wide = path.open("rb").read(2) in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of Excel
+        wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of Excel
         found = "is UTF-16 text" if wide else f"not UTF-8 text (byte {error.start})"
         raise UserError(f"{path}: {found}; save the table as UTF-8 (a spreadsheet's CSV UTF-8)") from None
     lead = _LEAD.match(text).end()  # type: ignore[union-attr]  # matches everywhere
@@ -304,11 +305,12 @@ def _once(examples: Sequence[Example], tell: Tell) -> list[Example]:
         before = kept.setdefault(asked, example)
         if before.answer != example.answer:
             raise UserError(
-                f"{example.where}: {Path(example.video).name} is listed twice with other answers: {example.answer!r} "
-                f"here, {before.answer!r} in {before.where.rpartition(', ')[2]}; keep one"
+                f"{example.where}: {Path(example.video).name} is listed twice with other answers: "
+                f"{quoted(example.answer)} here, {quoted(before.answer)} in {before.where.rpartition(', ')[2]}; "
+                "keep one"
             )
     if len(kept) < len(examples):
-        tell(f"{len(examples) - len(kept)} rows are repeated: each is taken once")
+        tell(f"rows that are repeated, each taken once: {len(examples) - len(kept)}")
     return list(kept.values())
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
@@ -69,6 +70,16 @@ def base_with(folder: Path, base: Path, keys: dict) -> Path:  # noqa: F811
     return folder
 
 
+def quantised(folder: Path, base: Path, form: str) -> Path:  # noqa: F811
+    """A base whose checkpoint has a kernel in this format."""
+    params = base_with(folder, base, {}) / "checkpoints" / "1" / "params"
+    shutil.rmtree(params)
+    name = "llm/layers/attention/key"
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(params, {f"{name}/kernel": jnp.zeros((2, 8), form), f"{name}/kernel_scale": jnp.ones((2, 1))})
+    return folder
+
+
 def conversations(folder: Path, *stems: str) -> tuple[str, ...]:
     """Files of a conversation each."""
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "left"}]
@@ -108,7 +119,7 @@ def test_what_is_held_out_is_measured_and_asked_of_the_runs_own_model(base, mine
     assert "cannot be read" not in told
     stood.lost = 1
     run(*words)
-    assert "1 of 2 held-out questions are about clips that cannot be read: they count as" in capsys.readouterr().out
+    assert "questions about clips that cannot be read, which count as wrong: 1 of 2\n" in capsys.readouterr().out
 
 
 def test_what_is_asked_for_is_what_the_training_is_given(base, mine, tmp_path, monkeypatch):  # noqa: F811
@@ -139,6 +150,13 @@ def test_what_is_asked_for_is_what_the_training_is_given(base, mine, tmp_path, m
     (tmp_path / "own.jsonl").unlink()
     run(*words, f"--workdir={tmp_path / 'none'}")
     assert len(stood.stages[3][0].data.train) == 1 and stood.stages[3][0].data.weights == ()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_quantised_base_keeps_its_format(form, base, mine, tmp_path, monkeypatch):  # noqa: F811
+    stood, own = Run(monkeypatch), quantised(tmp_path / "base", base, form)
+    run(f"--base={own}", f"--data={mine}", f"--workdir={tmp_path / 'run'}", "--rank=4")
+    assert stood.stages[0][0].lora.quantize == form
 
 
 def test_replay_leaves_half_of_a_step_to_the_examples(base, mine, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -228,13 +246,13 @@ def test_only_short_answers_about_files_that_are_here_are_asked(base, clips, tmp
     run(*words, f"--workdir={tmp_path / 'run'}")
     (stage, _) = stood.stages[-1]
     assert names(stage.eval.held_out[0]) == ["c5", "c6", "c"] and names(stage.eval.benchmarks[0]) == ["c5"]
-    assert "1 of the held-out videos are addresses: the loss is measured, but nothing is" in capsys.readouterr().out
+    assert "held-out videos that are addresses: 1; the loss is measured, but nothing is" in capsys.readouterr().out
     table(tmp_path, (held[1][0], "Which?", held[1][1]), name="held.csv")
     run(*words, f"--workdir={tmp_path / 'none'}")
     assert stood.stages[-1][0].eval.benchmarks == () and len(stood.asked) == 1
     table(tmp_path, (str(clips / "c1.mp4"), "Which?", "left"), name="held.csv")
     run(*words, f"--workdir={tmp_path / 'shared'}", code=2)
-    assert "1 files of --held-out are in --data, too" in capsys.readouterr().err
+    assert "files of --held-out that are in --data, too: 1, the first" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_run_stays_as_it_is(base, mine, clips, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -1,5 +1,6 @@
 """`kangaroo finetune`: tables and folders are understood or refused in one line, splits are by video, runs learn."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from kangaroo_jax.evaluation.benchmarks.quickstart import read_file
 from kangaroo_jax.finetune.foresight import warnings
 from kangaroo_jax.finetune.run import text_of
 from kangaroo_jax.finetune.split import missing_labels, split, video_groups
-from kangaroo_jax.finetune.table import read_examples
+from kangaroo_jax.finetune.table import Example, read_examples
 
 
 def quiet(_: str) -> None:
@@ -47,6 +48,12 @@ def table(folder: Path, *rows: tuple[str, ...], header: str = "video,question,an
 
 def rows_of(clips: Path, count: int = 10) -> list[tuple[str, ...]]:
     return [(str(clips / f"c{i}.mp4"), "Which?", "left" if i % 2 else "right") for i in range(count)]
+
+
+def answered(example: Example, answer: str) -> Example:
+    *before, last = example.conversation.turns
+    turns = (*before, dataclasses.replace(last, text=answer))
+    return dataclasses.replace(example, conversation=dataclasses.replace(example.conversation, turns=turns))
 
 
 def test_columns_are_found_by_name_and_said(clips, tmp_path):
@@ -161,8 +168,12 @@ def test_a_splits_column_is_kept_and_labels_of_one_side_are_said(clips, tmp_path
     assert [Path(e.video).name for e in asked] == ["c0.mp4"] and len(learnt) == 9
     assert missing_labels(learnt, asked) == ["never in the held-out part, so not measured: 'left'"]
     assert missing_labels(asked, learnt) == ["in the held-out part, but never trained: 'left'"]
+    (line,) = missing_labels([*asked, answered(learnt[0], "a" * 61)], asked)
+    assert line == f"never in the held-out part, so not measured: '{'a' * 60}...'"
+    (line,) = missing_labels(asked, [*asked, answered(learnt[0], "a" * 61)])
+    assert line == f"in the held-out part, but never trained: '{'a' * 60}...'"
     one = read_examples(table(tmp_path, *rows_of(clips, 1)), quiet)
-    with pytest.raises(UserError, match="1 different videos: none would be held out|none would be trained on"):
+    with pytest.raises(UserError, match="^1 different video: none would be (held out|trained on); give more"):
         split(one, 0, quiet)
 
 
@@ -185,13 +196,18 @@ def test_what_is_likely_to_go_wrong_is_said(clips, tmp_path):
     wanted = (
         "without --replay the model forgets",
         "7 videos to learn from",
-        "'right' is the answer 5 times",
+        "'right' is the answer of 5 examples, 'striped' of 1: the model will",
         "striped",
     )
     assert all(any(want in line for line in said) for want in wanted) and len(said) == 4
     assert not any(
         "striped" in line and "tokens" in line for line in warnings(examples, [], (), Words(), adapter=False)
     )
+    one, other = (answered(examples[0], letter * 61) for letter in "ab")
+    _, few, uneven, strange = warnings([one] * 4 + [other], [], (), Words(), adapter=True)
+    short, shorter = (f"'{letter * 60}...'" for letter in "ab")
+    assert few.startswith("1 video to learn from") and f"never seen to write: 2 ({short}, {shorter}); an" in strange
+    assert uneven.startswith(f"{short} is the answer of 4 examples, {shorter} of 1: the model will prefer the former")
 
 
 def test_options_of_a_record_are_kept_for_scoring(clips, tmp_path):
