@@ -15,7 +15,7 @@ from kangaroo_jax.system.files import make_folder
 from kangaroo_jax.system.json_text import read_objects
 from kangaroo_jax.system.progress import Tell
 
-METRICS = {
+_METRICS = {
     "image_mcq": {"split": "image", "format": "mcq"},
     "short_mcq": {"split": "short", "format": "mcq"},
     "long_mcq": {"split": "long", "format": "mcq"},
@@ -51,7 +51,7 @@ class Answers:
 
     def metrics(self) -> dict[str, float]:
         """Shares of right answers to what was asked; `open_exact`, `en_mcq` and `zh_mcq` cover the short clips only."""
-        return {name: self.share(**wanted) for name, wanted in METRICS.items() if self._of(wanted)}
+        return {name: self.share(**wanted) for name, wanted in _METRICS.items() if self._of(wanted)}
 
     def by_kind(self) -> dict[str, dict[str, float]]:
         """`split/kind` -> accuracy and count of its multiple-choice questions."""

@@ -70,7 +70,7 @@ def peak_mib(pid: int | str = "self") -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Bounded:
-    """What a process may take. Each such process imports this file, which is why no room with JAX has it."""
+    """What a process may take. Each such process imports this file, which therefore imports no JAX."""
 
     memory: int  # bytes beyond what it begins with; 0: no bound
 

@@ -93,7 +93,7 @@ def warner() -> Callable[..., None]:
     told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-        text = one_line(message)
+        text = printable(one_line(message))
         if text not in told and sys.stderr is not None:
             told.add(text)
             print(f"kangaroo: warning: {text}", file=sys.stderr)

@@ -32,19 +32,21 @@ from importlib.machinery import ModuleSpec
 from kangaroo_jax.cli import main as cli
 from kangaroo_jax.cli.jobs import Job
 
+def wait():
+    print("compiles", flush=True)
+    time.sleep(60)
+
 class Compiling:
     def __del__(self):
         os._exit(139)
 
 def compile():
     keeps = Compiling()
-    print("compiles", flush=True)
-    time.sleep(60)
+    wait()
 
 def close():
     try:
-        print("compiles", flush=True)
-        time.sleep(60)
+        wait()
     finally:
         print("closes", flush=True)
         while True:
@@ -55,20 +57,17 @@ def close():
 
 def imports():
     try:
-        print("compiles", flush=True)
-        time.sleep(60)
+        wait()
     except KeyboardInterrupt:
         raise ImportError("numpy._core.multiarray failed to import")
 
 class Collected:
     def __del__(self):
-        print("compiles", flush=True)
-        time.sleep(60)
+        wait()
 
 def prints():
     try:
-        print("compiles", flush=True)
-        time.sleep(60)
+        wait()
     except KeyboardInterrupt:
         sys.excepthook(*sys.exc_info())  # as PyErr_Print does
     print("goes on", flush=True)
@@ -79,8 +78,7 @@ def collects():
 
 def aborts():
     try:
-        print("compiles", flush=True)
-        time.sleep(60)
+        wait()
     except KeyboardInterrupt:
         os.abort()  # as C++ does with an exception of Python
 

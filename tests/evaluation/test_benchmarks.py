@@ -12,6 +12,7 @@ from PIL import Image
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks.question import PROTOCOLS
+from kangaroo_jax.evaluation.benchmarks.quickstart import read_file
 from kangaroo_jax.evaluation.benchmarks.subtitles import NONE, on_display
 from kangaroo_jax.evaluation.benchmarks.table import BENCHMARKS, benchmark_named
 from kangaroo_jax.evaluation.checking import check, describe, questions_of, report
@@ -324,3 +325,6 @@ def test_a_file_of_ones_own_has_its_media_in_the_folder_given_or_beside_it(tmp_p
     (question,) = questions_of(benchmark_named("own.jsonl"), tmp_path / "data")
     where = "mine" if there == "mine" else "data"
     assert question.media[0].path == str(tmp_path / where / "media" / "a.png")
+    (tmp_path / "own.jsonl").symlink_to(tmp_path / "mine" / "own.jsonl")
+    (question,) = read_file(tmp_path / "own.jsonl")
+    assert question.media[0].path == str(tmp_path / "media" / "a.png"), "beside the link"

@@ -149,6 +149,6 @@ def warn(text: str) -> None:
 def test_a_warning_of_a_process_is_such_a_line_too(capfd):
     pool = WorkerPool(warn, 1, 60)
     for _ in range(2):
-        pool.submit("damaged").result()
+        pool.submit("damaged\x1b[2J").result()
     pool.close()
-    assert capfd.readouterr().err == "kangaroo: warning: damaged\n"
+    assert capfd.readouterr().err == "kangaroo: warning: damaged\\x1b[2J\n"

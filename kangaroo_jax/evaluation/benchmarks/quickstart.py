@@ -30,7 +30,7 @@ def read_file(
     Its media are in `folder`, or beside the file where the first of them is there alone.
     """
     rows = list(read_lines(path))
-    beside = path.resolve().parent
+    beside = path.absolute().parent
     root = beside if folder is None or (_has_media(beside, path) and not _has_media(folder, path)) else folder
     for number, (conversation, (where, row)) in enumerate(zip(read_conversations([path], root), rows, strict=True)):
         if "answer" not in row:
