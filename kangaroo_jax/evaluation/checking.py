@@ -12,6 +12,7 @@ from kangaroo_jax.data.annotations.conversation import Media
 from kangaroo_jax.data.media.image import load_image
 from kangaroo_jax.data.media.video import clip_range, folder_of_frames, load_video, probe_cached
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.evaluation.benchmarks.files import is_there
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.progress import Progress, Tell
@@ -81,11 +82,6 @@ def check(benchmark: Benchmark, questions: Sequence[Question], tell: Tell = prin
         faults=tuple(question.fault for question in questions if question.fault),
         twice=tuple(name for name, count in ids.items() if count > 1),
     )
-
-
-def is_there(medium: Media) -> bool:
-    """Whether all files of a medium exist."""
-    return all(os.path.exists(path) for path in medium.frames or (medium.path,))
 
 
 def _broken(medium: Media) -> str:

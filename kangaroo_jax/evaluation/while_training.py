@@ -7,8 +7,8 @@ from pathlib import Path
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.asking import ask_model
+from kangaroo_jax.evaluation.benchmarks.files import is_there
 from kangaroo_jax.evaluation.benchmarks.question import Question
-from kangaroo_jax.evaluation.checking import is_there
 from kangaroo_jax.evaluation.results import result_of
 from kangaroo_jax.evaluation.running import Settings, Share, read_questions, tasks_in
 from kangaroo_jax.evaluation.samples import Samples

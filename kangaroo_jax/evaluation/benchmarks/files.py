@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kangaroo_jax.data.annotations.conversation import Media
 from kangaroo_jax.data.media.tables import parquet_table
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.extraction.strict import LETTERS
@@ -17,6 +18,11 @@ from kangaroo_jax.system.json_text import LARGEST_JSON, parse_json, read_lines
 
 Row = Mapping[str, Any]
 _FIELD = 1 << 20  # characters of a field of a table
+
+
+def is_there(medium: Media) -> bool:
+    """Whether all files of a medium exist."""
+    return all(os.path.exists(path) for path in medium.frames or (medium.path,))
 
 
 def found(folder: Path, *names: str) -> Path:

@@ -8,7 +8,6 @@ from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.benchmarks import files
 from kangaroo_jax.evaluation.benchmarks.question import Benchmark, Question
 from kangaroo_jax.evaluation.benchmarks.wording import WORDINGS
-from kangaroo_jax.evaluation.checking import is_there
 from kangaroo_jax.system.json_text import read_lines
 
 _GROUPS = {"format": "format", "question_kind": "kind", "language": "language"}
@@ -59,7 +58,7 @@ def read_file(
 def _has_media(folder: Path, path: Path) -> bool:
     """Whether the first media that the file names are in the folder."""
     named = next((c.media for c in read_conversations([path], folder) if c.media), ())
-    return all(is_there(medium) for medium in named)
+    return all(files.is_there(medium) for medium in named)
 
 
 QUICKSTART = Benchmark(
