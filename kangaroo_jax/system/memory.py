@@ -1,4 +1,4 @@
-"""The host machine: memory settings that make steps on a CPU faster, and what a process has held of it."""
+"""The host machine: memory settings that make steps on a CPU faster, what a process has held and what it may hold."""
 
 import contextlib
 import ctypes
