@@ -20,15 +20,16 @@ class Chip:
     compiles_on_cpu: bool = False  # libtpu compiles for it on any machine
     capability: float = 0.0  # CUDA's compute capability of a GPU
     cpus: int = 12  # virtual CPUs of a host beside one device: of Cloud TPU's hosts of four chips, as launch/slurm asks
+    vmem_kib: int = 0  # of a TPU's fast memory that an operation may use in a train step; 0: the compiler's own limit
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", r"tpu v4$", 275, 31.25, 1228, 300, compiles_on_cpu=True, cpus=60),
-        Chip("v5e", r"tpu v5 ?(lite|e)", 197, 15.75, 819, 200, compiles_on_cpu=True, cpus=28),
-        Chip("v5p", r"tpu v5p?$", 459, 95.74, 2765, 600, compiles_on_cpu=True, cpus=52),
-        Chip("v6e", r"tpu v6 ?(lite|e)", 918, 31.25, 1640, 448, compiles_on_cpu=True, cpus=45),
+        Chip("v5e", r"tpu v5 ?(lite|e)", 197, 15.75, 819, 200, compiles_on_cpu=True, cpus=28, vmem_kib=32768),
+        Chip("v5p", r"tpu v5p?$", 459, 95.74, 2765, 600, compiles_on_cpu=True, cpus=52, vmem_kib=32768),
+        Chip("v6e", r"tpu v6 ?(lite|e)", 918, 31.25, 1640, 448, compiles_on_cpu=True, cpus=45, vmem_kib=98304),
         Chip("tpu7x", r"tpu ?7x", 1153.5, 94.75, 3690, 600, compiles_on_cpu=True, cpus=28),
         Chip("T4", r"\bt4\b", 65, 14.6, 320, 16, "gpu", capability=7.5),
         Chip("L4", r"\bl4\b", 121, 22.2, 300, 32, "gpu", capability=8.9),

@@ -172,9 +172,13 @@ def compile_step(config: StageConfig, target: Slices, cache: Path | None = None,
         return dataclasses.asdict(_too_large(message, seconds))
 
     def lower() -> Any:
-        return lower_step(config, topology_devices(target))
+        return lower_step(config, devices)
 
-    return Compiled(**compile_kept(lower, target, cache, read, refused, f"visited {visited}"))
+    from kangaroo_jax.training.step import compiler_options
+
+    devices = topology_devices(target)
+    options = compiler_options(devices[0])
+    return Compiled(**compile_kept(lower, target, cache, read, refused, f"visited {visited} {options}"))
 
 
 def compile_kept(

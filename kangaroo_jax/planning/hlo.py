@@ -32,6 +32,7 @@ class Operation:
     operands: tuple[str, ...]
     text: str
     root: bool
+    scatters: bool = False  # an all-reduce of which each device keeps a part alone, so that it is a reduce-scatter
 
     @property
     def scope(self) -> str:
@@ -76,17 +77,18 @@ class Visit:
 def parse(text: str) -> Module:
     """An HLO module's text. Raises ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry, current, scatters = "", None, False
     text = text.replace("={\n", "={").replace("\n}}", "}}")  # a kernel's metadata spans several lines
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
             current = computations.setdefault(header.group(2), {})
+            scatters = header.group(2).startswith("all-reduce-scatter")
             entry = header.group(2) if header.group(1) else entry
         elif line.startswith("}"):
             current = None
         elif current is not None and (found := _OPERATION.match(line)):
-            operation = _operation(found.group(2), found.group(3), bool(found.group(1)))
+            operation = _operation(found.group(2), found.group(3), bool(found.group(1)), scatters)
             current[operation.name] = operation
     if not entry:
         raise ValueError("no ENTRY computation: not the text of an HLO module")
@@ -205,6 +207,8 @@ def collective(operation: Operation) -> tuple[str, int] | None:
         return None
     sizes = [_width(dtype) * math.prod(dimensions) for dtype, dimensions in operation.shapes]
     count = len(operation.operands)
+    if operation.scatters:
+        return "reduce-scatter", sum(sizes)
     if operation.kind.endswith("-start") and len(sizes) > count:  # what goes in, what comes out, the compiler's own
         return kind, max(sum(sizes[:count]), sum(sizes[count : 2 * count]))
     return kind, sum(sizes) * (max(1, len(group(operation))) if kind == "reduce-scatter" else 1)
@@ -350,8 +354,8 @@ def _step(body: Computation, index: int) -> int | None:
 # ---------------------------------------------------------------------------------- the text
 
 
-def _operation(name: str, rest: str, root: bool) -> Operation:
-    """Parse the text after `name = `."""
+def _operation(name: str, rest: str, root: bool, scatters: bool) -> Operation:
+    """Parse the text after `name = `, in a computation that is a reduce-scatter or is not."""
     end = _type_end(rest)
     shapes = tuple((dtype, _dimensions(text)) for dtype, text in _ARRAY.findall(rest[:end]))
     kind, _, tail = rest[end:].strip().partition("(")
@@ -359,7 +363,8 @@ def _operation(name: str, rest: str, root: bool) -> Operation:
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments)) or tuple(
         part.strip().split(" ")[-1] for part in arguments.split(",") if part.strip()
     )
-    return Operation(name, kind.strip(), shapes, operands, rest, root)
+    kind = kind.strip()
+    return Operation(name, kind, shapes, operands, rest, root, scatters and kind == "all-reduce")
 
 
 def _type_end(rest: str) -> int:

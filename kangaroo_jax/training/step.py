@@ -1,6 +1,8 @@
 """The train step: one pure function, jitted once, with its state donated."""
 
 import dataclasses
+import os
+import re
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float32
 
+from kangaroo_jax.chips import find_chip
 from kangaroo_jax.conventions import Array, PackedBatch
 from kangaroo_jax.models.parameters import Binding, Params
 from kangaroo_jax.sharding import Axes, apart, batch_axes, constrain
@@ -32,10 +35,17 @@ TrainStep = Any  # a jitted (TrainState, PackedBatch) -> (TrainState, Metrics)
 TokenLosses = Any  # a jitted (Params, Params, PackedBatch) -> float32[B, T]
 LossFunction = Any  # a jitted (Params, Params, PackedBatch) -> (Scalar, Scalar)
 
-# Options of the compiler, by platform. XLA for TPU would cut a product whose weight is gathered into as many products
-# as there are devices, each with its transfer ("windowed einsum"): a ViT's are then a 32nd as deep as the matrix unit
-# needs. The threshold is the MiB from which it does.
-COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+TPU_OPTIONS = {
+    # A product whose weight is gathered is not cut into as many products as there are devices, each with its transfer
+    # ("windowed einsum"): a ViT's are then a 32nd as deep as the matrix unit needs. The MiB from which they are cut.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    # Weights are gathered beside products. By itself XLA does so for v5e, and waits for them on v5p and v6e.
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
 
 
 def mean_loss(binding: Binding, params: Params, frozen: Params, batch: PackedBatch) -> tuple[Scalar, Scalar]:
@@ -170,11 +180,23 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         out_shardings=None if shardings is None else (shardings, None),
-        compiler_options=None if shardings is None else COMPILER_OPTIONS.get(_platform_of(shardings)),
+        compiler_options=None if shardings is None else compiler_options(_a_device(shardings)),
     )
 
 
-def _platform_of(shardings: Any) -> str:
-    """What holds the arrays of these shardings: `cpu`, `gpu` or `tpu`."""
-    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
-    return str(device.platform)
+def compiler_options(device: Any) -> dict[str, str] | None:
+    """The options that a step for `device` is compiled with, None for the compiler's own.
+
+    A TPU's are those of TPU_OPTIONS and the chip's `vmem_kib`, without those that LIBTPU_INIT_ARGS names.
+    """
+    if device.platform != "tpu":
+        return None
+    chip = find_chip(device.device_kind)
+    limit = {"xla_tpu_scoped_vmem_limit_kib": str(chip.vmem_kib)} if chip and chip.vmem_kib else {}
+    named = re.findall(r"--(\w+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
+    return {name: value for name, value in {**TPU_OPTIONS, **limit}.items() if name not in named}
+
+
+def _a_device(shardings: Any) -> Any:
+    """One of the devices that hold the arrays of these shardings."""
+    return next(iter(jax.tree.leaves(shardings)[0].device_set))

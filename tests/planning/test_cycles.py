@@ -14,7 +14,7 @@ from kangaroo_jax.chips import CHIPS, parse_topology
 from kangaroo_jax.planning import bundles, cycles, hlo, kernel_table, kernels
 from kangaroo_jax.planning.kernels import Call
 
-from .test_hlo import FUSED
+from .test_hlo import FUSED, SCATTERED
 from .test_plan import needs_libtpu
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,11 @@ def test_what_a_collective_does_not_hide_behind_is_waited_for():
     long = foretold(FUSED.replace("150000", "1500000"))
     assert "collectives_waited_for" not in long and long["llm_products"] == pytest.approx(10 * beside)
     assert foretold(FUSED, "tpu7x:2x2x1") == {}
+
+
+def test_a_fused_reduce_scatter_takes_half_the_time_of_an_all_reduce():
+    sent = 4096 * 512 * 2 * 3 / 4 / LINK
+    assert foretold(SCATTERED) == {"collectives_in_line": pytest.approx(2 * sent + sent)}
 
 
 def test_collectives_of_one_channel_are_told_apart_by_their_shapes():

@@ -134,6 +134,32 @@ def test_a_collective_of_several_arrays_counts_them_all_and_only_once():
     ]
 
 
+# As a TPU program writes a reduce-scatter, and an all-reduce beside it.
+SCATTERED = """HloModule s, is_scheduled=true
+
+%all-reduce-scatter.3.clone (input.17: bf16[4096,512]) -> bf16[1024,512] {
+  %input.17 = bf16[4096,512]{1,0} parameter(0)
+  %all-reduce.79 = bf16[4096,512]{1,0} all-reduce(%input.17), channel_id=28, replica_groups={{0,1,2,3}}, to_apply=%add
+  %partition-id.43 = u32[] partition-id()
+  %constant.1294 = u32[] constant(1024)
+  %multiply.506 = u32[] multiply(%partition-id.43, %constant.1294)
+  %constant.1295 = u32[] constant(0)
+  ROOT %slice = bf16[1024,512] dynamic-slice(%all-reduce.79, %multiply.506, %constant.1295), dynamic_slice_sizes={1024,512}
+}
+
+ENTRY %main (a: bf16[4096,512]) -> bf16[1024,512] {
+  %a = bf16[4096,512]{1,0} parameter(0)
+  %r = bf16[4096,512]{1,0} all-reduce(%a), channel_id=29, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %fusion.486 = bf16[1024,512]{1,0} fusion(%r), kind=kCustom, calls=%all-reduce-scatter.3.clone
+}
+"""  # noqa: E501
+
+
+def test_an_all_reduce_whose_parts_alone_are_kept_is_a_reduce_scatter():
+    found = [(kind, moved) for kind, moved, _ in hlo.moves(hlo.parse(SCATTERED))]
+    assert found == [("all-reduce", 4096 * 512 * 2), ("reduce-scatter", 4096 * 512 * 2)]
+
+
 # As a TPU program spreads a collective over fusions: it stands in the first, in those beside it and in the last.
 FUSED = """HloModule m, is_scheduled=true
 

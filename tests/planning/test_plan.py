@@ -5,12 +5,14 @@ import json
 import re
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kangaroo_jax.chips import CHIPS, find_chip, parse_topology
 from kangaroo_jax.cli import main as cli
@@ -25,7 +27,7 @@ from kangaroo_jax.planning.packing import packed
 from kangaroo_jax.sharding import make_mesh, sharding
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
-from kangaroo_jax.training.step import COMPILER_OPTIONS
+from kangaroo_jax.training.step import TPU_OPTIONS, compiler_options
 
 KEYS = {
     "fits", "peak_hbm_gib", "capacity_gib", "params_b", "model_tflops_causal", "model_tflops_full", "vit_share",
@@ -383,4 +385,43 @@ def test_no_product_of_the_vit_is_cut_into_one_for_each_device():
         state = jax.tree.map(lambda x: array(x.shape, axes, x.dtype), state)
         arrays = array((96, 1025, 1024), rows), array((96, 1025, 2752), rows)
         loss = lambda state, x, w: jnp.sum((nnx.merge(graph, state)(x) * w).astype(jnp.float32))  # noqa: E731
-        assert sliced(COMPILER_OPTIONS["tpu"]) == 0 < sliced(None)
+        assert sliced(TPU_OPTIONS) == 0 < sliced(None)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x4", "v6e:4x8"])
+def test_weights_are_gathered_beside_products(topology):
+    """Two products with weights that all devices share, layer by layer: no gather is waited for in its place."""
+    devices = plan_compile.topology_devices(parse_topology(topology))
+    mesh = make_mesh((1, len(devices), 1, 1), devices)
+    place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))  # noqa: E731
+    weights = jax.ShapeDtypeStruct((4, 2, 4096, 4096), jnp.bfloat16, sharding=place(None, None, "fsdp"))
+    x = jax.ShapeDtypeStruct((len(devices) * 4096, 4096), jnp.bfloat16, sharding=place("fsdp"))
+
+    def in_line(options) -> int:
+        def layer(x, pair):
+            for w in pair:
+                x = jax.nn.silu(jax.lax.with_sharding_constraint(x @ w, place("fsdp")))
+            return x, None
+
+        step = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0], compiler_options=options).trace(x, weights)
+        program = hlo.parse(step.lower(lowering_platforms=("tpu",)).compile().as_text())
+        started = hlo.identities_started(program)
+        gathers = [v.operation for v in hlo.walk(program) if v.operation.kind == "all-gather"]
+        return sum(hlo.identity(one) not in started for one in gathers)
+
+    windowed = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+    assert in_line(compiler_options(devices[0])) < in_line({windowed: TPU_OPTIONS[windowed]})
+
+
+def test_options_of_the_compiler_are_those_of_the_chip_and_give_way_to_the_users(monkeypatch):
+    def options(kind: str, platform: str = "tpu"):
+        return compiler_options(SimpleNamespace(platform=platform, device_kind=kind))
+
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    limit = "xla_tpu_scoped_vmem_limit_kib"
+    assert options("TPU v6 lite") == {**TPU_OPTIONS, limit: str(CHIPS["v6e"].vmem_kib)}
+    assert options("TPU of tomorrow") == TPU_OPTIONS
+    assert options("NVIDIA H100 80GB HBM3", "gpu") is None
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{limit}=65536 --xla_enable_async_all_gather=false")
+    assert options("TPU v6 lite").keys() == TPU_OPTIONS.keys() - {"xla_enable_async_all_gather"}
