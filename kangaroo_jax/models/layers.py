@@ -110,17 +110,30 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
     def flat(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x [..., inputs] -> [..., all outputs side by side], without a layout of their own on the way."""
-        y = self._multiplied(x).reshape(*x.shape[: x.ndim - self.contracted], -1)
+        """x [..., inputs] -> [..., all outputs side by side], without a layout of their own on the way or back.
+
+        XLA for TPUs multiplies the gradient by a kernel of [inputs, N, H] head by head, after a copy that turns it.
+        """
+        if self.kernel_scale is None and self.lora_a is None:
+            kernel = self._kernel_for(x)
+            y = product(x, kernel.reshape(*kernel.shape[: self.contracted], -1), self.contracted)
+        else:
+            y = self._multiplied(x).reshape(*x.shape[: x.ndim - self.contracted], -1)
         return y + self.bias[...].reshape(-1).astype(x.dtype) if self.has_bias else y
+
+    def _kernel_for(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What x is multiplied with: joined over the mesh where tokens are cut, if x is the larger of the two.
+
+        The smaller moves: in generation, a token at a time, that is x.
+        """
+        kernel = self.weight(x.dtype)
+        if shards("tokens") > 1 and x.size >= kernel.size:
+            kernel = checkpoint_name(joined(kernel, self.axes), "weight")
+        return kernel
 
     def _multiplied(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Without the bias."""
-        kernel = self.weight(x.dtype)
-        # The smaller of the two moves: in generation, a token at a time, that is x.
-        if shards("tokens") > 1 and x.size >= kernel.size:
-            kernel = checkpoint_name(joined(kernel, self.axes), "weight")
-        y = self.scaled(product(x, kernel, self.contracted))
+        y = self.scaled(product(x, self._kernel_for(x), self.contracted))
         if self.lora_a is not None and self.lora_b is not None:
             a, b = (factor[...].astype(x.dtype) for factor in (self.lora_a, self.lora_b))
             if shards("tokens") > 1:

@@ -129,6 +129,15 @@ def test_outputs_side_by_side_are_those_of_a_linear_map(bias):
         linear.bias[...] = jnp.arange(8.0).reshape(2, 4)
     x = np.random.default_rng(0).normal(size=(3, 5, 6)).astype(np.float32)
     np.testing.assert_array_equal(linear.flat(x), np.asarray(linear(x)).reshape(3, 5, 8))
+    graph, state = nnx.split(linear)
+    flat, own = (
+        jax.grad(lambda state, way=way: jnp.sum(jnp.sin(getattr(nnx.merge(graph, state), way)(x))))(state)
+        for way in ("flat", "__call__")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), flat, own)
+    rank = lambda *shape: nnx.Param(jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32))  # noqa: E731
+    linear.lora_a, linear.lora_b = rank(6, 3), rank(3, 2, 4)
+    np.testing.assert_allclose(linear.flat(x), np.asarray(linear(x)).reshape(3, 5, 8), atol=1e-5)
 
 
 def test_resizing_a_grid():
