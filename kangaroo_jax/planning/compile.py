@@ -164,6 +164,9 @@ def compile_step(config: StageConfig, target: Slices, cache: Path | None = None,
     `visited` is the share of a row's causal blocks of attention that packing leaves (see `packing`), for the time.
     A program that needs too much memory gives `fits=False` and the memory that it would need.
     """
+    from kangaroo_jax.training.step import compiler_options
+
+    devices = topology_devices(target)
 
     def read(program: Any, seconds: Seconds) -> dict[str, Any]:
         return dataclasses.asdict(_read(program, config, target, visited, seconds))
@@ -174,11 +177,8 @@ def compile_step(config: StageConfig, target: Slices, cache: Path | None = None,
     def lower() -> Any:
         return lower_step(config, devices)
 
-    from kangaroo_jax.training.step import compiler_options
-
-    devices = topology_devices(target)
-    options = compiler_options(devices[0])
-    return Compiled(**compile_kept(lower, target, cache, read, refused, f"visited {visited} {options}"))
+    beside = f"visited {visited} {compiler_options(devices[0])}"
+    return Compiled(**compile_kept(lower, target, cache, read, refused, beside))
 
 
 def compile_kept(
