@@ -28,6 +28,7 @@ from kangaroo_jax.inference.slots import Slots
 from kangaroo_jax.inference.timing import Finishes
 from kangaroo_jax.inference.vision import Vision
 from kangaroo_jax.models.kangaroo import KangarooModel
+from kangaroo_jax.system.progress import Tell
 
 FAILURES = 2  # so many one after another end the engine
 AHEAD = 2  # pieces of prompts that may wait on the device
@@ -139,9 +140,9 @@ class Engine:
         self._awake.set()
         return ticket
 
-    def warm_up(self, image_size: int) -> int:
-        """Compile all programs, for frames of `image_size` pixels; how many there are."""
-        self.programs.warm_up(image_size)
+    def warm_up(self, image_size: int, tell: Tell = lambda _: None) -> int:
+        """Compile all programs, for frames of `image_size` pixels; how many there are. `tell`: how far it is."""
+        self.programs.warm_up(image_size, tell)
         return self.programs.compiled
 
     def forget(self) -> None:

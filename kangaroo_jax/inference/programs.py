@@ -25,6 +25,7 @@ from kangaroo_jax.inference.sizes import TAIL, Key, Rows, Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.sharding import mesh_scope, sharding
 from kangaroo_jax.system.cpus import usable_cpus
+from kangaroo_jax.system.progress import Progress, Tell
 
 
 class Programs:
@@ -76,10 +77,17 @@ class Programs:
         """How many programs are compiled."""
         return len(self._store.programs)
 
-    def warm_up(self, image_size: int) -> None:
-        """Compile every program that there will be; several at a time."""
+    def warm_up(self, image_size: int, tell: Tell = lambda _: None) -> None:
+        """Compile every program that there will be, several at a time; `tell` is told now and then how far it is."""
+        keys = self.sizes.keys(image_size)
+        progress = Progress("compiling", len(keys), "programs", tell)
+
+        def compile_one(key: Key) -> None:
+            self._program(key, self._example(key))
+            progress.add()
+
         with ThreadPoolExecutor(max(1, min(4, usable_cpus()))) as pool:
-            list(pool.map(lambda key: self._program(key, self._example(key)), self.sizes.keys(image_size)))
+            list(pool.map(compile_one, keys))
 
     def lower(self, key: Key, platform: str) -> Any:
         """A program of `Sizes.keys`, lowered for the mesh's devices, of `platform`, and not compiled.

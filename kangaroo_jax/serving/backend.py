@@ -122,12 +122,12 @@ def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] =
         )
 
     engine, adapters = engine_of(loaded), {name: engine_of(one) for name, one in several.items()}
-    step(f"starting {choices.workers} processes that decode")
+    step(f"starting what decodes media, {choices.workers} at a time")
     with contextlib.suppress(UserError):  # there is no such file, but the first request will not wait for a process
         decoder.probe(_NO_FILE, "image")
     decoder.submit(MediaRef("image", _NO_FILE, (0.0,)), config.data.image_size).result()
     step("compiling")
-    programs = sum(one.warm_up(config.data.image_size) for one in (engine, *adapters.values()))
+    programs = sum(one.warm_up(config.data.image_size, step) for one in (engine, *adapters.values()))
     step("rehearsing")
     rehearse((engine, *adapters.values()), prompts, limits, context, max(choices.slots, choices.workers))
     step(f"ready, {programs} programs")

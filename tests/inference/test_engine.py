@@ -314,6 +314,15 @@ def test_a_continuation_is_scored_as_the_plain_forward_does(model, engine):
     assert answer.usage.cached_tokens == len(asked.tokens) - 1
 
 
+def test_who_waits_for_programs_is_told_how_far_it_is(unstacked, monkeypatch):
+    monkeypatch.setattr("kangaroo_jax.system.progress._EVERY", 0.0)
+    told: list[str] = []
+    with make_engine(unstacked) as engine:
+        engine.warm_up(16, told.append)
+    count = len(SIZES.keys(16))
+    assert [line.split(" programs")[0] for line in told] == [f"compiling: {i} of {count}" for i in range(1, count + 1)]
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_no_value_of_a_request_means_another_program(unstacked, slow, request):
     if slow and not request.config.getoption("--slow"):
