@@ -96,32 +96,33 @@ def padding(implementation: str, length: int, head_dim: int) -> int:
     return -length % LANES
 
 
-def whole_frames(implementation: str, tokens: int, heads: tuple[int, ...]) -> bool:
-    """Whether `attention_of_frames` is for rows of so many tokens, of heads (N, H), here. Raises UserError."""
+def whole_frames(implementation: str, tokens: int, heads: tuple[int, ...]) -> int:
+    """For `attention_of_frames` of so many tokens, of heads (N, H): how many queries, keys and values take turns.
+
+    0 where it is not for these here. Raises UserError.
+    """
     if choose(implementation, heads[1]) != "splash":
-        return False
-    from kangaroo_jax.models.attention_frames import fits
+        return 0
+    from kangaroo_jax.models.attention_frames import LANES, fits
 
-    return fits(tokens, *heads)
+    return LANES if fits(tokens, *heads) else 0
 
 
-def attention_of_frames(
-    query: Array, key: Array, value: Array, cos: Any, sin: Any, tokens: int
-) -> Float[Array, "n T D"]:
-    """Full attention of a ViT's frames, [n, T, N * H] as products leave them; see `attention_frames.frames`.
+def attention_of_frames(taken: Array, cos: Any, sin: Any, tokens: int) -> Float[Array, "n T D"]:
+    """Full attention of a ViT's frames, of what is taken from them [n, T, 3 * D]; see `attention_frames.frames`.
 
     Raises UserError where the frames do not divide by a mesh's devices.
     """
     from kangaroo_jax.models.attention_frames import frames
 
     axes = (LAYOUTS["frames"][0], None, None)
-    if split_mesh() is not None and not divides(query.shape, axes):
-        raise UserError(f"attention 'splash': {len(query)} frames do not divide by {shards(axes[0])} devices")
+    if split_mesh() is not None and not divides(taken.shape, axes):
+        raise UserError(f"attention 'splash': {len(taken)} frames do not divide by {shards(axes[0])} devices")
 
-    def run(query: Array, key: Array, value: Array) -> Array:
-        return frames(query, key, value, cos, sin, tokens)
+    def run(taken: Array) -> Array:
+        return frames(taken, cos, sin, tokens)
 
-    output: jax.Array = per_device(run, (axes,) * 3, axes)(query, key, value)
+    output: jax.Array = per_device(run, (axes,), axes)(taken)
     return output
 
 

@@ -20,6 +20,7 @@ from kangaroo_jax.models.layers import (
     parameter,
     rotary_2d,
     rotate_pairs,
+    side_by_side,
     truncated_normal,
 )
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
@@ -61,17 +62,16 @@ class Attention(nnx.Module):
             rotary = np.pad(cos, ((0, more), (0, 0)), constant_values=1.0), np.pad(sin, ((0, more), (0, 0)))
             ids = jnp.broadcast_to(jnp.arange(tokens + more) >= tokens, x.shape[:2]).astype(jnp.int32)
             segments = (ids, ids)
-        if whole_frames(self.implementation, x.shape[1], self.query.kernel.shape[-2:]):
-            query, key = keep(self.query.flat(x), "query"), keep(self.key.flat(x), "key")
-            y = attention_of_frames(query, key, keep(self.value.flat(x), "value"), *rotary, tokens)
-            y = keep(y, "context")
+        if turns := whole_frames(self.implementation, x.shape[1], self.query.kernel.shape[-2:]):
+            taken = keep(side_by_side((self.query, self.key, self.value), x, turns), "query")
+            y = keep(attention_of_frames(taken, *rotary, tokens)[:, :tokens], "context")
         else:
             query = keep(rotate_pairs(self.query(x), *rotary), "query")
             key = keep(rotate_pairs(self.key(x), *rotary), "key")
             value = keep(self.value(x), "value")
             how: dict[str, Any] = dict(implementation=self.implementation, layout="frames")
-            y = attention(query, key, value, segment_ids=segments, causal=False, **how).reshape(x.shape)
-        return self.out(self.norm(y))[:, :tokens]
+            y = attention(query, key, value, segment_ids=segments, causal=False, **how).reshape(x.shape)[:, :tokens]
+        return self.out(self.norm(y))
 
 
 class MLP(nnx.Module):
@@ -89,7 +89,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "n tokens D"]) -> Float[Array, "n tokens D"]:
         """The 1 + P tokens of each frame."""
         gate, up = keep(self.gate(x), "gate"), keep(self.up(x), "up")
-        return self.down(self.norm(jax.nn.silu(gate) * up))
+        return self.norm.before(self.down, jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):

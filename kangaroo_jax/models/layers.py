@@ -104,36 +104,31 @@ class Linear(nnx.Module):
         """Whether the kernel is all that it has: neither a bias nor a scale, nor what was added to it later."""
         return len(jax.tree.leaves(nnx.state(self, nnx.Param))) == 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether the kernel is all that x is multiplied with: not quantised, and without low-rank factors."""
+        return self.kernel_scale is None and self.lora_a is None
+
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x [..., inputs] -> [..., outputs] in the dtype of x."""
         y = self._multiplied(x)
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
-    def flat(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x [..., inputs] -> [..., all outputs side by side], without a layout of their own on the way or back.
-
-        XLA for TPUs multiplies the gradient by a kernel of [inputs, N, H] head by head, after a copy that turns it.
-        """
-        if self.kernel_scale is None and self.lora_a is None:
-            kernel = self._kernel_for(x)
-            y = product(x, kernel.reshape(*kernel.shape[: self.contracted], -1), self.contracted)
-        else:
-            y = self._multiplied(x).reshape(*x.shape[: x.ndim - self.contracted], -1)
-        return y + self.bias[...].reshape(-1).astype(x.dtype) if self.has_bias else y
-
-    def _kernel_for(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def kernel_for(self, x: Float[Array, "..."], scale: Array | None = None) -> Float[Array, "..."]:
         """What x is multiplied with: joined over the mesh where tokens are cut, if x is the larger of the two.
 
-        The smaller moves: in generation, a token at a time, that is x.
+        The smaller moves: in generation, a token at a time, that is x. `scale`: of each input, where there is one.
         """
-        kernel = self.weight(x.dtype)
+        kernel = self.weight(x.dtype if scale is None else jnp.float32)
+        if scale is not None:
+            kernel = (kernel * scale.astype(jnp.float32)[:, None]).astype(x.dtype)
         if shards("tokens") > 1 and x.size >= kernel.size:
             kernel = checkpoint_name(joined(kernel, self.axes), "weight")
         return kernel
 
     def _multiplied(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Without the bias."""
-        y = self.scaled(product(x, self._kernel_for(x), self.contracted))
+        y = self.scaled(product(x, self.kernel_for(x), self.contracted))
         if self.lora_a is not None and self.lora_b is not None:
             a, b = (factor[...].astype(x.dtype) for factor in (self.lora_a, self.lora_b))
             if shards("tokens") > 1:
@@ -141,6 +136,25 @@ class Linear(nnx.Module):
                 b = joined(b, (None, *self.axes[self.contracted :]))
             y += product(product(x, a, self.contracted), b, 1) * self.lora_scale
         return y
+
+
+def side_by_side(maps: Sequence[Linear], x: Float[Array, "..."], width: int) -> Float[Array, "..."]:
+    """x [..., inputs] -> what several maps make of it, `width` outputs of each taking turns, [..., all outputs].
+
+    It is one product, which reads x once, as its gradient does. XLA for TPUs would multiply the gradient by a kernel of
+    [inputs, N, H] head by head, after a copy that turns it.
+    """
+    contracted = maps[0].contracted
+
+    def turns(parts: Sequence[Array], leading: int) -> Array:
+        kept = parts[0].shape[:leading]
+        return jnp.stack([part.reshape(*kept, -1, width) for part in parts], axis=-2).reshape(*kept, -1)
+
+    if not all(each.plain for each in maps):
+        return turns([each(x) for each in maps], x.ndim - contracted)
+    y = product(x, turns([each.kernel_for(x) for each in maps], contracted), contracted)
+    biases = [each.bias[...] if each.has_bias else jnp.zeros(each.kernel.shape[contracted:], y.dtype) for each in maps]
+    return y + turns(biases, 0).astype(x.dtype)
 
 
 def product(x: Array, kernel: Array, contracted: int) -> Array:
@@ -213,16 +227,34 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """In the dtype of x."""
         y = x.astype(jnp.float32)
+        mean, inverse = self._statistics(y)
+        y = (y - mean) * inverse
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+    def _statistics(self, y: Float32[Array, "*batch D"]) -> tuple[Array, Array]:
+        """Mean and inverse deviation, each [..., 1]."""
         mean = jnp.mean(y, axis=-1, keepdims=True)
         if platform() == "tpu":  # both sums in one pass, which may be that of the product before
             variance = jnp.maximum(jnp.mean(jnp.square(y), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
-            y = y - mean
         else:
-            y = y - mean
-            variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(variance + self.eps)
-        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+            variance = jnp.mean(jnp.square(y - mean), axis=-1, keepdims=True)
+        return mean, jax.lax.rsqrt(variance + self.eps)
+
+    def before(self, linear: Linear, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
+        """`linear(self(x))`, which on TPUs is normalised after the product.
+
+        The scale is multiplied into the kernel, and the bias makes one output for all x. So what is normalised is never
+        written, and the gradients of scale and bias come from the kernel's, not from sums over all of x.
+        """
+        if platform() != "tpu" or not linear.plain:
+            return linear(self(x))
+        mean, inverse = self._statistics(x.astype(jnp.float32))
+        kernel = linear.kernel_for(x, self.scale[...])
+        y = jnp.tensordot(x, kernel, 1, preferred_element_type=jnp.float32)
+        y = (y - mean * jnp.sum(kernel.astype(jnp.float32), axis=0)) * inverse
+        y += jnp.sum(linear.weight(jnp.float32) * self.bias[...].astype(jnp.float32)[:, None], axis=0)
+        return (y + linear.bias[...].astype(jnp.float32) if linear.has_bias else y).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -90,28 +90,29 @@ def _compile(arguments: argparse.Namespace) -> str:
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
+    taken: tuple[jax.ShapeDtypeStruct, ...]
     if causal:
-        query, key, ids = (
-            array(1, tokens, HEADS, width),
-            array(1, tokens, KV_HEADS, width),
-            array(1, tokens, dtype=jnp.int32),
-        )
+        key = array(1, tokens, KV_HEADS, width)
+        taken, ids = (array(1, tokens, HEADS, width), key, key), array(1, tokens, dtype=jnp.int32)
+        made = taken[0]
     else:
         padded = -(-tokens // attention_frames.LANES) * attention_frames.LANES
-        query = key = array(FRAMES, padded, HEADS * width)
-        ids, table = None, np.zeros((padded, width // 2), np.float32)
+        pairs = HEADS // attention_frames.HEADS
+        taken, ids = (array(FRAMES, padded, pairs * attention_frames.TAKEN),), None
+        made = array(FRAMES, padded, pairs * attention_frames.LANES)
+        table = np.zeros((padded, width // 2), np.float32)
 
-    def loss(query: Any, key: Any, value: Any, weights: Any, ids: Any) -> Any:
+    def loss(taken: Any, weights: Any, ids: Any) -> Any:
         if causal:
+            query, key, value = taken
             found = attention_splash.splash(query, key, value, (ids, ids), causal=True)
         else:
-            found = attention_frames.frames(query, key, value, table, table, tokens)
+            found = attention_frames.frames(taken[0], table, table, tokens)
         return jnp.sum(found.astype(jnp.float32) * weights)
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    step = jax.jit(jax.value_and_grad(loss))
     with jax.set_mesh(mesh):
-        traced = step.trace(query, key, key, query, ids)
-        text: str = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        text: str = step.trace(taken, made, ids).lower(lowering_platforms=("tpu",)).compile().as_text()
     return text
 
 

@@ -12,7 +12,7 @@ import re
 from importlib import resources
 
 from kangaroo_jax.chips import Chip
-from kangaroo_jax.models.attention_frames import LANES, QUERIES
+from kangaroo_jax.models.attention_frames import LANES, QUERIES, TAKEN
 from kangaroo_jax.models.attention_splash import visited_share
 from kangaroo_jax.planning import hlo
 from kangaroo_jax.planning.bundles import Schedule
@@ -132,7 +132,7 @@ def call(visit: hlo.Visit) -> Call | None:
         return None
     if frames := next((kind for kind in ("frames_fwd", "frames_bwd") if kind in scope), ""):
         n, length, width = visit.operand_shape(0)
-        pairs, blocks = n * width // LANES, (length, length, min(length, QUERIES))
+        pairs, blocks = n * width // TAKEN, (length, length, min(length, QUERIES))
         return Call(frames, False, pairs, length, length, LANES, 1.0, blocks)  # of heads, as wide as one
     if "splash_" not in scope:
         return None

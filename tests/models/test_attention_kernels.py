@@ -64,7 +64,7 @@ def test_splash_of_frames_ignores_its_own_padding_and_the_two_kernels_of_the_bac
 @pytest.mark.parametrize("tokens", [300, 384])
 def test_kernels_of_frames_equal_the_plain_formula_and_ignore_their_padding(monkeypatch, tokens):
     monkeypatch.setattr(attention_frames, "QUERIES", 256)  # two parts, of which one is shorter
-    padded, heads = 384, 2
+    padded, heads = 384, 4
     random = np.random.default_rng(0)
     qkv = [jnp.asarray(random.normal(size=(2, padded, heads * 64)), jnp.float32) for _ in range(3)]
     weight = random.normal(size=qkv[0].shape) * (np.arange(padded) < tokens)[:, None]
@@ -77,7 +77,10 @@ def test_kernels_of_frames_equal_the_plain_formula_and_ignore_their_padding(monk
         y = plain(query, key, value, None).reshape(2, tokens, -1)
         return jnp.pad(y, [(0, 0), (0, padded - tokens), (0, 0)])
 
-    run = lambda *x: attention_frames.frames(*x, *tables, tokens, interpret=True)  # noqa: E731
+    def run(*qkv):
+        in_turns = jnp.stack([x.reshape(2, padded, -1, 128) for x in qkv], axis=3).reshape(2, padded, -1)
+        return attention_frames.frames(in_turns, *tables, tokens, interpret=True)
+
     found, value = value_and_gradients(run, qkv, weight), value_and_gradients(expected, qkv, weight)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)

@@ -20,6 +20,7 @@ from kangaroo_jax.models.layers import (
     rotary_frequencies,
     rotate_half,
     rotate_pairs,
+    side_by_side,
 )
 from kangaroo_jax.models.patchify import Projector, time_encoding
 from kangaroo_jax.models.stack import keep, run_layers, stack_layers
@@ -122,22 +123,60 @@ def test_a_tpu_sums_for_a_norm_in_one_pass_and_to_the_same_values(monkeypatch):
         np.testing.assert_allclose(found, value, atol=2e-4)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_outputs_side_by_side_are_those_of_a_linear_map(bias):
-    linear = Linear((6,), (2, 4), ("embed", "heads", "head_dim"), bias=bias, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
-    if bias:
-        linear.bias[...] = jnp.arange(8.0).reshape(2, 4)
-    x = np.random.default_rng(0).normal(size=(3, 5, 6)).astype(np.float32)
-    np.testing.assert_array_equal(linear.flat(x), np.asarray(linear(x)).reshape(3, 5, 8))
-    graph, state = nnx.split(linear)
-    flat, own = (
-        jax.grad(lambda state, way=way: jnp.sum(jnp.sin(getattr(nnx.merge(graph, state), way)(x))))(state)
-        for way in ("flat", "__call__")
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), flat, own)
-    rank = lambda *shape: nnx.Param(jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32))  # noqa: E731
-    linear.lora_a, linear.lora_b = rank(6, 3), rank(3, 2, 4)
-    np.testing.assert_allclose(linear.flat(x), np.asarray(linear(x)).reshape(3, 5, 8), atol=1e-5)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_a_tpu_a_product_is_normalised_afterwards_and_means_the_same(monkeypatch, dtype):
+    random = np.random.default_rng(0)
+    options = dict(rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    norm, linear = LayerNorm(16, eps=1e-6, **options), Linear((16,), (8,), ("mlp", "embed"), bias=True, **options)
+    for weight in (norm.scale, norm.bias, linear.bias):
+        weight[...] = jnp.asarray(random.normal(size=weight.shape), jnp.float32)
+    x = jnp.asarray(random.normal(3.0, 2.0, (40, 16)), dtype)
+    weight = random.normal(size=(40, 8))
+    graph, state = nnx.split((norm, linear))
+
+    def results():
+        def loss(state, x):
+            norm, linear = nnx.merge(graph, state)
+            y = norm.before(linear, x)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32)) * weight), y
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x)
+
+    expected = results()
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(LayerNorm, "__call__", None)  # nothing is normalised before
+    found = results()
+    scale = lambda x: np.abs(np.asarray(x, np.float32)).max()  # noqa: E731
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        atol = (1e-5 if dtype == jnp.float32 else 2e-2) * max(scale(b), 1.0)
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_what_several_maps_make_takes_turns(ranked):
+    random = np.random.default_rng(0)
+    options = dict(rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    maps = nnx.List([Linear((6,), (4, 2), ("embed", "heads", "head_dim"), bias=i != 1, **options) for i in range(3)])
+    for each in (maps[0], maps[2]):
+        each.bias[...] = jnp.asarray(random.normal(size=(4, 2)), jnp.float32)
+    if ranked:
+        maps[1].lora_a, maps[1].lora_b = (
+            nnx.Param(jnp.asarray(random.normal(size=shape), jnp.float32)) for shape in ((6, 3), (3, 4, 2))
+        )
+    x = random.normal(size=(3, 5, 6)).astype(np.float32)
+    weight = random.normal(size=(3, 5, 24))
+    graph, state = nnx.split(maps)
+
+    def one_after_another(maps):
+        apart = [each(x).reshape(3, 5, 8) for each in maps]  # four outputs of each: two heads
+        return jnp.concatenate([y[..., first : first + 4] for first in (0, 4) for y in apart], axis=-1)
+
+    def results(make):
+        loss = lambda state: jnp.sum(jnp.sin(make(nnx.merge(graph, state))) * weight)  # noqa: E731
+        return make(maps), jax.grad(loss)(state)
+
+    found, expected = results(lambda maps: side_by_side(tuple(maps), x, 4)), results(one_after_another)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_resizing_a_grid():
