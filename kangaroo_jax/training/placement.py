@@ -45,13 +45,14 @@ TABLE = (
     Row("v5e", 1 << 15, ANY, 32, Placement(tensor=2)),  # stages 4 and 5
     Row("v5e", 1 << 15, ANY, 1, Placement(tensor=4)),
     Row("v6e", 10_240, 1 << 14, 32, Placement(llm_remat="minimal", vision_remat="mlp")),
-    Row("v6e", 10_240, ANY, 32, Placement(llm_remat="minimal")),
+    Row("v6e", 10_240, ANY, 32, Placement(llm_remat="minimal", vision_remat="context")),
+    Row("v6e", 16_384, ANY, 32, Placement(llm_remat="context", vision_remat="context")),
     Row("v6e", 1 << 15, ANY, 32, Placement(llm_remat="context")),
     Row("v6e", 1 << 15, ANY, 1, Placement(tensor=4)),
     Row("v5p", 10_240, 1 << 14, 16, Placement(llm_remat="mlp", vision_remat="mlp")),
     Row("v5p", 10_240, ANY, 16, Placement(llm_remat="mlp", vision_remat="minimal")),
-    Row("v5p", 16_384, ANY, 16, Placement(llm_remat="mlp")),
-    Row("v5p", 28_672, ANY, 16, Placement(llm_remat="gate")),
+    Row("v5p", 16_384, ANY, 16, Placement(llm_remat="mlp", vision_remat="context")),
+    Row("v5p", 28_672, ANY, 16, Placement(llm_remat="gate", vision_remat="context")),
     Row("v5p", 1 << 15, ANY, 1, Placement()),
     # In packs of hours attention is most of the work; it is not recomputed, at the cost of some GiB on each device.
     Row("v5p", 1 << 19, ANY, 1, Placement(context=16, tensor=4, llm_remat="mlp")),

@@ -37,7 +37,8 @@ def decided(chip, devices, slices=1, **changes):
         ("v6e", 32, 1, {"tokens": 1 << 15}, ((1, 32, 1, 1), 1, "context", "full")),
         ("H100", 64, 1, {"packs": 64}, ((1, 64, 1, 1), 1, "mlp", "minimal")),
         ("H200", 64, 1, {"packs": 64, "tokens": 26_624}, ((1, 64, 1, 1), 1, "mlp", "full")),
-        ("v6e", 32, 1, {}, ((1, 32, 1, 1), 1, "minimal", "full")),
+        ("v6e", 32, 1, {}, ((1, 32, 1, 1), 1, "minimal", "context")),
+        ("v6e", 32, 1, {"tokens": 1 << 14}, ((1, 32, 1, 1), 1, "context", "context")),
         ("v5p", 64, 1, {"packs": 1, "tokens": 1 << 19}, ((1, 1, 16, 4), 1, "mlp", "full")),
         ("v5p", 256, 1, {"packs": 1, "tokens": 1 << 21}, ((1, 1, 64, 4), 1, "mlp", "full")),
         ("v5p", 256, 1, {"packs": 4, "tokens": (1 << 19) + 4096}, ((1, 1, 64, 4), 4, "mlp", "full")),
@@ -66,10 +67,10 @@ def test_each_stage_has_the_least_remat_and_tensor_axis_that_memory_allows():
         *[(1, "full", "mlp")] * 2, (1, "full", "full"), *[(2, "full", "full")] * 2,
     ]  # fmt: skip
     assert [placed[f"stage{number}", "v6e"] for number in range(1, 6)] == [
-        *[(1, "minimal", "mlp")] * 2, (1, "minimal", "full"), *[(1, "context", "full")] * 2,
+        *[(1, "minimal", "mlp")] * 2, (1, "minimal", "context"), (1, "context", "context"), (1, "context", "full"),
     ]  # fmt: skip
     assert [placed[f"stage{number}", "v5p"] for number in range(1, 6)] == [
-        *[(1, "mlp", "mlp")] * 2, (1, "mlp", "minimal"), (1, "mlp", "full"), (1, "gate", "full"),
+        *[(1, "mlp", "mlp")] * 2, (1, "mlp", "minimal"), (1, "mlp", "context"), (1, "gate", "context"),
     ]  # fmt: skip
     assert [placed[f"stage{number}", "A100"] for number in range(1, 6)] == [
         *[(1, "mlp", "mlp")] * 2, (1, "mlp", "minimal"), (1, "minimal", "minimal"), (1, "minimal", "full"),
