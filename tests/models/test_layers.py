@@ -150,6 +150,10 @@ def test_on_a_tpu_a_product_is_normalised_afterwards_and_means_the_same(monkeypa
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         atol = (1e-5 if dtype == jnp.float32 else 2e-2) * max(scale(b), 1.0)
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
+    linear.lora_a, linear.lora_b = nnx.Param(jnp.ones((16, 2))), nnx.Param(jnp.ones((2, 8)))
+    monkeypatch.undo()
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    np.testing.assert_array_equal(norm.before(linear, x), linear(norm(x)))
 
 
 @pytest.mark.parametrize("ranked", [False, True])
