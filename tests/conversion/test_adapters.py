@@ -321,6 +321,7 @@ def test_what_is_wrong_or_not_done_is_one_line(name, alone, adapters, llama, tmp
     corrupt, message = CORRUPTIONS[name]
     folder = shutil.copytree(adapters("usual")[0], tmp_path / "peft")
     corrupt(folder)
+    capsys.readouterr()  # making an adapter shows a progress bar
     flags = (
         [f"--from={folder}", f"--base={llama}"] if alone else [f"--from={llama}", f"--lora={folder}", "--format=llama"]
     )
