@@ -102,7 +102,7 @@ class Linear(nnx.Module):
     @property
     def bare(self) -> bool:
         """Whether the kernel is all that it has: neither a bias nor a scale, nor what was added to it later."""
-        return len(jax.tree.leaves(nnx.state(self, nnx.Param))) == 1
+        return self.plain and not self.has_bias
 
     @property
     def plain(self) -> bool:
