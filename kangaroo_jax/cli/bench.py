@@ -38,10 +38,9 @@ def train(
     """
     _begin()
     from kangaroo_jax.bench.train import bench_config, bench_train
-    from kangaroo_jax.cli.overrides import config_of
-    from kangaroo_jax.config import StageConfig
+    from kangaroo_jax.cli.overrides import stage_of
 
-    stage = StageConfig.from_config(config_of("bench train", config, overrides))
+    stage = stage_of("bench train", config, overrides)
     _show(bench_train(bench_config(stage, packs, moment_dtype), steps, segments, profile), json)
 
 
@@ -139,6 +138,28 @@ def data(
     print(bench.summary(rows, workers))
     if out:
         Path(out).write_text(json_text.dumps(rows, indent=1), encoding="utf-8")
+
+
+def batches(
+    *, config: str = "stage4_instruct:tiny", batches: Count = 8, json: bool = False, overrides: Overrides = ()
+) -> None:
+    """Measure how fast this machine makes a stage's batches of your data, for kangaroo plan --frames-a-cpu.
+
+        kangaroo bench batches --config=stage5_long_video:kangaroo_8b --config.data.train=mine.jsonl
+
+    Nothing trains. Every key of the config is a flag, --config.KEY=VALUE.
+
+    Args:
+        config: STAGE:PRESET
+        batches: number of measured batches, after a first one
+        json: print JSON
+    """
+    _begin()
+    from kangaroo_jax.bench.batches import bench_batches
+    from kangaroo_jax.cli.overrides import stage_of
+
+    stage = stage_of("bench batches", config, overrides)
+    _show(bench_batches(stage, batches, (lambda line: None) if json else print), json)
 
 
 def packing(
@@ -415,6 +436,7 @@ COMMANDS = {
     "vision": vision,
     "train-vs-torch": train_vs_torch,
     "data": data,
+    "batches": batches,
     "packing": packing,
     "checkpoint": checkpoint,
     "convert": convert,

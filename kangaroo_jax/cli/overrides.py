@@ -8,6 +8,8 @@ from kangaroo_jax.cli.arguments import CONFIG_KEY
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from kangaroo_jax.config import StageConfig
+
 
 def config_of(job: str, spec: str, words: Sequence[str]) -> "ConfigDict":
     """The config of `FILE[:PRESET]`, changed by the `--config.KEY=VALUE` of `words`. Raises UserError."""
@@ -16,6 +18,13 @@ def config_of(job: str, spec: str, words: Sequence[str]) -> "ConfigDict":
     config = load_config(spec)
     override(job, config, words)
     return config
+
+
+def stage_of(job: str, spec: str, words: Sequence[str]) -> "StageConfig":
+    """The same as a stage's. Raises UserError."""
+    from kangaroo_jax.config import StageConfig
+
+    return StageConfig.from_config(config_of(job, spec, words))
 
 
 def preset_of(name: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kangaroo_jax.cli.arguments import Count, Natural, Number, NumberOrNone, Overrides, require
+from kangaroo_jax.cli.arguments import Count, Natural, Number, NumberOrNone, Overrides, Positive, require
 from kangaroo_jax.errors import UserError
 
 
@@ -17,6 +17,7 @@ def plan(
     search: bool = False,
     price_per_chip_hour: NumberOrNone = None,
     mfu: Number = 0.45,
+    frames_a_cpu: Positive = 15.0,
     json: bool = False,
     cache: str = "",
     table: str = "",
@@ -46,6 +47,7 @@ def plan(
         search: compile several meshes and remat policies, print the one foretold fastest that fits
         price_per_chip_hour: price in any currency
         mfu: assumed utilisation (causal attention counted), for time and cost
+        frames_a_cpu: frames that a CPU of a host decodes in a second, as kangaroo bench batches measures them
         json: print JSON
         cache: folder for results, so that the same step is compiled only once
         table: only print a file of --json lines as a Markdown table
@@ -76,8 +78,8 @@ def plan(
         raise UserError("--profile-of is of one stage: it goes with --config, not with --curriculum")
     prepare_environment()  # must come before anything imports JAX
 
-    from kangaroo_jax.cli.overrides import config_of
-    from kangaroo_jax.config import STAGES, StageConfig
+    from kangaroo_jax.cli.overrides import stage_of
+    from kangaroo_jax.config import STAGES
     from kangaroo_jax.planning.plan import run
 
     kept = Path(cache) if cache else None
@@ -90,18 +92,17 @@ def plan(
         from kangaroo_jax.planning.chat import run_chat
         from kangaroo_jax.planning.chat_work import Talk
 
-        talk = Talk(
-            StageConfig.from_config(config_of("plan", config, overrides)), quantize, kv_dtype, slots or 1, frames or 0
-        )
+        talk = Talk(stage_of("plan", config, overrides), quantize, kv_dtype, slots or 1, frames or 0)
         if code := run_chat(talk, topology, slices=slices, as_json=json, cache=kept):
             raise SystemExit(code)
         return
     specs = [f"{name}:kangaroo_8b" for name in STAGES] if curriculum else [config]
     code = run(
-        [StageConfig.from_config(config_of("plan", spec, overrides)) for spec in specs],
+        [stage_of("plan", spec, overrides) for spec in specs],
         topology,
         slices=slices,
         mfu=mfu,
+        frames_a_cpu=frames_a_cpu,
         price=price_per_chip_hour,
         as_json=json,
         do_search=search,

@@ -28,6 +28,7 @@ class Feeding:
     frames_a_second: float  # of a host, where every row is full of frames
     frames_a_second_a_chip: float
     cpus_needed: float
+    frames_a_cpu: float  # a second
     cpus: int  # of a host; TPUs: as Cloud TPU has them, GPUs: as `launch/slurm/train.sh` asks
     threads_busy: int  # at most: media of the batches that are decoded at a time, and CPUs
     gb_a_second_to_a_device: float  # pixels as bytes of colours
@@ -37,14 +38,20 @@ class Feeding:
         again = f", each row by {self.hosts_of_a_row} together" if self.hosts_of_a_row > 1 else ""
         line = (
             f"{self.frames_a_second:,.0f} frames a second on each of {self.hosts} hosts{again} "
-            f"({self.frames_a_second_a_chip:.1f} a chip): {self.cpus_needed:.1f} of {self.cpus} CPUs at 480p, "
+            f"({self.frames_a_second_a_chip:.1f} a chip): {self.cpus_needed:.1f} of {self.cpus} CPUs at "
+            f"{self.frames_a_cpu:g} frames a second, "
             f"{self.gb_a_second_to_a_device:.3f} GB/s to a device"
         )
         return f"{line}; THE CHIPS WOULD WAIT: {self.advice}" if self.advice else line
 
 
 def feeding(
-    config: StageConfig, target: Slices, devices: Sequence[Any], seconds: float, samples: float
+    config: StageConfig,
+    target: Slices,
+    devices: Sequence[Any],
+    seconds: float,
+    samples: float,
+    frames_a_cpu: float = FRAMES_A_CPU,
 ) -> Feeding | None:
     """What a host must decode where a step takes `seconds`, None for a stage without frames.
 
@@ -54,6 +61,7 @@ def feeding(
         devices: TPUs as `arranged` takes them; of GPUs none, each has a process of its own.
         seconds: of a step.
         samples: in a row, on average.
+        frames_a_cpu: frames that a CPU decodes in a second; `kangaroo bench batches` measures them on one's own data.
     """
     data = config.data
     if not data.frames_per_pack:
@@ -70,7 +78,7 @@ def feeding(
     mine = rows * sum(neediest in group for group in groups)
     chips = target.devices / len(held)
     cpus = round(chips * target.chip.cpus)
-    needed = most / seconds / FRAMES_A_CPU
+    needed = most / seconds / frames_a_cpu
     frame_bytes = data.image_size**2 * 3
     media = max(1.0, samples * share / data.frames_per_pack)  # of a row, that this host has a part of
     busy = max(1, min(cpus, math.floor(batches_ahead(cpus, mine, share * frame_bytes) * mine * media)))
@@ -81,6 +89,7 @@ def feeding(
         frames_a_second=round(most / seconds, 1),
         frames_a_second_a_chip=round(most / seconds / chips, 2),
         cpus_needed=round(needed, 1),
+        frames_a_cpu=frames_a_cpu,
         cpus=cpus,
         threads_busy=busy,
         gb_a_second_to_a_device=round(pixels / seconds / 1e9, 4),

@@ -18,7 +18,7 @@ from kangaroo_jax.models.kangaroo import count_parameters
 from kangaroo_jax.planning import formula as plan_formula
 from kangaroo_jax.planning import report
 from kangaroo_jax.planning.compile import Compiled, compile_step, topology_devices, why_not
-from kangaroo_jax.planning.feeding import feeding
+from kangaroo_jax.planning.feeding import FRAMES_A_CPU, feeding
 from kangaroo_jax.planning.here import devices_here
 from kangaroo_jax.planning.packing import Packed, packed
 from kangaroo_jax.planning.profile import measured
@@ -33,7 +33,13 @@ SEARCHED = 4  # the most candidates that --search compiles
 
 
 def make_plan(
-    config: StageConfig, target: Slices, *, mfu: float, price: float | None = None, cache: Path | None = None
+    config: StageConfig,
+    target: Slices,
+    *,
+    mfu: float,
+    price: float | None = None,
+    cache: Path | None = None,
+    frames_a_cpu: float = FRAMES_A_CPU,
 ) -> Plan:
     """The plan of a stage's config on `target`: compiled, or by formula for a GPU whose compiler is not here.
 
@@ -43,6 +49,7 @@ def make_plan(
         mfu: assumed model FLOPs utilisation, causal convention, for time and cost.
         price: the price of a chip for an hour, in any currency.
         cache: the folder for results of compilations.
+        frames_a_cpu: frames that a CPU decodes in a second.
 
     Raises UserError where the config does not fit the number of chips, or libtpu is missing.
     """
@@ -87,14 +94,18 @@ def make_plan(
         compile_cpu_seconds=compiled.compile_cpu_seconds if compiled else None,
         kernels=compiled.kernels if compiled else [],
         not_compiled=reason,
-        feeding=_feeding(config, target, sum(compiled.seconds.values()) if compiled else 0.0, seconds, rows.samples),
+        feeding=_feeding(
+            config, target, (sum(compiled.seconds.values()) if compiled else 0) or seconds, rows.samples, frames_a_cpu
+        ),
     )
 
 
-def _feeding(config: StageConfig, target: Slices, foretold: float, assumed: float, samples: float) -> dict[str, Any]:
-    """The fields of a `Feeding` at a step's foretold or else its assumed time; none for a stage without frames."""
+def _feeding(
+    config: StageConfig, target: Slices, seconds: float, samples: float, frames_a_cpu: float
+) -> dict[str, Any]:
+    """The fields of a `Feeding`; none for a stage without frames."""
     devices = topology_devices(target) if target.chip.platform == "tpu" else []
-    found = feeding(config, target, devices, foretold or assumed, samples)
+    found = feeding(config, target, devices, seconds, samples, frames_a_cpu)
     return dataclasses.asdict(found) if found else {}
 
 
@@ -191,15 +202,18 @@ def _larger(topology: str) -> list[str]:
 
 
 def search(
-    config: StageConfig, target: Slices, *, mfu: float, price: float | None, cache: Path | None, tell: Tell
+    config: StageConfig, target: Slices, *, mfu: float, tell: Tell, **options: Any
 ) -> tuple[Plan, StageConfig] | None:
-    """The plan foretold fastest that fits, among the meshes and remat policies fastest by formula, if any."""
+    """The plan foretold fastest that fits, among the meshes and remat policies fastest by formula, if any.
+
+    `options` are others of `make_plan`.
+    """
     counts = count_parameters(config.model)
     found: list[tuple[float, Plan, StageConfig]] = []
     for number, trial in enumerate(plan_formula.candidates(config, target, counts, mfu)):
         if number == SEARCHED:
             break
-        plan = make_plan(trial, target, mfu=mfu, price=price, cache=cache)
+        plan = make_plan(trial, target, mfu=mfu, **options)
         by_formula = plan_formula.step_seconds(trial, target.chip, counts, mfu)
         seconds = by_formula if plan.foretold_seconds is None else plan.foretold_seconds
         shape, remat = tuple(plan.mesh.values()), plan.remat["llm"]
@@ -223,6 +237,7 @@ def run(
     as_json: bool = False,
     do_search: bool = False,
     cache: Path | None = None,
+    frames_a_cpu: float = FRAMES_A_CPU,
     profile_of: Path | None = None,
     tell: Tell = print,
 ) -> int:
@@ -238,7 +253,7 @@ def run(
     plans = []
     for config in configs:
         note(f"{config.stage} on {target} ...")
-        options: dict[str, Any] = dict(mfu=mfu, price=price, cache=cache)
+        options: dict[str, Any] = dict(mfu=mfu, price=price, cache=cache, frames_a_cpu=frames_a_cpu)
         if do_search and (found := search(config, target, tell=note, **options)):
             plan = found[0]
         else:

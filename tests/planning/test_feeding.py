@@ -68,10 +68,10 @@ def test_hosts_are_where_the_compiler_has_them():
     assert by_coords == {place.coords: place.process_index for place in places("v5e:4x8")}
 
 
-def needs(spec: str, topology: str, seconds: float, samples: float = 8.0, **changes):
+def needs(spec: str, topology: str, seconds: float, samples: float = 8.0, frames_a_cpu=FRAMES_A_CPU, **changes):
     target = parse_topology(topology)
     config = resolve(StageConfig.load(spec).changed(changes), target.chip, target.devices)
-    return feeding(config, target, places(topology) if "v" in topology else [], seconds, samples)
+    return feeding(config, target, places(topology) if "v" in topology else [], seconds, samples, frames_a_cpu)
 
 
 def test_what_a_host_must_decode():
@@ -82,6 +82,12 @@ def test_what_a_host_must_decode():
     assert found.frames_a_second_a_chip == pytest.approx(found.frames_a_second / 4, abs=0.01)
     assert found.gb_a_second_to_a_device == pytest.approx(204 * 448**2 * 3 / 9.2e9, abs=1e-4)
     assert needs("stage5_long_video:kangaroo_8b", "v5p:4x4x4", 9.2, **{"data.frames_per_pack": 0}) is None
+    slower = needs(
+        "stage5_long_video:kangaroo_8b", "v5p:4x4x4", 9.2, frames_a_cpu=5.0
+    )  # as measured on one's own videos
+    assert slower.cpus_needed == pytest.approx(4 * 204 / 9.2 / 5, abs=0.1) and "CPUs at 5 frames a second" in str(
+        slower
+    )
     gpus = needs("stage5_long_video:kangaroo_8b", "H100:128", 2.0)  # a process each, two of which share a row
     assert (gpus.hosts, gpus.hosts_of_a_row, gpus.cpus) == (128, 2, 12)
     assert gpus.frames_a_second == pytest.approx(204 / 2 / 2.0)
