@@ -11,8 +11,8 @@ def get_config(preset: str = "kangaroo_8b") -> ConfigDict:
     c.stage = "hour_video"
     c.data.update(image_size=448, min_frames=64, max_frames=160, long_min_frames=160, long_max_frames=3600)
     # 1,800 groups of 256 tokens and a mark each, and 4,341 places for text; a multiple of 128 on 32 half pieces.
-    c.data.update(max_sample_tokens=466_944, tokens_per_pack=466_944, frames_per_pack=3600)
-    c.data.update(packs_per_batch=4)
+    c.data.update(max_sample_tokens=466_944, tokens_per_pack=466_944)
+    c.data.update(packs_per_batch=4, frames_per_pack=3712)  # whole groups on each of 128, 64, 32 .. devices
     c.optimizer.learning_rate = 1e-5
     c.optimizer.trainable = (("vision/.*", None), (".*", 1.0))
     c.train.steps = 2_000
