@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -101,7 +102,10 @@ def _are_labels(examples: Sequence[Example]) -> bool:
 
 
 def _drawn(examples: Sequence[Example], groups: Mapping[str, int], seed: int) -> set[int]:
-    """A fifth of the groups of each answer, by a hash, so that more data moves none to the other side."""
+    """A fifth of the groups of each answer, by a hash of a file's name and folder.
+
+    So more data moves none to the other side, and on another machine, where all lies elsewhere, it is the same fifth.
+    """
     labels = _are_labels(examples)
     members: dict[str, list[int]] = collections.defaultdict(list)
     for example in examples:
@@ -109,10 +113,15 @@ def _drawn(examples: Sequence[Example], groups: Mapping[str, int], seed: int) ->
     first = {group: path for path, group in reversed(sorted(groups.items()))}
     held: set[int] = set()
     for of_answer in members.values():
-        order = sorted(set(of_answer), key=lambda group: hashlib.sha256(f"{seed} {first[group]}".encode()).digest())
+        order = sorted(set(of_answer), key=lambda group: (_hash(first[group], seed), first[group]))
         wanted = min(round(SHARE * len(order)), MOST // len(members) or 1)
         held |= set(order[: max(wanted, 1 if len(order) > 1 else 0)])
     return held
+
+
+def _hash(path: str, seed: int) -> bytes:
+    """Of the last two parts of a path."""
+    return hashlib.sha256(f"{seed} {'/'.join(Path(path).parts[-2:])}".encode()).digest()
 
 
 def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:

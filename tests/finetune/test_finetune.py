@@ -150,6 +150,19 @@ def test_near_duplicates_stay_on_one_side(clips, tmp_path):
     assert split(examples, 1, quiet) == split(examples, 1, quiet)
 
 
+def test_the_same_videos_are_held_out_where_all_lies_elsewhere(clips, tmp_path):
+    asked = set[tuple[str, ...]]()
+    for number in range(4):  # if places counted, all four would be the same once in 15,000 times
+        moved = shutil.copytree(clips, tmp_path / str(number) / clips.name)
+        found = split(read_examples(table(moved, *rows_of(moved)), quiet), 0, quiet)[1]
+        asked.add(tuple(sorted(Path(example.video).name for example in found)))
+    assert len(asked) == 1
+    others = {
+        tuple(sorted(e.video for e in split(read_examples(moved / "mine.csv", quiet), n, quiet)[1])) for n in range(4)
+    }
+    assert len(others) > 1, "seeds split otherwise"
+
+
 def test_videos_that_cannot_be_read_are_told_and_split_all_the_same(tmp_path):
     for label in ("cat", "dog"):
         for number in range(2):
