@@ -14,6 +14,6 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.data.update(shuffle=False, packing_bins=2)  # captions first, then questions among them
     c.optimizer.learning_rate = 1e-3
     c.optimizer.trainable = (("projector/.*|special_embedding", 1.0), ("vision/.*", 0.5), (".*", None))  # all are new
-    c.train.steps = 700
+    c.train.steps = 900
     c.model.scan = False  # in bfloat16 XLA turns all that a loop keeps to float32 and back, each time round, on a CPU
     return lock(c)

@@ -13,6 +13,6 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.data.update(image_size=28, tokens_per_pack=512, frames_per_pack=32, packs_per_batch=2, max_sample_tokens=512)
     c.optimizer.learning_rate = 6e-4
     c.optimizer.trainable = (("(projector|vision)/.*|special_embedding", 1.0), (".*", None))
-    c.train.steps = 500
+    c.train.steps = 2000
     c.model.scan = False  # in bfloat16 XLA turns all that a loop keeps to float32 and back, each time round, on a CPU
     return lock(c)

@@ -1,4 +1,4 @@
-"""Stage 4 with SmolLM2: 8 to 64 frames of 56 pixels; everything trains."""
+"""Stage 4 with SmolLM2: 8 to 64 frames of 28 pixels; everything trains."""
 
 from ml_collections import ConfigDict
 
@@ -9,7 +9,7 @@ from kangaroo_jax.config_files import stage_of_paper
 def get_config(preset: str = "smol") -> ConfigDict:
     """The stage's config for a model preset."""
     c = stage_of_paper("stage4_instruct", preset)
-    c.data.update(image_size=56, min_frames=8, long_min_frames=8)
+    c.data.update(image_size=28, min_frames=8, long_min_frames=8)
     c.data.update(tokens_per_pack=512, frames_per_pack=48, packs_per_batch=2, max_sample_tokens=512)
     c.optimizer.learning_rate = 3e-4
     c.optimizer.trainable = (("llm/.*", 0.5), (".*", 1.0))

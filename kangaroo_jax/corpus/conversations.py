@@ -17,16 +17,18 @@ from kangaroo_jax.system.json_text import json_line
 PHRASED = "-phrased"  # ends the name of a record that is put in others' words
 
 
-def _questions(scene: Scene, language: str, plan: CorpusMixture, rng: random.Random) -> list[tuple[str, str]]:
+def _questions(
+    scene: Scene, language: str, plan: CorpusMixture, stage: int, rng: random.Random
+) -> list[tuple[str, str]]:
     """Rounds of questions on one scene, each fact at most once, sometimes with a description at the end."""
-    rounds = plan.long_rounds if scene.kind == "long" else plan.rounds
-    chosen = some_facts(scene, rounds, rng, plan.every_fact)
+    rounds, times = plan.long_rounds if scene.kind == "long" else plan.rounds, stage >= plan.times_from
+    chosen = some_facts(scene, rounds, rng, plan.every_fact, times)
     asked = [ask(fact, language, rng, "?" if rng.random() < plan.multiple_choice else "") for fact in chosen]
     if plan.sentences:
         asked = [in_a_sentence(question, fact) for question, fact in zip(asked, chosen, strict=True)]
     turns = [(q.text, q.told) for q in asked]
     if rng.random() < plan.describe_last:
-        turns.append(_description(scene, language, bool(scene.seconds) and rng.random() < 0.5, plan))
+        turns.append(_description(scene, language, times and bool(scene.seconds) and rng.random() < 0.5, plan))
     return turns
 
 
@@ -61,7 +63,10 @@ def _captions(
     for i, scene in enumerate(media[folder]):
         for language in languages:
             name = f"{folder}-{i:05d}-{'dense' if dense else 'caption'}-{language}"
-            yield record_of(name, [_description(scene, language, dense, plan)], media_name(folder, i))
+            made = record_of(name, [_description(scene, language, dense, plan)], media_name(folder, i))
+            if plan.bare_captions:
+                made["conversations"].insert(0, {"from": "system", "value": ""})
+            yield made
 
 
 def _instructions(
@@ -77,7 +82,7 @@ def _instructions(
     for i, scene in enumerate(media[folder][:count]):
         for k in range(each):
             language = _language(i + k, plan.chinese[stage - 1])
-            turns = _questions(scene, language, plan, rng)
+            turns = _questions(scene, language, plan, stage, rng)
             yield record_of(f"{folder}-{i:05d}-chat-{k}-{language}", turns, media_name(folder, i))
 
 
@@ -141,9 +146,9 @@ def write_records(
 ) -> None:
     """Write the files of the stages, of the warm-up and of the evaluation into `root`; `media` are scenes by folder."""
     rng = random.Random(f"{seed}/records")
-    captions, dense, long_dense = (
+    captions, told, long_told = (
         list(_captions(media, folder, dense, plan, stage))
-        for folder, dense, stage in (("images", False, 1), ("short", True, 2), ("long", True, 5))
+        for folder, dense, stage in (("images", False, 1), ("short", plan.times_from <= 2, 2), ("long", True, 5))
     )
     rng.shuffle(captions)
     first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
@@ -155,16 +160,16 @@ def write_records(
     chats = shorts(plan.stage4_per_short, 4)
     lately = _with_others(chats, media, plan.some_images, plan, 4, rng)
     stages = [
-        _with_others(more, media, plan.images, plan, 1, rng),
+        _with_others(more, media, plan.stage1_chats, plan, 1, rng),
         *(
-            _with_others(dense + shorts(plan.stage2_per_short, stage), media, plan.some_images, plan, stage, rng)
+            _with_others(told + shorts(plan.stage2_per_short, stage), media, plan.some_images, plan, stage, rng)
             for stage in (2, 3)
         ),
         lately,
     ]
     long_chats = list(_instructions(media, "long", plan.longs, plan.stage5_per_long, plan, 5, rng))
     again = min(plan.stage5_again, len(lately))
-    stages.append(long_chats + long_dense + rng.sample(lately, again))
+    stages.append(long_chats + long_told + rng.sample(lately, again))
     # Records in others' words stand behind all others, which stay what they are without them, as does the tokenizer.
     phrased, long_phrased = (list(_some_phrased(some, scenes, plan, phrasings, seed)) for some in (chats, long_chats))
     repeated = random.Random(f"{seed}/phrased").sample(phrased, len(phrased) * again // max(len(lately), 1))

@@ -35,6 +35,10 @@ class CorpusMixture:
     describe_last: float = 0.15  # share of conversations that end with a description
     stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on every image follow,
     stage1_more: int = 3000  # and so many captions among them
+    stage1_chats: int = 12_000  # images with such a conversation
+    bare_captions: bool = (
+        False  # a conversation that is a caption alone has an empty system turn, not the template's own
+    )
     stage2_per_short: int = 4  # conversations of a short clip in stages 2 and 3; languages take turns
     stage4_per_short: int = 6
     some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4
@@ -45,6 +49,7 @@ class CorpusMixture:
     chinese: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5, 0.5)  # share of the conversations of each stage
     sentences: bool = False  # questions and answers are whole sentences
     every_fact: bool = False  # easy facts are asked as often as others
+    times_from: int = 1  # the stage from which texts have times: moments, durations, descriptions with times
     # Text warm-up
     warmup: float = 1.0  # times the records of `corpus_warmup.LESSONS`
     # Evaluation: questions in both languages together
@@ -55,7 +60,7 @@ class CorpusMixture:
     def scaled(self, scale: float) -> "CorpusMixture":
         """The same mixture with every count multiplied, never below a handful; what is left out stays left out."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
-        records = ("stage1_captions", "stage1_more", "some_images", "some_text", "stage5_again")
+        records = ("stage1_captions", "stage1_more", "stage1_chats", "some_images", "some_text", "stage5_again")
         given = {name: getattr(self, name) for name in (*media, *records)}
         counts: dict[str, Any] = {name: max(round(n * scale), 4) if n else 0 for name, n in given.items()}
         for name in ("eval_image", "eval_short", "eval_long"):

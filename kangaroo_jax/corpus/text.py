@@ -226,12 +226,16 @@ def appearance(scene: Scene) -> Fact | None:
 EASY = dict(duration=0.35, what=0.8, colour=0.5, first=0.75, last=0.75, first_colour=0.4, last_colour=0.4)
 
 
-def some_facts(scene: Scene, count: int, rng: random.Random, every: bool = False) -> list[Fact]:
+TIMED = ("duration", "second_t")  # questions
+
+
+def some_facts(scene: Scene, count: int, rng: random.Random, every: bool = False, times: bool = True) -> list[Fact]:
     """Up to `count` different facts, in random order; the easy ones, which all short scenes have, are rarer.
 
-    With `every` none is rarer than another.
+    With `every` none is rarer than another. Without `times` none is about a moment or a duration.
     """
     found, easy = facts(scene), {} if every or scene.kind == "long" else EASY
+    found = found if times else [fact for fact in found if fact.question not in TIMED]
     rng.shuffle(found)
     return [fact for fact in found if rng.random() < easy.get(fact.question, 1.0)][:count] or found[:1]
 

@@ -95,7 +95,11 @@ def test_the_corpus_of_smollm2_has_sentences_and_its_languages(tmp_path):
         records = read_records(path)
         texts = ["".join(turn["value"] for turn in record["conversations"]) for record in records]
         assert any(not text.isascii() for text in texts) == (number >= 4)
+        assert any(word in text for text in texts for word in ("second", "times", "秒")) == (number >= 4)
         assert all("video" in record or "image" in record for record in records)
+        for record in records:
+            bare = record["conversations"][0] == {"from": "system", "value": ""}
+            assert bare == ("-chat-" not in record["id"]), record
         said = [turn["value"] for record in records for turn in record["conversations"] if turn["from"] == "gpt"]
         assert all(text[-1] in ".。" for text in said)
     for path in corpus.eval_files.values():
