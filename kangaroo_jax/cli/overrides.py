@@ -21,7 +21,7 @@ def config_of(job: str, spec: str, words: Sequence[str]) -> "ConfigDict":
 
 
 def stage_of(job: str, spec: str, words: Sequence[str]) -> "StageConfig":
-    """The same as a stage's. Raises UserError."""
+    """The stage that `config_of` has the config of. Raises UserError."""
     from kangaroo_jax.config import StageConfig
 
     return StageConfig.from_config(config_of(job, spec, words))

@@ -33,12 +33,10 @@ class CorpusMixture:
     long_rounds: int = 9  # about a long video, whose frames cost much more than its questions
     multiple_choice: float = 0.4  # share of the questions; the others are open
     describe_last: float = 0.15  # share of conversations that end with a description
-    stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on every image follow,
+    stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on images follow,
     stage1_more: int = 3000  # and so many captions among them
     stage1_chats: int = 12_000  # images with such a conversation
-    bare_captions: bool = (
-        False  # a conversation that is a caption alone has an empty system turn, not the template's own
-    )
+    bare_captions: bool = False  # what is a caption alone has an empty system turn, not the template's own
     stage2_per_short: int = 4  # conversations of a short clip in stages 2 and 3; languages take turns
     stage4_per_short: int = 6
     some_images: int = 2500  # images with a conversation, again, in each of stages 2 to 4

@@ -120,7 +120,7 @@ def _drawn(examples: Sequence[Example], groups: Mapping[str, int], seed: int) ->
 
 
 def _hash(path: str, seed: int) -> bytes:
-    """Of the last two parts of a path."""
+    """A digest of the seed and the last two parts of a path."""
     return hashlib.sha256(f"{seed} {'/'.join(Path(path).parts[-2:])}".encode()).digest()
 
 

@@ -1,11 +1,13 @@
 """What hosts must decode, and meshes that give a row to as few hosts as can be."""
 
 import dataclasses
+import inspect
 import itertools
 
 import pytest
 
 from kangaroo_jax.chips import parse_topology
+from kangaroo_jax.cli.plan import plan
 from kangaroo_jax.config import StageConfig
 from kangaroo_jax.data.batches.stream import batches_ahead
 from kangaroo_jax.planning.feeding import FRAMES_A_CPU, feeding
@@ -57,6 +59,10 @@ def test_a_row_is_on_as_few_hosts_as_can_be(topology, slices, shape, hosts):
         for group in grid.reshape(-1, 4):
             for a, b in itertools.pairwise((*group, group[0])):
                 assert sum(abs(p - q) for p, q in zip(a.coords, b.coords, strict=True)) == 1
+
+
+def test_a_cpus_frames_are_those_of_the_command():
+    assert inspect.signature(plan).parameters["frames_a_cpu"].default == FRAMES_A_CPU
 
 
 @needs_libtpu
