@@ -8,6 +8,7 @@ from typing import Any
 
 from kangaroo_jax.cli.arguments import Count, Natural, Number, Overrides, Several, listed
 from kangaroo_jax.errors import UserError
+from kangaroo_jax.system.progress import silent
 
 
 def train(
@@ -159,7 +160,7 @@ def batches(
     from kangaroo_jax.cli.overrides import stage_of
 
     stage = stage_of("bench batches", config, overrides)
-    _show(bench_batches(stage, batches, (lambda line: None) if json else print), json)
+    _show(bench_batches(stage, batches, silent if json else print), json)
 
 
 def packing(
@@ -183,7 +184,7 @@ def packing(
     """
     from kangaroo_jax.bench.packing import bench_rows, table
 
-    results = bench_rows(config or [], row, samples, seed, tell=(lambda line: None) if json else print)
+    results = bench_rows(config or [], row, samples, seed, tell=silent if json else print)
     print(json_text.dumps(results) if json else table(results))
 
 
@@ -294,7 +295,7 @@ def chat(
     sizes = [[int(n) for n in listed(text) if n.isascii() and n.isdigit() and int(n)] for text in (batch, prompt)]
     if not all(sizes) or [len(found) for found in sizes] != [text.count(",") + 1 for text in (batch, prompt)]:
         raise UserError("bench chat: --batch and --prompt must be numbers, such as 1,8")
-    rows = bench_chat(preset, sizes[0], sizes[1], new, rounds, tell=(lambda line: None) if json else print)
+    rows = bench_chat(preset, sizes[0], sizes[1], new, rounds, tell=silent if json else print)
     if json:
         print(json_text.dumps(rows))
 
@@ -330,7 +331,7 @@ def _answering(
         rounds=rounds,
         seconds=seconds,
         folder=make_folder(folder),
-        tell=(lambda line: None) if json else print,
+        tell=silent if json else print,
     )
     print(json_text.dumps(found) if json else table(found))
 
@@ -368,7 +369,7 @@ def quantize(
         kv_dtype=kv_dtype,
         dtype=dtype,
         questions=questions,
-        tell=(lambda line: None) if json else print,
+        tell=silent if json else print,
     )
     print(json_text.dumps(rows) if json else "\n".join(map(line, rows)))
 
@@ -414,7 +415,7 @@ def serve(
         rounds=rounds,
         tokens=tokens,
         body_mb=max_body_mb,
-        tell=(lambda line: None) if json else print,
+        tell=silent if json else print,
     )
     if json:
         print(json_text.dumps(rows))

@@ -28,7 +28,7 @@ from kangaroo_jax.inference.slots import Slots
 from kangaroo_jax.inference.timing import Finishes
 from kangaroo_jax.inference.vision import Vision
 from kangaroo_jax.models.kangaroo import KangarooModel
-from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.system.progress import Tell, silent
 
 FAILURES = 2  # so many one after another end the engine
 AHEAD = 2  # pieces of prompts that may wait on the device
@@ -140,7 +140,7 @@ class Engine:
         self._awake.set()
         return ticket
 
-    def warm_up(self, image_size: int, tell: Tell = lambda _: None) -> int:
+    def warm_up(self, image_size: int, tell: Tell = silent) -> int:
         """Compile all programs, for frames of `image_size` pixels; how many there are. `tell`: how far it is."""
         self.programs.warm_up(image_size, tell)
         return self.programs.compiled

@@ -25,7 +25,7 @@ from kangaroo_jax.inference.sizes import TAIL, Key, Rows, Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.sharding import mesh_scope, sharding
 from kangaroo_jax.system.cpus import usable_cpus
-from kangaroo_jax.system.progress import Progress, Tell
+from kangaroo_jax.system.progress import Progress, Tell, silent
 
 
 class Programs:
@@ -77,7 +77,7 @@ class Programs:
         """How many programs are compiled."""
         return len(self._store.programs)
 
-    def warm_up(self, image_size: int, tell: Tell = lambda _: None) -> None:
+    def warm_up(self, image_size: int, tell: Tell = silent) -> None:
         """Compile every program that there will be, several at a time; `tell` is told now and then how far it is."""
         keys = self.sizes.keys(image_size)
         progress = Progress("compiling", len(keys), "programs", tell)

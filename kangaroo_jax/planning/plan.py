@@ -24,7 +24,7 @@ from kangaroo_jax.planning.packing import Packed, packed
 from kangaroo_jax.planning.profile import measured
 from kangaroo_jax.planning.report import Plan
 from kangaroo_jax.sharding import MESH_AXES
-from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.system.progress import Tell, silent
 from kangaroo_jax.training.flops import step_flops
 from kangaroo_jax.training.placement import resolve
 
@@ -248,7 +248,7 @@ def run(
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu}: a share between 0 and 1")
     target = devices_here() if topology == "here" else parse_topology(topology, slices)
-    note: Tell = (lambda line: None) if as_json else tell
+    note: Tell = silent if as_json else tell
     found_by = dataclasses.asdict(measured(profile_of, target.chip)) if profile_of else {}
     plans = []
     for config in configs:

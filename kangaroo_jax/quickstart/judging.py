@@ -18,7 +18,7 @@ from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_c
 from kangaroo_jax.report.page import render
 from kangaroo_jax.system.files import write_bytes, write_json
 from kangaroo_jax.system.json_text import json_line
-from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.system.progress import Tell, silent
 
 OFFICIAL = "video-mme"  # whose words the held-out questions are asked in, too
 _CONTROLLED = 160  # held-out questions about short clips that are asked with controls
@@ -60,7 +60,6 @@ def judge(workdir: Path, corpus: Corpus, stages: tuple[str, str], scale: float, 
 
     def of(stage: str, benchmark: str, name: str, **keys: Any) -> dict[str, Any]:
         settings = Settings((benchmark,), str(folder), **keys)
-        silent: Tell = lambda line: None  # noqa: E731
         return evaluate_checkpoint(str(workdir / stage), settings, folder / name, Loading(), Share(), tell=silent)[0]
 
     folder.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from kangaroo_jax.conversion.sources import open_source
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.inference.history import conversation
 from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE
-from kangaroo_jax.system.progress import Tell
+from kangaroo_jax.system.progress import Tell, silent
 
 
 def compare_chats(
@@ -38,7 +38,7 @@ def compare_chats(
     from kangaroo_jax.conversion.convert import convert
 
     with tempfile.TemporaryDirectory() as scratch:
-        exported = convert([checkpoint], Path(scratch) / "export", format="hf", tell=lambda line: None)
+        exported = convert([checkpoint], Path(scratch) / "export", format="hf", tell=silent)
         theirs = InTorch(open_source(exported), Path(scratch))
         kangaroo = Kangaroo.load(checkpoint, dtype=ANSWERS_DTYPE)
         asked = [(Path(media), question) for media, question in videos_and_questions]

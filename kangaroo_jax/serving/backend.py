@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from kangaroo_jax.config import frames_per_group, tokens_per_group
@@ -20,6 +20,7 @@ from kangaroo_jax.serving.limits import MIB, Limits
 from kangaroo_jax.serving.prompts import Prompts
 from kangaroo_jax.serving.rehearsal import rehearse
 from kangaroo_jax.system.memory import Bounded
+from kangaroo_jax.system.progress import Tell, silent
 
 _NO_FILE = "/nowhere/at all"
 
@@ -77,7 +78,7 @@ class Choices:
     loras: tuple[tuple[str, str], ...] = ()  # (name of a model, folder of its adapter beside the checkpoint)
 
 
-def open_backend(choices: Choices, limits: Limits, step: Callable[[str], None] = lambda _: None) -> Backend:
+def open_backend(choices: Choices, limits: Limits, step: Tell = silent) -> Backend:
     """Load and compile all, and rehearse. `step` is told what is being done. Raises UserError."""
     from kangaroo_jax.checkpoints.adapters import open_adapter
     from kangaroo_jax.inference.adapters import adapted, load_adapted

@@ -13,6 +13,10 @@ _EVERY, _ON_A_TERMINAL = 5.0, 0.2  # seconds between lines
 _UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}  # bytes
 
 
+def silent(line: str) -> None:
+    """Show no line."""
+
+
 def duration(seconds: float) -> str:
     """`h:mm:ss` for people."""
     seconds = int(seconds)

@@ -27,7 +27,7 @@ from kangaroo_jax.sharding import make_mesh, mesh_scope, mesh_text
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.json_text import json_line
 from kangaroo_jax.system.memory import keep_freed_memory
-from kangaroo_jax.system.progress import Tell, duration
+from kangaroo_jax.system.progress import Tell, duration, silent
 from kangaroo_jax.training import checkpoint
 from kangaroo_jax.training.base import adapter_state, load_base
 from kangaroo_jax.training.boards import open_boards
@@ -125,7 +125,7 @@ def train(
     check_config(given)
     jax.devices()  # fails early if there are none
     workdir, start = Path(workdir), time.perf_counter()
-    tell = unbroken(tell) if is_main() else lambda line: None
+    tell = unbroken(tell) if is_main() else silent
     with contextlib.ExitStack() as stack:
         stack.enter_context(explained_disk(workdir))
         workdir.mkdir(parents=True, exist_ok=True)
