@@ -12,7 +12,7 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.data.update(image_size=28, min_frames=8)
     c.data.update(tokens_per_pack=768, frames_per_pack=160, packs_per_batch=2, max_sample_tokens=768, packing_bins=8)
     c.optimizer.learning_rate = 3e-4
-    c.optimizer.trainable = (("vision/.*", None), ("llm/.*", 0.5), (".*", 1.0))
-    c.train.steps = 300
+    c.optimizer.trainable = (("vision/.*", None), ("llm/.*", 0.25), (".*", 1.0))
+    c.train.steps = 500
     c.model.llm.remat, c.optimizer.moment_dtype = "mlp", "bfloat16"  # for memory
     return lock(c)
