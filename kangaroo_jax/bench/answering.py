@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.models.quantized import SCALE
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.memory import peak_mib
+from kangaroo_jax.system.progress import Tell
 
 QUESTION = 32  # tokens of text around a video
 COPIED = 1 << 30  # bytes of the array whose copy tells the bandwidth; on a CPU a sixteenth
@@ -102,7 +103,7 @@ def bench_answering(
     rounds: int,
     seconds: int,
     folder: Path,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> dict[str, Any]:
     """Measure; `rows`, a `Row` for each number of frames, and what the device is.
 
@@ -267,7 +268,7 @@ def _measured(
     new: int,
     rounds: int,
     bandwidth: float,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> Row:
     talk, times = _Talk(config, model, video, frames, new, kv_dtype), dict[str, list[float]]()
     try:

@@ -6,7 +6,7 @@ of the process, which others on the machine disturb less than the clock. Needs t
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from kangaroo_jax.inference.sizes import Sizes
 from kangaroo_jax.models.kangaroo import KangarooModel
 from kangaroo_jax.system.cpus import usable_cpus
 from kangaroo_jax.system.installing import install_line
+from kangaroo_jax.system.progress import Tell
 
 SHARE = 0.75  # of a prompt that are vision tokens
 FIRST = 11  # id of the first token that is text
@@ -32,7 +33,7 @@ Measured = tuple[list[float], list[float], list[list[int]]]  # CPU seconds of a 
 
 
 def bench_chat(
-    preset: str, batches: Iterable[int], prompts: Iterable[int], new: int, rounds: int, tell: Callable[[str], None]
+    preset: str, batches: Iterable[int], prompts: Iterable[int], new: int, rounds: int, tell: Tell
 ) -> list[dict[str, float]]:
     """A row for each number of conversations and length of their prompts; see `table`. Raises UserError."""
     config = model_config(preset)

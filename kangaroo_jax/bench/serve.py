@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from kangaroo_jax.bench.health import watched_health
 from kangaroo_jax.bench.load import VALID, Asked, Clients, Outcome, Question, drawn, made_up
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.system.children import uninterrupted
+from kangaroo_jax.system.progress import Tell
 
 _REFUSED = {"malformed": ("400", "403", "404"), "oversize": ("413",)}  # statuses that these should have
 _START_SECONDS = 900.0
@@ -96,7 +97,7 @@ def bench_serve(
     tokens: int = 16,
     body_mb: int = 4,
     flags: Sequence[str] = (),
-    tell: Callable[[str], None] = print,
+    tell: Tell = print,
 ) -> list[dict[str, Any]]:
     """A row for each round, see `_row`; what `tell` gets says the same.
 

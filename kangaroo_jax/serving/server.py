@@ -21,6 +21,7 @@ from kangaroo_jax.serving.limits import Limits
 from kangaroo_jax.serving.listening import Quiet, announced, listening
 from kangaroo_jax.serving.service import Service
 from kangaroo_jax.serving.store import MediaStore
+from kangaroo_jax.system.progress import Tell
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Options:
     drain_seconds: float = 60.0
 
 
-def serve(options: Options, limits: Limits, load: Callable[[Callable[[str], None]], Backend]) -> int:
+def serve(options: Options, limits: Limits, load: Callable[[Tell], Backend]) -> int:
     """Answer until SIGTERM or Ctrl-C; the exit code: 0, or 1 where the engine has failed.
 
     `load` makes what answers; it is given a function to say how far it is. Raises UserError where it does, where the
@@ -75,7 +76,7 @@ def serve(options: Options, limits: Limits, load: Callable[[Callable[[str], None
 class _Process:
     """What goes on beside the answering."""
 
-    def __init__(self, service: Service, options: Options, load: Callable[[Callable[[str], None]], Backend]) -> None:
+    def __init__(self, service: Service, options: Options, load: Callable[[Tell], Backend]) -> None:
         self.service, self._options, self._load = service, options, load
         self.error: Exception | None = None
         self.lost = self.interrupted = False
