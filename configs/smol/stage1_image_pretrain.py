@@ -1,4 +1,4 @@
-"""Stage 1 with SmolLM2: images of 28 pixels, captions first; the encoder and the projector train."""
+"""Stage 1 with SmolLM2: images of 28 pixels; the encoder and the projector train."""
 
 from ml_collections import ConfigDict
 
@@ -11,9 +11,8 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c = stage_of_paper("stage1_image_pretrain", preset)
     c.data.loss_on = "assistant"  # the request says what is asked for, and in which language
     c.data.update(image_size=28, tokens_per_pack=256, frames_per_pack=8, packs_per_batch=4, max_sample_tokens=256)
-    c.data.update(shuffle=False, packing_bins=2)  # captions first, then questions among them
-    c.optimizer.learning_rate = 1e-3
-    c.optimizer.trainable = (("projector/.*|special_embedding", 1.0), ("vision/.*", 0.5), (".*", None))  # all are new
-    c.train.steps = 900
+    c.optimizer.learning_rate = 6e-4
+    c.optimizer.trainable = (("projector/.*|special_embedding", 1.0), ("vision/.*", 0.5), (".*", None))
+    c.train.steps = 600
     c.model.scan = False  # in bfloat16 XLA turns all that a loop keeps to float32 and back, each time round, on a CPU
     return lock(c)

@@ -152,6 +152,7 @@ def write_records(
     )
     rng.shuffle(captions)
     first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
+    apart = captions[: plan.apart]
     scenes = {media_name(folder, i): scene for folder in ("short", "long") for i, scene in enumerate(media[folder])}
 
     def shorts(each: int, stage: int) -> list[dict[str, Any]]:
@@ -178,6 +179,8 @@ def write_records(
         rng.shuffle(records)
         _write(root / f"stage{i}.jsonl", [*(first if i == 1 else ()), *records, *behind.get(i, ())])
     _write(root / "stage0.jsonl", _warmup_records(plan, seed))
+    if apart:
+        _write(root / "captions.jsonl", apart)
     for name, folder in (("image", "images"), ("short", "short"), ("long", "long")):
         folder = f"held_out/{folder}"
         counts = getattr(plan, f"eval_{name}")

@@ -50,6 +50,11 @@ class Corpus:
         return self.folder / "stage0.jsonl"
 
     @property
+    def captions(self) -> Path:
+        """Captions of images for the warm-up of an encoder: `captions.jsonl`, where the mixture has any."""
+        return self.folder / "captions.jsonl"
+
+    @property
     def stages(self) -> tuple[Path, ...]:
         """Records of stages 1 to 5."""
         return tuple(self.folder / f"stage{i}.jsonl" for i in range(1, 6))

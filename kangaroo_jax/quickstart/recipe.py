@@ -40,6 +40,7 @@ class Recipe:
         curates: whether raw clips are curated.
         judges: whether the model is judged as others judge models.
         answer_tokens: longest answer to a held-out question.
+        encoder_steps: of the encoder's warm-up, 0 for none (`encoder_warmup`).
         speaks: whether the decoder speaks from the beginning: what it knew is measured, and it is reminded.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     curates: bool
     judges: bool
     answer_tokens: int
+    encoder_steps: int
     speaks: bool
 
 
@@ -95,6 +97,7 @@ TINY = Recipe(
     curates=True,
     judges=True,
     answer_tokens=16,
+    encoder_steps=0,
     speaks=False,
 )
 SMOL = Recipe(
@@ -106,8 +109,9 @@ SMOL = Recipe(
         times_from=4,  # a frozen decoder learns forms through the vision tokens alone, and these are dear
         some_images=5000,
         every_fact=True,  # what stands before the first question costs as much as three questions
-        stage1_captions=1500,
-        stage1_more=10_500,
+        apart=12_000,
+        stage1_captions=0,  # the encoder knows their words from its warm-up
+        stage1_more=2000,
         stage1_chats=6000,
         bare_captions=True,  # the template's own takes 25 of 55 tokens
         some_text=0,
@@ -120,13 +124,14 @@ SMOL = Recipe(
     start=_smollm2,
     script="smol.sh",
     title="kangaroo_jax with SmolLM2",
-    lead="A Kangaroo whose decoder speaks already: SmolLM2-135M-Instruct, with an encoder of 22 million weights that "
-    "has seen nothing, trained through the five stages of the curriculum with the paper's own parts (the decoder is "
-    "frozen in stages 1 to 3, the encoder in stage 5), on generated media files. Every question here is about a file, "
-    "a handwritten digit or a combination that it was never trained on.",
+    lead="A Kangaroo whose decoder speaks already: SmolLM2-135M-Instruct, with a new encoder of 22 million weights, "
+    "which first learns the words of captions, trained through the five stages of the curriculum with the paper's own "
+    "parts (the decoder is frozen in stages 1 to 3, the encoder in stage 5), on generated media files. Every question "
+    "here is about a file, a handwritten digit or a combination that it was never trained on.",
     curates=False,
     judges=False,
     answer_tokens=32,
+    encoder_steps=300,
     speaks=True,
 )
 RECIPES = {recipe.name: recipe for recipe in (TINY, SMOL)}

@@ -1,13 +1,14 @@
 """`kangaroo quickstart`: trains a small Kangaroo, until it answers questions about unseen videos.
 
-    corpus -> curation of raw clips -> tokenizer -> text warm-up -> five stages, each evaluated -> chat
+    corpus -> curation of raw clips -> tokenizer -> warm-up -> five stages, each evaluated -> chat
     -> export compared with PyTorch -> report.html, results.json
 
-The recipe (`recipe`) says which of them there are: with a decoder that speaks already there is no warm-up. Every part
-leaves a marker in the workdir; running it again continues where it stopped.
+The recipe (`recipe`) says which of them there are. What warms up is a new decoder, or the new encoder of one that
+speaks already. Every part leaves a marker in the workdir; running it again continues where it stopped.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import resource
@@ -23,15 +24,16 @@ from ml_collections import ConfigDict
 
 from kangaroo_jax import machine
 from kangaroo_jax.config import STAGES as OF_THE_PAPER
+from kangaroo_jax.config import StageConfig
 from kangaroo_jax.corpus.make import Corpus, make_corpus
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.evaluation.answering import Answers
 from kangaroo_jax.inference.chat import Kangaroo
 from kangaroo_jax.quickstart import ablations as quickstart_ablations
 from kangaroo_jax.quickstart import curation as quickstart_curation
-from kangaroo_jax.quickstart import judging, language
+from kangaroo_jax.quickstart import encoder_warmup, judging, language
 from kangaroo_jax.quickstart.evaluating import evaluate_stage
-from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE, TINY, WARMUP, Recipe
+from kangaroo_jax.quickstart.recipe import ANSWERS_DTYPE, TINY, WARMUP, Recipe, Start
 from kangaroo_jax.quickstart.report import write_quickstart_report
 from kangaroo_jax.system.files import write_json
 from kangaroo_jax.system.installing import install_line
@@ -134,6 +136,13 @@ def run(
                 knows[name] = language.measure(folder, folder / "language.json", tell)
 
     data = quickstart_curation.training_data(corpus, curated)
+    learnt = {}
+    if recipe.encoder_steps:
+        first = first_stage(recipe, data, start, seed)
+        with clock.part("encoder"):
+            steps = max(2, round(recipe.encoder_steps * scale))
+            learnt = encoder_warmup.warm_up(first, corpus.captions, workdir / "encoder", steps, tell)
+        start = dataclasses.replace(start, init_from=str(workdir / "encoder"))
     stages = curriculum.run(
         recipe.name,
         workdir,
@@ -156,6 +165,7 @@ def run(
         same = compare_with_torch(workdir, corpus, tell)
     results = collect(workdir, stages, clock) | ({"judged": judged} if judged else {})
     results |= {"language": knows} if knows else {}
+    results |= {"encoder": learnt} if learnt else {}
     if same is not None:
         results["torch_chat"] = same
     write_json(workdir / "results.json", results)
@@ -165,6 +175,7 @@ def run(
         )
         write_json(workdir / "results.json", results)
     alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
+    alike |= {"words that the encoder knew before stage 1": f"{learnt['words_right']:.0%}"} if learnt else {}
     sections = [judging.report_section(judged, results["stages"][-1]["short_mcq"])] if judged else []
     sections += [quickstart_curation.report_section(curated)] if curated else []
     sections += [language.report_section(knows)] if knows else []
@@ -190,6 +201,19 @@ def claim(workdir: Path, settings: dict[str, Any]) -> None:
     found = json.loads(path.read_text())
     if found != settings:
         raise UserError(f"{workdir}: was begun with {found}, not {settings}; use another --workdir or those settings")
+
+
+def first_stage(recipe: Recipe, data: Path, start: Start, seed: int) -> StageConfig:
+    """The config of the recipe's first stage, which starts from `start`."""
+    config = curriculum.stage(
+        recipe.stages[0],
+        recipe.name,
+        data=data,
+        tokenizer=start.tokenizer,
+        init_from=start.init_from,
+        overrides={"seed": seed},
+    )
+    return StageConfig.from_config(config)
 
 
 def shorten(config: ConfigDict, scale: float) -> None:

@@ -22,6 +22,7 @@ from kangaroo_jax.models.parameters import multiplier
 from kangaroo_jax.quickstart import evaluating, language
 from kangaroo_jax.quickstart import run as quickstart
 from kangaroo_jax.quickstart.ablations import VARIANTS
+from kangaroo_jax.quickstart.encoder_warmup import words_of
 from kangaroo_jax.quickstart.recipe import RECIPES, SMOL, TINY
 
 PARTS = ("vision/blocks/mlp/up/kernel", "projector/first/kernel", "patchify/kernel", "llm/embedding")
@@ -105,6 +106,9 @@ def test_the_corpus_of_smollm2_has_sentences_and_its_languages(tmp_path):
     for path in corpus.eval_files.values():
         for record in read_records(path):
             assert is_correct(record, record["conversations"][1]["value"])
+    apart = read_records(corpus.captions)  # of every image, for the encoder's warm-up
+    assert len({record["image"] for record in apart}) == len(apart) == 12
+    assert all(words_of(record["conversations"][-1]["value"]) for record in apart)
 
 
 def test_a_workdir_of_another_recipe_is_refused(tmp_path):
