@@ -1,6 +1,5 @@
 """A starting checkpoint from public parts: an EVA-CLIP encoder, a Llama, and a newly initialised connector."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,8 @@ def fresh_encoder(model: ConfigDict, seed: int) -> Weights:
     from kangaroo_jax.models.parameters import Binding
 
     encoder = EvaClip(VisionConfig.from_config(model.vision), rngs=nnx.Rngs(seed))
-    arrays = {f"vision/{path}": np.asarray(array) for path, array in Binding(encoder).flatten(encoder).items()}
-    return Arrays({path: (Spec(a.shape, a.dtype), functools.partial(np.asarray, a)) for path, a in arrays.items()})
+    flat = Binding(encoder).flatten(encoder)
+    return Arrays.holding({f"vision/{path}": np.asarray(array) for path, array in flat.items()})
 
 
 def initialise(shapes: Mapping[str, tuple[int, ...]], known: Weights, seed: int) -> Arrays:

@@ -3,6 +3,7 @@
 A conversion writes `Weights` of one kind as files of another, with only a few boxes in memory.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -126,6 +127,11 @@ class Arrays:
         """path -> its spec, and the function that makes it."""
         self.specs = {path: spec for path, (spec, _) in makers.items()}
         self._makers, self._made = makers, dict[str, np.ndarray]()
+
+    @classmethod
+    def holding(cls, arrays: Mapping[str, np.ndarray]) -> "Arrays":
+        """These arrays, by path."""
+        return cls({path: (Spec(a.shape, a.dtype), functools.partial(np.asarray, a)) for path, a in arrays.items()})
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """See `Weights`."""

@@ -152,7 +152,7 @@ def write_records(
     )
     rng.shuffle(captions)
     first, more = captions[: plan.stage1_captions], captions[plan.stage1_captions :][: plan.stage1_more]
-    apart = captions[: plan.apart]
+    apart = captions[: plan.encoder_captions]
     scenes = {media_name(folder, i): scene for folder in ("short", "long") for i, scene in enumerate(media[folder])}
 
     def shorts(each: int, stage: int) -> list[dict[str, Any]]:

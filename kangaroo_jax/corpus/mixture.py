@@ -36,7 +36,7 @@ class CorpusMixture:
     stage1_captions: int = 4000  # captions of images that stage 1 begins with; conversations on images follow,
     stage1_more: int = 3000  # and so many captions among them
     stage1_chats: int = 12_000  # images with such a conversation
-    apart: int = 0  # captions of images in a file of their own, for the warm-up of an encoder
+    encoder_captions: int = 0  # captions of images in a file of their own, for the warm-up of an encoder
     bare_captions: bool = False  # what is a caption alone has an empty system turn, not the template's own
     stage2_per_short: int = 4  # conversations of a short clip in stages 2 and 3; languages take turns
     stage4_per_short: int = 6
@@ -60,7 +60,7 @@ class CorpusMixture:
         """The same mixture with every count multiplied, never below a handful; what is left out stays left out."""
         media = ("images", "shorts", "longs", "held_images", "held_shorts", "held_longs")
         records = (
-            "apart",
+            "encoder_captions",
             "stage1_captions",
             "stage1_more",
             "stage1_chats",

@@ -6,7 +6,7 @@ then from the first again: of "A blue ring." blue, ring, blue, ring. A frozen de
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import optax
 from jaxtyping import Float, Float32, Int, UInt8
 
 from kangaroo_jax.checkpoints import reading
-from kangaroo_jax.checkpoints.stored import Spec
-from kangaroo_jax.config import StageConfig
+from kangaroo_jax.config import StageConfig, tokens_per_group
 from kangaroo_jax.conventions import Array
 from kangaroo_jax.conversion.building import Building
 from kangaroo_jax.conversion.store import write_params
@@ -68,7 +67,7 @@ def warm_up(config: StageConfig, captions: Path, target: Path, steps: int, tell:
     table = embeddings(vocabulary, load_tokenizer(source), np.asarray(params["llm/embedding"]))
     number = {word: i for i, word in enumerate(vocabulary)}
     pictures = _pictures([captions.parent / record["image"] for record in records], config.data.image_size, tell)
-    a_picture = (config.data.image_size // config.model.vision.patch_size) ** 2
+    a_picture = tokens_per_group(config.model, config.data.image_size)
     wanted = np.array([[number[one[i % len(one)]] for i in range(a_picture)] for one in words], np.int32)
 
     trained, share = _train(binding, params, jnp.asarray(table), pictures, wanted, steps, config.seed, tell)
@@ -76,13 +75,10 @@ def warm_up(config: StageConfig, captions: Path, target: Path, steps: int, tell:
     tell(f"the encoder has learnt words: all are right of {share:.0%} of the pictures that it did not train on")
     with Building(target, found) as building:
         arrays = {path: np.asarray(value) for path, value in {**params, **trained}.items()}
-        weights = Arrays({path: (Spec(a.shape, a.dtype), _giver(a)) for path, a in arrays.items()})
-        write_params(weights, building, Progress("orbax", sum(a.nbytes for a in arrays.values()), "bytes", tell))
-        for path in source.iterdir():
-            if path.name == "config":
-                shutil.copytree(path, building.folder / path.name)
-            elif path.is_file():
-                shutil.copyfile(path, building.folder / path.name)
+        progress = Progress("orbax", sum(a.nbytes for a in arrays.values()), "bytes", tell)
+        write_params(Arrays.holding(arrays), building, progress)
+        beside = shutil.ignore_patterns("params")
+        shutil.copytree(source, building.folder, ignore=beside, dirs_exist_ok=True)
         write_json(building.folder / kept.name, found)
     return found
 
@@ -112,16 +108,12 @@ def nearness(tokens: Float[Array, "n P D"], table: Float[Array, "words D"]) -> F
 def loss_of(
     tokens: Float[Array, "n P D"], table: Float[Array, "words D"], wanted: Int[Array, "n P"]
 ) -> Float32[Array, ""]:
-    """Cross-entropy of the nearest word, and half of the squared distance to the right one; words have length one."""
+    """Cross-entropy of the nearest word, and half of the squared distance to the right one, in squares of a word."""
     size = jnp.square(table).sum(-1).mean()
     choice = optax.softmax_cross_entropy_with_integer_labels(SHARPNESS * nearness(tokens, table) / size, wanted)
     distance = jnp.square(tokens.astype(jnp.float32) - table[wanted]).sum(-1) / size
     total: jax.Array = choice.mean() + distance.mean() / 2
     return total
-
-
-def _giver(array: np.ndarray) -> Callable[[], np.ndarray]:
-    return lambda: array
 
 
 def _pictures(paths: Sequence[Path], side: int, tell: Tell) -> UInt8[np.ndarray, "n S S 3"]:

@@ -136,13 +136,10 @@ def run(
                 knows[name] = language.measure(folder, folder / "language.json", tell)
 
     data = quickstart_curation.training_data(corpus, curated)
-    learnt = {}
+    learnt: dict[str, Any] = {}
     if recipe.encoder_steps:
-        first = first_stage(recipe, data, start, seed)
         with clock.part("encoder"):
-            steps = max(2, round(recipe.encoder_steps * scale))
-            learnt = encoder_warmup.warm_up(first, corpus.captions, workdir / "encoder", steps, tell)
-        start = dataclasses.replace(start, init_from=str(workdir / "encoder"))
+            start, learnt = warm_encoder_up(recipe, workdir, corpus, data, start, seed=seed, scale=scale, tell=tell)
     stages = curriculum.run(
         recipe.name,
         workdir,
@@ -203,8 +200,10 @@ def claim(workdir: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{workdir}: was begun with {found}, not {settings}; use another --workdir or those settings")
 
 
-def first_stage(recipe: Recipe, data: Path, start: Start, seed: int) -> StageConfig:
-    """The config of the recipe's first stage, which starts from `start`."""
+def warm_encoder_up(
+    recipe: Recipe, workdir: Path, corpus: Corpus, data: Path, start: Start, *, seed: int, scale: float, tell: Tell
+) -> tuple[Start, dict[str, Any]]:
+    """(what the first stage begins with after the encoder's warm-up, what that reached)."""
     config = curriculum.stage(
         recipe.stages[0],
         recipe.name,
@@ -213,12 +212,20 @@ def first_stage(recipe: Recipe, data: Path, start: Start, seed: int) -> StageCon
         init_from=start.init_from,
         overrides={"seed": seed},
     )
-    return StageConfig.from_config(config)
+    target = workdir / "encoder"
+    steps = scaled(recipe.encoder_steps, scale)
+    found = encoder_warmup.warm_up(StageConfig.from_config(config), corpus.captions, target, steps, tell)
+    return dataclasses.replace(start, init_from=str(target)), found
 
 
 def shorten(config: ConfigDict, scale: float) -> None:
     """Scale a stage's number of steps."""
-    config.train.steps = max(2, round(config.train.steps * scale))
+    config.train.steps = scaled(config.train.steps, scale)
+
+
+def scaled(steps: int, scale: float) -> int:
+    """A share of so many steps, at least two."""
+    return max(2, round(steps * scale))
 
 
 def clock_stage(clock: Clock, name: str, folder: Path) -> None:

@@ -41,7 +41,7 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def config(corpus, micro_config, make_random_model) -> StageConfig:
-    """Of a first stage that starts from random weights; a patch is 8 of 16 pixels, so a picture has four tokens."""
+    """A stage that starts from random weights; a picture of 16 pixels has four patches, so four tokens."""
     words = [f"user assistant Describe it. A {size}, {colour} one." for size in SIZES for colour in COLOURS]
     micro_config.model.patchify.enabled = False
     with ocp.StandardCheckpointer() as writer:
