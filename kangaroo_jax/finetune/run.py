@@ -21,7 +21,7 @@ from kangaroo_jax.evaluation.running import Loading, Settings, Share, evaluate_c
 from kangaroo_jax.evaluation.while_training import BenchmarkEvaluator
 from kangaroo_jax.finetune import foresight, workdirs
 from kangaroo_jax.finetune.settings import Wishes, make_stage, with_steps
-from kangaroo_jax.finetune.split import missing_labels, refuse_shared, split
+from kangaroo_jax.finetune.split import look_alikes, missing_labels, refuse_shared, split
 from kangaroo_jax.finetune.table import Example, read_examples
 from kangaroo_jax.finetune.wording import counted
 from kangaroo_jax.models.parameters import abstract_model
@@ -77,6 +77,8 @@ def finetune(
     if held_out:
         learnt, asked = examples, read_examples(held_out, tell, **options)
         refuse_shared(learnt, asked)
+        for line in look_alikes(learnt, asked, tell):
+            tell(f"warning: {line}")
     else:
         learnt, asked = split(examples, wishes.seed, tell)
     tell(f"{counted(len(learnt), 'example')} to learn from, {len(asked)} held out")

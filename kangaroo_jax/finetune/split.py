@@ -29,6 +29,8 @@ def split(examples: Sequence[Example], seed: int, tell: Tell) -> tuple[list[Exam
     Raises UserError: only one video, or nothing is left on a side.
     """
     groups = video_groups(examples, tell)
+    if joined := len(groups) - len(set(groups.values())):
+        tell(f"videos that look the same as another, and stay on its side of the split: {joined}")
     if any(example.held_out is not None for example in examples):
         held = {groups[example.video] for example in examples if example.held_out}
         both = {groups[e.video] for e in examples if not e.held_out} & held
@@ -79,6 +81,23 @@ def refuse_shared(train: Sequence[Example], test: Sequence[Example]) -> None:
             f"files of --held-out that are in --data, too: {len(shared)}, the first {min(shared)}; what is trained on "
             "is not held out: take them out of one"
         )
+
+
+def look_alikes(train: Sequence[Example], test: Sequence[Example], tell: Tell) -> list[str]:
+    """Lines about videos held out that look the same as another one, which is trained on or has another answer."""
+    examples = [*train, *test]
+    groups = video_groups(examples, tell)
+    twins: dict[int, str] = {}
+    for example in train:
+        twins.setdefault(groups[example.video], example.video)
+    learnt = {os.path.realpath(example.video) for example in train}  # parts of one file may be on both sides
+    asked = sorted({example.video for example in test if os.path.realpath(example.video) not in learnt})
+    seen = [video for video in asked if groups[video] in twins]
+    lines = contradictions(examples, groups)
+    if seen:
+        pair = f"{seen[0]} as {twins[groups[seen[0]]]}"
+        lines.append(f"videos held out that look the same as one that is trained on: {len(seen)}; the first: {pair}")
+    return lines
 
 
 def contradictions(examples: Sequence[Example], groups: Mapping[str, int]) -> list[str]:
@@ -142,16 +161,12 @@ def video_groups(examples: Sequence[Example], tell: Tell) -> dict[str, int]:
     seen = [path for path in paths if path in prints]
     bits = np.array([prints[path][0].ravel() for path in seen])
     levels = np.array([prints[path][1].ravel() for path in seen], np.float32)
-    joined = 0
     for i in range(len(seen)):
         near = (bits[i + 1 :] != bits[i]).sum(1) <= _BITS * 3
         near &= np.abs(levels[i + 1 :] - levels[i]).mean(1) <= _LEVELS
         for j in np.flatnonzero(near) + i + 1:
             a, b = root(seen[i]), root(seen[j])
-            joined += a != b
             parent[max(a, b)] = min(a, b)
-    if joined:
-        tell(f"videos that look the same as another, and stay on its side of the split: {joined}")
     numbers = {path: number for number, path in enumerate(paths)}
     return {path: numbers[root(path)] for path in paths}
 

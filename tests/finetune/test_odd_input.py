@@ -8,7 +8,7 @@ import pytest
 
 from kangaroo_jax.errors import UserError
 from kangaroo_jax.finetune.foresight import warnings
-from kangaroo_jax.finetune.split import refuse_shared, split
+from kangaroo_jax.finetune.split import look_alikes, refuse_shared, split
 from kangaroo_jax.finetune.table import read_examples
 from tests.finetune.test_finetune import Words, clips, quiet, rows_of, table  # noqa: F401 - a fixture
 
@@ -149,6 +149,20 @@ def test_a_part_of_a_file_is_not_trained_on_and_held_out(clips, tmp_path):  # no
     for row in (("link.mp4", "?", "b", "1", "3"), (str(clips / "c1.mp4"), "?", "a", "1", "2")):
         with pytest.raises(UserError, match=r"^files of .* in --data, too: 1, the first .*(link|c1)\.mp4"):
             refuse_shared(learnt, of(row))
+
+
+def test_a_copy_of_what_is_trained_on_is_said(clips, tmp_path):  # noqa: F811
+    header = "video,question,answer,start,end"
+
+    def of(*rows: tuple[str, ...]) -> list:
+        return read_examples(table(tmp_path, *rows, header=header), quiet)
+
+    learnt = of(*((str(clips / f"c{i}.mp4"), "?", "a", "", "1") for i in range(2)))
+    part, other = (str(clips / "c0.mp4"), "?", "a", "1", "2"), (str(clips / "c5.mp4"), "?", "a", "", "")
+    assert look_alikes(learnt, of(part, other), quiet) == []  # a part of the same file is no copy
+    (line,) = look_alikes(learnt, of((str(clips / "copy.mp4"), "?", "a", "", ""), other), quiet)
+    assert line.startswith("videos held out that look the same as one that is trained on: 1; the first: ")
+    assert line.endswith(f"{clips / 'copy.mp4'} as {clips / 'c0.mp4'}")
 
 
 def test_an_example_that_no_sample_can_hold_is_said(clips, tmp_path):  # noqa: F811
