@@ -160,27 +160,43 @@ def run(
             judged = judging.judge(workdir, corpus, (OF_THE_PAPER[-2], OF_THE_PAPER[-1]), scale, tell)
     with clock.part("compare with PyTorch"):
         same = compare_with_torch(workdir, corpus, tell)
-    results = collect(workdir, stages, clock) | ({"judged": judged} if judged else {})
-    results |= {"language": knows} if knows else {}
-    results |= {"encoder": learnt} if learnt else {}
-    if same is not None:
-        results["torch_chat"] = same
+    results = collect(workdir, stages, clock)
+    found = {"judged": judged, "language": knows, "encoder": learnt, "torch_chat": same}
+    results |= {name: value for name, value in found.items() if value}
     write_json(workdir / "results.json", results)
     if ablate:
         results["ablations"] = quickstart_ablations.run(
             workdir, recipe, corpus, data, start, seed=seed, adjust=adjust, tell=tell
         )
         write_json(workdir / "results.json", results)
-    alike = {"PyTorch answers as JAX": f"{same['same']} of {same['asked']} held-out questions"} if same else {}
-    alike |= {"words that the encoder knew before stage 1": f"{learnt['words_right']:.0%}"} if learnt else {}
-    sections = [judging.report_section(judged, results["stages"][-1]["short_mcq"])] if judged else []
-    sections += [quickstart_curation.report_section(curated)] if curated else []
-    sections += [language.report_section(knows)] if knows else []
-    write_quickstart_report(workdir, recipe, corpus, results, chats, environment() | alike, sections)
+    write_report(workdir, recipe, corpus, results, chats, curated)
     tell(summary(results))
     tell(f"report: {workdir / 'report.html'}")
     tell(f"talk to it: {chat_command(workdir)}")
     return results
+
+
+def write_report(
+    workdir: Path,
+    recipe: Recipe,
+    corpus: Corpus,
+    results: dict[str, Any],
+    chats: list[dict[str, Any]],
+    curated: quickstart_curation.Curated | None,
+) -> None:
+    """`report.html`: the recipe's page, with a section for each part of `results` that not every recipe has."""
+    facts, sections = environment(), []
+    if same := results.get("torch_chat"):
+        facts["PyTorch answers as JAX"] = f"{same['same']} of {same['asked']} held-out questions"
+    if learnt := results.get("encoder"):
+        facts["words that the encoder knew before stage 1"] = f"{learnt['words_right']:.0%}"
+    if judged := results.get("judged"):
+        sections.append(judging.report_section(judged, results["stages"][-1]["short_mcq"]))
+    if curated:
+        sections.append(quickstart_curation.report_section(curated))
+    if knows := results.get("language"):
+        sections.append(language.report_section(knows))
+    write_quickstart_report(workdir, recipe, corpus, results, chats, facts, sections)
 
 
 def chat_command(workdir: Path) -> str:
