@@ -13,6 +13,6 @@ def get_config(preset: str = "smol") -> ConfigDict:
     c.data.update(image_size=28, tokens_per_pack=256, frames_per_pack=8, packs_per_batch=4, max_sample_tokens=256)
     c.optimizer.learning_rate = 6e-4
     c.optimizer.trainable = (("projector/.*|special_embedding", 1.0), ("vision/.*", 0.5), (".*", None))
-    c.train.steps = 600
+    c.train.steps = 350
     c.model.scan = False  # in bfloat16 XLA turns all that a loop keeps to float32 and back, each time round, on a CPU
     return lock(c)
